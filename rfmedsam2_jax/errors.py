@@ -1,0 +1,8 @@
+"""The one error that is meant for the person at the keyboard."""
+
+
+class UserError(Exception):
+  """Something that the user can mend: one line that names the file, what is wrong and what to do.
+
+  Commands print it as `rfmedsam2: <message>` without a traceback and exit with status 2.
+  """
