@@ -1,0 +1,229 @@
+"""Augmentation of training samples: pure numpy functions of (rng, arrays).
+
+Used by data.pipeline only, on patches of prepared volumes for the generator (3D) and on runs of
+slices for the refiner (one in-plane transform for the whole run, so that neighbours stay
+neighbours). What is drawn and in which order follows nnU-Net's default; the probabilities are
+config.
+
+An affine transform is given as a matrix that takes coordinates of the wanted sample, in voxels
+from its centre, to coordinates of the source in voxels from the same centre.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import ndimage
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+  """Every probability is per sample (`blur` too), every range is drawn uniformly."""
+
+  # Axes of (slice, row, column) along which a sample may be mirrored. None by default: left and
+  # right organs become each other's picture.
+  flips: tuple[int, ...] = ()
+  rotation: float = 30.0  # degrees, greatest angle about each axis; only in-plane if anisotropic
+  rotation_probability: float = 0.2
+  scaling: tuple[float, float] = (0.7, 1.4)  # above 1 magnifies
+  scaling_probability: float = 0.2
+  noise: float = 0.1  # greatest variance, in units of the normalised image
+  noise_probability: float = 0.1
+  blur: tuple[float, float] = (0.5, 1.0)  # sigma in voxels
+  blur_probability: float = 0.1
+  brightness: tuple[float, float] = (0.75, 1.25)  # factor
+  brightness_probability: float = 0.15
+  contrast: tuple[float, float] = (0.75, 1.25)  # factor about the mean, range kept
+  contrast_probability: float = 0.15
+  gamma: tuple[float, float] = (0.7, 1.5)  # exponent within the sample's own range
+  gamma_probability: float = 0.3
+  gamma_inverted_probability: float = 0.1  # the same on the inverted image
+
+
+NO_AUGMENTATION = AugmentationConfig(
+  rotation_probability=0,
+  scaling_probability=0,
+  noise_probability=0,
+  blur_probability=0,
+  brightness_probability=0,
+  contrast_probability=0,
+  gamma_probability=0,
+  gamma_inverted_probability=0,
+)
+
+
+def draw_affine(
+  rng: np.random.Generator,
+  config: AugmentationConfig,
+  spacing: tuple[float, ...],
+  in_plane: bool,
+) -> np.ndarray | None:
+  """Draws flips, rotation and scaling.
+
+  Args:
+    rng: consumed.
+    config: probabilities and ranges.
+    spacing: mm along slice, row, column; rotations are rigid in mm, not in voxels.
+    in_plane: rotate and scale rows and columns only, as for runs and anisotropic patches.
+
+  Returns:
+    float64 [3, 3] from sample to source in voxels, or None for the identity.
+  """
+  matrix = np.eye(3)
+  if rng.random() < config.rotation_probability:
+    for axis in (0,) if in_plane else (0, 1, 2):
+      angle = np.deg2rad(rng.uniform(-config.rotation, config.rotation))
+      turn = np.eye(3)
+      rows = [a for a in range(3) if a != axis]
+      turn[np.ix_(rows, rows)] = [
+        [np.cos(angle), -np.sin(angle)],
+        [np.sin(angle), np.cos(angle)],
+      ]
+      matrix = matrix @ turn
+  if rng.random() < config.scaling_probability:
+    factor = np.full(3, 1 / rng.uniform(*config.scaling))
+    factor[0] = 1.0 if in_plane else factor[0]
+    matrix = matrix @ np.diag(factor)
+  millimetres = np.asarray(spacing, np.float64)
+  matrix = matrix * millimetres[None] / millimetres[:, None]
+  for axis in config.flips:
+    if rng.random() < 0.5:
+      matrix[:, axis] *= -1
+  return None if np.array_equal(matrix, np.eye(3)) else matrix
+
+
+def is_anisotropic(spacing: tuple[float, ...]) -> bool:
+  """Whether slices are more than three pixels apart, where nnU-Net rotates in-plane only."""
+  return spacing[0] > 3 * min(spacing[1:])
+
+
+def sample_patch(
+  array: np.ndarray,
+  centre: np.ndarray,
+  size: tuple[int, int, int],
+  matrix: np.ndarray | None,
+  order: int,
+  fill: float,
+) -> np.ndarray:
+  """Cuts a patch out of a volume, transformed, reading only what it needs.
+
+  Args:
+    array: [D, H, W], may be memory-mapped.
+    centre: [3] voxel coordinates of the patch's centre (the middle of voxel i is i).
+    size: of the patch.
+    matrix: as `draw_affine` gives it; None and pure flips need no interpolation.
+    order: 1 linear (images), 0 nearest (labels).
+    fill: outside of the volume.
+
+  Returns:
+    [*size] of the array's dtype.
+  """
+  shape = np.array(size)
+  half = (shape - 1) / 2
+  matrix = np.eye(3) if matrix is None else matrix
+  reach = np.abs(matrix) @ half
+  exact = np.array_equal(np.abs(matrix), np.eye(3))
+  if exact:
+    # On whole voxels, so that nothing is interpolated.
+    low = np.round(np.asarray(centre) - half).astype(int)
+    high = low + shape
+  else:
+    low = np.floor(np.asarray(centre) - reach).astype(int)
+    high = np.ceil(np.asarray(centre) + reach).astype(int) + 1
+  inner_low = np.clip(low, 0, array.shape)
+  inner_high = np.clip(high, inner_low, array.shape)
+  block = np.asarray(array[tuple(slice(a, b) for a, b in zip(inner_low, inner_high, strict=True))])
+  if exact:
+    width = [(a - b, c - d) for a, b, c, d in zip(inner_low, low, high, inner_high, strict=True)]
+    if np.any(width):
+      block = np.pad(block, width, constant_values=fill)
+    block = block[tuple(slice(None, None, int(step)) for step in np.diag(matrix))]
+    return np.ascontiguousarray(block)
+  if block.size == 0:
+    return np.full(size, fill, array.dtype)
+  offset = np.asarray(centre) - inner_low - matrix @ half
+  return ndimage.affine_transform(
+    block, matrix, offset, output_shape=tuple(size), order=order, mode="constant", cval=fill
+  )
+
+
+def transform_slices(
+  slices: np.ndarray, matrix: np.ndarray | None, order: int, fill: float
+) -> np.ndarray:
+  """Applies the in-plane part of a transform to every slice of [..., H, W] about its centre.
+
+  `matrix` is in pixels of these slices: see `on_grid` for slices of another resolution.
+  """
+  if matrix is None:
+    return slices
+  plane = matrix[1:, 1:]
+  if np.array_equal(np.abs(plane), np.eye(2)):
+    return slices[..., :: int(plane[0, 0]), :: int(plane[1, 1])]
+  half = (np.array(slices.shape[-2:]) - 1) / 2
+  flat = slices.reshape(-1, *slices.shape[-2:])
+  out = np.empty_like(flat)
+  for source, target in zip(flat, out, strict=True):
+    ndimage.affine_transform(
+      source, plane, half - plane @ half, output=target, order=order, mode="constant", cval=fill
+    )
+  return out.reshape(slices.shape)
+
+
+def on_grid(
+  matrix: np.ndarray | None, source: tuple[int, int], target: tuple[int, int]
+) -> np.ndarray | None:
+  """A transform of slices of `source` (H, W) as it acts on the same slices of `target` (H, W)."""
+  if matrix is None:
+    return None
+  scale = np.array([1.0, target[0] / source[0], target[1] / source[1]])
+  return matrix * scale[:, None] / scale[None]
+
+
+def augment_intensity(
+  rng: np.random.Generator, image: np.ndarray, config: AugmentationConfig, in_plane: bool
+) -> np.ndarray:
+  """Noise, blur, brightness, contrast and gamma, in nnU-Net's order.
+
+  Args:
+    rng: consumed.
+    image: float32 [C, D, H, W]; each channel draws for itself.
+    config: probabilities and ranges.
+    in_plane: do not blur across slices.
+
+  Returns:
+    float32 [C, D, H, W], a new array.
+  """
+  image = np.array(image, np.float32)
+  for channel in image:
+    if rng.random() < config.noise_probability:
+      sigma = np.sqrt(rng.uniform(0, config.noise))
+      channel += np.float32(sigma) * rng.standard_normal(channel.shape, dtype=np.float32)
+    if rng.random() < config.blur_probability:
+      sigma = rng.uniform(*config.blur)
+      # Truncated early: at these widths more taps change nothing that matters and cost time.
+      ndimage.gaussian_filter(
+        channel, (0 if in_plane else sigma, sigma, sigma), output=channel, truncate=2.5
+      )
+    if rng.random() < config.brightness_probability:
+      channel *= rng.uniform(*config.brightness)
+    if rng.random() < config.contrast_probability:
+      low, high, mean = channel.min(), channel.max(), channel.mean()
+      channel -= mean
+      channel *= rng.uniform(*config.contrast)
+      channel += mean
+      np.clip(channel, low, high, out=channel)
+    inverted, upright = config.gamma_inverted_probability, config.gamma_probability
+    for sign, probability in ((-1, inverted), (1, upright)):
+      if rng.random() < probability:
+        channel[...] = sign * _gamma(sign * channel, rng.uniform(*config.gamma))
+  return image
+
+
+def _gamma(channel: np.ndarray, gamma: float) -> np.ndarray:
+  """Power law within the channel's own range; mean and deviation are kept, as in nnU-Net."""
+  low, span = channel.min(), np.ptp(channel)
+  if span < 1e-6:
+    return channel
+  mean, deviation = channel.mean(), channel.std()
+  changed = np.power((channel - low) / span, np.float32(gamma)) * span
+  spread = changed.std()
+  return (changed - changed.mean()) * (deviation / max(float(spread), 1e-6)) + mean

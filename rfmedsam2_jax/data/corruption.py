@@ -1,0 +1,88 @@
+"""Mistakes put into stage-0 mask logits, so that the refiner learns to correct and not to copy.
+
+The generator has seen its training cases: what it says of them is better than what it will say of
+new ones. Between the stored predictions (or the truth) and the refiner's `logits` in
+data.pipeline. Pure numpy functions of (rng, array).
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import ndimage
+
+LOGIT_LIMIT = 32.0  # stage-0 logits are clamped to +-this (refinement.prompts does the same)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCorruptionConfig:
+  """Probabilities are per track (one structure in one run) unless they say per slice."""
+
+  truth_probability: float = 0.3  # start from the truth (+-8, smooth) instead of the generator
+  morphology_probability: float = 0.4  # grown or shrunk
+  morphology: int = 2  # greatest radius, in pixels of the mask grid
+  shift_probability: float = 0.3
+  shift: int = 3  # greatest shift of a track, in pixels of the mask grid
+  drop_probability: float = 0.1  # per slice: the structure was not seen there
+  lose_probability: float = 0.03  # the structure was not seen in the whole run
+  island_probability: float = 0.15  # a false island in some consecutive slices
+  island_radius: tuple[float, float] = (1.5, 5.0)  # pixels of the mask grid
+  noise_probability: float = 0.3
+  noise: float = 4.0  # greatest standard deviation of smooth noise, in logits
+
+
+NO_CORRUPTION = PromptCorruptionConfig(0, 0, 0, 0, 0, 0, 0, 0, noise_probability=0)
+
+
+def logits_of_truth(occupancy: np.ndarray) -> np.ndarray:
+  """Smooth mask logits within +-8 whose sign follows the truth.
+
+  Args:
+    occupancy: float32 [..., m, m] in [0, 1].
+  """
+  smooth = ndimage.gaussian_filter(occupancy, (0,) * (occupancy.ndim - 2) + (0.5, 0.5))
+  return (16 * smooth - 8).astype(np.float32)
+
+
+def corrupt(
+  rng: np.random.Generator, logits: np.ndarray, config: PromptCorruptionConfig
+) -> np.ndarray:
+  """Makes the mistakes of `config` in the mask logits of one track.
+
+  Args:
+    rng: consumed.
+    logits: float32 [L, m, m] of L consecutive slices.
+
+  Returns:
+    float32 [L, m, m], a new array within +-32.
+  """
+  logits = np.array(logits, np.float32)
+  slices, side = logits.shape[0], logits.shape[-1]
+  if rng.random() < config.morphology_probability and config.morphology:
+    width = 2 * int(rng.integers(1, config.morphology + 1)) + 1
+    grow = rng.random() < 0.5
+    (ndimage.maximum_filter if grow else ndimage.minimum_filter)(
+      logits, size=(1, width, width), output=logits, mode="nearest"
+    )
+  if rng.random() < config.shift_probability:
+    dy, dx = rng.integers(-config.shift, config.shift + 1, 2)
+    padded = np.pad(logits, ((0, 0), (config.shift,) * 2, (config.shift,) * 2), mode="edge")
+    y, x = config.shift + dy, config.shift + dx
+    logits = np.ascontiguousarray(padded[:, y : y + side, x : x + side])
+  if rng.random() < config.noise_probability:
+    noise = ndimage.gaussian_filter(
+      rng.standard_normal(logits.shape, dtype=np.float32), (0.7, 2, 2), truncate=2.5
+    )
+    logits += np.float32(rng.uniform(0, config.noise)) * noise / max(float(noise.std()), 1e-6)
+  if rng.random() < config.island_probability:
+    centre = rng.uniform(0, side, 2)
+    radius = rng.uniform(*config.island_radius)
+    y, x = np.ogrid[:side, :side]
+    distance = np.hypot(y - centre[0], x - centre[1])
+    first = int(rng.integers(slices))
+    last = int(rng.integers(first, min(first + 4, slices))) + 1
+    island = np.clip(4 * (radius - distance), -LOGIT_LIMIT, 8).astype(np.float32)
+    logits[first:last] = np.maximum(logits[first:last], island)
+  logits[rng.random(slices) < config.drop_probability] = -LOGIT_LIMIT
+  if rng.random() < config.lose_probability:
+    logits[:] = -LOGIT_LIMIT
+  return np.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)

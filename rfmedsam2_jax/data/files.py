@@ -1,0 +1,65 @@
+"""Small files of a run: strict JSON of frozen dataclasses, and writing that is never half done.
+
+Used by every file of this room that leaves something on disk.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from rfmedsam2_jax.errors import UserError
+
+# For `__pydantic_config__` of the dataclasses that are stored: an unknown key is an error.
+STRICT = pydantic.ConfigDict(extra="forbid")
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+  """Gives a temporary name beside `path` that becomes `path` if the block ends without an error.
+
+  The name is hidden and keeps the ending, by which writers choose the format.
+  """
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{os.getpid()}.{path.name}")
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path) -> Any:
+  """The content of a JSON file; UserError if it is missing or not JSON."""
+  try:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path}: does not exist; give the folder that holds this file") from None
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path}: is not readable JSON ({error}); correct the file") from None
+
+
+def save_json(path: str | Path, value: Any) -> None:
+  """Writes a dataclass (or what consists of them) as JSON."""
+  text = pydantic.TypeAdapter(type(value)).dump_json(value, indent=1)
+  with replacing(path) as temporary:
+    temporary.write_bytes(text + b"\n")
+
+
+def load_json(path: str | Path, kind: type[T]) -> T:
+  """Reads what `save_json` wrote; UserError for unknown or missing keys and wrong types."""
+  try:
+    return pydantic.TypeAdapter(kind).validate_python(read_json(path))
+  except pydantic.ValidationError as error:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    raise UserError(
+      f"{path}: {where}: {first['msg']}; it was not written by this version, make it anew"
+    ) from None

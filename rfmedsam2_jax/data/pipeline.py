@@ -1,0 +1,336 @@
+"""Batches for training, by grain: patches for the generator, runs of slices for the refiner.
+
+In: prepared cases (data.preprocessing) and, for the refiner, the generator's stored mask logits.
+Out: grain iterators of dictionaries of numpy arrays, which training.loop puts on the devices.
+
+Sample number i is a pure function of (seed, i): which case, where, how transformed. An iterator's
+state is therefore one integer, `get_state` and `set_state` are exact, prefetching and the number
+of threads change nothing, and n processes together see the batches that one process would see.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from rfmedsam2_jax.data.augmentation import (
+  AugmentationConfig,
+  augment_intensity,
+  draw_affine,
+  is_anisotropic,
+  on_grid,
+  sample_patch,
+  transform_slices,
+)
+from rfmedsam2_jax.data.corruption import PromptCorruptionConfig, corrupt, logits_of_truth
+from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case
+from rfmedsam2_jax.data.squash import as_rgb, resize_area, resize_linear, window_slices
+from rfmedsam2_jax.errors import UserError
+
+IGNORE = 255  # atom of voxels that belong to no loss
+_ENDLESS = 1 << 40  # samples of an iterator: more than any training takes
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+  threads: int = 1  # making batches while the device works; results do not depend on it
+  prefetch: int = 2  # batches kept ready; host memory grows with it
+  workers: int = 0  # processes instead of threads, for machines with many cores
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """What a sample of the refiner is."""
+
+  image_size: int  # S, pixels of SAM's square; the mask grid is S / 4
+  slices: int = 8  # consecutive slices of a run; memory and time grow with it
+  structures: int = 2  # tracks of a run, at most as many as there are structures
+  channels: tuple[int, ...] = (0,)  # the image channel that SAM sees, or three of them
+  oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cases:
+  """Prepared cases in an order that is reshuffled every epoch."""
+
+  folder: Path
+  identifiers: tuple[str, ...]
+  seed: int
+
+  def draw(self, index: int, stream: int) -> tuple[PreparedCase, str, np.random.Generator]:
+    """The case of sample `index` and a generator that nothing else uses."""
+    epoch, position = divmod(index, len(self.identifiers))
+    order = np.random.default_rng([self.seed, stream, 0, epoch])
+    identifier = self.identifiers[order.permutation(len(self.identifiers))[position]]
+    case = _open_case(self.folder, identifier)
+    return case, identifier, np.random.default_rng([self.seed, stream, 1, index])
+
+
+@functools.lru_cache(maxsize=4096)
+def _open_case(folder: Path, identifier: str) -> PreparedCase:
+  # Arrays are memory-mapped, so that what is kept is names and sizes.
+  return load_case(folder, identifier)
+
+
+@functools.lru_cache(maxsize=4096)
+def _open_prompts(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+  try:
+    prompts = np.load(path, mmap_mode="r")
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path}: cannot be read ({error}); predict the prompts again") from None
+  if prompts.shape != shape:
+    raise UserError(
+      f"{path}: has shape {prompts.shape}, expected {shape}; it was made for another plan or "
+      "image size: predict the prompts again"
+    )
+  return prompts
+
+
+def _is_oversampled(index: int, share: float) -> bool:
+  """Spreads a share evenly over samples, so that also small batches get theirs."""
+  return int((index + 1) * share) > int(index * share)
+
+
+def _foreground(case: PreparedCase, rng: np.random.Generator) -> tuple[int, np.ndarray] | None:
+  """A structure that the case has, drawn uniformly, and one of its voxels [3]; None if empty."""
+  present = [k for k, voxels in enumerate(case.locations) if len(voxels)]
+  if not present:
+    return None
+  structure = present[rng.integers(len(present))]
+  voxels = case.locations[structure]
+  return structure, np.asarray(voxels[rng.integers(len(voxels))])
+
+
+class _Samples:
+  """A random access source: `__getitem__` of what `sample` makes, sharded over processes."""
+
+  def __init__(self, sample, batch_size: int, shard: tuple[int, int]):
+    self.sample, self.batch_size, self.shard = sample, batch_size, shard
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, index):
+    # This process has the rows [first, first + local) of every global batch.
+    process, count = self.shard
+    local = self.batch_size // count
+    batch, row = divmod(int(index), local)
+    return self.sample(batch * self.batch_size + process * local + row)
+
+
+def _batches(sample, batch_size: int, shard: tuple[int, int], loader: LoaderConfig):
+  if batch_size % shard[1]:
+    raise UserError(
+      f"batch_size {batch_size}: does not divide over {shard[1]} processes; choose a multiple"
+    )
+  dataset = grain.MapDataset.source(_Samples(sample, batch_size, shard))
+  dataset = dataset.batch(batch_size // shard[1], drop_remainder=True)
+  threads = 1 if loader.workers else loader.threads
+  batches = dataset.to_iter_dataset(
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=loader.prefetch)
+  )
+  if loader.workers:
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=loader.workers))
+  return iter(batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PatchSample:
+  cases: _Cases
+  patch_size: tuple[int, int, int]
+  augmentation: AugmentationConfig
+  oversample_foreground: float
+
+  def __call__(self, index: int) -> dict[str, np.ndarray]:
+    case, _, rng = self.cases.draw(index, stream=0)
+    shape, size = np.array(case.image.shape[1:]), np.array(self.patch_size)
+    found = None
+    if _is_oversampled(index, self.oversample_foreground):
+      found = _foreground(case, rng)
+    # The patch stays inside the volume, or the volume inside the patch.
+    spare = np.maximum(shape - size, 0)
+    if found is None:
+      start = rng.integers(0, spare + 1)
+    else:
+      start = np.clip(found[1] - size // 2, 0, spare)
+    start = np.where(shape < size, -((size - shape) // 2), start)
+    centre = start + (size - 1) / 2
+    flat = is_anisotropic(case.spacing)
+    matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=flat)
+    image = np.stack(
+      [sample_patch(c, centre, self.patch_size, matrix, order=1, fill=0.0) for c in case.image]
+    )
+    image = augment_intensity(rng, image, self.augmentation, in_plane=flat)
+    target = sample_patch(case.atoms, centre, self.patch_size, matrix, order=0, fill=0)
+    return {"image": np.ascontiguousarray(np.moveaxis(image, 0, -1)), "target": target}
+
+
+def generator_batches(
+  folder: str | Path,
+  identifiers: Sequence[str],
+  patch_size: tuple[int, int, int],
+  batch_size: int,
+  augmentation: AugmentationConfig,
+  seed: int,
+  oversample_foreground: float = 0.33,
+  shard: tuple[int, int] = (0, 1),
+  loader: LoaderConfig | None = None,
+):
+  """Endless batches of 3D patches.
+
+  Args:
+    folder: of prepared cases (data.preprocessing.save_case).
+    identifiers: of the cases to draw from; each comes once per epoch, reshuffled.
+    patch_size: slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
+    batch_size: of all processes together.
+    augmentation: what is done to patches.
+    seed: with the position it decides everything.
+    oversample_foreground: share of patches that are centred on a voxel of some structure.
+    shard: (index of this process, number of processes).
+    loader: threads and prefetching.
+
+  Returns:
+    a grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms,
+    255 where ignored}.
+  """
+  cases = _Cases(Path(folder), tuple(identifiers), seed)
+  sample = _PatchSample(cases, tuple(patch_size), augmentation, oversample_foreground)
+  return _batches(sample, batch_size, shard, loader or LoaderConfig())
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunSample:
+  cases: _Cases
+  run: RunConfig
+  membership: np.ndarray  # bool [A, K]
+  prompts: Path | None
+  augmentation: AugmentationConfig
+  corruption: PromptCorruptionConfig
+
+  def __call__(self, index: int) -> dict[str, np.ndarray]:
+    case, identifier, rng = self.cases.draw(index, stream=1)
+    depth, height, width = case.image.shape[1:]
+    length, side = self.run.slices, self.run.image_size
+    mask_side = side // 4
+
+    found = None
+    if _is_oversampled(index, self.run.oversample_foreground):
+      found = _foreground(case, rng)
+    first = int(rng.integers(max(depth - length, 0) + 1))
+    if found is not None:
+      # Anywhere in the run, so that runs also hold the structure's ends and what lies beyond.
+      first = int(found[1][0]) - int(rng.integers(length))
+      first = min(max(first, 0), max(depth - length, 0))
+    rows = np.arange(first, first + length)
+    inside = rows < depth
+    rows = np.minimum(rows, depth - 1)
+
+    matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
+    if matrix is not None and matrix[0, 0] < 0:
+      rows, inside = rows[::-1], inside[::-1]
+    grid = (height, width)
+
+    image = augment_intensity(
+      rng, case.image[:, rows], self.augmentation, in_plane=is_anisotropic(case.spacing)
+    )
+    image = window_slices(image, case.window, self.run.channels)
+    image = resize_linear(transform_slices(image, matrix, order=1, fill=0), side)
+
+    atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
+    known = atoms != IGNORE
+    truth = self.membership[np.where(known, atoms, 0)] & known[..., None]  # [L, H, W, K]
+    structures = self._structures(rng, truth, None if found is None else found[0])
+    masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), mask_side)
+    known = np.broadcast_to(resize_area(known, mask_side), masks.shape)
+
+    on_masks = on_grid(matrix, grid, (mask_side, mask_side))
+    logits = np.empty_like(masks)
+    for track, structure in enumerate(structures):
+      source = logits_of_truth(masks[track])
+      if self.prompts is not None and rng.random() >= self.corruption.truth_probability:
+        shape = (self.membership.shape[1], depth, mask_side, mask_side)
+        stored = _open_prompts(self.prompts / f"{identifier}.npy", shape)
+        source = np.asarray(stored[structure][rows], np.float32)
+        source = transform_slices(source, on_masks, order=1, fill=-32.0)
+      logits[track] = corrupt(rng, source, self.corruption)
+
+    outside = ~inside
+    image[:, outside] = 0
+    masks[:, outside] = 0
+    logits[:, outside] = -32.0
+    return {
+      "images": as_rgb(image),
+      "masks": masks,
+      "known": known * inside[:, None, None].astype(np.float32),
+      "logits": logits,
+      "inside": np.ascontiguousarray(inside),
+      "depth": np.int32(depth),
+      "structures": structures.astype(np.int32),
+    }
+
+  def _structures(
+    self, rng: np.random.Generator, truth: np.ndarray, first: int | None
+  ) -> np.ndarray:
+    """Which structures become tracks: the one looked for, others of the run, then any."""
+    present = truth.any(axis=(0, 1, 2))
+    order = rng.permutation(truth.shape[-1])
+    rank = ~present[order] * 1
+    if first is not None:
+      rank[order == first] = -1
+    return order[np.argsort(rank, kind="stable")][: self.run.structures]
+
+
+def refiner_batches(
+  folder: str | Path,
+  identifiers: Sequence[str],
+  run: RunConfig,
+  membership: np.ndarray,
+  batch_size: int,
+  augmentation: AugmentationConfig,
+  corruption: PromptCorruptionConfig,
+  seed: int,
+  prompts: str | Path | None = None,
+  shard: tuple[int, int] = (0, 1),
+  loader: LoaderConfig | None = None,
+):
+  """Endless batches of runs of consecutive slices with prompts.
+
+  Args:
+    folder: of prepared cases.
+    identifiers: of the cases to draw from.
+    run: length, structures and size of a sample.
+    membership: bool [A, K], which atoms belong to which structure (data.datasets).
+    batch_size: runs per batch, of all processes together.
+    augmentation: one in-plane transform for a whole run; mirroring along the slice axis (0)
+      reverses the run.
+    corruption: mistakes put into the stage-0 logits.
+    seed: with the position it decides everything.
+    prompts: folder of CASE.npy, float16 [K, D, 4G, 4G], the generator's mask logits; None takes
+      the truth instead.
+    shard: (index of this process, number of processes).
+    loader: threads and prefetching.
+
+  Returns:
+    a grain iterator, with T = min(run.structures, K), L = run.slices and m = S / 4, of
+      "images": float32 [B, L, S, S, 3] in [0, 1].
+      "masks": float32 [B, T, L, m, m], occupancy by the truth.
+      "known": float32 [B, T, L, m, m], occupancy by voxels that are not ignored.
+      "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32.
+      "inside": bool [B, L], the slice lies in the volume.
+      "depth": int32 [B], slices of the whole volume.
+      "structures": int32 [B, T].
+
+  Raises:
+    UserError: the image has no such channel (while iterating: prompts of another shape).
+  """
+  if len(run.channels) not in (1, 3):
+    raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")
+  cases = _Cases(Path(folder), tuple(identifiers), seed)
+  membership = np.asarray(membership, bool)
+  sample = _RunSample(
+    cases, run, membership, None if prompts is None else Path(prompts), augmentation, corruption
+  )
+  return _batches(sample, batch_size, shard, loader or LoaderConfig())

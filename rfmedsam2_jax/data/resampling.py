@@ -1,0 +1,90 @@
+"""Separable resampling: one matrix per axis, applied with BLAS.
+
+All matrices share one convention: two grids cover the same field of view, index i of n has its
+centre at (i + 0.5) / n of it (half-pixel centres), and values beyond the border repeat the border's.
+Used on the way in by preprocessing and augmentation, on the way out by `Restore`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.ndimage
+
+
+def _read_only(matrix: np.ndarray) -> np.ndarray:
+  matrix = np.ascontiguousarray(matrix, dtype=np.float32)
+  matrix.flags.writeable = False  # the caches below hand out one array to everybody
+  return matrix
+
+
+def centres(n_in: int, n_out: int) -> np.ndarray:
+  """float64 [n_out]: where the output's centres lie, in the input's indices."""
+  return (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+
+
+@functools.lru_cache(maxsize=256)
+def linear_matrix(n_in: int, n_out: int) -> np.ndarray:
+  """float32 [n_out, n_in]: linear interpolation, without antialiasing."""
+  position = np.clip(centres(n_in, n_out), 0, n_in - 1)
+  low = np.minimum(position.astype(int), max(n_in - 2, 0))
+  matrix = np.zeros((n_out, n_in))
+  rows = np.arange(n_out)
+  matrix[rows, low] = 1 - (position - low)
+  if n_in > 1:
+    matrix[rows, low + 1] = position - low
+  return _read_only(matrix)
+
+
+@functools.lru_cache(maxsize=256)
+def antialiased_matrix(n_in: int, n_out: int) -> np.ndarray:
+  """float32 [n_out, n_in]: linear when growing, a triangle as wide as two new voxels when shrinking.
+
+  The same as `jax.image.resize(method="linear", antialias=True)` and PIL's bilinear filter.
+  """
+  width = max(n_in / n_out, 1.0)
+  distance = np.abs(centres(n_in, n_out)[:, None] - np.arange(n_in)) / width
+  weights = np.maximum(1 - distance, 0)
+  return _read_only(weights / weights.sum(axis=1, keepdims=True))
+
+
+@functools.lru_cache(maxsize=256)
+def spline_matrix(n_in: int, n_out: int) -> np.ndarray:
+  """float32 [n_out, n_in]: cubic B-spline interpolation (nnU-Net's order 3, border repeated)."""
+  if n_in == 1:
+    return _read_only(np.ones((n_out, 1)))
+  # Spline prefilter and evaluation are linear, so their response to the unit vectors is the matrix.
+  return _read_only(scipy.ndimage.zoom(
+    np.eye(n_in), (n_out / n_in, 1), order=3, mode="nearest", grid_mode=True))
+
+
+@functools.lru_cache(maxsize=256)
+def nearest_matrix(n_in: int, n_out: int) -> np.ndarray:
+  """float32 [n_out, n_in]: the voxel in which the output's centre lies."""
+  return _read_only(np.eye(n_in)[np.clip(np.floor(centres(n_in, n_out) + 0.5), 0, n_in - 1)
+                                 .astype(int)])
+
+
+def apply_separable(array: np.ndarray, matrices: Sequence[np.ndarray | None]) -> np.ndarray:
+  """Applies one matrix to each of the last len(matrices) axes.
+
+  Args:
+    array: float32 [..., n_1, n_2, ...].
+    matrices: float32 [m, n] each; None leaves the axis as it is.
+
+  Returns:
+    float32 [..., m_1, m_2, ...], contiguous unless nothing was to be done.
+  """
+  result = np.asarray(array, np.float32)
+  first = result.ndim - len(matrices)
+  steps = [(first + i, m) for i, m in enumerate(matrices) if m is not None]
+  # What shrinks comes first: less memory and arithmetic for the rest.
+  for axis, matrix in sorted(steps, key=lambda step: step[1].shape[0] / step[1].shape[1]):
+    shape = result.shape
+    before, after = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1:]))
+    if after == 1:
+      result = result.reshape(before, shape[axis]) @ matrix.T
+    else:
+      result = np.matmul(matrix, result.reshape(before, shape[axis], after))
+    result = result.reshape(*shape[:axis], matrix.shape[0], *shape[axis + 1:])
+  return result

@@ -1,0 +1,71 @@
+"""Which cases train and which validate: by case, seeded, written into the run's folder."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rfmedsam2_jax.data.files import STRICT, load_json, save_json
+from rfmedsam2_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitConfig:
+  """How the training cases are divided."""
+
+  fraction: float = 0.2    # of the cases that validate, at least one; 0: none; unused with a fold
+  fold: int | None = None  # this fold of `folds` validates, the same cases as in nnU-Net's fold
+  folds: int = 5           # number of folds, when `fold` is given
+  seed: int = 12345        # another seed is another split; nnU-Net's is the default
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Identifiers in alphabetical order, and the settings that led to them."""
+
+  __pydantic_config__ = STRICT
+
+  train: tuple[str, ...]
+  validation: tuple[str, ...]
+  config: SplitConfig
+
+
+def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
+  """Divides cases; depends on the set of identifiers and the settings only, not on their order.
+
+  Raises:
+    UserError: settings that leave no case to train on, or a fold that does not exist.
+  """
+  ordered = sorted(identifiers)
+  count = len(ordered)
+  shuffled = np.arange(count)
+  if config.fold is None:
+    if not 0 <= config.fraction < 1:
+      raise UserError(f"split.fraction: is {config.fraction}; give a number from 0 to below 1")
+    np.random.default_rng(config.seed).shuffle(shuffled)
+    held_out = shuffled[:max(1, round(count * config.fraction)) if config.fraction else 0]
+  else:
+    if not 2 <= config.folds <= count:
+      raise UserError(f"split.folds: is {config.folds} with {count} cases; give 2 to {count}")
+    if not 0 <= config.fold < config.folds:
+      raise UserError(f"split.fold: is {config.fold}; give 0 to {config.folds - 1}")
+    # As scikit-learn's KFold(folds, shuffle=True, random_state=seed), which nnU-Net uses.
+    np.random.RandomState(config.seed).shuffle(shuffled)
+    held_out = np.array_split(shuffled, config.folds)[config.fold]
+  validation = {ordered[i] for i in held_out}
+  train = tuple(name for name in ordered if name not in validation)
+  if not train:
+    raise UserError(f"split: no training case is left of {count}; add cases or lower the fraction "
+                    f"(0 trains on all and validates on none)")
+  return Split(train, tuple(name for name in ordered if name in validation), config)
+
+
+def save_split(path: str | Path, split: Split) -> None:
+  """Writes splits.json."""
+  save_json(path, split)
+
+
+def load_split(path: str | Path) -> Split:
+  """Reads splits.json."""
+  return load_json(path, Split)

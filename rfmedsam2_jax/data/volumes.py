@@ -1,0 +1,284 @@
+"""NIfTI volumes in and label maps out: any axis order and flip comes in, the same grid goes out.
+
+First and last station of the data's way. Everything behind it works in one orientation, LPS+ with
+axes (z, y, x), which is SimpleITK's array order; `Geometry` remembers how to go back.
+"""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.errors import UserError
+
+ENDINGS = (".nii.gz", ".nii")
+
+# Largest distance of the same corner voxel in image and label, in units of the smallest spacing.
+# Rounded headers stay far below; a shift by a voxel stays far above.
+GRID_TOLERANCE = 0.25
+
+_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Geometry:
+  """Where a volume's voxels lie, and what is needed to write another volume onto its grid.
+
+  Attributes:
+    path: the file it was read from, for messages.
+    header: the file's NIfTI header: units, qform and sform with their codes.
+    affine: float64 [4, 4], native voxel index (i, j, k) to world (RAS+), in the file's units.
+    shape: native (i, j, k).
+    axes: the native axis that runs along canonical z, y and x.
+    flipped: whether that native axis runs against canonical z, y and x.
+  """
+
+  path: Path
+  header: nib.Nifti1Header
+  affine: np.ndarray
+  shape: tuple[int, int, int]
+  axes: tuple[int, int, int]
+  flipped: tuple[bool, bool, bool]
+
+  @property
+  def canonical_shape(self) -> tuple[int, int, int]:
+    """(z, y, x)."""
+    z, y, x = (self.shape[axis] for axis in self.axes)
+    return z, y, x
+
+  @property
+  def canonical_affine(self) -> np.ndarray:
+    """float64 [4, 4], canonical voxel index (z, y, x) to world (RAS+), in the file's units."""
+    to_native = np.zeros((4, 4))
+    to_native[3, 3] = 1
+    for canonical, (native, flip) in enumerate(zip(self.axes, self.flipped, strict=True)):
+      to_native[native, canonical] = -1 if flip else 1
+      to_native[native, 3] = self.shape[native] - 1 if flip else 0
+    return self.affine @ to_native
+
+  @property
+  def spacing(self) -> tuple[float, float, float]:
+    """Voxel size in mm along canonical (z, y, x), to the six digits that NIfTI's float32 carries."""
+    scale = _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
+    sizes = np.linalg.norm(self.affine[:3, :3], axis=0) * scale
+    z, y, x = (float(f"{sizes[axis]:.6g}") for axis in self.axes)
+    return z, y, x
+
+  def to_canonical(self, native: np.ndarray) -> np.ndarray:
+    """[i, j, k] as a contiguous [z, y, x]."""
+    view = native.transpose(self.axes)
+    return np.ascontiguousarray(view[tuple(slice(None, None, -1 if f else 1) for f in self.flipped)])
+
+  def to_native(self, canonical: np.ndarray) -> np.ndarray:
+    """[z, y, x] as a view [i, j, k]; the inverse of `to_canonical`."""
+    view = canonical[tuple(slice(None, None, -1 if f else 1) for f in self.flipped)]
+    return view.transpose(np.argsort(self.axes))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Volume:
+  """An image in canonical orientation.
+
+  Attributes:
+    array: float32 [C, D, H, W], axes (z, y, x), LPS+.
+    spacing: mm, (z, y, x).
+    geometry: the way back to the file's own grid.
+  """
+
+  array: np.ndarray
+  spacing: tuple[float, float, float]
+  geometry: Geometry
+
+
+def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> Volume:
+  """Reads an image of `channels` channels.
+
+  Args:
+    paths: one 3D file per channel, all on one grid; or one 4D file whose fourth axis is the
+      channels (Medical Segmentation Decathlon).
+    channels: how many are expected.
+
+  Raises:
+    UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or
+      infinite voxels, an affine without a meaning, channels on different grids.
+  """
+  files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+  if len(files) not in (1, channels):
+    raise UserError(f"{files[0]}: {len(files)} files where {channels} channels are expected; "
+                    f"give one file per channel or one 4D file")
+  planes: list[np.ndarray] = []
+  geometry: Geometry | None = None
+  for path in files:
+    native, current = _read(path, np.float32)
+    if geometry is None:
+      geometry = current
+    else:
+      _check_grid(current, geometry, "channels")
+    expected = channels if len(files) == 1 else 1
+    if native.ndim == 3:
+      native = native[..., None]
+    if native.ndim != 4 or native.shape[3] != expected:
+      size = "x".join(str(n) for n in native.shape)
+      raise UserError(f"{path}: has {native.ndim - (native.shape[-1] == 1)} axes ({size}) where "
+                      f"{_image(expected)} is expected; split it into files of that form")
+    bad = native.size - int(np.isfinite(native).sum())
+    if bad:
+      raise UserError(f"{path}: {bad} of {native.size} voxels are NaN or infinite; "
+                      f"replace them, for example by the background's value")
+    planes.extend(current.to_canonical(native[..., c]) for c in range(expected))
+  assert geometry is not None
+  return Volume(np.stack(planes) if channels > 1 else planes[0][None], geometry.spacing, geometry)
+
+
+def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
+  """Reads a label map and brings it onto an image's canonical grid by its own affine.
+
+  Args:
+    path: a 3D file of whole numbers, of any axis order and flip.
+    like: of the image. The corner voxels must agree within `GRID_TOLERANCE`.
+
+  Returns:
+    int32 [D, H, W], canonical.
+
+  Raises:
+    UserError: unreadable, not 3D, fractions, or not on the image's grid.
+  """
+  path = Path(path)
+  native, geometry = _read(path, None)
+  if native.ndim == 4 and native.shape[3] == 1:
+    native = native[..., 0]
+  if native.ndim != 3:
+    size = "x".join(str(n) for n in native.shape)
+    raise UserError(f"{path}: has {native.ndim} axes ({size}) where a 3D label map is expected; "
+                    f"give one volume of whole numbers")
+  if native.dtype.kind == "f":
+    rounded = np.rint(native)
+    if not np.array_equal(rounded, native):
+      raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
+                      f"is it an image instead of a label map?")
+    native = rounded
+  if native.size and not np.abs(native.astype(np.float64)).max() < 2**31:
+    raise UserError(f"{path}: holds values beyond 32 bits; a label map has small whole numbers")
+  _check_grid(geometry, like, "image and label")
+  return geometry.to_canonical(native).astype(np.int32)
+
+
+def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) -> None:
+  """Writes a label map on exactly the grid of the file that `geometry` was read from.
+
+  Shape, affine, units, qform and sform with their codes are the input's; the type is the smallest
+  unsigned integer that holds the values. The file appears whole or not at all.
+
+  Args:
+    path: ends in .nii.gz or .nii.
+    labels: whole numbers >= 0, [D, H, W], canonical.
+  """
+  if labels.shape != geometry.canonical_shape:
+    raise ValueError(f"labels have shape {labels.shape}, the grid {geometry.canonical_shape}")
+  kind = np.min_scalar_type(int(labels.max(initial=0)))
+  header = geometry.header.copy()
+  header.extensions.clear()  # they may hold another file's or a patient's particulars
+  header.set_data_dtype(kind)
+  header.set_data_shape(geometry.shape)
+  header.set_slope_inter(1, 0)
+  header.set_intent("none")
+  header["cal_min"] = header["cal_max"] = 0
+  native = np.ascontiguousarray(geometry.to_native(labels), dtype=kind)
+  image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+  with replacing(path) as temporary:
+    # Without an affine, nibabel leaves qform and sform as they are.
+    nib.save(image_class(native, None, header), temporary)
+
+
+def is_nifti_name(path: str | Path) -> bool:
+  """Whether the name ends as a NIfTI file's does and is not hidden."""
+  name = Path(path).name
+  return name.endswith(ENDINGS) and not name.startswith(".")
+
+
+def _image(channels: int) -> str:
+  return "a 3D image" if channels == 1 else f"a 4D image with {channels} channels"
+
+
+def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
+  """The voxels in native order, cast to `kind` if given, and the geometry of the first three axes."""
+  if not path.exists():
+    raise UserError(f"{path}: does not exist; check the path")
+  if not path.is_file() or not path.name.endswith(ENDINGS):
+    raise UserError(f"{path}: is not a NIfTI file; give a .nii or .nii.gz file")
+  try:
+    image = nib.load(path)
+    if not isinstance(image, nib.Nifti1Image):
+      raise UserError(f"{path}: is not a NIfTI file; convert it to .nii.gz")
+    if image.get_data_dtype().kind not in "buif":
+      raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
+                      f"convert the file to whole or real numbers")
+    geometry = _geometry(path, image)
+    if kind is None:
+      native = np.asanyarray(image.dataobj)
+    else:
+      native = image.get_fdata(caching="unchanged", dtype=kind)
+  except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
+          ValueError, zlib.error) as error:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise UserError(f"{path}: cannot be read as NIfTI, perhaps truncated ({reason}); "
+                    f"copy or convert the file again") from None
+  return native, geometry
+
+
+def _geometry(path: Path, image: nib.Nifti1Image) -> Geometry:
+  if len(image.shape) < 3 or 0 in image.shape:
+    size = "x".join(str(n) for n in image.shape)
+    raise UserError(f"{path}: has the size {size}; a volume with three axes is expected")
+  affine = np.asarray(image.affine, np.float64)
+  sizes = np.linalg.norm(affine[:3, :3], axis=0)
+  if not np.isfinite(affine).all() or not (sizes > 0).all():
+    raise UserError(f"{path}: its affine is not finite or has an axis without length; "
+                    f"correct the header's qform or sform")
+  directions = affine[:3, :3] / sizes
+  if abs(np.linalg.det(directions)) < 1e-3:
+    raise UserError(f"{path}: its affine is singular (axes that coincide); "
+                    f"correct the header's qform or sform")
+  axes, flipped = _orientation(directions)
+  i, j, k = image.shape[:3]
+  return Geometry(path, image.header.copy(), affine, (i, j, k), axes, flipped)
+
+
+def _orientation(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+  """The native axes nearest to canonical z, y, x, and which of them run the other way.
+
+  Args:
+    directions: [3, 3], unit columns of the affine (RAS+).
+  """
+  def closeness(axes: tuple[int, ...]) -> tuple[float, float]:
+    columns = directions[:, axes[::-1]]  # along world x, y, z
+    # The second number decides at 45 degrees. It must not depend on the order or sign of the
+    # native axes, else two orders of one volume would become two canonical volumes.
+    return (round(float((np.diag(columns) ** 2).sum()), 6),
+            float((np.diag(columns) * np.diag(np.roll(columns, -1, axis=0))).sum()))
+
+  z, y, x = max(itertools.permutations(range(3)), key=closeness)
+  # Canonical z runs to Superior (+), y to Posterior (-), x to Left (-).
+  flipped = (bool(directions[2, z] < 0), bool(directions[1, y] > 0), bool(directions[0, x] > 0))
+  return (z, y, x), flipped
+
+
+def _check_grid(geometry: Geometry, like: Geometry, what: str) -> None:
+  """UserError unless both canonical grids agree in shape and world space."""
+  ours, theirs = geometry.canonical_shape, like.canonical_shape
+  advice = "resample one onto the other's grid or correct its affine"
+  if ours != theirs:
+    raise UserError(f"{geometry.path}: {what} of different space: its grid (z, y, x) is {ours}, "
+                    f"that of {like.path} is {theirs}; {advice}")
+  corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in ours))])
+  offsets = corners @ (geometry.canonical_affine - like.canonical_affine).T
+  distance = float(np.linalg.norm(offsets[:, :3], axis=1).max())
+  smallest = float(np.linalg.norm(like.affine[:3, :3], axis=0).min())
+  if distance > GRID_TOLERANCE * smallest:
+    raise UserError(f"{geometry.path}: {what} of different space: its corners lie up to "
+                    f"{distance:.4g} from those of {like.path} (voxels of {smallest:.4g}); {advice}")

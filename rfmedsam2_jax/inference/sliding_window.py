@@ -1,0 +1,138 @@
+"""Sliding-window prediction that hands out the volume slab by slab.
+
+In: a prepared volume (data.preprocessing) and a function from patches to logits. Out: logits of
+consecutive slabs along D. Nothing of the size (whole volume) x (classes) is ever held: a slab is
+given away as soon as no later window can touch it, and at most one patch depth is in work.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Window = tuple[int, int, int]  # where it begins along D, H, W
+
+
+def window_starts(size: int, patch: int, overlap: float) -> list[int]:
+  """Where windows begin along one axis: evenly spread, neighbours sharing at least `overlap`."""
+  if size <= patch:
+    return [0]
+  count = math.ceil((size - patch) / (patch * (1 - overlap))) + 1
+  return [round(i * (size - patch) / (count - 1)) for i in range(count)]
+
+
+def importance(patch: int) -> np.ndarray:
+  """Weight of the positions in a window along one axis: Gaussian, sigma = patch / 8 (nnU-Net)."""
+  offset = np.arange(patch) - (patch - 1) / 2
+  return np.exp(-0.5 * np.square(offset / (patch / 8))).astype(np.float32)
+
+
+def total_importance(size: int, patch: int, starts: Sequence[int]) -> np.ndarray:
+  """Sum of the windows' weights at every position of one axis."""
+  total = np.zeros(size, np.float32)
+  for start in starts:
+    total[start : start + patch] += importance(patch)
+  return total
+
+
+def predict_slabs(
+  forward: Callable[[np.ndarray], jax.Array],
+  image: np.ndarray,
+  patch: tuple[int, int, int],
+  overlap: float = 0.5,
+  batch_size: int = 1,
+  mirror_axes: Sequence[int] = (),
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Logits of a volume of any size, in slabs along D.
+
+  Args:
+    forward: [batch_size, pd, ph, pw, C] float32 to logits [batch_size, pd, ph, pw, K]; always
+      called with this one shape, so that it is compiled once.
+    image: [C, D, H, W]. Where it is smaller than the patch it is padded with zeros on both sides
+      (zero is the mean after normalisation).
+    patch: pd, ph, pw.
+    overlap: least share of a window that its neighbour covers too, in [0, 1).
+    batch_size: windows per call.
+    mirror_axes: axes (0 = D, 1 = H, 2 = W) along which predictions of mirrored windows are
+      averaged in; every one of them doubles the time.
+
+  Yields:
+    (slice along D, float32 [d, H, W, K]), in order and without gaps. The array is the receiver's.
+  """
+  shape = image.shape[1:]
+  pads = [max(p - size, 0) for p, size in zip(patch, shape, strict=True)]
+  margins = [(pad // 2, pad - pad // 2) for pad in pads]
+  if any(pads):
+    image = np.pad(image, [(0, 0), *margins])
+  depth, height, width = image.shape[1:]
+  starts = [window_starts(size, p, overlap) for size, p in zip(image.shape[1:], patch, strict=True)]
+  weight_d, weight_h, weight_w = (importance(p) for p in patch)
+  weight = weight_d[:, None, None] * weight_h[:, None] * weight_w
+  # Windows form a grid, so the sum of their weights is a product of sums along the axes.
+  total_d, total_h, total_w = (
+    total_importance(size, p, s) for size, p, s in zip(image.shape[1:], patch, starts, strict=True)
+  )
+  total_hw = (total_h[:, None] * total_w)[..., None]
+  inside = tuple(slice(m[0], m[0] + size) for m, size in zip(margins, shape, strict=True))
+
+  def finished(begin: int, rows: np.ndarray) -> tuple[slice, np.ndarray]:
+    rows /= total_d[begin : begin + len(rows), None, None, None]
+    rows /= total_hw
+    # Only a volume of one row of windows is padded along D, so its slab is cut, never empty.
+    rows = rows[inside[0]] if pads[0] else rows
+    return slice(begin, begin + len(rows)), rows[:, inside[1], inside[2]]
+
+  sums: np.ndarray | None = None
+  top = 0
+  windows = list(itertools.product(*starts))
+  for (d, h, w), logits in _run(forward, image, windows, patch, batch_size, mirror_axes):
+    if sums is None:
+      sums = np.zeros((patch[0], height, width, logits.shape[-1]), np.float32)
+    if d > top:
+      # The next row of windows begins at d, so nothing above it changes any more.
+      rest = np.zeros_like(sums)
+      rest[: max(patch[0] - (d - top), 0)] = sums[d - top :]
+      done, sums = sums[: d - top], rest
+      yield finished(top, done)
+      top = d
+    sums[:, h : h + patch[1], w : w + patch[2]] += logits * weight[..., None]
+  assert sums is not None
+  yield finished(top, sums[: depth - top])
+
+
+def _run(
+  forward: Callable[[np.ndarray], jax.Array],
+  image: np.ndarray,
+  windows: Sequence[Window],
+  patch: tuple[int, int, int],
+  batch_size: int,
+  mirror_axes: Sequence[int],
+) -> Iterator[tuple[Window, np.ndarray]]:
+  """Logits [pd, ph, pw, K] of every window, in order; one batch is computed ahead."""
+
+  def predict(batch: Sequence[Window]) -> jax.Array:
+    parts = [image[:, d : d + patch[0], h : h + patch[1], w : w + patch[2]] for d, h, w in batch]
+    parts += [parts[-1]] * (batch_size - len(parts))
+    patches = np.ascontiguousarray(np.stack(parts).transpose(0, 2, 3, 4, 1), np.float32)
+    flips = [
+      tuple(axis + 1 for axis in axes)
+      for n in range(len(mirror_axes) + 1)
+      for axes in itertools.combinations(mirror_axes, n)
+    ]
+    total = forward(patches)
+    for axes in flips[1:]:
+      total = total + jnp.flip(forward(np.ascontiguousarray(np.flip(patches, axes))), axes)
+    return total / len(flips)
+
+  waiting: tuple[Sequence[Window], jax.Array] | None = None
+  for begin in range(0, len(windows), batch_size):
+    batch = windows[begin : begin + batch_size]
+    started = (batch, predict(batch))
+    if waiting is not None:
+      yield from zip(waiting[0], np.asarray(waiting[1], np.float32), strict=False)
+    waiting = started
+  if waiting is not None:
+    yield from zip(waiting[0], np.asarray(waiting[1], np.float32), strict=False)

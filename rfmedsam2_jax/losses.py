@@ -1,0 +1,236 @@
+"""Losses of the two training phases: pure functions of logits and truth, float32.
+
+Generator: soft Dice and cross-entropy over classes, or over overlapping regions, deeply supervised
+as in nnU-Net. Refiner: SAM 2's focal and Dice loss on mask logits, regression of the IoU, binary
+cross-entropy of presence. What must not count (ignored voxels, absent structures, dead cells) is a
+mask, and gives a zero gradient, never NaN, whatever stands under it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+IGNORE = 255  # value of a voxel without a label in `target`
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorLossConfig:
+  """Loss of the prompt generator, nnU-Net's by default."""
+
+  dice: float = 1.0  # weight of the soft Dice loss
+  cross_entropy: float = 1.0  # weight of the cross-entropy (binary where structures overlap)
+  batch_dice: bool = True  # Dice over the batch's voxels together; steadier for small structures
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerLossConfig:
+  """Loss of one refinement stage, SAM 2's fine-tuning weights by default."""
+
+  focal: float = 20.0  # weight of the focal loss on mask logits
+  dice: float = 1.0  # weight of the Dice loss on mask logits
+  iou: float = 1.0  # weight of the regression of the predicted IoU
+  presence: float = 1.0  # weight of the cross-entropy of "the structure is on this slice"
+  iou_form: Literal["l1", "mse"] = "l1"
+  focal_alpha: float = 0.25  # weight of foreground pixels; 1 - alpha that of background
+  focal_gamma: float = 2.0  # higher leaves out easy pixels more
+
+
+def binary_cross_entropy(logits: Array, target: Array) -> Array:
+  """Per element; `target` in [0, 1]. Finite for any finite logit, also -1024."""
+  return jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+
+
+def masked_mean(values: Array, mask: Array) -> Array:
+  """Mean weighted by `mask` (broadcast to `values`); 0 where the mask is empty."""
+  mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
+  kept = jnp.where(mask > 0, values, 0.0)
+  return (kept * mask).sum() / jnp.maximum(mask.sum(), 1e-6)
+
+
+def soft_dice(probability: Array, truth: Array, valid: Array, batch_dice: bool) -> Array:
+  """1 - mean soft Dice over channels, nnU-Net's form (smooth 1e-5).
+
+  Args:
+    probability, truth: [B, D, H, W, K].
+    valid: [B, D, H, W], 0 for ignored voxels.
+    batch_dice: sums run over the batch too.
+  """
+  axes = (0, 1, 2, 3) if batch_dice else (1, 2, 3)
+  weight = valid[..., None]
+  intersection = (probability * truth * weight).sum(axes)
+  total = (probability * weight).sum(axes) + (truth * weight).sum(axes)
+  return 1.0 - ((2.0 * intersection + 1e-5) / (total + 1e-5)).mean()
+
+
+def segmentation_loss(
+  logits: Array,
+  target: Array,
+  membership: Array,
+  regions: bool,
+  config: GeneratorLossConfig = GeneratorLossConfig(),
+) -> tuple[Array, dict[str, Array]]:
+  """Soft Dice and cross-entropy at one resolution.
+
+  Args:
+    logits: [B, D, H, W, K + 1] with background first (softmax), or [B, D, H, W, K] for regions
+      (sigmoid each).
+    target: uint8 [B, D, H, W], atoms of the label map; 255 is ignored.
+    membership: bool [A, K], which structures an atom belongs to (at most one unless regions).
+
+  Returns:
+    The weighted sum, and its unweighted parts "dice" and "cross_entropy".
+  """
+  logits = logits.astype(jnp.float32)
+  valid = target != IGNORE
+  atoms = jnp.where(valid, target, 0).astype(jnp.int32)
+  valid = valid.astype(jnp.float32)
+  member = jnp.asarray(membership, jnp.float32)
+  if regions:
+    truth = member[atoms]
+    probability = jax.nn.sigmoid(logits)
+    entropy = binary_cross_entropy(logits, truth).mean(-1)
+  else:
+    background = 1.0 - member.max(1, keepdims=True)
+    one_hot = jnp.concatenate([background, member], 1)[atoms]
+    log_probability = jax.nn.log_softmax(logits)
+    entropy = -(one_hot * log_probability).sum(-1)
+    # As in nnU-Net the background has no Dice term: it would only reward what is easy.
+    probability, truth = jnp.exp(log_probability[..., 1:]), one_hot[..., 1:]
+  parts = {
+    "dice": soft_dice(probability, truth, valid, config.batch_dice),
+    "cross_entropy": masked_mean(entropy, valid),
+  }
+  total = config.dice * parts["dice"] + config.cross_entropy * parts["cross_entropy"]
+  return total, parts
+
+
+def deep_supervision_weights(outputs: int) -> tuple[float, ...]:
+  """nnU-Net's weights, full resolution first: halved per level, 0 for the lowest, sum 1."""
+  weights = np.array([0.5**i for i in range(outputs)])
+  if outputs > 1:
+    weights[-1] = 0.0
+  return tuple(float(w) for w in weights / weights.sum())
+
+
+def downsample_target(target: Array, shape: Sequence[int]) -> Array:
+  """Nearest neighbour at pixel centres, [B, D, H, W] to [B, *shape]; sizes must divide."""
+  for axis, size in enumerate(shape, start=1):
+    step, rest = divmod(target.shape[axis], size)
+    if rest:
+      raise ValueError(f"target {target.shape[1:]} is not a multiple of {tuple(shape)}")
+    target = jax.lax.slice_in_dim(target, step // 2, None, step, axis)
+  return target
+
+
+def generator_loss(
+  logits: Sequence[Array],
+  target: Array,
+  membership: Array,
+  regions: bool = False,
+  config: GeneratorLossConfig = GeneratorLossConfig(),
+) -> tuple[Array, dict[str, Array]]:
+  """The deeply supervised loss of the prompt generator.
+
+  Args:
+    logits: from UNet with deep supervision, full resolution first; see `segmentation_loss`.
+    target: uint8 [B, D, H, W] atoms at full resolution, 255 ignored.
+
+  Returns:
+    The loss, and the parts of the full resolution ("dice", "cross_entropy").
+  """
+  total, parts = jnp.float32(0), {}
+  weights = deep_supervision_weights(len(logits))
+  for level, (weight, level_logits) in enumerate(zip(weights, logits, strict=True)):
+    if weight == 0:
+      continue
+    level_target = downsample_target(target, level_logits.shape[1:4])
+    loss, level_parts = segmentation_loss(level_logits, level_target, membership, regions, config)
+    total = total + weight * loss
+    parts = parts if level else level_parts
+  return total, parts
+
+
+def focal_loss(
+  logits: Array, target: Array, known: Array, alpha: float = 0.25, gamma: float = 2.0
+) -> Array:
+  """Sigmoid focal loss, mean over the known pixels of each mask, [..., H, W] to [...].
+
+  On hard targets it is SAM 2's. On soft ones (occupancy of coarse pixels) the modulating factor is
+  |target - p|^gamma, so that the target itself is the optimum (quality focal loss, 2006.04388).
+  """
+  p = jax.nn.sigmoid(logits)
+  modulation = jnp.square(target - p) ** (gamma / 2)
+  balance = alpha * target + (1 - alpha) * (1 - target)
+  loss = binary_cross_entropy(logits, target) * modulation * balance * known
+  return loss.sum((-2, -1)) / jnp.maximum(known.sum((-2, -1)), 1.0)
+
+
+def mask_dice_loss(logits: Array, target: Array, known: Array) -> Array:
+  """1 - Dice of each mask, [..., H, W] to [...], smoothed by 1 as in SAM 2.
+
+  The overlap is |p| + |t| - |p - t|: 2 p t on hard targets, and least at p = t on soft ones, which
+  2 p t is not (Dice semimetric loss, 2303.16296).
+  """
+  p, t = jax.nn.sigmoid(logits) * known, target * known
+  total = p.sum((-2, -1)) + t.sum((-2, -1))
+  overlap = total - jnp.abs(p - t).sum((-2, -1))
+  return 1.0 - (overlap + 1.0) / (total + 1.0)
+
+
+def mask_iou(logits: Array, target: Array, known: Array) -> Array:
+  """IoU of logits > 0 and target > 0.5 over known pixels, [..., H, W] to [...]; 1 if both empty."""
+  p, t = (logits > 0) & (known > 0.5), (target > 0.5) & (known > 0.5)
+  union = (p | t).sum((-2, -1))
+  return jnp.where(union > 0, (p & t).sum((-2, -1)) / jnp.maximum(union, 1), 1.0)
+
+
+def refiner_loss(
+  mask_logits: Array,
+  ious: Array,
+  presence: Array,
+  target: Array,
+  known: Array,
+  present: Array,
+  live: Array,
+  config: RefinerLossConfig = RefinerLossConfig(),
+) -> tuple[Array, dict[str, Array]]:
+  """Loss of one refinement stage over cells; leading axes [...] are of any number.
+
+  Args:
+    mask_logits: [..., H, W], before the presence gate.
+    ious: [...], predicted IoU.
+    presence: [...], logits.
+    target: [..., H, W], occupancy of the structure in [0, 1].
+    known: [..., H, W], share of the pixel that is labelled at all, in [0, 1].
+    present: bool [...], the structure is on the slice: only then masks and IoU count.
+    live: bool [...], the cell counts at all; anything, NaN included, may stand in the others.
+
+  Returns:
+    The weighted sum, and its unweighted parts "focal", "dice", "iou", "presence" (each a mean over
+    the cells that count, 0 where there is none).
+  """
+  # Replaced before any arithmetic: a mask after it would leave NaN in the gradient.
+  live = jnp.asarray(live, bool)
+  logits = jnp.where(live[..., None, None], mask_logits.astype(jnp.float32), 0.0)
+  ious = jnp.where(live, ious.astype(jnp.float32), 0.0)
+  presence = jnp.where(live, presence.astype(jnp.float32), 0.0)
+  target, known = target.astype(jnp.float32), known.astype(jnp.float32)
+  shown = live & present & (known.sum((-2, -1)) > 0)
+  error = ious - jax.lax.stop_gradient(mask_iou(logits, target, known))
+  parts = {
+    "focal": masked_mean(
+      focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma), shown
+    ),
+    "dice": masked_mean(mask_dice_loss(logits, target, known), shown),
+    "iou": masked_mean(jnp.abs(error) if config.iou_form == "l1" else jnp.square(error), shown),
+    "presence": masked_mean(binary_cross_entropy(presence, present.astype(jnp.float32)), live),
+  }
+  weights = {"focal": config.focal, "dice": config.dice, "iou": config.iou}
+  weights["presence"] = config.presence
+  return sum((weights[k] * v for k, v in parts.items()), jnp.float32(0)), parts

@@ -1,0 +1,240 @@
+"""The memory bank: which remembered slices a cell attends to, as pytrees of fixed shape and pure functions.
+
+Two ways of filling the same `MemorySlots` that `SAM2.condition` reads:
+  neighbours  every cell reads the slices around it, as the previous stage saw them (`neighbour_slots`);
+              no recurrence, so all cells of a stage can run side by side.
+  stream      SAM 2's own recurrence over slices (`MemoryBank`): what was segmented is remembered and
+              read again at the next slice. The bank never grows with the depth of the volume.
+
+In: memories from `SAM2.remember`. Out: slots for `SAM2.condition`. Used by refinement and tracking.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax.nn import MemorySlots
+
+Array = jax.Array
+
+# The temporal table has one row per distance and a last one for conditioning slices (SAM 2: maskmem_tpos_enc).
+CONDITIONING_ROW = 6
+RECENT_SLOTS = 6
+MAX_POINTER_DISTANCE = 16  # SAM 2: max_obj_ptrs_in_encoder
+POINTER_SLOTS = MAX_POINTER_DISTANCE - 1
+
+
+def pointer_positions(offsets: Array, depth: Array | int) -> Array:
+  """Temporal positions of object pointers (sam2_base.py:582, 591-629 of sam2 1.1.0).
+
+  Args:
+    offsets: int [...], slice of the cell minus slice of the pointer; signed.
+    depth: true number of slices of the volume, without padding; broadcasts against offsets.
+
+  Returns:
+    float32 [...], offset / (min(depth, 16) - 1).
+  """
+  span = jnp.maximum(jnp.minimum(depth, MAX_POINTER_DISTANCE) - 1, 1)
+  return offsets.astype(jnp.float32) / span
+
+
+class SlotTable(NamedTuple):
+  """For every cell of a grid of tracks and slices, the slices that it remembers.
+
+  slices: int32 [T, Z, M], clipped into the volume where not valid.
+  rows: int32 [T, Z, M], row of the temporal table.
+  offsets: int32 [T, Z, M], own slice minus remembered slice.
+  valid: bool [T, Z, M].
+  """
+
+  slices: Array
+  rows: Array
+  offsets: Array
+  valid: Array
+
+
+def anchor_slices(
+  score: Array, live: Array, given: Array, anchors: int, max_given: int = 0
+) -> tuple[Array, Array]:
+  """The slices of each track that take the conditioning row.
+
+  Args:
+    score: float32 [T, Z], presence times mean foreground probability of the previous stage.
+    live: bool [T, Z].
+    given: bool [T, Z], slices with a person's prompt, anchors in any case.
+    anchors: further anchors per track, the live slices with the highest score; 0 for none.
+    max_given: the largest number of given slices of a track.
+
+  Returns:
+    slices int32 [T, anchors + max_given], given ones first, then best first; valid bool, same shape.
+  """
+  ranking = jnp.where(live, score, -1.0) + jnp.where(given, 2.0, 0.0)
+  count = min(anchors + max_given, live.shape[1])
+  slices = jnp.argsort(-ranking, axis=1, stable=True)[:, :count].astype(jnp.int32)
+  rank = jnp.arange(count)[None]
+  wanted = rank < jnp.sum(given, axis=1, keepdims=True) + anchors
+  return slices, wanted & jnp.take_along_axis(live | given, slices, axis=1)
+
+
+def neighbour_slots(
+  live: Array, reach: int, anchors: Array, anchors_valid: Array, inside: Array | None = None
+) -> SlotTable:
+  """Slots at offsets +-1 to +-reach, the own slice excluded, and the anchors of the track.
+
+  Args:
+    live: bool [T, Z]; only live cells are remembered.
+    reach: slices on either side; at most 6, the rows of the temporal table.
+    anchors, anchors_valid: from `anchor_slices`.
+    inside: bool [Z] or [T, Z], slices that belong to the volume (the others are padding).
+
+  Returns:
+    SlotTable with M = 2 * reach + anchors. The row of a neighbour is |offset| - 1 on both sides.
+  """
+  if not 0 <= reach <= RECENT_SLOTS:
+    raise ValueError(f"reach is {reach}; the temporal table has rows for 0 to {RECENT_SLOTS}")
+  tracks, depth = live.shape
+  steps = [step for distance in range(1, reach + 1) for step in (-distance, distance)]
+  own = jnp.arange(depth, dtype=jnp.int32)[:, None]
+  near = own + jnp.array(steps, jnp.int32).reshape(1, -1)  # [Z, 2 reach]
+  near = jnp.broadcast_to(near, (tracks, *near.shape))
+  far = jnp.broadcast_to(anchors[:, None, :], (tracks, depth, anchors.shape[1]))
+  slices = jnp.concatenate([near, far], axis=2)
+  clipped = jnp.clip(slices, 0, depth - 1)
+  remembered = live if inside is None else live & inside
+  valid = (slices == clipped) & jax.vmap(jnp.take, (0, 0))(remembered, clipped)
+  is_anchor = jnp.arange(slices.shape[2]) >= len(steps)
+  far_valid = anchors_valid[:, None, :] & (far != own)
+  valid &= jnp.concatenate([jnp.ones_like(near, bool), far_valid], axis=2)
+  offsets = own - slices
+  rows = jnp.where(is_anchor, CONDITIONING_ROW, jnp.abs(offsets) - 1).astype(jnp.int32)
+  return SlotTable(clipped, rows, offsets.astype(jnp.int32), valid)
+
+
+class Ring(NamedTuple):
+  """Values by slice, in A conditioning slots followed by two halves of R slots, one per direction.
+
+  values: [N, A + 2 R, ...]; slices: int32 [N, A + 2 R]; valid: bool [N, A + 2 R].
+  """
+
+  values: Array
+  slices: Array
+  valid: Array
+
+
+class MemoryBank(NamedTuple):
+  """What N tracks remember while slices stream by; no shape depends on the depth of the volume.
+
+  maps: Ring of [G, G, mem_dim], the last 6 slices in each direction.
+  pointers: Ring of [C], gated by presence, the last 15.
+  """
+
+  maps: Ring
+  pointers: Ring
+
+
+def empty_bank(
+  tracks: int, conditioning: int, grid: int, mem_dim: int, d_model: int, dtype=jnp.float32
+) -> MemoryBank:
+  """A bank that remembers nothing, with room for `conditioning` conditioning slices per track."""
+
+  def ring(reach: int, *shape: int) -> Ring:
+    slots = conditioning + 2 * reach
+    return Ring(
+      jnp.zeros((tracks, slots, *shape), dtype),
+      jnp.zeros((tracks, slots), jnp.int32),
+      jnp.zeros((tracks, slots), bool),
+    )
+
+  return MemoryBank(ring(RECENT_SLOTS, grid, grid, mem_dim), ring(POINTER_SLOTS, d_model))
+
+
+def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) -> Ring:
+  here = (jnp.arange(ring.slices.shape[1])[None] == slot[:, None]) & where[:, None]
+  mask = here.reshape(here.shape + (1,) * (ring.values.ndim - 2))
+  return Ring(
+    jnp.where(mask, values[:, None].astype(ring.values.dtype), ring.values),
+    jnp.where(here, slices[:, None], ring.slices),
+    ring.valid | here,
+  )
+
+
+def add_conditioning(
+  bank: MemoryBank, slot: Array, where: Array, maps: Array, pointers: Array, slices: Array
+) -> MemoryBank:
+  """Remembers one conditioning slice per track.
+
+  Args:
+    slot: int32 [N], conditioning slot; where: bool [N], tracks that remember at all.
+    maps [N, G, G, mem_dim]; pointers [N, C]; slices int32 [N].
+  """
+  return MemoryBank(
+    _put(bank.maps, slot, where, maps, slices), _put(bank.pointers, slot, where, pointers, slices)
+  )
+
+
+def add_recent(
+  bank: MemoryBank,
+  conditioning: int,
+  where: Array,
+  maps: Array,
+  pointers: Array,
+  slices: Array,
+  start: Array,
+  reverse: bool,
+) -> MemoryBank:
+  """Remembers one tracked slice per track, forgetting the oldest of its direction.
+
+  The reverse pass starts with the forward pass's memories right behind it, because the official
+  predictor keeps both directions in one dictionary; so the forward pass leaves its first slices
+  after `start` in the reverse half as well.
+  """
+
+  def add(ring: Ring, reach: int, values: Array) -> Ring:
+    slot = conditioning + slices % reach
+    if reverse:
+      return _put(ring, slot + reach, where, values, slices)
+    ring = _put(ring, slot, where, values, slices)
+    early = where & (slices - start < reach)
+    return _put(ring, slot + reach, early, values, slices)
+
+  return MemoryBank(
+    add(bank.maps, RECENT_SLOTS, maps), add(bank.pointers, POINTER_SLOTS, pointers)
+  )
+
+
+def read(
+  bank: MemoryBank, conditioning: int, slices: Array, depth: Array | int, reverse: bool
+) -> MemorySlots:
+  """What the tracks read at a slice: conditioning slices anywhere, recent ones behind them.
+
+  Args:
+    conditioning: number A of conditioning slots of the bank.
+    slices: int32 [N], the slice at hand. depth: true depth of the volume.
+    reverse: direction of travel; "behind" means larger slice numbers when it is set.
+
+  Returns:
+    MemorySlots. Pointers of conditioning slices that lie ahead are left out
+    (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval).
+  """
+
+  def look(ring: Ring, reach: int) -> tuple[Array, Array, Array]:
+    slot = jnp.arange(ring.slices.shape[1])[None]
+    first = conditioning + (reach if reverse else 0)
+    mine = (slot >= first) & (slot < first + reach)
+    behind = (ring.slices - slices[:, None]) * (1 if reverse else -1)
+    is_conditioning = slot < conditioning
+    recent = mine & (behind >= 1) & (behind <= reach)
+    return behind, is_conditioning, ring.valid & ((is_conditioning & (behind != 0)) | recent)
+
+  behind, is_conditioning, valid = look(bank.maps, RECENT_SLOTS)
+  rows = jnp.where(is_conditioning, CONDITIONING_ROW, jnp.clip(behind - 1, 0, RECENT_SLOTS - 1))
+  pointer_behind, _, pointer_valid = look(bank.pointers, POINTER_SLOTS)
+  return MemorySlots(
+    maps=bank.maps.values,
+    rows=rows.astype(jnp.int32),
+    valid=valid,
+    pointers=bank.pointers.values,
+    pointer_positions=pointer_positions(pointer_behind, depth),
+    pointer_valid=pointer_valid & (pointer_behind >= 0),
+  )

@@ -1,0 +1,135 @@
+"""Scaled dot-product attention in the form that suits the backend, and SAM 2's rotary positions.
+
+Everything in SAM 2 that attends (hiera, mask_decoder, memory_attention) goes through
+`dot_product_attention`: one meaning, several ways to compute it, chosen when it is traced.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rfmedsam2_jax.nn.layers import Array
+
+# Scores (batch x heads x queries x keys) above which they are computed in chunks of queries:
+# beyond this many (32 MiB of float32) they leave the caches, and one chunk after the other is
+# faster as well as smaller.
+_CHUNK_ABOVE = 2**23
+_CHUNK_SCORES = 2**22
+
+
+def dot_product_attention(
+  q_BNHD: Array, k_BMHD: Array, v_BMHD: Array, mask_BM: Array | None = None
+) -> Array:
+  """softmax(q k' / sqrt(D)) v per head; the softmax is float32 whatever the inputs are.
+
+  Args:
+    q_BNHD: queries [B, N, H, D].
+    k_BMHD: keys [B, M, H, D].
+    v_BMHD: values [B, M, H, D].
+    mask_BM: bool [B, M], False for keys that take no part. Where a row of the batch has no key
+      left, the result is zero, and so are the gradients.
+
+  Returns:
+    [B, N, H, D] in the dtype of the queries.
+  """
+  if mask_BM is not None:
+    # A row without keys attends to all of them and its result is thrown away: no softmax ever
+    # sees an empty row, so no NaN arises in the value or in the gradient.
+    some_B = mask_BM.any(axis=-1)
+    mask_BM = mask_BM | ~some_B[:, None]
+  if _fits_cudnn(q_BNHD):
+    mask = None if mask_BM is None else mask_BM[:, None, None, :]
+    out = jax.nn.dot_product_attention(
+      q_BNHD, k_BMHD, v_BMHD, mask=mask, implementation="cudnn"
+    )
+  else:
+    out = _einsum_attention(q_BNHD, k_BMHD, v_BMHD, mask_BM)
+  if mask_BM is not None:
+    out = jnp.where(some_B[:, None, None, None], out, 0)
+  return out
+
+
+def _fits_cudnn(q_BNHD: Array) -> bool:
+  """Whether cuDNN's fused attention takes these arrays: half precision, limited head width."""
+  if jax.default_backend() != "gpu" or q_BNHD.dtype not in (jnp.bfloat16, jnp.float16):
+    return False
+  capability = getattr(jax.devices()[0], "compute_capability", "0.0")
+  major = int(str(capability).split(".")[0])
+  width = q_BNHD.shape[-1]
+  return major >= 8 and width % 8 == 0 and width <= (256 if major == 9 else 128)
+
+
+def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Array:
+  """The plain computation, chunked over queries where the scores would be large."""
+  batch, queries, heads, width = q.shape
+  scores = batch * heads * queries * k.shape[1]
+  # Batch and head side by side in front: XLA:CPU is slow at products that are not laid out so.
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * (width**-0.5), k, v))
+  chunks = 1 if scores <= _CHUNK_ABOVE else min(queries, -(-scores // _CHUNK_SCORES))
+  if chunks == 1:
+    out = _attend(q, k, v, mask_BM)
+  else:
+    size = -(-queries // chunks)
+    padding = -queries % size
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    q = q.reshape(batch, heads, -1, size, width).transpose(2, 0, 1, 3, 4)
+    # Without the checkpoint, the backward pass would keep every chunk's scores after all.
+    attend = jax.checkpoint(functools.partial(_attend, mask_BM=mask_BM))
+    out = jax.lax.map(lambda chunk: attend(chunk, k, v), q)
+    out = out.transpose(1, 2, 0, 3, 4).reshape(batch, heads, -1, width)[:, :, :queries]
+  return out.transpose(0, 2, 1, 3)
+
+
+def _attend(q_BHND: Array, k_BHMD: Array, v_BHMD: Array, mask_BM: Array | None) -> Array:
+  """Attention of scaled queries, heads in front; every row of the mask has a True."""
+  scores = jnp.einsum("bhnd,bhmd->bhnm", q_BHND, k_BHMD, preferred_element_type=jnp.float32)
+  if mask_BM is not None:
+    scores = jnp.where(mask_BM[:, None, None, :], scores, -jnp.inf)
+  peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  weights = jnp.exp(scores - peak)
+  # Divided after the product, which has D columns where the scores have M.
+  total = weights.sum(axis=-1, keepdims=True)
+  out = jnp.einsum(
+    "bhnm,bhmd->bhnd", weights.astype(v_BHMD.dtype), v_BHMD, preferred_element_type=jnp.float32
+  )
+  return (out / total).astype(q_BHND.dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def axial_rope(
+  height: int, width: int, head_width: int, theta: float = 10000.0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cosines and sines of SAM 2's rotary positions, for the tokens of a grid in row-major order.
+
+  The first half of the pairs turns with x, the second with y (position_encoding.py:180 of
+  sam2 1.1.0).
+
+  Args:
+    head_width: channels of one head, divisible by 4.
+
+  Returns:
+    cos, sin: float32 [height * width, head_width / 2].
+  """
+  frequencies = theta ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
+  y, x = np.divmod(np.arange(height * width), width)
+  angles = np.concatenate([np.outer(x, frequencies), np.outer(y, frequencies)], axis=-1)
+  return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def apply_rope(x_BNHD: Array, rope: tuple[np.ndarray, np.ndarray]) -> Array:
+  """Turns the interleaved pairs (channels 2i and 2i + 1) of queries or keys by their position.
+
+  Args:
+    x_BNHD: [B, N, H, D], where N is a multiple of the grid's tokens: the keys of several memories
+      follow each other, and each memory is a whole grid. Tokens without a position (object
+      pointers) are the caller's to keep apart.
+    rope: from `axial_rope` with head_width D.
+  """
+  batch, tokens, heads, width = x_BNHD.shape
+  cos, sin = (t[None, None, :, None, :] for t in rope)
+  x = x_BNHD.astype(jnp.float32).reshape(batch, -1, rope[0].shape[0], heads, width // 2, 2)
+  even, odd = x[..., 0], x[..., 1]
+  turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  return turned.reshape(batch, tokens, heads, width).astype(x_BNHD.dtype)

@@ -1,0 +1,83 @@
+"""The neck of SAM 2's image encoder, and the encoder: trunk and neck together.
+
+In: normalised images. Out: feature maps of one width at strides 4, 8, 16, which the mask decoder
+(the finer two) and memory attention (the last) take.
+Follows sam2/modeling/backbones/image_encoder.py of sam2 1.1.0, with the same submodule names.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter
+from rfmedsam2_jax.nn.hiera import Hiera
+from rfmedsam2_jax.nn.layers import Array, DType, conv2d
+
+
+class FpnNeck(nn.Module):
+  """A feature pyramid without output convolutions.
+
+  Args:
+    d_model: channels of every level.
+    fpn_top_down_levels: the levels (0 is the finest) that receive the upsampled coarser level.
+      SAM 2 has (2, 3): levels 0 and 1 are lateral only.
+    adapters: whether and how wide the CNN-Adapters are.
+  """
+
+  d_model: int = 256
+  fpn_top_down_levels: tuple[int, ...] = (2, 3)
+  adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, features: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Features [B, H, W, C] of every stage, fine to coarse, to as many [B, H, W, d_model]."""
+    levels: list[Array] = []
+    for i in reversed(range(len(features))):
+      lateral = Lateral(
+        self.d_model,
+        adapters=self.adapters,
+        dtype=self.dtype,
+        # Upstream counts the convolutions from the coarsest level.
+        name=f"convs_{len(features) - 1 - i}",
+      )(features[i])
+      if levels and i in self.fpn_top_down_levels:
+        lateral = lateral + upsample2(levels[-1])
+      levels.append(lateral)
+    return tuple(reversed(levels))
+
+
+class Lateral(nn.Module):
+  """One level's point-wise convolution and its CNN-Adapter."""
+
+  features: int
+  adapters: AdapterConfig
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BHWC: Array) -> Array:
+    x = conv2d(self.features, 1, dtype=self.dtype, name="conv")(x_BHWC)
+    if self.adapters.cnn:
+      x = CNNAdapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
+    return x
+
+
+class ImageEncoder(nn.Module):
+  """Trunk and neck; the coarsest `scalp` levels serve the top-down path and are then dropped.
+
+  Args:
+    trunk, neck: become the submodules of these names.
+  """
+
+  trunk: Hiera
+  neck: FpnNeck
+  scalp: int = 1
+
+  def __call__(self, images_BHW3: Array) -> tuple[Array, ...]:
+    """Images [B, S, S, 3] to [B, S/4, S/4, C], [B, S/8, S/8, C], [B, S/16, S/16, C]."""
+    levels = self.neck(self.trunk(images_BHW3))
+    return levels[: len(levels) - self.scalp]
+
+
+def upsample2(x_BHWC: Array) -> Array:
+  """Nearest-neighbour upsampling by 2."""
+  return x_BHWC.repeat(2, axis=1).repeat(2, axis=2)

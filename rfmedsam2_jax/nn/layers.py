@@ -1,0 +1,108 @@
+"""Small layers that every network here is made of, with PyTorch's conventions where JAX's differ.
+
+The parts of SAM 2 (hiera, fpn, prompt_encoder, mask_decoder, memory_*) are assembled from these.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+DType = Any
+
+
+def gelu(x: Array) -> Array:
+  """The exact GELU; Flax's default is the tanh approximation, which official weights do not use."""
+  return nn.gelu(x, approximate=False)
+
+
+def layer_norm(
+  epsilon: float = 1e-5, dtype: DType = jnp.float32, name: str | None = None
+) -> nn.LayerNorm:
+  """LayerNorm over the last axis. SAM 2 has epsilon 1e-6 in Hiera and in every LayerNorm2d."""
+  # The one-pass variance is wrong by 6e-3 where the mean is a hundred times the deviation.
+  # Statistics are float32 whatever `dtype` is (Linen's force_float32_reductions).
+  return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def conv2d(
+  features: int,
+  kernel: int,
+  stride: int = 1,
+  padding: int = 0,
+  groups: int = 1,
+  dtype: DType = jnp.float32,
+  name: str | None = None,
+) -> nn.Conv:
+  """A 2D convolution [B, H, W, Cin] -> [B, H', W', features] with PyTorch's symmetric padding.
+
+  Args:
+    padding: zeros added on all four sides. XLA's `SAME` pads unevenly at strides above 1.
+    groups: `features` for a depth-wise convolution (see nn.convolutions for a fast 3x3 one).
+  """
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    strides=(stride, stride),
+    padding=((padding, padding), (padding, padding)),
+    feature_group_count=groups,
+    dtype=dtype,
+    name=name,
+  )
+
+
+class ConvTranspose2x2(nn.Module):
+  """torch.nn.ConvTranspose2d(kernel_size=2, stride=2): [B, H, W, Cin] -> [B, 2H, 2W, features].
+
+  The windows do not overlap, so it is a dense layer and a depth-to-space. The parameter `kernel`
+  is [Cin, 2, 2, features], in PyTorch [Cin, features, 2, 2]; `bias` is [features].
+  """
+
+  features: int
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BHWC: Array) -> Array:
+    batch, height, width, channels = x_BHWC.shape
+    kernel = self.param(
+      "kernel",
+      nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=3,
+                                       batch_axis=(1, 2)),
+      (channels, 2, 2, self.features),
+    )
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x_BHWC, kernel, bias, dtype=self.dtype)
+    y = x.reshape(-1, channels) @ kernel.reshape(channels, -1)
+    y = y.reshape(batch, height, width, 2, 2, self.features) + bias
+    return y.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height, 2 * width, self.features)
+
+
+class MLP(nn.Module):
+  """Dense layers `layers_0` ... with an activation between them (sam2.modeling.sam2_utils.MLP).
+
+  Args:
+    hidden: width of all layers but the last.
+    out: width of the last layer.
+    num_layers: number of dense layers.
+    activation: ReLU everywhere in SAM 2 but in Hiera, which has the exact GELU.
+    sigmoid_output: for the IoU head.
+  """
+
+  hidden: int
+  out: int
+  num_layers: int
+  activation: Callable[[Array], Array] = nn.relu
+  sigmoid_output: bool = False
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    for i in range(self.num_layers):
+      last = i == self.num_layers - 1
+      x = nn.Dense(self.out if last else self.hidden, dtype=self.dtype, name=f"layers_{i}")(x)
+      if not last:
+        x = self.activation(x)
+    return nn.sigmoid(x) if self.sigmoid_output else x

@@ -1,0 +1,176 @@
+"""Memory attention: a slice's features attend to memories of other slices and to object pointers.
+
+In: image embedding and `MemorySlots`, gathered by refinement or held by memory. Out: conditioned
+embedding for the mask decoder. Follows sam2.modeling.memory_attention (sam2 1.1.0).
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from rfmedsam2_jax.nn.adapters import AdapterConfig, DWConvAdapter
+from rfmedsam2_jax.nn.attention import apply_rope, axial_rope, dot_product_attention
+from rfmedsam2_jax.nn.layers import Array, DType, layer_norm
+from rfmedsam2_jax.nn.positions import sine_positions_2d
+
+Rope = tuple[np.ndarray, np.ndarray]
+
+
+class MemorySlots(NamedTuple):
+  """The memories of N cells in M slots and P pointer slots; what is missing is not valid.
+
+  Attributes:
+    maps: [N, M, G, G, mem_dim], from `remember`. Slots that are not valid may hold anything.
+    rows: int32 [N, M], row of the temporal table: distance - 1, the last row for conditioning
+      slices.
+    valid: bool [N, M].
+    pointers: [N, P, C] object pointers; P may be 0.
+    pointer_positions: float32 [N, P], signed distance / (min(true depth, 16) - 1). SAM 2.0 ignores
+      them.
+    pointer_valid: bool [N, P].
+  """
+
+  maps: Array
+  rows: Array
+  valid: Array
+  pointers: Array
+  pointer_positions: Array
+  pointer_valid: Array
+
+
+class MemoryAttention(nn.Module):
+  """Layers of self-attention, attention to memories and MLP over a slice's features.
+
+  Args:
+    width: channels C of the features.
+    layers: number of layers.
+    ffn: hidden width of their MLPs.
+  """
+
+  width: int
+  layers: int = 4
+  ffn: int = 2048
+  adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    embedding_NGGC: Array,
+    slots: MemorySlots,
+    temporal_RE: Array,
+    pointer_positions_NPE: Array | None,
+  ) -> Array:
+    """Conditions cells; the value of a cell without any valid slot means nothing, but is finite.
+
+    Args:
+      temporal_RE: the temporal table, [rows, mem_dim].
+      pointer_positions_NPE: encoded positions of the pointers, [N, P, mem_dim]; none in SAM 2.0.
+    """
+    n, height, width, channels = embedding_NGGC.shape
+    memory, positions, valid = self._memory_tokens(slots, temporal_RE, pointer_positions_NPE)
+    keys = memory + positions
+    # Memory attention has one head, as wide as the features.
+    rope = axial_rope(height, width, self.width)
+    spatial = slots.maps.shape[1] * height * width
+
+    x = embedding_NGGC.astype(self.dtype)
+    # The positions are added once and weakly, and not to the queries of any attention.
+    x = x + 0.1 * jnp.asarray(sine_positions_2d(height, width, channels), x.dtype)
+    for i in range(self.layers):
+      x = MemoryAttentionLayer(
+        self.ffn, adapters=self.adapters, dtype=self.dtype, name=f"layers_{i}"
+      )(x, keys, memory, valid, rope, spatial)
+    return layer_norm(dtype=self.dtype, name="norm")(x)
+
+  def _memory_tokens(
+    self, slots: MemorySlots, temporal_RE: Array, pointer_positions_NPE: Array | None
+  ) -> tuple[Array, Array, Array]:
+    """Spatial tokens, then pointer tokens: values and positions [N, T, mem_dim], valid [N, T]."""
+    n, m, height, width, dim = slots.maps.shape
+    # A masked key has weight zero, but zero times what an empty slot may hold can be NaN.
+    maps = jnp.where(slots.valid[:, :, None, None, None], slots.maps, 0).astype(self.dtype)
+    sine = jnp.asarray(sine_positions_2d(height, width, dim))
+    positions = sine + temporal_RE[slots.rows][:, :, None, None]
+    memory = [maps.reshape(n, -1, dim)]
+    where = [positions.astype(self.dtype).reshape(n, -1, dim)]
+    valid = [jnp.repeat(slots.valid, height * width, axis=1)]
+
+    p = slots.pointers.shape[1]
+    if p:
+      split = self.width // dim  # a pointer is as wide as this many tokens
+      pointers = jnp.where(slots.pointer_valid[..., None], slots.pointers, 0).astype(self.dtype)
+      memory.append(pointers.reshape(n, p * split, dim))
+      if pointer_positions_NPE is None:
+        where.append(jnp.zeros((n, p * split, dim), self.dtype))
+      else:
+        where.append(jnp.repeat(pointer_positions_NPE.astype(self.dtype), split, axis=1))
+      valid.append(jnp.repeat(slots.pointer_valid, split, axis=1))
+    return tuple(jnp.concatenate(x, axis=1) for x in (memory, where, valid))
+
+
+class MemoryAttentionLayer(nn.Module):
+  """Self-attention, attention to memory, adapter, MLP; norms before, residuals around."""
+
+  ffn: int
+  adapters: AdapterConfig
+  dtype: DType
+
+  @nn.compact
+  def __call__(
+    self, x_NGGC: Array, keys_NTE: Array, memory_NTE: Array, valid_NT: Array, rope: Rope,
+    spatial: int,
+  ) -> Array:
+    """`spatial` of the T keys lie on the grid and are rotated; the rest are pointers."""
+    n, height, width, channels = x_NGGC.shape
+
+    def norm(name: str, x: Array) -> Array:
+      return layer_norm(dtype=self.dtype, name=name)(x)
+
+    def dense(name: str, features: int, x: Array) -> Array:
+      return nn.Dense(features, dtype=self.dtype, name=name)(x)
+
+    x = x_NGGC.reshape(n, height * width, channels)
+    y = norm("norm1", x)
+    attention = RoPEAttention(dtype=self.dtype, name="self_attn")
+    x = x + attention(y, y, y, rope, height * width)
+    attention = RoPEAttention(dtype=self.dtype, name="cross_attn_image")
+    x = x + attention(norm("norm2", x), keys_NTE, memory_NTE, rope, spatial, valid_NT)
+    if self.adapters.dwconv:
+      adapter = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")
+      x = adapter(x.reshape(x_NGGC.shape)).reshape(x.shape)
+    x = x + dense("linear2", channels, nn.relu(dense("linear1", self.ffn, norm("norm3", x))))
+    return x.reshape(x_NGGC.shape)
+
+
+class RoPEAttention(nn.Module):
+  """Attention of one head with rotary positions on queries and on the first keys."""
+
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    q_NLC: Array,
+    k_NTE: Array,
+    v_NTE: Array,
+    rope: Rope,
+    rotated: int,
+    valid_NT: Array | None = None,
+  ) -> Array:
+    """Keys from `rotated` on have no place on the grid and are left as they are."""
+    width = q_NLC.shape[-1]
+
+    def project(name: str, x: Array) -> Array:
+      return nn.Dense(width, dtype=self.dtype, name=name)(x)[:, :, None]
+
+    q, k, v = project("q_proj", q_NLC), project("k_proj", k_NTE), project("v_proj", v_NTE)
+    q = apply_rope(q, rope)
+    if rotated == k.shape[1]:
+      k = apply_rope(k, rope)
+    else:
+      k = jnp.concatenate([apply_rope(k[:, :rotated], rope), k[:, rotated:]], axis=1)
+    out = dot_product_attention(q, k, v, valid_NT)
+    return nn.Dense(width, dtype=self.dtype, name="out_proj")(out[:, :, 0])

@@ -1,0 +1,152 @@
+"""Embeds prompts (points, boxes as two points, masks) for the mask decoder.
+
+In: `Prompts`, made by refinement or tracking. Out: sparse tokens with their mask and a dense map,
+which nn.mask_decoder reads. Follows sam2.modeling.sam.prompt_encoder (sam2 1.1.0).
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.positions import random_fourier, random_fourier_grid
+
+# Labels of points. 0 and 1 are SAM's; a token that says "no point" is not the same as no token.
+ABSENT = -2
+NOT_A_POINT = -1
+NEGATIVE = 0
+POSITIVE = 1
+BOX_START = 2
+BOX_END = 3
+
+
+class Prompts(NamedTuple):
+  """Prompts of N cells; whatever a cell lacks is masked, so that all cells have one shape.
+
+  Attributes:
+    points: float32 [N, Q, 2], x and y as indices of pixels of the S x S image (the encoder adds
+      the half pixel).
+    labels: int32 [N, Q]. 0 negative and 1 positive point, 2 and 3 the corners of a box, -1 the
+      token that says "not a point", -2 no token at all (hidden from every attention). SAM 2 has
+      one not-a-point token behind the points and boxes it is given, and two on a tracked slice
+      without prompts (sam2_base.py:316, prompt_encoder.py:189); whoever builds this puts them in.
+    mask: float32 [N, 4G, 4G] logits, or None if no cell has one.
+    has_mask: bool [N]; None says that every cell has one.
+  """
+
+  points: Array
+  labels: Array
+  mask: Array | None = None
+  has_mask: Array | None = None
+
+
+def box_prompts(
+  boxes: Array,
+  box_present: Array | None = None,
+  mask: Array | None = None,
+  has_mask: Array | None = None,
+) -> Prompts:
+  """Prompts of one box per cell, with the tokens that SAM 2's own calls add.
+
+  Args:
+    boxes: [N, 4], x0 y0 x1 y1 as inclusive pixel indices of the S x S image.
+    box_present: bool [N]; all by default. A cell without a box gets SAM 2's two not-a-point tokens.
+    mask: float32 [N, 4G, 4G] logits, or None.
+    has_mask: bool [N]; all by default.
+  """
+  n = boxes.shape[0]
+  if box_present is None:
+    box_present = jnp.ones(n, bool)
+  corners = jnp.where(box_present[:, None], boxes, 0).astype(jnp.float32).reshape(n, 2, 2)
+  points = jnp.concatenate([corners, jnp.zeros((n, 1, 2), jnp.float32)], axis=1)
+  with_box = jnp.array([BOX_START, BOX_END, NOT_A_POINT], jnp.int32)
+  without = jnp.array([NOT_A_POINT, NOT_A_POINT, ABSENT], jnp.int32)
+  labels = jnp.where(box_present[:, None], with_box, without)
+  return Prompts(points, labels, mask, has_mask)
+
+
+def no_prompts(n: int) -> Prompts:
+  """Prompts of `n` tracked cells that nobody prompted: two not-a-point tokens."""
+  return Prompts(jnp.zeros((n, 2, 2), jnp.float32), jnp.full((n, 2), NOT_A_POINT, jnp.int32))
+
+
+class RandomPositions(nn.Module):
+  """The matrix of the random Fourier features (PositionEmbeddingRandom).
+
+  A buffer in PyTorch. Here it lives among the parameters, so that one tree is the whole network;
+  no gradient reaches it, and `nn.sam2.BUFFERS` names it for optimizers.
+  """
+
+  width: int  # channels of the features
+
+  @nn.compact
+  def __call__(self) -> Array:
+    """float32 [2, width / 2]."""
+    shape = (2, self.width // 2)
+    matrix = self.param(
+      "positional_encoding_gaussian_matrix", nn.initializers.normal(1.0), shape
+    )
+    return jax.lax.stop_gradient(matrix)
+
+
+class PromptEncoder(nn.Module):
+  """Prompts to sparse tokens and a dense map.
+
+  Args:
+    width: channels of tokens and map.
+    grid: side G of the map; the image has 16 G.
+    mask_channels: hidden width of the mask's way down.
+  """
+
+  width: int
+  grid: int
+  mask_channels: int = 16
+  dtype: DType = jnp.float32
+
+  def setup(self):
+    token = nn.initializers.normal(1.0)  # torch's Embedding
+    self.pe_layer = RandomPositions(self.width)
+    self.point_embeddings = [
+      self.param(f"point_embeddings_{i}", token, (1, self.width)) for i in range(4)
+    ]
+    self.not_a_point_embed = self.param("not_a_point_embed", token, (1, self.width))
+    self.no_mask_embed = self.param("no_mask_embed", token, (1, self.width))
+    small, large = self.mask_channels // 4, self.mask_channels
+    self.mask_downscaling_0 = conv2d(small, 2, stride=2, dtype=self.dtype)
+    self.mask_downscaling_1 = layer_norm(1e-6, dtype=self.dtype)
+    self.mask_downscaling_3 = conv2d(large, 2, stride=2, dtype=self.dtype)
+    self.mask_downscaling_4 = layer_norm(1e-6, dtype=self.dtype)
+    self.mask_downscaling_6 = conv2d(self.width, 1, dtype=self.dtype)
+
+  def grid_positions(self) -> Array:
+    """Positions of the image embedding's cells, [G, G, width]."""
+    return random_fourier_grid(self.pe_layer(), self.grid, self.grid).astype(self.dtype)
+
+  def __call__(self, prompts: Prompts) -> tuple[Array, Array, Array]:
+    """Returns tokens [N, Q, width], which of them exist bool [N, Q], dense map [N, G, G, width]."""
+    tokens = self._embed_points(prompts.points, prompts.labels)
+    exists = prompts.labels != ABSENT
+    n = prompts.labels.shape[0]
+    no_mask = self.no_mask_embed.astype(self.dtype)
+    dense = jnp.broadcast_to(no_mask, (n, self.grid, self.grid, self.width))
+    if prompts.mask is not None:
+      has_mask = jnp.ones(n, bool) if prompts.has_mask is None else prompts.has_mask
+      has_mask = has_mask[:, None, None, None]
+      # Where there is none, the mask may hold anything; zeros keep its gradient finite.
+      mask = jnp.where(has_mask, prompts.mask[..., None], 0)
+      dense = jnp.where(has_mask, self._embed_masks(mask), dense)
+    return tokens.astype(self.dtype), exists, dense
+
+  def _embed_points(self, points_NQ2: Array, labels_NQ: Array) -> Array:
+    points = points_NQ2.astype(jnp.float32) + 0.5
+    where = random_fourier(points / (16 * self.grid), self.pe_layer())
+    where = jnp.where(labels_NQ[..., None] >= 0, where, 0)
+    what = jnp.concatenate([self.not_a_point_embed, *self.point_embeddings])
+    return where + what[jnp.maximum(labels_NQ, NOT_A_POINT) + 1]
+
+  def _embed_masks(self, x_NHW1: Array) -> Array:
+    x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(x_NHW1.astype(self.dtype))))
+    x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
+    return self.mask_downscaling_6(x)

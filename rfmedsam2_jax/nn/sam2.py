@@ -1,0 +1,293 @@
+"""SAM 2 with adapters, put together: the four functions that tracking and refinement are made of.
+
+    images -> encode_image -> ImageFeatures
+    features, a slice's mask -> remember -> memory map
+    features, memory slots -> condition -> features that know their neighbours
+    features, prompts -> decode -> Decoded
+
+Everything is a pure function of (params, inputs): `SAM2(config).apply({"params": params}, ...,
+method="decode")`. Submodules and parameters have the names of sam2 1.1.0 (sam2_base.SAM2Base), so
+that weights.names can say where each official tensor goes. B counts slices, N counts cells, that
+is (object, slice) pairs; S is the image's side, G = S / 16, C = d_model.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax.nn.adapters import AdapterConfig
+from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
+from rfmedsam2_jax.nn.hiera import Hiera
+from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d
+from rfmedsam2_jax.nn.mask_decoder import Decoded, MaskDecoder
+from rfmedsam2_jax.nn.memory_attention import MemoryAttention, MemorySlots
+from rfmedsam2_jax.nn.memory_encoder import MemoryEncoder
+from rfmedsam2_jax.nn.positions import sine_positions_1d
+from rfmedsam2_jax.nn.prompt_encoder import PromptEncoder, Prompts, box_prompts, no_prompts
+
+__all__ = [
+  "ABSENT_LOGIT", "BUFFERS", "Decoded", "ImageFeatures", "MemorySlots", "Prompts", "SAM2",
+  "SAM2Config", "box_prompts", "init_params", "no_prompts",
+]
+
+# The mask logit of an object that is not there (sam2_base.NO_OBJ_SCORE).
+ABSENT_LOGIT = -1024.0
+
+# Parameters that are buffers in PyTorch: no gradient reaches them, give them no optimizer state.
+BUFFERS = ("sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix",)
+
+
+@dataclasses.dataclass(frozen=True)
+class SAM2Config:
+  """Sizes of SAM 2; the defaults are sam2.1_hiera_base_plus. nn.presets has the named ones."""
+
+  image_size: int = 1024  # side S of the square image, divisible by 32; cost grows with its square
+
+  # The trunk (Hiera).
+  embed_dim: int = 112  # channels of the first stage; doubled at every further stage
+  trunk_heads: int = 2  # attention heads of the first stage, doubled likewise
+  stages: tuple[int, ...] = (2, 3, 16, 3)  # blocks per stage
+  global_att_blocks: tuple[int, ...] = (12, 16, 20)  # blocks that attend over the whole slice
+  window_spec: tuple[int, ...] = (8, 4, 14, 7)  # window side per stage, in tokens
+  window_pos_embed_bkg_spatial_size: tuple[int, int] = (14, 14)  # grid of the learned positions
+
+  d_model: int = 256  # channels C of the image embedding and of all tokens
+  mem_dim: int = 64  # channels of a memory; divides d_model
+
+  memory_layers: int = 4  # layers of memory attention
+  memory_ffn: int = 2048  # hidden width of their MLPs
+  memory_mask_channels: tuple[int, int, int, int] = (4, 16, 64, 256)  # mask's way down, per halving
+  fuser_layers: int = 2  # ConvNeXt blocks that fuse mask and features
+  num_maskmem: int = 7  # rows of the temporal table; the last is for conditioning slices
+
+  decoder_depth: int = 2  # two-way layers of the mask decoder
+  decoder_mlp: int = 2048  # hidden width of their MLPs
+  decoder_heads: int = 8
+  iou_hidden: int = 256  # hidden width of the IoU head
+  prompt_mask_channels: int = 16  # hidden width of the mask prompt's way down
+
+  # What SAM 2.1 added; both False for SAM 2.0.
+  absent_embedding: bool = True  # mark the memories of slices without the object
+  pointer_positions: bool = True  # tell object pointers apart by their signed distance
+
+  adapters: AdapterConfig = AdapterConfig()
+  dtype: str = "float32"  # of the computation, or "bfloat16"; parameters stay float32
+
+  def __post_init__(self):
+    if self.image_size % 32:
+      raise ValueError(f"image_size is {self.image_size}; it must be divisible by 32")
+    if self.d_model % self.mem_dim:
+      raise ValueError(f"mem_dim {self.mem_dim} does not divide d_model {self.d_model}")
+
+  @property
+  def grid(self) -> int:
+    """Side G of the image embedding."""
+    return self.image_size // 16
+
+  @property
+  def compute_dtype(self) -> DType:
+    return jnp.dtype(self.dtype)
+
+
+class ImageFeatures(NamedTuple):
+  """What the decoder and the memory need of a slice.
+
+  Attributes:
+    embedding: [B, G, G, C], before any memory and without `no_mem_embed`.
+    high_res: [B, 4G, 4G, C/8] and [B, 2G, 2G, C/4], already projected for the decoder.
+  """
+
+  embedding: Array
+  high_res: tuple[Array, Array]
+
+
+class SAM2(nn.Module):
+  """SAM 2 of a given size, with RFMedSAM 2's adapters. See the file's docstring."""
+
+  config: SAM2Config
+
+  def setup(self):
+    c = self.config
+    dtype = c.compute_dtype
+    small = nn.initializers.truncated_normal(0.02)
+    self.image_encoder = ImageEncoder(
+      Hiera(
+        embed_dim=c.embed_dim,
+        num_heads=c.trunk_heads,
+        stages=c.stages,
+        window_spec=c.window_spec,
+        global_att_blocks=c.global_att_blocks,
+        window_pos_embed_bkg_spatial_size=c.window_pos_embed_bkg_spatial_size,
+        adapters=c.adapters,
+        dtype=dtype,
+      ),
+      FpnNeck(c.d_model, adapters=c.adapters, dtype=dtype),
+    )
+    self.sam_prompt_encoder = PromptEncoder(
+      c.d_model, grid=c.grid, mask_channels=c.prompt_mask_channels, dtype=dtype
+    )
+    self.sam_mask_decoder = MaskDecoder(
+      c.d_model,
+      depth=c.decoder_depth,
+      heads=c.decoder_heads,
+      mlp=c.decoder_mlp,
+      iou_hidden=c.iou_hidden,
+      adapters=c.adapters,
+      dtype=dtype,
+    )
+    self.memory_attention = MemoryAttention(
+      c.d_model,
+      layers=c.memory_layers,
+      ffn=c.memory_ffn,
+      adapters=c.adapters,
+      dtype=dtype,
+    )
+    self.memory_encoder = MemoryEncoder(
+      c.d_model,
+      out=c.mem_dim,
+      mask_channels=c.memory_mask_channels,
+      fuser_layers=c.fuser_layers,
+      dtype=dtype,
+    )
+    self.maskmem_tpos_enc = self.param("maskmem_tpos_enc", small, (c.num_maskmem, c.mem_dim))
+    self.no_mem_embed = self.param("no_mem_embed", small, (c.d_model,))
+    # Nothing uses it, but checkpoints have it and it must survive the way there and back.
+    self.no_mem_pos_enc = self.param("no_mem_pos_enc", small, (c.d_model,))
+    self.no_obj_ptr = self.param("no_obj_ptr", small, (c.d_model,))
+    self.mask_downsample = conv2d(1, 4, stride=4, dtype=dtype)
+    self.obj_ptr_proj = MLP(c.d_model, c.d_model, 3, dtype=dtype)
+    if c.absent_embedding:
+      self.no_obj_embed_spatial = self.param("no_obj_embed_spatial", small, (c.mem_dim,))
+    if c.pointer_positions:
+      self.obj_ptr_tpos_proj = nn.Dense(c.mem_dim, dtype=dtype)
+
+  def encode_image(self, images_BSS3: Array) -> ImageFeatures:
+    """Features of slices.
+
+    Args:
+      images_BSS3: float32, normalised by ImageNet's mean and standard deviation.
+    """
+    side = self.config.image_size
+    if images_BSS3.shape[1:] != (side, side, 3):
+      raise ValueError(f"images are {images_BSS3.shape}; this SAM 2 takes [B, {side}, {side}, 3]")
+    stride4, stride8, stride16 = self.image_encoder(images_BSS3)
+    return ImageFeatures(stride16, self.sam_mask_decoder.project_high_res(stride4, stride8))
+
+  def remember(
+    self, embedding_NGGC: Array, mask_logits_Nhh: Array, present_N: Array, binarize: bool = False
+  ) -> Array:
+    """Memory maps [N, G, G, mem_dim] of cells whose masks are known.
+
+    Args:
+      mask_logits_Nhh: logits at any resolution, -1024 where the object is absent; resized to S.
+      present_N: bool; a cell without the object is marked as such (SAM 2.1).
+      binarize: threshold the resized logits at 0; SAM 2 does so on prompted slices.
+    """
+    side = self.config.image_size
+    logits = mask_logits_Nhh.astype(jnp.float32)
+    # Torch's bilinear without antialias, as sam2_base.py:382 does it.
+    logits = jax.image.resize(logits, (logits.shape[0], side, side), "linear", antialias=False)
+    mask = (logits > 0).astype(jnp.float32) if binarize else nn.sigmoid(logits)
+    maps = self.memory_encoder(embedding_NGGC, 20 * mask[..., None] - 10)
+    if self.config.absent_embedding:
+      absent = self.no_obj_embed_spatial.astype(maps.dtype)
+      maps = jnp.where(present_N[:, None, None, None], maps, maps + absent)
+    return maps
+
+  def condition(self, embedding_NGGC: Array, slots: MemorySlots) -> Array:
+    """Lets cells attend to their memories; a cell with no valid one is `unconditioned`."""
+    pointer_positions = None
+    if self.config.pointer_positions and slots.pointers.shape[1]:
+      sine = sine_positions_1d(slots.pointer_positions, self.config.d_model)
+      pointer_positions = self.obj_ptr_tpos_proj(sine)
+    conditioned = self.memory_attention(
+      embedding_NGGC, slots, self.maskmem_tpos_enc, pointer_positions
+    )
+    has_memory = slots.valid.any(axis=1) | slots.pointer_valid.any(axis=1)
+    return jnp.where(
+      has_memory[:, None, None, None], conditioned, self.unconditioned(embedding_NGGC)
+    )
+
+  def unconditioned(self, embedding_NGGC: Array) -> Array:
+    """The embedding as the decoder wants it where there is no memory (conditioning slices)."""
+    return embedding_NGGC + self.no_mem_embed.astype(embedding_NGGC.dtype)
+
+  def decode(
+    self,
+    embedding_NGGC: Array,
+    high_res: tuple[Array, Array],
+    prompts: Prompts,
+    multimask: bool = False,
+    dynamic_multimask: bool = False,
+  ) -> Decoded:
+    """Masks of cells. Logits are raw: the presence gate is `gate`, apart.
+
+    Args:
+      embedding_NGGC: from `condition` or `unconditioned`.
+      high_res: of the same cells, see ImageFeatures.
+      multimask: three masks instead of one; the pointer is that of the highest predicted IoU.
+      dynamic_multimask: where the single mask is unstable, take the best of three; the pointer
+        stays that of the single mask (mask_decoder.py:150).
+    """
+    tokens, exists, dense = self.sam_prompt_encoder(prompts)
+    decoded = self.sam_mask_decoder(
+      embedding_NGGC + dense,
+      self.sam_prompt_encoder.grid_positions(),
+      tokens,
+      exists,
+      high_res,
+      multimask=multimask,
+      dynamic_multimask=dynamic_multimask,
+    )
+    return decoded._replace(pointer=self.obj_ptr_proj(decoded.pointer))
+
+  def gate(self, decoded: Decoded) -> Decoded:
+    """Where the presence logit is not positive: masks of -1024 and the pointer `no_obj_ptr`."""
+    present = decoded.presence > 0
+    no_pointer = self.no_obj_ptr.astype(decoded.pointer.dtype)
+    return decoded._replace(
+      masks=jnp.where(present[:, None, None, None], decoded.masks, ABSENT_LOGIT),
+      pointer=jnp.where(present[:, None], decoded.pointer, no_pointer),
+    )
+
+  def mask_prompt(self, masks_NSS: Array) -> Array:
+    """A given mask (0 or 1, image resolution) as a mask prompt [N, 4G, 4G] on its own scale.
+
+    SAM 2 makes the pointer of a slice with a given mask from it (sam2_base.py:440).
+    """
+    x = masks_NSS[..., None].astype(self.config.compute_dtype)
+    return self.mask_downsample(x)[..., 0].astype(jnp.float32)
+
+  def __call__(self, images_BSS3: Array) -> Decoded:
+    """Runs every part once; `init` calls it so that all parameters come to be."""
+    c = self.config
+    n = images_BSS3.shape[0]
+    features = self.encode_image(images_BSS3)
+    mask = self.mask_prompt(jnp.zeros((n, c.image_size, c.image_size)))
+    decoded = self.decode(
+      self.unconditioned(features.embedding),
+      features.high_res,
+      box_prompts(jnp.zeros((n, 4)), mask=mask),
+    )
+    gated = self.gate(decoded)
+    maps = self.remember(features.embedding, gated.masks[:, 0], decoded.presence > 0)
+    slots = MemorySlots(
+      maps=maps[:, None],
+      rows=jnp.zeros((n, 1), jnp.int32),
+      valid=jnp.ones((n, 1), bool),
+      pointers=gated.pointer[:, None],
+      pointer_positions=jnp.zeros((n, 1)),
+      pointer_valid=jnp.ones((n, 1), bool),
+    )
+    conditioned = self.condition(features.embedding, slots)
+    return self.decode(conditioned, features.high_res, no_prompts(n))
+
+
+def init_params(config: SAM2Config, key: Array) -> dict[str, Any]:
+  """Fresh parameters, a nested dict of float32 arrays; nothing of the network is computed."""
+  images = jnp.zeros((1, config.image_size, config.image_size, 3))
+  # Compiled, so that only what the parameters depend on is run.
+  return jax.jit(lambda key: SAM2(config).init(key, images)["params"])(key)

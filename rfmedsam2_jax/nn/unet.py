@@ -1,0 +1,196 @@
+"""The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet).
+
+In: normalised patches (data.preprocessing). Out: logits per class, which inference.sliding_window
+joins to a volume and refinement.prompts turns into boxes and mask prompts. Submodules are named as
+in nnU-Net (`encoder/stages_0/convs_0`, `decoder/transpconvs_0`, `decoder/seg_layers_0`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rfmedsam2_jax.nn.convolutions import Conv3D, Triple
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+  """Sizes of the U-Net; one entry per stage, full resolution first."""
+
+  features: tuple[int, ...] = (32, 64, 128, 256)  # cost grows with the square of the first
+  strides: tuple[Triple, ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))  # on entering a stage
+  kernels: tuple[Triple, ...] = ((3, 3, 3),) * 4  # (1, 3, 3) where slices are far apart
+  convs_per_stage: int = 2  # in the encoder and in the decoder
+  dtype: str = "float32"  # of the arithmetic; bfloat16 halves memory on GPU and TPU
+
+  def __post_init__(self):
+    if not len(self.features) == len(self.strides) == len(self.kernels):
+      raise ValueError(
+        "features, strides and kernels need one entry per stage, got "
+        f"{len(self.features)}, {len(self.strides)} and {len(self.kernels)}"
+      )
+    if len(self.features) < 2:
+      raise ValueError("a U-Net needs at least two stages")
+
+  @property
+  def divisor(self) -> Triple:
+    """What the patch size must be divisible by, along D, H, W."""
+    total = [1, 1, 1]
+    for stride in self.strides:
+      total = [t * s for t, s in zip(total, stride, strict=True)]
+    return (total[0], total[1], total[2])
+
+
+class InstanceNorm(nn.Module):
+  """Instance norm over D, H, W with scale and bias, as torch.nn.InstanceNorm3d(affine=True).
+
+  Statistics are float32 and taken in two passes, as a fast variance loses digits where the mean is
+  far from zero.
+  """
+
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array) -> Array:
+    channels = x_BDHWC.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    x = x_BDHWC.astype(jnp.float32)
+    mean = x.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(x - mean).mean((1, 2, 3), keepdims=True)
+    factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+    return ((x - mean) * factor + bias).astype(x_BDHWC.dtype)
+
+
+class TransposedConv3D(nn.Module):
+  """torch.nn.ConvTranspose3d with kernel = stride: a dense layer and a depth-to-space.
+
+  Parameters: kernel [Cin, sd, sh, sw, features], bias [features].
+  """
+
+  features: int
+  stride: Triple
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array) -> Array:
+    b, d, h, w, channels = x_BDHWC.shape
+    sd, sh, sw = self.stride
+    init = nn.initializers.variance_scaling(
+      2.0, "fan_in", "normal", in_axis=0, out_axis=-1, batch_axis=(1, 2, 3)
+    )
+    kernel = self.param("kernel", init, (channels, sd, sh, sw, self.features), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    y = x_BDHWC.astype(self.dtype) @ kernel.astype(self.dtype).reshape(channels, -1)
+    y = y.reshape(b, d, h, w, sd, sh, sw, self.features).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return y.reshape(b, d * sd, h * sh, w * sw, self.features) + bias.astype(self.dtype)
+
+
+class ConvBlock(nn.Module):
+  """Convolution, instance norm, leaky ReLU (0.01)."""
+
+  features: int
+  kernel: Triple
+  stride: Triple
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array) -> Array:
+    y = Conv3D(self.features, self.kernel, self.stride, dtype=self.dtype, name="conv")(x_BDHWC)
+    return nn.leaky_relu(InstanceNorm(name="norm")(y), 0.01)
+
+
+class Stage(nn.Module):
+  """Stacked blocks; the first one carries the stride."""
+
+  features: int
+  kernel: Triple
+  stride: Triple
+  convs: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array) -> Array:
+    for i in range(self.convs):
+      stride = self.stride if i == 0 else (1, 1, 1)
+      block = ConvBlock(self.features, self.kernel, stride, self.dtype, name=f"convs_{i}")
+      x_BDHWC = block(x_BDHWC)
+    return x_BDHWC
+
+
+class Encoder(nn.Module):
+  config: UNetConfig
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array) -> list[Array]:
+    """Features of every stage, full resolution first."""
+    c = self.config
+    skips = []
+    for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, strict=True)):
+      stage = Stage(*sizes, c.convs_per_stage, jnp.dtype(c.dtype), name=f"stages_{i}")
+      x_BDHWC = stage(x_BDHWC)
+      skips.append(x_BDHWC)
+    return skips
+
+
+class Decoder(nn.Module):
+  """From the lowest resolution up; stage i of the decoder ends where encoder stage n-2-i does."""
+
+  config: UNetConfig
+  num_outputs: int
+
+  @nn.compact
+  def __call__(self, skips: list[Array], deep_supervision: bool) -> tuple[Array, ...]:
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    x, outputs = skips[-1], []
+    for i, level in enumerate(reversed(range(len(skips) - 1))):
+      up = TransposedConv3D(c.features[level], c.strides[level + 1], dtype, name=f"transpconvs_{i}")
+      x = jnp.concatenate([up(x), skips[level]], axis=-1)
+      kernel = c.kernels[level]
+      stage = Stage(
+        c.features[level], kernel, (1, 1, 1), c.convs_per_stage, dtype, name=f"stages_{i}"
+      )
+      x = stage(x)
+      # All heads are made at initialisation, so that the tree does not depend on the call.
+      if deep_supervision or level == 0 or self.is_initializing():
+        head = nn.Dense(self.num_outputs, dtype=jnp.float32, name=f"seg_layers_{i}")
+        outputs.append(head(x.astype(jnp.float32)))
+    return tuple(reversed(outputs))
+
+
+class UNet(nn.Module):
+  """nnU-Net's PlainConvUNet, channels last.
+
+  Args:
+    config: sizes.
+    num_outputs: logits per voxel: background and atoms, or one per region.
+  """
+
+  config: UNetConfig
+  num_outputs: int
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array, deep_supervision: bool = False) -> Array | tuple[Array, ...]:
+    """Logits, float32.
+
+    Args:
+      x_BDHWC: patches; D, H, W divisible by `config.divisor`.
+      deep_supervision: also give the logits of the coarser decoder stages.
+
+    Returns:
+      [B, D, H, W, num_outputs], or with deep supervision a tuple of one such array per stage but
+      the lowest, full resolution first.
+
+    Raises:
+      ValueError: the patch is not divisible by `config.divisor`.
+    """
+    shape, divisor = x_BDHWC.shape[1:4], self.config.divisor
+    if any(size % d for size, d in zip(shape, divisor, strict=True)):
+      raise ValueError(f"patch {shape} is not divisible by {divisor}")
+    skips = Encoder(self.config, name="encoder")(x_BDHWC.astype(self.config.dtype))
+    decoder = Decoder(self.config, self.num_outputs, name="decoder")
+    outputs = decoder(skips, deep_supervision)
+    return outputs if deep_supervision else outputs[0]

@@ -1,0 +1,44 @@
+"""What the refinement does: its stages, prompts and fusion, as one frozen config."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+  """One stage of refinement over the slices of a volume."""
+
+  memory: Literal["neighbours", "stream", "none"] = "neighbours"
+  # neighbours: slices around, as the previous stage saw them, all cells side by side;
+  # stream: SAM 2's recurrence, slice after slice, out from the anchor; none: each slice for itself.
+  reach: int = 3  # neighbours on either side, 0 to 6; more costs time and memory
+  anchors: int = 1  # slices per organ that every other slice attends to, best first; 0 for none
+  box: bool = True  # prompt with the box of the previous stage
+  mask: bool = True  # prompt with the mask of the previous stage
+  pointers: bool = False  # attend to the previous stage's object pointers; the first stage has none
+  loss_weight: float = 1.0  # of this stage in the training loss
+
+  def __post_init__(self):
+    if not 0 <= self.reach <= 6:
+      raise ValueError(f"reach is {self.reach}; it must be 0 to 6")
+    if self.anchors < 0:
+      raise ValueError(f"anchors is {self.anchors}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinementConfig:
+  """Stages after the generator, and how their masks become one label map."""
+
+  stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig(pointers=True))
+  live_margin: int = 3  # slices beyond a structure that are still run; more is slower, rarely better
+  box_margin: float = 2.0  # added to boxes on every side, in pixels of the SAM image
+  cells_per_batch: int = 32  # (organ, slice) cells per compiled call; memory grows with it
+  slices_per_batch: int = 8  # slices per call of the image encoder
+  threshold: float = 0.5  # foreground probability above which a voxel belongs to an organ
+  generator_weight: float = 0.0  # share of the generator's vote in the fused probability, 0 to 1
+
+  def __post_init__(self):
+    if self.stages and self.stages[0].pointers:
+      raise ValueError("stages[0].pointers is true, but no stage before it makes object pointers")
+    if not 0.0 <= self.generator_weight <= 1.0:
+      raise ValueError(f"generator_weight is {self.generator_weight}; it must be between 0 and 1")

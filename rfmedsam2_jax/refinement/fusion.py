@@ -1,0 +1,101 @@
+"""From a stage's masks to one label map, class by class, so that host memory stays bounded.
+
+No array of all classes exists at full size in float32: what is kept is the best probability so far
+and the label that has it. Several runs are averaged by giving several sources.
+
+In: the generator's log-odds and `StageResult`s. Out: a label map on the grid of the input.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from rfmedsam2_jax.refinement.volume import StageResult
+
+# Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
+Source = Callable[[int], np.ndarray]
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+  """float32, without overflow."""
+  x = np.asarray(logits, np.float32)
+  return (0.5 * (1.0 + np.tanh(0.5 * x))).astype(np.float32)
+
+
+def cell_masks(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray]:
+  """Slices [n] that the stage ran for an organ, and their probabilities float32 [n, 4G, 4G]."""
+  mine = result.cells[:, 0] == organ
+  return result.cells[mine, 1], sigmoid(result.logits[mine])
+
+
+def blended(
+  generator: np.ndarray,
+  result: StageResult | None,
+  organ: int,
+  weight: float,
+  resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+) -> np.ndarray:
+  """Probability of one organ on the prepared grid.
+
+  Args:
+    generator: [D, H, W], the generator's log-odds of this organ. They stand where no cell was run.
+    result: of a stage, or None for the generator alone.
+    weight: share of the generator where a cell was run.
+    resize: linear resize of [n, h, w] to [n, H, W], half-pixel centres.
+
+  Returns:
+    float32 [D, H, W].
+  """
+  probability = sigmoid(generator)
+  if result is None:
+    return probability
+  slices, masks = cell_masks(result, organ)
+  if len(slices):
+    refined = resize(masks, generator.shape[1:])
+    probability[slices] = weight * probability[slices] + (1 - weight) * refined
+  return probability
+
+
+def fuse(
+  sources: Sequence[Source],
+  output_values: Sequence[int],
+  shape: tuple[int, int, int],
+  threshold: float = 0.5,
+  exclusive: bool = False,
+  regions: bool = False,
+) -> np.ndarray:
+  """Label map from per-organ probabilities.
+
+  Args:
+    sources: one per run; their probabilities are averaged.
+    output_values: label of each organ. shape: of the label map.
+    threshold: a voxel with no organ above it is background.
+    exclusive: the probabilities of a softmax: background is whatever they leave, and the largest
+      share wins even below the threshold.
+    regions: structures may overlap; later ones are written over earlier ones (nnU-Net's
+      regions_class_order).
+
+  Returns:
+    uint8 or uint16 [D, H, W].
+  """
+  largest = max(output_values, default=0)
+  labels = np.zeros(shape, np.uint8 if largest < 256 else np.uint16)
+  best = np.zeros(shape, np.float32)
+  total = np.zeros(shape, np.float32) if exclusive and not regions else None
+  for organ, value in enumerate(output_values):
+    probability = sources[0](organ)
+    for source in sources[1:]:
+      probability += source(organ)
+    if len(sources) > 1:
+      probability /= len(sources)
+    if regions:
+      labels[probability > threshold] = value
+      continue
+    if total is not None:
+      total += probability
+    better = probability > (best if total is not None else np.maximum(best, threshold))
+    labels[better] = value
+    np.copyto(best, probability, where=better)
+  if total is not None:
+    labels[best <= 1.0 - total] = 0
+  return labels

@@ -1,0 +1,178 @@
+"""Prompts from masks: presence, boxes and mask prompts of every cell, from the previous stage's logits.
+
+A cell is one (organ, slice) pair; arrays over cells lead with [K, D] or, gathered, with [N].
+In: the generator's logits, or those of a stage (refinement.stages). Out: `CellPrompts`, which
+refinement.stages turns into the prompts and memories of the next stage.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax.nn import Prompts
+
+Array = jax.Array
+
+LOGIT_LIMIT = 32.0  # SAM 2 clamps mask prompts to +-32 (sam2_image_predictor.py)
+NO_OBJECT = -1024.0  # SAM 2's mask logit of an absent object (sam2_base.py: NO_OBJ_SCORE)
+
+
+class CellPrompts(NamedTuple):
+  """What is known of N cells before a stage runs.
+
+  logits: float32 [N, 4G, 4G], mask logits of the previous stage, clamped to +-32.
+  presence: float32 [N], probability that the organ is in the slice.
+  boxes: float32 [N, 4], x0 y0 x1 y1 in pixels of the S x S image, inclusive.
+  has_box, has_mask: bool [N].
+  points: float32 [N, Q, 2] and point_labels int32 [N, Q]: a person's clicks; -2 where there is none.
+  """
+
+  logits: Array
+  presence: Array
+  boxes: Array
+  has_box: Array
+  has_mask: Array
+  points: Array
+  point_labels: Array
+
+
+def stage0_logits(logits: Array, regions: bool) -> Array:
+  """Per-organ mask logits of the generator.
+
+  Args:
+    logits: float [..., K + 1] with background first, or [..., K] where structures are regions that
+      may overlap.
+
+  Returns:
+    float [..., K]: the log-odds of organ k, logit_k - logsumexp(others), clamped to +-32.
+  """
+  if regions:
+    return jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)
+  # The sum of the others is the sum of all less one's own share, which cancels for the largest only.
+  largest = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
+  peak = jnp.max(logits, axis=-1, keepdims=True)
+  shares = jnp.exp(logits - peak)
+  others = peak + jnp.log(jnp.sum(shares, axis=-1, keepdims=True) - jnp.where(largest, 0, shares))
+  rest = jax.nn.logsumexp(jnp.where(largest, -jnp.inf, logits), axis=-1, keepdims=True)
+  log_odds = logits - jnp.where(largest, rest, others)
+  return jnp.clip(log_odds, -LOGIT_LIMIT, LOGIT_LIMIT)[..., 1:]
+
+
+def boxes_of(masks: Array, margin: Array | float = 0.0) -> tuple[Array, Array]:
+  """Tight boxes of binary masks.
+
+  Args:
+    masks: bool [..., H, W].
+    margin: added on every side, in pixels; the result is clipped to the image.
+
+  Returns:
+    boxes: float32 [..., 4], x0 y0 x1 y1 as inclusive pixel indices; zeros where a mask is empty.
+    present: bool [...].
+  """
+  height, width = masks.shape[-2:]
+  rows, columns = jnp.any(masks, -1), jnp.any(masks, -2)
+  present = jnp.any(rows, -1)
+  x0, y0 = jnp.argmax(columns, -1), jnp.argmax(rows, -1)
+  x1 = width - 1 - jnp.argmax(columns[..., ::-1], -1)
+  y1 = height - 1 - jnp.argmax(rows[..., ::-1], -1)
+  boxes = jnp.stack([x0, y0, x1, y1], -1).astype(jnp.float32)
+  boxes += jnp.asarray(margin) * jnp.array([-1.0, -1.0, 1.0, 1.0])
+  limit = jnp.array([width - 1, height - 1, width - 1, height - 1], jnp.float32)
+  return jnp.where(present[..., None], jnp.clip(boxes, 0.0, limit), 0.0), present
+
+
+def scaled_boxes(masks: Array, side: int, margin: float) -> tuple[Array, Array]:
+  """Boxes of masks of any size, in pixels of the S x S image that the masks cover.
+
+  Indices are scaled by S / W and S / H as the official predictors do; the prompt encoder adds 0.5.
+
+  Args:
+    masks: bool [..., H, W]. side: S. margin: in pixels of the S x S image.
+
+  Returns:
+    boxes float32 [..., 4]; present bool [...].
+  """
+  height, width = masks.shape[-2:]
+  boxes, present = boxes_of(masks)
+  scale = jnp.array([side / width, side / height] * 2, jnp.float32)
+  boxes = boxes * scale + margin * jnp.array([-1.0, -1.0, 1.0, 1.0])
+  return jnp.where(present[..., None], jnp.clip(boxes, 0.0, side - 1.0), 0.0), present
+
+
+def resize_logits(logits: Array, side: int) -> Array:
+  """Mask logits [..., H, W] resized with antialias to [..., side, side]."""
+  return jax.image.resize(logits, (*logits.shape[:-2], side, side), "linear", antialias=True)
+
+
+def live_cells(present: Array, margin: int) -> Array:
+  """Cells that a stage runs: those with the organ, and `margin` slices beyond on both sides.
+
+  Args:
+    present: bool [..., D].
+
+  Returns:
+    bool [..., D].
+  """
+  depth = present.shape[-1]
+  padded = jnp.pad(present, [(0, 0)] * (present.ndim - 1) + [(margin, margin)])
+  shifts = [padded[..., step : step + depth] for step in range(2 * margin + 1)]
+  return jnp.any(jnp.stack(shifts), axis=0)
+
+
+def anchor_score(presence: Array, logits: Array) -> Array:
+  """Presence times mean foreground probability, float32 [...], of logits [..., h, w]."""
+  probability = jax.nn.sigmoid(logits)
+  inside = logits > 0
+  mean = jnp.sum(probability * inside, (-2, -1)) / jnp.maximum(jnp.sum(inside, (-2, -1)), 1)
+  return presence * mean
+
+
+def gated(logits: Array, presence: Array) -> Array:
+  """Mask logits [N, h, w] with -1024 where the presence logit [N] says that the object is absent."""
+  return jnp.where((presence > 0)[:, None, None], logits, NO_OBJECT)
+
+
+def next_prompts(logits: Array, presence: Array, side: int, box_margin: float) -> CellPrompts:
+  """Prompts for the next stage from the outputs of this one; no gradient flows through them.
+
+  Args:
+    logits: float32 [N, 4G, 4G], ungated. presence: float32 [N], logit.
+  """
+  logits, presence = jax.lax.stop_gradient((logits, presence))
+  boxes, filled = scaled_boxes(logits > 0, side, box_margin)
+  present = filled & (presence > 0)
+  cells = logits.shape[0]
+  return CellPrompts(
+    logits=jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT),
+    presence=jnp.where(present, jax.nn.sigmoid(presence), 0.0),
+    boxes=boxes,
+    has_box=present,
+    has_mask=present,
+    points=jnp.zeros((cells, 0, 2)),
+    point_labels=jnp.zeros((cells, 0), jnp.int32),
+  )
+
+
+def sam_prompts(cells: CellPrompts, use_box: bool, use_mask: bool) -> Prompts:
+  """The prompts of SAM 2's correction path: box corners, clicks, the padding point, and the mask.
+
+  As in sam2_base.py:316-345 a box is two points and one not-a-point token always follows; a cell
+  with neither has two of them, like an unprompted tracked slice.
+  """
+  count = cells.boxes.shape[0]
+  has_box = cells.has_box & use_box
+  clicked = jnp.any(cells.point_labels >= 0, axis=1)
+  corners = cells.boxes.reshape(count, 2, 2)
+  box_labels = jnp.where(has_box[:, None], jnp.array([2, 3]), -2)
+  # -1 is SAM 2's not-a-point; -2 is a token that is not there at all.
+  empty = jnp.where(has_box | clicked, -2, -1)[:, None]
+  padding = jnp.full((count, 1), -1)
+  points = jnp.concatenate([corners, cells.points, jnp.zeros((count, 2, 2))], axis=1)
+  labels = jnp.concatenate([box_labels, cells.point_labels, empty, padding], axis=1)
+  return Prompts(
+    points=points,
+    labels=labels.astype(jnp.int32),
+    mask=cells.logits,
+    has_mask=cells.has_mask & use_mask,
+  )

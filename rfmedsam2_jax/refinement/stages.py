@@ -1,0 +1,256 @@
+"""One stage of refinement: remember the previous stage's masks, condition, decode.
+
+A stage only needs what the previous stage said, so its cells are independent of each other: N of
+them are one batched call. In training the cells of a run are all there at once (`stage_on_grid`);
+at prediction refinement.volume gathers live cells into batches of fixed size.
+
+In: features and `CellPrompts`. Out: `CellOutputs`, from which refinement.prompts makes the next
+stage's prompts and refinement.fusion the label map.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax import memory
+from rfmedsam2_jax.nn import SAM2, ImageFeatures, MemorySlots
+from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
+from rfmedsam2_jax.refinement.prompts import (
+  NO_OBJECT,
+  CellPrompts,
+  anchor_score,
+  live_cells,
+  next_prompts,
+  sam_prompts,
+)
+
+Array = jax.Array
+Params = dict[str, Any]
+
+# SAM 2's input statistics (sam2/utils/transforms.py), the usual ones of ImageNet.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class CellOutputs(NamedTuple):
+  """What a stage says of N cells.
+
+  logits: float32 [N, 4G, 4G], not gated by presence. iou: float32 [N], predicted.
+  presence: float32 [N], logit. pointer: [N, C], `no_obj_ptr` where the object is absent.
+  """
+
+  logits: Array
+  iou: Array
+  presence: Array
+  pointer: Array
+
+
+class CellSlots(NamedTuple):
+  """Where the memories of N cells lie in a store of memories.
+
+  index: int32 [N, M], rows of the store. rows, valid: see MemorySlots.
+  positions: float32 [N, M], temporal positions of the pointers.
+  """
+
+  index: Array
+  rows: Array
+  valid: Array
+  positions: Array
+
+
+def encode_slices(model: SAM2, params: Params, slices: Array) -> ImageFeatures:
+  """Features of slices [B, S, S, 3] with intensities in [0, 1]."""
+  images = (slices - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+  return model.apply({"params": params}, images, method="encode_image")
+
+
+def remember_cells(model: SAM2, params: Params, embedding: Array, cells: CellPrompts) -> Array:
+  """Memory maps [N, G, G, mem_dim] of cells as the previous stage saw them.
+
+  The mask is not binarised; a cell without the object is remembered as a mask of -1024.
+
+  Args:
+    embedding: [N, G, G, C], of the cells' slices.
+  """
+  present = cells.presence > 0
+  logits = jnp.where(present[:, None, None], cells.logits, NO_OBJECT)
+  return model.apply({"params": params}, embedding, logits, present, method="remember")
+
+
+def refine_cells(
+  model: SAM2,
+  params: Params,
+  stage: StageConfig,
+  features: ImageFeatures,
+  cells: CellPrompts,
+  maps: Array,
+  pointers: Array,
+  slots: CellSlots,
+) -> CellOutputs:
+  """One stage over N cells.
+
+  Args:
+    features: of the cells' slices, leading axis N.
+    maps: [R, G, G, mem_dim], the store that `slots.index` points into.
+    pointers: [R, C], the previous stage's; read only where the stage uses pointers.
+  """
+  variables = {"params": params}
+  # A clamped index of an empty slot is masked out, whatever it points at.
+  used = slots.valid if stage.pointers else slots.valid[:, :0]
+  width = used.shape[1]
+  conditioned = model.apply(
+    variables,
+    features.embedding,
+    MemorySlots(
+      maps=maps[slots.index],
+      rows=slots.rows,
+      valid=slots.valid,
+      pointers=pointers[slots.index[:, :width]],
+      pointer_positions=slots.positions[:, :width],
+      pointer_valid=used,
+    ),
+    method="condition",
+  )
+  return decode_cells(model, params, stage, conditioned, features.high_res, cells)
+
+
+def decode_cells(
+  model: SAM2,
+  params: Params,
+  stage: StageConfig,
+  conditioned: Array,
+  high_res: tuple[Array, Array],
+  cells: CellPrompts,
+) -> CellOutputs:
+  """Masks from conditioned features and prompts: box and mask together, mask token 0 only."""
+  variables = {"params": params}
+  prompts = sam_prompts(cells, stage.box, stage.mask)
+  decoded = model.apply(variables, conditioned, high_res, prompts, method="decode")
+  gated = model.apply(variables, decoded, method="gate")
+  return CellOutputs(
+    logits=decoded.masks[:, 0].astype(jnp.float32),
+    iou=decoded.ious[:, 0].astype(jnp.float32),
+    presence=decoded.presence.astype(jnp.float32),
+    pointer=gated.pointer,
+  )
+
+
+def grid_slots(
+  stage: StageConfig,
+  live: Array,
+  score: Array,
+  given: Array,
+  depth: Array | int,
+  max_given: int = 0,
+  inside: Array | None = None,
+) -> tuple[memory.SlotTable, Array]:
+  """Which slices every cell of a [T, Z] grid of tracks and slices remembers.
+
+  Args:
+    live, given: bool [T, Z]. score: float32 [T, Z], see `anchor_score`.
+    depth: true depth of the volume, scalar or [T]. inside: bool [T, Z].
+
+  Returns:
+    SlotTable [T, Z, M], pointer positions float32 [T, Z, M].
+  """
+  anchors, anchors_valid = memory.anchor_slices(score, live, given, stage.anchors, max_given)
+  table = memory.neighbour_slots(live, stage.reach, anchors, anchors_valid, inside)
+  if stage.memory == "none":
+    table = table._replace(valid=jnp.zeros_like(table.valid))
+  depth = jnp.asarray(depth).reshape(-1, 1, 1)
+  return table, memory.pointer_positions(table.offsets, depth)
+
+
+def stage_on_grid(
+  model: SAM2,
+  params: Params,
+  stage: StageConfig,
+  config: RefinementConfig,
+  features: ImageFeatures,
+  cells: CellPrompts,
+  pointers: Array | None,
+  inside: Array,
+  depth: Array,
+) -> tuple[CellOutputs, Array]:
+  """One stage over all cells of B runs of L slices with T tracks each, N = B * T * L in this order.
+
+  A `stream` stage is trained like `neighbours`, on the previous stage's masks: the recurrence over
+  a whole volume is for prediction.
+
+  Args:
+    features: of the slices, leading axis B * L. cells: leading axis N.
+    pointers: [N, C] of the previous stage, or None in the first.
+    inside: bool [B, L], slices that belong to the volume. depth: int32 [B], of the whole volume.
+
+  Returns:
+    CellOutputs of all cells; live bool [N], those that the stage would run at prediction.
+  """
+  runs, length = inside.shape
+  count = cells.presence.shape[0]
+  tracks = count // (runs * length)
+  grid = (runs * tracks, length)
+  inside_TL = jnp.repeat(inside, tracks, axis=0)
+  live = live_cells((cells.presence > 0).reshape(grid), config.live_margin) & inside_TL
+  table, positions = grid_slots(
+    stage,
+    live,
+    anchor_score(cells.presence, cells.logits).reshape(grid),
+    jnp.zeros(grid, bool),
+    jnp.repeat(depth, tracks),
+    inside=inside_TL,
+  )
+  width = table.slices.shape[-1]
+  first = jnp.arange(runs * tracks, dtype=jnp.int32)[:, None, None] * length
+  slots = CellSlots(
+    (first + table.slices).reshape(count, width),
+    table.rows.reshape(count, width),
+    table.valid.reshape(count, width),
+    positions.reshape(count, width),
+  )
+  cell_slice = jnp.arange(runs)[:, None, None] * length + jnp.arange(length)
+  cell_slice = jnp.broadcast_to(cell_slice, (runs, tracks, length)).reshape(-1)
+  cell_features = jax.tree.map(lambda x: x[cell_slice], features)
+  if stage.memory == "none":
+    conditioned = model.apply(
+      {"params": params}, cell_features.embedding, method="unconditioned"
+    )
+    outputs = decode_cells(model, params, stage, conditioned, cell_features.high_res, cells)
+    return outputs, live.reshape(-1)
+  maps = remember_cells(model, params, cell_features.embedding, cells)
+  if pointers is None:
+    pointers = jnp.zeros((count, cell_features.embedding.shape[-1]), maps.dtype)
+  outputs = refine_cells(model, params, stage, cell_features, cells, maps, pointers, slots)
+  return outputs, live.reshape(-1)
+
+
+def all_stages_on_grid(
+  model: SAM2,
+  params: Params,
+  config: RefinementConfig,
+  slices: Array,
+  cells: CellPrompts,
+  inside: Array,
+  depth: Array,
+) -> list[tuple[CellOutputs, Array]]:
+  """Every stage over B runs, as training sees them; gradients pass between stages through pointers.
+
+  Args:
+    slices: float32 [B * L, S, S, 3] in [0, 1]. cells: stage-0 prompts of N = B * T * L cells.
+
+  Returns:
+    Per stage: CellOutputs [N], live bool [N].
+  """
+  features = encode_slices(model, params, slices)
+  results = []
+  pointers = None
+  for stage in config.stages:
+    outputs, live = stage_on_grid(
+      model, params, stage, config, features, cells, pointers, inside, depth
+    )
+    results.append((outputs, live))
+    cells = next_prompts(
+      outputs.logits, outputs.presence, model.config.image_size, config.box_margin
+    )
+    pointers = outputs.pointer
+  return results

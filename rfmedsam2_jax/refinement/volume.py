@@ -1,0 +1,319 @@
+"""All stages over one volume: live cells only, gathered into batches of fixed size.
+
+Cost follows the organs and not D x K. Slices are encoded once, the memory of a cell is made once
+per stage, and everything that is compiled has shapes that many volumes share.
+
+In: slices and the stage-0 `VolumePrompts`. Out: one `StageResult` per stage, for refinement.fusion.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rfmedsam2_jax import tracking
+from rfmedsam2_jax.nn import SAM2, ImageFeatures
+from rfmedsam2_jax.refinement import stages as stages_lib
+from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
+from rfmedsam2_jax.refinement.prompts import (
+  CellPrompts,
+  anchor_score,
+  live_cells,
+  next_prompts,
+  sam_prompts,
+)
+
+Params = dict[str, Any]
+
+
+class VolumePrompts(NamedTuple):
+  """Stage-0 prompts of all cells of a volume, as numpy arrays on the host; see CellPrompts.
+
+  logits: float16 [K, D, 4G, 4G]. presence: float32 [K, D]. boxes: float32 [K, D, 4].
+  has_box, has_mask: bool [K, D]. points: float32 [K, D, Q, 2]; point_labels: int32 [K, D, Q].
+  given: bool [K, D], cells with a prompt that a person gave; further anchors.
+  fixed_boxes: bool [K, D], cells whose box and presence hold through all stages (oracle, given).
+  """
+
+  logits: np.ndarray
+  presence: np.ndarray
+  boxes: np.ndarray
+  has_box: np.ndarray
+  has_mask: np.ndarray
+  points: np.ndarray
+  point_labels: np.ndarray
+  given: np.ndarray
+  fixed_boxes: np.ndarray
+
+
+class StageResult(NamedTuple):
+  """What one stage says of the cells that it ran.
+
+  cells: int [N, 2], organ and slice. logits: float16 [N, 4G, 4G], -1024 where the organ is absent.
+  iou, presence (a probability): float32 [N].
+  """
+
+  cells: np.ndarray
+  logits: np.ndarray
+  iou: np.ndarray
+  presence: np.ndarray
+
+
+def bucket(count: int, size: int) -> int:
+  """The smallest size * 2^n that holds `count`, so that volumes share compilations."""
+  total = size
+  while total < count:
+    total *= 2
+  return total
+
+
+# Compiled once per (model, stage): both are hashable and static.
+_encode = jax.jit(stages_lib.encode_slices, static_argnums=0)
+_refine = jax.jit(stages_lib.refine_cells, static_argnums=(0, 2))
+_decode = jax.jit(stages_lib.decode_cells, static_argnums=(0, 2))
+_track = jax.jit(tracking.track, static_argnums=0)
+_next = jax.jit(next_prompts, static_argnums=(2, 3))
+_score = jax.jit(anchor_score)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _remember(model, params, embedding, cell_slice, cells):
+  return stages_lib.remember_cells(model, params, embedding[cell_slice], cells)
+
+
+def _padded(array: np.ndarray, count: int) -> np.ndarray:
+  return np.pad(array, [(0, count - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
+
+
+def _batches(count: int, size: int):
+  """Index batches of fixed size; the last one repeats its last index."""
+  for first in range(0, count, size):
+    stop = min(first + size, count)
+    yield slice(first, stop), _padded(np.arange(first, stop), size)
+
+
+def refine_volume(
+  model: SAM2,
+  params: Params,
+  config: RefinementConfig,
+  slices: Callable[[np.ndarray], np.ndarray],
+  prompts: VolumePrompts,
+  progress: Callable[[str], None] = lambda message: None,
+) -> list[StageResult]:
+  """Runs the stages of `config` over one volume.
+
+  Args:
+    slices: gives float32 [n, S, S, 3] in [0, 1] for slice numbers [n].
+    prompts: of stage 0.
+    progress: called with one line per stage.
+
+  Returns:
+    One StageResult per stage; a stage with no live cell has N = 0.
+  """
+  side = model.config.image_size
+  prompts = prompts._replace(logits=prompts.logits.copy())
+  encoded = _Features(model, params, slices, config.slices_per_batch)
+  organs, depth = prompts.presence.shape
+  pointers = np.zeros((organs, depth, model.config.d_model), np.float32)
+  results = []
+  for number, stage in enumerate(config.stages, 1):
+    live = np.array(live_cells(jnp.asarray(prompts.presence > 0), config.live_margin))
+    live |= prompts.given
+    cells = np.argwhere(live)
+    if not len(cells):
+      results.append(_nothing(model))
+      continue
+    encoded.need(np.unique(cells[:, 1]))
+    progress(f"stage {number}: {len(cells)} cells on {encoded.count} slices")
+    run = _run_stream if stage.memory == "stream" else _run_cells
+    outputs = run(model, params, stage, config, encoded, prompts, pointers, live, cells)
+    shown = (outputs.presence > 0)[:, None, None]
+    results.append(
+      StageResult(
+        cells.astype(np.int32),
+        np.where(shown, outputs.logits, -1024.0).astype(np.float16),
+        outputs.iou,
+        1.0 / (1.0 + np.exp(-np.clip(outputs.presence, -60, 60))),
+      )
+    )
+    organ, at = cells.T
+    pointers[organ, at] = outputs.pointer
+    prompts = _carry_on(prompts, cells, outputs, side, config)
+  return results
+
+
+def _nothing(model: SAM2) -> StageResult:
+  side = 4 * model.config.grid
+  none = np.zeros(0, np.float32)
+  return StageResult(
+    np.zeros((0, 2), np.int32), np.zeros((0, side, side), np.float16), none, none
+  )
+
+
+def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
+  """The next stage's prompts: from this stage's outputs where it ran; no organ elsewhere."""
+  organ, at = cells.T
+  new: list[CellPrompts] = []
+  size = config.cells_per_batch
+  for where, index in _batches(len(cells), size):
+    batch = _next(outputs.logits[index], outputs.presence[index], side, config.box_margin)
+    new.append(jax.tree.map(lambda x, n=where.stop - where.start: np.asarray(x)[:n], batch))
+  cell = CellPrompts(*(np.concatenate(parts) for parts in zip(*new, strict=True)))
+  presence = np.zeros_like(prompts.presence)
+  has_mask = np.zeros_like(prompts.has_mask)
+  has_box = prompts.has_box & prompts.fixed_boxes
+  boxes = prompts.boxes.copy()
+  logits = prompts.logits
+  presence[organ, at] = cell.presence
+  has_mask[organ, at] = cell.has_mask
+  logits[organ, at] = cell.logits
+  free = ~prompts.fixed_boxes[organ, at]
+  boxes[organ[free], at[free]] = cell.boxes[free]
+  has_box[organ[free], at[free]] = cell.has_box[free]
+  presence = np.where(prompts.fixed_boxes, prompts.presence, presence)
+  return prompts._replace(
+    logits=logits, presence=presence, boxes=boxes, has_box=has_box, has_mask=has_mask
+  )
+
+
+class _Features:
+  """Features of the slices that live cells need, each encoded once, in a store of bucketed size."""
+
+  def __init__(self, model: SAM2, params: Params, slices, batch: int):
+    self._model, self._params, self._slices, self._batch = model, params, slices, batch
+    self._row: dict[int, int] = {}
+    self._parts: list[ImageFeatures] = []
+    self.store: ImageFeatures | None = None
+
+  @property
+  def count(self) -> int:
+    return len(self._row)
+
+  def need(self, wanted: np.ndarray) -> None:
+    missing = [int(z) for z in wanted if int(z) not in self._row]
+    if not missing:
+      return
+    for first in range(0, len(missing), self._batch):
+      chunk = missing[first : first + self._batch]
+      images = self._slices(_padded(np.array(chunk), self._batch))
+      features = _encode(self._model, self._params, images)
+      self._parts.append(jax.tree.map(lambda x, n=len(chunk): x[:n], features))
+      for z in chunk:
+        self._row[z] = len(self._row)
+    total = bucket(len(self._row), self._batch)
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *self._parts)
+    self._parts = [joined]
+    self.store = jax.tree.map(
+      lambda x: jnp.pad(x, [(0, total - len(x))] + [(0, 0)] * (x.ndim - 1)), joined
+    )
+
+  def rows(self, slices: np.ndarray) -> np.ndarray:
+    return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)
+
+
+def _gather(prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray) -> CellPrompts:
+  return CellPrompts(
+    logits=prompts.logits[organ, at].astype(np.float32),
+    presence=prompts.presence[organ, at],
+    boxes=prompts.boxes[organ, at],
+    has_box=prompts.has_box[organ, at],
+    has_mask=prompts.has_mask[organ, at],
+    points=prompts.points[organ, at],
+    point_labels=prompts.point_labels[organ, at],
+  )
+
+
+def _scores(prompts, live, cells, size) -> np.ndarray:
+  """Anchor scores [K, D]; zero where a cell is not live."""
+  scores = np.zeros(live.shape, np.float32)
+  organ, at = cells.T
+  for where, index in _batches(len(cells), size):
+    batch = _gather(prompts, organ[index], at[index])
+    n = where.stop - where.start
+    scores[organ[where], at[where]] = np.asarray(_score(batch.presence, batch.logits))[:n]
+  return scores
+
+
+def _run_cells(
+  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells
+) -> stages_lib.CellOutputs:
+  """`neighbours` and `none`: every cell for itself, given the previous stage."""
+  size = config.cells_per_batch
+  organ, at = cells.T
+  depth = live.shape[1]
+  rows = encoded.rows(at)
+  outputs = []
+  if stage.memory == "neighbours":
+    scores = _scores(prompts, live, cells, size)
+    max_given = int(prompts.given.sum(axis=1).max())
+    table, positions = stages_lib.grid_slots(stage, live, scores, prompts.given, depth, max_given)
+    table = jax.tree.map(np.asarray, table)
+    positions = np.asarray(positions)
+    # Where a cell's memory lies in the store of live cells; empty slots point at row 0.
+    place = np.zeros(live.shape, np.int32)
+    place[organ, at] = np.arange(len(cells))
+    total = bucket(len(cells), size)
+    maps = []
+    for _, index in _batches(len(cells), size):
+      batch = _gather(prompts, organ[index], at[index])
+      maps.append(_remember(model, params, encoded.store.embedding, rows[index], batch))
+    store = jnp.concatenate(maps)
+    store = jnp.pad(store, [(0, total - len(store))] + [(0, 0)] * 3)
+    pointer_store = _padded(pointers[organ, at], total)
+  for where, index in _batches(len(cells), size):
+    features = jax.tree.map(lambda x, i=rows[index]: x[i], encoded.store)
+    batch = _gather(prompts, organ[index], at[index])
+    if stage.memory == "neighbours":
+      o, z = organ[index], at[index]
+      valid = table.valid[o, z]
+      remembered = np.where(valid, place[o[:, None], table.slices[o, z]], 0)
+      slots = stages_lib.CellSlots(remembered, table.rows[o, z], valid, positions[o, z])
+      out = _refine(model, params, stage, features, batch, store, pointer_store, slots)
+    else:
+      conditioned = model.apply({"params": params}, features.embedding, method="unconditioned")
+      out = _decode(model, params, stage, conditioned, features.high_res, batch)
+    outputs.append(jax.tree.map(lambda x, n=where.stop - where.start: np.asarray(x)[:n], out))
+  return stages_lib.CellOutputs(*(np.concatenate(parts) for parts in zip(*outputs, strict=True)))
+
+
+def _run_stream(
+  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells
+) -> stages_lib.CellOutputs:
+  """`stream`: SAM 2's recurrence outward from each organ's anchor, one organ after the other.
+
+  One track at a time keeps the memory small; slices between its first and its last live one that
+  are not live are skipped, not remembered.
+  """
+  del pointers  # the recurrence makes its own
+  scores = _scores(prompts, live, cells, config.cells_per_batch)
+  found = []
+  for organ in np.unique(cells[:, 0]):
+    at = np.flatnonzero(live[organ])
+    first, last = int(at[0]), int(at[-1])
+    length = last - first + 1
+    total = bucket(length, config.slices_per_batch)
+    span = _padded(np.arange(first, last + 1), total)
+    active = np.zeros(total, bool)
+    active[at - first] = True
+    batch = sam_prompts(
+      jax.tree.map(jnp.asarray, _gather(prompts, np.full(total, organ), span)), stage.box, stage.mask
+    )
+    store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
+    features = jax.tree.map(lambda x, i=store_rows: x[i], encoded.store)
+    start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))
+    out = _track(
+      model,
+      params,
+      features,
+      tracking.TrackInputs(
+        prompts=jax.tree.map(lambda x: x[None], batch),
+        start=jnp.array([start - first], jnp.int32),
+        active=jnp.asarray(active)[None],
+        depth=jnp.int32(live.shape[1]),
+      ),
+    )
+    found.append(jax.tree.map(lambda x, i=at - first: np.asarray(x)[0, i], out))
+  return stages_lib.CellOutputs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))

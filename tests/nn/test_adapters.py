@@ -1,0 +1,88 @@
+"""Adapters: the identity when fresh, trainable from there, and where the paper puts them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter, DWConvAdapter
+from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
+from rfmedsam2_jax.nn.hiera import Hiera
+
+TINY = dict(embed_dim=16, num_heads=1, stages=(1, 2, 3, 2), global_att_blocks=(4, 7),
+            window_pos_embed_bkg_spatial_size=(7, 7))
+
+
+def encoder(adapters):
+  return ImageEncoder(Hiera(**TINY, adapters=adapters), FpnNeck(24, adapters=adapters))
+
+
+@pytest.fixture(scope="module")
+def images():
+  return jax.random.normal(jax.random.key(0), (2, 96, 96, 3))
+
+
+@pytest.fixture(scope="module")
+def adapted(images):
+  return jax.jit(encoder(AdapterConfig()).init)(jax.random.key(1), images)["params"]
+
+
+def split(params):
+  """Parameters of the network and of the adapters, by path."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  own = {path: leaf for path, leaf in flat.items() if "adapter" not in path}
+  return own, {path: leaf for path, leaf in flat.items() if path not in own}
+
+
+def test_fresh_adapters_leave_the_encoder_unchanged_bit_for_bit(adapted, images):
+  own, _ = split(adapted)
+  plain = {"params": traverse_util.unflatten_dict(own, sep="/")}
+  expected = jax.jit(encoder(AdapterConfig(dwconv=False, cnn=False)).apply)(plain, images)
+  outputs = jax.jit(encoder(AdapterConfig()).apply)({"params": adapted}, images)
+  for out, reference in zip(outputs, expected, strict=True):
+    np.testing.assert_array_equal(out, reference)
+
+
+def test_adapters_stand_in_every_block_and_after_every_convolution_of_the_neck(adapted):
+  places = {path.split("/adapter/")[0] for path in split(adapted)[1]}
+  blocks = {f"trunk/blocks_{i}" for i in range(sum(TINY["stages"]))}
+  laterals = {f"neck/convs_{i}" for i in range(4)}
+  assert places == blocks | laterals
+
+
+@pytest.mark.parametrize("config, place", [(AdapterConfig(cnn=False), "trunk"),
+                                           (AdapterConfig(dwconv=False), "neck")])
+def test_each_kind_of_adapter_can_be_switched_off(config, place, images):
+  params = jax.eval_shape(encoder(config).init, jax.random.key(1), images)["params"]
+  assert {path.split("/")[0] for path in split(params)[1]} == {place}
+
+
+@pytest.mark.parametrize("adapter", [DWConvAdapter(4), CNNAdapter(4)])
+def test_training_moves_every_parameter_of_an_adapter(adapter):
+  """The zero layer stops the others' gradients for the first step only."""
+  x, target = jax.random.normal(jax.random.key(0), (2, 1, 6, 6, 8))
+  start = params = adapter.init(jax.random.key(1), x)
+
+  @jax.jit
+  def step(params):
+    loss = lambda p: ((adapter.apply(p, x) - target) ** 2).mean()  # noqa: E731
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+  for _ in range(3):
+    params = step(params)
+  moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), start, params)
+  assert all(jax.tree.leaves(moved))
+  assert bool(jnp.any(adapter.apply(params, x) != x))
+
+
+def test_adapter_sees_its_neighbours_and_no_further():
+  """3x3 depth-wise: a pixel's change reaches the pixels around it."""
+  x = jnp.zeros((1, 7, 7, 8))
+  adapter = DWConvAdapter(4)
+  # Not zero, and not the same in every channel, which the norm would take away.
+  params = jax.tree.map(lambda p: p + 0.1 * jnp.arange(p.size).reshape(p.shape) % 0.7,
+                        adapter.init(jax.random.key(1), x))
+  change = adapter.apply(params, x.at[0, 3, 3, :4].set(1.0)) - adapter.apply(params, x)
+  reached = np.argwhere(np.abs(np.asarray(change[0])).max(axis=-1) > 1e-6)
+  assert reached.min() == 2 and reached.max() == 4
