@@ -137,14 +137,13 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
   try:
     if "modality" in content:
       channels = _numbered(content["modality"])
-      named = {str(name): int(value) for value, name in content["labels"].items()}
-      labels = _labels(path, named, None)
+      labels = _labels(path, {str(name): int(v) for v, name in content["labels"].items()}, None)
       cases = _decathlon_cases(folder, content)
     elif "channel_names" in content:
       channels = _numbered(content["channel_names"])
-      named = {name: tuple(map(int, v)) if isinstance(v, list) else int(v)
-               for name, v in content["labels"].items()}
-      labels = _labels(path, named, content.get("regions_class_order"))
+      labels = _labels(path, {name: tuple(map(int, v)) if isinstance(v, list) else int(v)
+                              for name, v in content["labels"].items()},
+                       content.get("regions_class_order"))
       cases = _nnunet_cases(folder, content, len(channels))
     else:
       raise UserError(f"{path}: has neither 'modality' (Decathlon) nor 'channel_names' (nnU-Net "
@@ -259,7 +258,8 @@ def _labels(path: Path, named: Mapping[str, int | tuple[int, ...]], order: Any) 
       raise UserError(f"{path}: two labels have the same value; give each its own")
     output = tuple(used)
   if len(set(used)) >= IGNORED:
-    raise UserError(f"{path}: has {len(set(used))} label values; at most {IGNORED - 1} are possible")
+    raise UserError(f"{path}: has {len(set(used))} label values; at most {IGNORED - 1} "
+                    f"are possible, merge some")
   return Labels(tuple(structures), regions, output, (), ignore)
 
 
@@ -303,10 +303,10 @@ def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> li
   files = sorted((folder / "imagesTr").glob(f"*_[0-9][0-9][0-9][0-9]{ending}"))
   identifiers = dict.fromkeys(file.name.removesuffix(ending)[:-5] for file in files
                               if is_nifti_name(file))
-  return [Case(identifier,
-               tuple(folder / "imagesTr" / f"{identifier}_{c:04d}{ending}" for c in range(channels)),
-               folder / "labelsTr" / f"{identifier}{ending}")
-          for identifier in identifiers]
+  return [Case(name,
+               tuple(folder / "imagesTr" / f"{name}_{c:04d}{ending}" for c in range(channels)),
+               folder / "labelsTr" / f"{name}{ending}")
+          for name in identifiers]
 
 
 def _input_case(file: Path, channels: int) -> Case:

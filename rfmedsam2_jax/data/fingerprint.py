@@ -1,4 +1,7 @@
-"""What a data set looks like: spacings, shapes, intensities of what is segmented. Input of the plan."""
+"""What a data set looks like: spacings, shapes, intensities of what is segmented.
+
+In: cases (data.datasets). Out: a `Fingerprint`, from which data.plan makes the plan.
+"""
 
 import dataclasses
 import zlib

@@ -26,12 +26,13 @@ from rfmedsam2_jax.data.augmentation import (
   transform_slices,
 )
 from rfmedsam2_jax.data.corruption import PromptCorruptionConfig, corrupt, logits_of_truth
+from rfmedsam2_jax.data.datasets import IGNORED
 from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case
 from rfmedsam2_jax.data.squash import as_rgb, resize_area, resize_linear, window_slices
 from rfmedsam2_jax.errors import UserError
 
-IGNORE = 255  # atom of voxels that belong to no loss
 _ENDLESS = 1 << 40  # samples of an iterator: more than any training takes
+_OPEN_CASES = 200  # kept memory-mapped; each holds up to three of the process's file descriptors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,41 +53,48 @@ class RunConfig:
   oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
 
 
-@dataclasses.dataclass(frozen=True)
 class _Cases:
-  """Prepared cases in an order that is reshuffled every epoch."""
+  """Prepared cases in an order that is reshuffled every epoch, and the generator's logits of them.
 
-  folder: Path
-  identifiers: tuple[str, ...]
-  seed: int
+  Args:
+    folder: of prepared cases.
+    identifiers: of those to draw from.
+    seed: of the order and of all that is drawn for a sample.
+    prompts: folder of the generator's mask logits, or None.
+  """
 
-  def draw(self, index: int, stream: int) -> tuple[PreparedCase, str, np.random.Generator]:
-    """The case of sample `index` and a generator that nothing else uses."""
+  def __init__(self, folder: Path, identifiers: Sequence[str], seed: int, prompts: Path | None):
+    if not identifiers:
+      raise UserError(f"{folder}: no cases to draw from; the training part of the split is empty")
+    self._arguments = (folder, tuple(identifiers), seed, prompts)
+    self.folder, self.identifiers, self.seed, self.prompts = self._arguments
+    self._open = functools.lru_cache(_OPEN_CASES)(self._load)
+
+  def __reduce__(self):
+    # Worker processes open the files for themselves.
+    return _Cases, self._arguments
+
+  def _load(self, identifier: str) -> tuple[PreparedCase, np.ndarray | None]:
+    case = load_case(self.folder, identifier)
+    if case.atoms is None:
+      raise UserError(f"{self.folder}: case {identifier} has no label; train on labelled cases")
+    if self.prompts is None:
+      return case, None
+    path = self.prompts / f"{identifier}.npy"
+    try:
+      return case, np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+      raise UserError(f"{path}: cannot be read ({error}); predict the prompts again") from None
+
+  def draw(
+    self, index: int, stream: int
+  ) -> tuple[PreparedCase, np.ndarray | None, np.random.Generator]:
+    """Case and prompts of sample `index`, and a random generator that nothing else uses."""
     epoch, position = divmod(index, len(self.identifiers))
     order = np.random.default_rng([self.seed, stream, 0, epoch])
     identifier = self.identifiers[order.permutation(len(self.identifiers))[position]]
-    case = _open_case(self.folder, identifier)
-    return case, identifier, np.random.default_rng([self.seed, stream, 1, index])
-
-
-@functools.lru_cache(maxsize=4096)
-def _open_case(folder: Path, identifier: str) -> PreparedCase:
-  # Arrays are memory-mapped, so that what is kept is names and sizes.
-  return load_case(folder, identifier)
-
-
-@functools.lru_cache(maxsize=4096)
-def _open_prompts(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-  try:
-    prompts = np.load(path, mmap_mode="r")
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path}: cannot be read ({error}); predict the prompts again") from None
-  if prompts.shape != shape:
-    raise UserError(
-      f"{path}: has shape {prompts.shape}, expected {shape}; it was made for another plan or "
-      "image size: predict the prompts again"
-    )
-  return prompts
+    case, prompts = self._open(identifier)
+    return case, prompts, np.random.default_rng([self.seed, stream, 1, index])
 
 
 def _is_oversampled(index: int, share: float) -> bool:
@@ -146,6 +154,7 @@ class _PatchSample:
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
     case, _, rng = self.cases.draw(index, stream=0)
+    assert case.atoms is not None
     shape, size = np.array(case.image.shape[1:]), np.array(self.patch_size)
     found = None
     if _is_oversampled(index, self.oversample_foreground):
@@ -196,7 +205,7 @@ def generator_batches(
     a grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms,
     255 where ignored}.
   """
-  cases = _Cases(Path(folder), tuple(identifiers), seed)
+  cases = _Cases(Path(folder), identifiers, seed, None)
   sample = _PatchSample(cases, tuple(patch_size), augmentation, oversample_foreground)
   return _batches(sample, batch_size, shard, loader or LoaderConfig())
 
@@ -206,12 +215,12 @@ class _RunSample:
   cases: _Cases
   run: RunConfig
   membership: np.ndarray  # bool [A, K]
-  prompts: Path | None
   augmentation: AugmentationConfig
   corruption: PromptCorruptionConfig
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    case, identifier, rng = self.cases.draw(index, stream=1)
+    case, prompts, rng = self.cases.draw(index, stream=1)
+    assert case.atoms is not None
     depth, height, width = case.image.shape[1:]
     length, side = self.run.slices, self.run.image_size
     mask_side = side // 4
@@ -231,8 +240,14 @@ class _RunSample:
     matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
     if matrix is not None and matrix[0, 0] < 0:
       rows, inside = rows[::-1], inside[::-1]
-    grid = (height, width)
 
+    if prompts is not None:
+      expected = (self.membership.shape[1], depth, mask_side, mask_side)
+      if prompts.shape != expected:
+        raise UserError(
+          f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
+          f"expected {expected}; they belong to another plan or image size, predict them again"
+        )
     image = augment_intensity(
       rng, case.image[:, rows], self.augmentation, in_plane=is_anisotropic(case.spacing)
     )
@@ -240,20 +255,18 @@ class _RunSample:
     image = resize_linear(transform_slices(image, matrix, order=1, fill=0), side)
 
     atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
-    known = atoms != IGNORE
+    known = atoms != IGNORED
     truth = self.membership[np.where(known, atoms, 0)] & known[..., None]  # [L, H, W, K]
     structures = self._structures(rng, truth, None if found is None else found[0])
     masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), mask_side)
     known = np.broadcast_to(resize_area(known, mask_side), masks.shape)
 
-    on_masks = on_grid(matrix, grid, (mask_side, mask_side))
+    on_masks = on_grid(matrix, (height, width), (mask_side, mask_side))
     logits = np.empty_like(masks)
     for track, structure in enumerate(structures):
       source = logits_of_truth(masks[track])
-      if self.prompts is not None and rng.random() >= self.corruption.truth_probability:
-        shape = (self.membership.shape[1], depth, mask_side, mask_side)
-        stored = _open_prompts(self.prompts / f"{identifier}.npy", shape)
-        source = np.asarray(stored[structure][rows], np.float32)
+      if prompts is not None and rng.random() >= self.corruption.truth_probability:
+        source = np.asarray(prompts[structure][rows], np.float32)
         source = transform_slices(source, on_masks, order=1, fill=-32.0)
       logits[track] = corrupt(rng, source, self.corruption)
 
@@ -328,9 +341,6 @@ def refiner_batches(
   """
   if len(run.channels) not in (1, 3):
     raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")
-  cases = _Cases(Path(folder), tuple(identifiers), seed)
-  membership = np.asarray(membership, bool)
-  sample = _RunSample(
-    cases, run, membership, None if prompts is None else Path(prompts), augmentation, corruption
-  )
+  cases = _Cases(Path(folder), identifiers, seed, None if prompts is None else Path(prompts))
+  sample = _RunSample(cases, run, np.asarray(membership, bool), augmentation, corruption)
   return _batches(sample, batch_size, shard, loader or LoaderConfig())

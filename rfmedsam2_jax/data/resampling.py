@@ -1,8 +1,8 @@
 """Separable resampling: one matrix per axis, applied with BLAS.
 
 All matrices share one convention: two grids cover the same field of view, index i of n has its
-centre at (i + 0.5) / n of it (half-pixel centres), and values beyond the border repeat the border's.
-Used on the way in by preprocessing and augmentation, on the way out by `Restore`.
+centre at (i + 0.5) / n of it (half-pixel centres), and beyond the border its values are repeated.
+Used by preprocessing on the way in and by its `Restore` on the way out.
 """
 
 import functools
@@ -38,7 +38,7 @@ def linear_matrix(n_in: int, n_out: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def antialiased_matrix(n_in: int, n_out: int) -> np.ndarray:
-  """float32 [n_out, n_in]: linear when growing, a triangle as wide as two new voxels when shrinking.
+  """float32 [n_out, n_in]: linear when growing, a triangle two new voxels wide when shrinking.
 
   The same as `jax.image.resize(method="linear", antialias=True)` and PIL's bilinear filter.
   """

@@ -63,7 +63,7 @@ class Geometry:
 
   @property
   def spacing(self) -> tuple[float, float, float]:
-    """Voxel size in mm along canonical (z, y, x), to the six digits that NIfTI's float32 carries."""
+    """Voxel size in mm along canonical (z, y, x), to the six digits that float32 headers carry."""
     scale = _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
     sizes = np.linalg.norm(self.affine[:3, :3], axis=0) * scale
     z, y, x = (float(f"{sizes[axis]:.6g}") for axis in self.axes)
@@ -71,13 +71,15 @@ class Geometry:
 
   def to_canonical(self, native: np.ndarray) -> np.ndarray:
     """[i, j, k] as a contiguous [z, y, x]."""
-    view = native.transpose(self.axes)
-    return np.ascontiguousarray(view[tuple(slice(None, None, -1 if f else 1) for f in self.flipped)])
+    return np.ascontiguousarray(native.transpose(self.axes)[self._flips])
 
   def to_native(self, canonical: np.ndarray) -> np.ndarray:
     """[z, y, x] as a view [i, j, k]; the inverse of `to_canonical`."""
-    view = canonical[tuple(slice(None, None, -1 if f else 1) for f in self.flipped)]
-    return view.transpose(np.argsort(self.axes))
+    return canonical[self._flips].transpose(np.argsort(self.axes))
+
+  @property
+  def _flips(self) -> tuple[slice, ...]:
+    return tuple(slice(None, None, -1 if flip else 1) for flip in self.flipped)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,7 +208,7 @@ def _image(channels: int) -> str:
 
 
 def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
-  """The voxels in native order, cast to `kind` if given, and the geometry of the first three axes."""
+  """The voxels in native order, cast to `kind` if given, and the geometry of three axes."""
   if not path.exists():
     raise UserError(f"{path}: does not exist; check the path")
   if not path.is_file() or not path.name.endswith(ENDINGS):
@@ -280,5 +282,5 @@ def _check_grid(geometry: Geometry, like: Geometry, what: str) -> None:
   distance = float(np.linalg.norm(offsets[:, :3], axis=1).max())
   smallest = float(np.linalg.norm(like.affine[:3, :3], axis=0).min())
   if distance > GRID_TOLERANCE * smallest:
-    raise UserError(f"{geometry.path}: {what} of different space: its corners lie up to "
-                    f"{distance:.4g} from those of {like.path} (voxels of {smallest:.4g}); {advice}")
+    raise UserError(f"{geometry.path}: {what} of different space: its corners lie {distance:.4g} "
+                    f"from those of {like.path} (voxels of {smallest:.4g}); {advice}")

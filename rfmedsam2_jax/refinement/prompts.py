@@ -2,7 +2,8 @@
 
 A cell is one (organ, slice) pair; arrays over cells lead with [K, D] or, gathered, with [N].
 In: the generator's logits, or those of a stage (refinement.stages). Out: `CellPrompts`, which
-refinement.stages turns into the prompts and memories of the next stage.
+refinement.stages turns into the prompts and memories of the next stage. What is also used on the
+host (boxes, live cells) takes numpy arrays as well as JAX ones.
 """
 
 from typing import NamedTuple
@@ -70,16 +71,17 @@ def boxes_of(masks: Array, margin: Array | float = 0.0) -> tuple[Array, Array]:
     boxes: float32 [..., 4], x0 y0 x1 y1 as inclusive pixel indices; zeros where a mask is empty.
     present: bool [...].
   """
+  xp = masks.__array_namespace__()
   height, width = masks.shape[-2:]
-  rows, columns = jnp.any(masks, -1), jnp.any(masks, -2)
-  present = jnp.any(rows, -1)
-  x0, y0 = jnp.argmax(columns, -1), jnp.argmax(rows, -1)
-  x1 = width - 1 - jnp.argmax(columns[..., ::-1], -1)
-  y1 = height - 1 - jnp.argmax(rows[..., ::-1], -1)
-  boxes = jnp.stack([x0, y0, x1, y1], -1).astype(jnp.float32)
-  boxes += jnp.asarray(margin) * jnp.array([-1.0, -1.0, 1.0, 1.0])
-  limit = jnp.array([width - 1, height - 1, width - 1, height - 1], jnp.float32)
-  return jnp.where(present[..., None], jnp.clip(boxes, 0.0, limit), 0.0), present
+  rows, columns = xp.any(masks, axis=-1), xp.any(masks, axis=-2)
+  present = xp.any(rows, axis=-1)
+  x0, y0 = xp.argmax(columns, axis=-1), xp.argmax(rows, axis=-1)
+  x1 = width - 1 - xp.argmax(columns[..., ::-1], axis=-1)
+  y1 = height - 1 - xp.argmax(rows[..., ::-1], axis=-1)
+  boxes = xp.stack([x0, y0, x1, y1], axis=-1).astype(xp.float32)
+  grown = boxes + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
+  limit = xp.asarray([width - 1, height - 1] * 2, dtype=xp.float32)
+  return xp.where(present[..., None], xp.clip(grown, 0.0, limit), 0.0), present
 
 
 def scaled_boxes(masks: Array, side: int, margin: float) -> tuple[Array, Array]:
@@ -93,16 +95,12 @@ def scaled_boxes(masks: Array, side: int, margin: float) -> tuple[Array, Array]:
   Returns:
     boxes float32 [..., 4]; present bool [...].
   """
+  xp = masks.__array_namespace__()
   height, width = masks.shape[-2:]
   boxes, present = boxes_of(masks)
-  scale = jnp.array([side / width, side / height] * 2, jnp.float32)
-  boxes = boxes * scale + margin * jnp.array([-1.0, -1.0, 1.0, 1.0])
-  return jnp.where(present[..., None], jnp.clip(boxes, 0.0, side - 1.0), 0.0), present
-
-
-def resize_logits(logits: Array, side: int) -> Array:
-  """Mask logits [..., H, W] resized with antialias to [..., side, side]."""
-  return jax.image.resize(logits, (*logits.shape[:-2], side, side), "linear", antialias=True)
+  scale = xp.asarray([side / width, side / height] * 2, dtype=xp.float32)
+  boxes = boxes * scale + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
+  return xp.where(present[..., None], xp.clip(boxes, 0.0, side - 1.0), 0.0), present
 
 
 def live_cells(present: Array, margin: int) -> Array:
@@ -114,10 +112,11 @@ def live_cells(present: Array, margin: int) -> Array:
   Returns:
     bool [..., D].
   """
+  xp = present.__array_namespace__()
   depth = present.shape[-1]
-  padded = jnp.pad(present, [(0, 0)] * (present.ndim - 1) + [(margin, margin)])
+  padded = xp.pad(present, [(0, 0)] * (present.ndim - 1) + [(margin, margin)])
   shifts = [padded[..., step : step + depth] for step in range(2 * margin + 1)]
-  return jnp.any(jnp.stack(shifts), axis=0)
+  return xp.any(xp.stack(shifts), axis=0)
 
 
 def anchor_score(presence: Array, logits: Array) -> Array:

@@ -28,6 +28,8 @@ from rfmedsam2_jax.refinement.prompts import (
 
 Params = dict[str, Any]
 
+DEPTH_BUCKET = 16  # depths are padded to multiples of it where they are part of a compiled shape
+
 
 class VolumePrompts(NamedTuple):
   """Stage-0 prompts of all cells of a volume, as numpy arrays on the host; see CellPrompts.
@@ -79,6 +81,14 @@ _next = jax.jit(next_prompts, static_argnums=(2, 3))
 _score = jax.jit(anchor_score)
 
 
+_slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unconditioned(model, params, embedding):
+  return model.apply({"params": params}, embedding, method="unconditioned")
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _remember(model, params, embedding, cell_slice, cells):
   return stages_lib.remember_cells(model, params, embedding[cell_slice], cells)
@@ -120,8 +130,7 @@ def refine_volume(
   pointers = np.zeros((organs, depth, model.config.d_model), np.float32)
   results = []
   for number, stage in enumerate(config.stages, 1):
-    live = np.array(live_cells(jnp.asarray(prompts.presence > 0), config.live_margin))
-    live |= prompts.given
+    live = live_cells(prompts.presence > 0, config.live_margin) | prompts.given
     cells = np.argwhere(live)
     if not len(cells):
       results.append(_nothing(model))
@@ -160,7 +169,7 @@ def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
   size = config.cells_per_batch
   for where, index in _batches(len(cells), size):
     batch = _next(outputs.logits[index], outputs.presence[index], side, config.box_margin)
-    new.append(jax.tree.map(lambda x, n=where.stop - where.start: np.asarray(x)[:n], batch))
+    new.append(_host(batch, where.stop - where.start))
   cell = CellPrompts(*(np.concatenate(parts) for parts in zip(*new, strict=True)))
   presence = np.zeros_like(prompts.presence)
   has_mask = np.zeros_like(prompts.has_mask)
@@ -179,6 +188,17 @@ def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
   )
 
 
+def _host(tree: Any, count: int) -> Any:
+  """The first `count` rows of device arrays, as numpy arrays."""
+  return jax.tree.map(lambda x: np.asarray(x)[:count], tree)
+
+
+def _joined(parts: list[Any], total: int) -> Any:
+  """Rows of several trees one after the other, padded to `total`, on the device."""
+  # On the host, since every number of parts would be compiled anew on the device.
+  return jax.tree.map(lambda *xs: jnp.asarray(_padded(np.concatenate(xs), total)), *parts)
+
+
 class _Features:
   """Features of the slices that live cells need, each encoded once, in a store of bucketed size."""
 
@@ -186,7 +206,7 @@ class _Features:
     self._model, self._params, self._slices, self._batch = model, params, slices, batch
     self._row: dict[int, int] = {}
     self._parts: list[ImageFeatures] = []
-    self.store: ImageFeatures | None = None
+    self.store: ImageFeatures
 
   @property
   def count(self) -> int:
@@ -194,21 +214,16 @@ class _Features:
 
   def need(self, wanted: np.ndarray) -> None:
     missing = [int(z) for z in wanted if int(z) not in self._row]
-    if not missing:
-      return
     for first in range(0, len(missing), self._batch):
       chunk = missing[first : first + self._batch]
       images = self._slices(_padded(np.array(chunk), self._batch))
       features = _encode(self._model, self._params, images)
-      self._parts.append(jax.tree.map(lambda x, n=len(chunk): x[:n], features))
+      self._parts.append(_host(features, len(chunk)))
       for z in chunk:
         self._row[z] = len(self._row)
-    total = bucket(len(self._row), self._batch)
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *self._parts)
-    self._parts = [joined]
-    self.store = jax.tree.map(
-      lambda x: jnp.pad(x, [(0, total - len(x))] + [(0, 0)] * (x.ndim - 1)), joined
-    )
+    if missing:
+      total = bucket(len(self._row), self._batch)
+      self.store = _joined(self._parts, total)
 
   def rows(self, slices: np.ndarray) -> np.ndarray:
     return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)
@@ -248,20 +263,21 @@ def _run_cells(
   outputs = []
   if stage.memory == "neighbours":
     scores = _scores(prompts, live, cells, size)
+    # Padded, so that volumes of similar depth share a compilation; padding is not live.
+    deep = [(0, 0), (0, -depth % DEPTH_BUCKET)]
+    grids = (np.pad(x, deep) for x in (live, scores, prompts.given))
     max_given = int(prompts.given.sum(axis=1).max())
-    table, positions = stages_lib.grid_slots(stage, live, scores, prompts.given, depth, max_given)
-    table = jax.tree.map(np.asarray, table)
-    positions = np.asarray(positions)
+    table, positions = _host(_slots(stage, *grids, depth, max_given), len(live))
     # Where a cell's memory lies in the store of live cells; empty slots point at row 0.
     place = np.zeros(live.shape, np.int32)
     place[organ, at] = np.arange(len(cells))
     total = bucket(len(cells), size)
     maps = []
-    for _, index in _batches(len(cells), size):
+    for where, index in _batches(len(cells), size):
       batch = _gather(prompts, organ[index], at[index])
-      maps.append(_remember(model, params, encoded.store.embedding, rows[index], batch))
-    store = jnp.concatenate(maps)
-    store = jnp.pad(store, [(0, total - len(store))] + [(0, 0)] * 3)
+      remembered = _remember(model, params, encoded.store.embedding, rows[index], batch)
+      maps.append(_host(remembered, where.stop - where.start))
+    store = _joined(maps, total)
     pointer_store = _padded(pointers[organ, at], total)
   for where, index in _batches(len(cells), size):
     features = jax.tree.map(lambda x, i=rows[index]: x[i], encoded.store)
@@ -269,13 +285,13 @@ def _run_cells(
     if stage.memory == "neighbours":
       o, z = organ[index], at[index]
       valid = table.valid[o, z]
-      remembered = np.where(valid, place[o[:, None], table.slices[o, z]], 0)
-      slots = stages_lib.CellSlots(remembered, table.rows[o, z], valid, positions[o, z])
+      row = np.where(valid, place[o[:, None], np.minimum(table.slices[o, z], depth - 1)], 0)
+      slots = stages_lib.CellSlots(row, table.rows[o, z], valid, positions[o, z])
       out = _refine(model, params, stage, features, batch, store, pointer_store, slots)
     else:
-      conditioned = model.apply({"params": params}, features.embedding, method="unconditioned")
+      conditioned = _unconditioned(model, params, features.embedding)
       out = _decode(model, params, stage, conditioned, features.high_res, batch)
-    outputs.append(jax.tree.map(lambda x, n=where.stop - where.start: np.asarray(x)[:n], out))
+    outputs.append(_host(out, where.stop - where.start))
   return stages_lib.CellOutputs(*(np.concatenate(parts) for parts in zip(*outputs, strict=True)))
 
 

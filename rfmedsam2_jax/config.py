@@ -1,0 +1,153 @@
+"""One config for everything: composed of the rooms' own dataclasses, read strictly from YAML.
+
+An unknown key is an error that names the nearest known one. Every value can be overridden on the
+command line by its path, `generator.loop.steps=500`.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from rfmedsam2_jax.data.pipeline import LoaderConfig
+from rfmedsam2_jax.data.plan import PlanConfig
+from rfmedsam2_jax.data.splits import SplitConfig
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.inference.config import InferenceConfig
+from rfmedsam2_jax.nn.presets import PRESETS
+from rfmedsam2_jax.nn.sam2 import SAM2Config
+from rfmedsam2_jax.refinement.config import RefinementConfig
+from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is trained on."""
+
+  dataset: str = ""  # folder in Decathlon or nnU-Net v2 layout, relative to the working directory
+  structures: tuple[str, ...] | None = None  # names to segment, others are background; None: all
+  sam_channels: tuple[int, ...] = (0,)  # the image channel that SAM 2 sees, or three of them
+  split: SplitConfig = SplitConfig()
+  loader: LoaderConfig = LoaderConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole experiment. `sam2` takes `preset: NAME` and overrides of its values."""
+
+  data: DataConfig = DataConfig()
+  plan: PlanConfig = PlanConfig()
+  generator: GeneratorConfig = GeneratorConfig()
+  sam2: SAM2Config = PRESETS["nano"]
+  refinement: RefinementConfig = RefinementConfig()
+  refiner: RefinerConfig = RefinerConfig()
+  inference: InferenceConfig = InferenceConfig()
+  seed: int = 0  # of initial weights, batches and augmentation
+
+  def __post_init__(self):
+    if len(self.data.sam_channels) not in (1, 3):
+      raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+  """Reads a YAML file and applies overrides `key.path=value` (values are YAML).
+
+  Raises:
+    UserError: no such file, not YAML, an unknown key, a value of the wrong kind.
+  """
+  try:
+    text = Path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, "strerror", None) or "is not text"
+    raise UserError(f"{path}: {reason}; give a config file such as configs/quickstart.yaml") from None
+  try:
+    tree = yaml.safe_load(text) or {}
+  except yaml.YAMLError as error:
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or "cannot be parsed"
+    raise UserError(f"{path}: is not YAML{where} ({problem}); correct the file") from None
+  if not isinstance(tree, dict):
+    raise UserError(f"{path}: holds no keys; see configs/quickstart.yaml for what it should hold")
+  for override in overrides:
+    _set(tree, override)
+  return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
+  """A Config from nested mappings; `source` is named in errors."""
+  tree = dict(tree)
+  sam2 = dict(tree.get("sam2") or {})
+  preset = sam2.pop("preset", None)
+  if preset is not None:
+    if preset not in PRESETS:
+      raise UserError(f"{source}: sam2.preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    tree["sam2"] = _merged(dataclasses.asdict(PRESETS[preset]), sam2)
+  _check_keys(Config, tree, source, "")
+  try:
+    return pydantic.TypeAdapter(Config).validate_python(tree)
+  except pydantic.ValidationError as error:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    raise UserError(f"{source}: {where or 'config'}: {reason}; correct the value") from None
+
+
+def config_yaml(config: Config) -> str:
+  """All values, as YAML that `load_config` reads again."""
+  return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+  result = dict(base)
+  for key, value in changes.items():
+    nested = isinstance(value, Mapping) and isinstance(result.get(key), dict)
+    result[key] = _merged(result[key], value) if nested else value
+  return result
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+  path, separator, text = override.partition("=")
+  if not separator or not path:
+    raise UserError(f"{override}: is no override; write it as key.path=value")
+  try:
+    value = yaml.safe_load(text)
+  except yaml.YAMLError:
+    raise UserError(f"{override}: the value is not YAML; quote it") from None
+  node: Any = tree
+  *parents, last = path.split(".")
+  for key in parents:
+    node = node[int(key)] if isinstance(node, list) and key.isdigit() else node.setdefault(key, {})
+    if not isinstance(node, dict | list):
+      raise UserError(f"{override}: {key} has no keys of its own; correct the path")
+  if isinstance(node, list):
+    node[int(last)] = value
+  else:
+    node[last] = value
+
+
+def _check_keys(kind: Any, value: Any, source: str, where: str) -> None:
+  """Every key of nested mappings is a field of the dataclass that it fills."""
+  if dataclasses.is_dataclass(kind):
+    if value is None or not isinstance(value, Mapping):
+      return  # pydantic says what is wrong with it
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key, item in value.items():
+      if key not in names:
+        near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+        raise UserError(
+          f"{source}: unknown key {where}{key}; the nearest known one is {where}{near[0]}"
+        )
+      _check_keys(hints[key], item, source, f"{where}{key}.")
+    return
+  for inner in typing.get_args(kind):
+    if dataclasses.is_dataclass(inner):
+      for index, item in enumerate(value if isinstance(value, list | tuple) else [value]):
+        _check_keys(inner, item, source, f"{where}{index}.")

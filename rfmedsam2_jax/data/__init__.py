@@ -1,0 +1,1 @@
+"""Data: volumes in and out, data sets, fingerprint and plan, preprocessing."""

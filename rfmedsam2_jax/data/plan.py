@@ -1,0 +1,269 @@
+"""The plan: spacing, slice axis, intensity rules, patch and U-Net shape, by nnU-Net's rules.
+
+Made once from the fingerprint, saved with the run, obeyed by preprocessing, networks and
+prediction. All of its tuples of three are in prepared order: the slice axis first, then the other
+two in the order of canonical (z, y, x).
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rfmedsam2_jax.data.datasets import Labels
+from rfmedsam2_jax.data.files import STRICT, load_json, save_json
+from rfmedsam2_jax.data.fingerprint import Fingerprint
+from rfmedsam2_jax.errors import UserError
+
+SliceAxis = Literal[0, 1, 2]  # canonical z, y, x
+PLANES: dict[str, SliceAxis] = {"axial": 0, "coronal": 1, "sagittal": 2}
+
+# A ratio of spacings (or sizes) above which the axes are treated apart (nnU-Net).
+ANISOTROPY = 3.0
+
+_TIED = 1.1         # spacings within this ratio count as equal when the slice axis is chosen
+_SMALLEST_MAP = 4   # an axis is not pooled below this many voxels (nnU-Net)
+_LARGEST_PATCH = 256**3
+
+Triple = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+  """What of the plan is fixed by hand; None leaves it to the rules."""
+
+  plane: Literal["axial", "coronal", "sagittal"] | None = None  # of the slices; None: across the
+                                                                # coarsest axis, axial if tied
+  spacing: tuple[float, float, float] | None = None  # mm, slice axis first; None: the median
+  patch_size: Triple | None = None  # voxels, slice axis first; rounded up to what pooling divides
+  voxel_budget: int = 128**3        # largest patch in voxels; the generator's memory grows with it
+  poolings: int | None = None       # at most so many halvings per axis; fewer see less context
+  intensity: tuple[Literal["ct", "zscore"], ...] | None = None  # per channel; None: by its name
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelRule:
+  """How one channel's intensities are normalised.
+
+  Attributes:
+    name: of the channel in dataset.json.
+    kind: "ct" clips to [lower, upper] and standardises by the data set's mean and std; "zscore"
+      standardises every case by its own.
+    lower, upper, mean, std: for "ct", over the data set's foreground.
+    masked: for "zscore", only voxels inside the object are standardised, the rest stays 0
+      (nnU-Net does so where much of the volume is 0, as after skull stripping).
+  """
+
+  __pydantic_config__ = STRICT
+
+  name: str
+  kind: Literal["ct", "zscore"]
+  lower: float = 0.0
+  upper: float = 0.0
+  mean: float = 0.0
+  std: float = 1.0
+  masked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Everything that later steps need to know of the data set.
+
+  Attributes:
+    name: of the data set.
+    slice_axis: canonical axis (0 z, 1 y, 2 x) that becomes the first.
+    spacing: mm of the prepared volumes.
+    median_shape: voxels of the median case at that spacing.
+    channels: intensity rules.
+    patch_size: voxels of the generator's patches.
+    strides: of each U-Net stage, the first one is 1, 1, 1.
+    kernels: of each U-Net stage.
+    labels: what is segmented.
+  """
+
+  __pydantic_config__ = STRICT
+
+  name: str
+  slice_axis: SliceAxis
+  spacing: tuple[float, float, float]
+  median_shape: Triple
+  channels: tuple[ChannelRule, ...]
+  patch_size: Triple
+  strides: tuple[Triple, ...]
+  kernels: tuple[Triple, ...]
+  labels: Labels
+
+  @property
+  def order(self) -> Triple:
+    """The canonical axis along each prepared axis."""
+    first, second = (axis for axis in range(3) if axis != self.slice_axis)
+    return self.slice_axis, first, second
+
+  @property
+  def crops_to_nonzero(self) -> bool:
+    """Whether volumes are cropped to their nonzero box; air in CT is a value like any other."""
+    return all(rule.kind != "ct" for rule in self.channels)
+
+
+def make_plan(fingerprint: Fingerprint, config: PlanConfig | None = None) -> Plan:
+  """The plan of a data set.
+
+  Raises:
+    UserError: options that contradict the data set.
+  """
+  config = PlanConfig() if config is None else config
+  channels = _channel_rules(fingerprint, config)
+  cropped = all(rule.kind != "ct" for rule in channels)
+  spacings = np.array([case.spacing for case in fingerprint.cases])
+  shapes = np.array([case.nonzero_shape if cropped else case.shape for case in fingerprint.cases])
+
+  slice_axis = (choose_slice_axis(np.median(spacings, axis=0)) if config.plane is None
+                else PLANES[config.plane])
+  order = [slice_axis, *(axis for axis in range(3) if axis != slice_axis)]
+  spacings, shapes = spacings[:, order], shapes[:, order]
+  if config.spacing is None:
+    spacing = choose_spacing(spacings, shapes)
+  elif min(config.spacing) > 0:
+    spacing = np.array(config.spacing, float)
+  else:
+    raise UserError(f"plan.spacing: is {config.spacing}; give three sizes in mm above 0")
+  median_shape = np.median(np.maximum(np.rint(shapes * spacings / spacing), 1), axis=0)
+  if config.patch_size is None:
+    patch = choose_patch(spacing, median_shape, config.voxel_budget, config.poolings)
+  elif min(config.patch_size) > 0:
+    patch = np.array(config.patch_size)
+  else:
+    raise UserError(f"plan.patch_size: is {config.patch_size}; give three sizes above 0")
+  strides, kernels, patch = pooling(spacing, patch, config.poolings)
+  return Plan(fingerprint.name, slice_axis, _floats(spacing), _ints(median_shape), channels,
+              _ints(patch), strides, kernels, fingerprint.labels)
+
+
+def save_plan(path: str | Path, plan: Plan) -> None:
+  """Writes plan.json."""
+  save_json(path, plan)
+
+
+def load_plan(path: str | Path) -> Plan:
+  """Reads plan.json."""
+  return load_json(path, Plan)
+
+
+def choose_slice_axis(spacing: np.ndarray) -> SliceAxis:
+  """The coarsest axis of canonical (z, y, x); z (axial) if it is tied with another."""
+  if spacing[0] * _TIED >= spacing.max():
+    return 0
+  return 1 if spacing[1] >= spacing[2] else 2
+
+
+def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+  """nnU-Net's target spacing: the median; of a far coarser axis, the tenth percentile.
+
+  Args:
+    spacings: mm, [cases, 3].
+    shapes: voxels, [cases, 3].
+  """
+  target = np.median(spacings, axis=0)
+  size = np.median(shapes, axis=0)
+  worst = int(np.argmax(target))
+  others = [axis for axis in range(3) if axis != worst]
+  if (target[worst] > ANISOTROPY * target[others].max()
+      and size[worst] * ANISOTROPY < size[others].min()):
+    finer = float(np.percentile(spacings[:, worst], 10))
+    target[worst] = max(finer, float(target[others].max()) + 1e-5)
+  return target
+
+
+def choose_patch(spacing: np.ndarray, median_shape: np.ndarray, voxel_budget: int,
+                 poolings: int | None) -> np.ndarray:
+  """nnU-Net's patch: a cube in mm, cut to the median shape, then shrunk to the budget.
+
+  Where nnU-Net estimates GPU memory, this counts voxels.
+  """
+  cube = 1 / spacing
+  cube *= (_LARGEST_PATCH / cube.prod()) ** (1 / 3)
+  _, _, patch = pooling(spacing, np.minimum(np.rint(cube), median_shape), poolings)
+  while patch.prod() > voxel_budget:
+    axis = int(np.argsort(patch / median_shape, kind="stable")[-1])
+    smaller = patch.copy()
+    smaller[axis] = max(smaller[axis] - _divisor(pooling(spacing, patch, poolings)[0])[axis], 1)
+    # A smaller patch may have one pooling less, and then needs a smaller step.
+    step = _divisor(pooling(spacing, smaller, poolings)[0])[axis]
+    if patch[axis] - step < _SMALLEST_MAP:
+      break  # nothing left to take; the budget is smaller than any useful patch
+    patch[axis] -= step
+    _, _, patch = pooling(spacing, patch, poolings)
+  return patch
+
+
+def pooling(spacing: np.ndarray, patch: np.ndarray, poolings: int | None = None
+            ) -> tuple[tuple[Triple, ...], tuple[Triple, ...], np.ndarray]:
+  """nnU-Net's topology: an axis is halved while it is fine enough and has voxels enough.
+
+  Args:
+    spacing: mm.
+    patch: voxels.
+    poolings: at most so many halvings per axis.
+
+  Returns:
+    strides and kernels of every stage, and the patch rounded up to what they divide.
+  """
+  current, size = np.array(spacing, float), np.array(patch, float)
+  halvings, kernel = np.zeros(3, int), np.ones(3, int)
+  strides, kernels = [(1, 1, 1)], []
+  while True:
+    large = size >= 2 * _SMALLEST_MAP
+    if not large.any():
+      break
+    chosen = large & (current < 2 * current[large].min())
+    if poolings is not None:
+      chosen &= halvings < poolings
+    if not chosen.any() or (chosen.sum() == 1 and size[chosen][0] < 3 * _SMALLEST_MAP):
+      break
+    kernel = np.where(current < 2 * current.min(), 3, kernel)
+    kernels.append(_ints(kernel))
+    strides.append(_ints(np.where(chosen, 2, 1)))
+    halvings += chosen
+    current = np.where(chosen, 2 * current, current)
+    size = np.where(chosen, np.ceil(size / 2), size)
+  kernels.append((3, 3, 3))
+  divisor = 2**halvings
+  return tuple(strides), tuple(kernels), (np.ceil(patch / divisor) * divisor).astype(int)
+
+
+def _divisor(strides: tuple[Triple, ...]) -> np.ndarray:
+  return np.prod(np.array(strides), axis=0)
+
+
+def _channel_rules(fingerprint: Fingerprint, config: PlanConfig) -> tuple[ChannelRule, ...]:
+  kinds: tuple[Literal["ct", "zscore"], ...] = config.intensity or tuple(
+    "ct" if name.casefold() == "ct" else "zscore" for name in fingerprint.channels)
+  if len(kinds) != len(fingerprint.channels):
+    raise UserError(f"plan.intensity: has {len(kinds)} rules for the {len(fingerprint.channels)} "
+                    f"channels {', '.join(fingerprint.channels)}; give one for each")
+  kept = np.median([math.prod(case.nonzero_shape) / math.prod(case.shape)
+                    for case in fingerprint.cases])
+  rules = []
+  for index, (name, kind) in enumerate(zip(fingerprint.channels, kinds, strict=True)):
+    if kind == "zscore":
+      rules.append(ChannelRule(name, kind, masked=bool(kept < 0.75)))
+      continue
+    if fingerprint.intensities is None:
+      raise UserError(f"{fingerprint.name}: no case has a voxel of any structure, by which CT is "
+                      f"normalised; check the labels")
+    found = fingerprint.intensities[index]
+    rules.append(ChannelRule(name, kind, found.percentile_00_5, found.percentile_99_5, found.mean,
+                             max(found.std, 1e-8)))
+  return tuple(rules)
+
+
+def _ints(values: np.ndarray) -> Triple:
+  a, b, c = (int(round(float(value))) for value in values)
+  return a, b, c
+
+
+def _floats(values: np.ndarray) -> tuple[float, float, float]:
+  a, b, c = (float(f"{value:.6g}") for value in values)
+  return a, b, c

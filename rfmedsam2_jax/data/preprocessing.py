@@ -1,0 +1,377 @@
+"""Volumes on the plan's grid with normalised intensities, the way back, and the store of both.
+
+In: `Volume` and label map (data.volumes). Out: `Prepared` for prediction; on disk, one
+`PreparedCase` per training case, memory-mapped by data.pipeline.
+"""
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import scipy.ndimage
+
+from rfmedsam2_jax.data.datasets import Labels
+from rfmedsam2_jax.data.files import STRICT, load_json, replacing, save_json
+from rfmedsam2_jax.data.fingerprint import nonzero_box
+from rfmedsam2_jax.data.plan import ANISOTROPY, ChannelRule, Plan, Triple
+from rfmedsam2_jax.data.resampling import (
+  antialiased_matrix,
+  apply_separable,
+  linear_matrix,
+  nearest_matrix,
+  spline_matrix,
+)
+from rfmedsam2_jax.data.volumes import Volume
+from rfmedsam2_jax.errors import UserError
+
+# Places kept per structure, from which patches with foreground are drawn.
+LOCATIONS = 2000
+
+# An axis that loses more than this is averaged (triangle) instead of sampled by a spline, which
+# would alias. nnU-Net never averages, but its target is the median spacing; ours can be set.
+_AVERAGED = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Restore:
+  """The way from a prepared grid back to the canonical native grid.
+
+  Attributes:
+    native_shape: voxels, canonical (z, y, x).
+    native_spacing: mm, canonical (z, y, x).
+    lower, upper: the crop, first index and index behind the last, canonical (z, y, x).
+    order: the canonical axis along each prepared axis.
+    prepared_shape: voxels, prepared order.
+  """
+
+  __pydantic_config__ = STRICT
+
+  native_shape: Triple
+  native_spacing: tuple[float, float, float]
+  lower: Triple
+  upper: Triple
+  order: Triple
+  prepared_shape: Triple
+
+  @property
+  def crop_shape(self) -> Triple:
+    """Native voxels of the crop, prepared order."""
+    a, b, c = (self.upper[axis] - self.lower[axis] for axis in self.order)
+    return a, b, c
+
+  @property
+  def spacing(self) -> tuple[float, float, float]:
+    """Exact mm, prepared order; the plan's, up to the rounding to whole voxels."""
+    a, b, c = (size * self.native_spacing[axis] / count for size, axis, count
+               in zip(self.crop_shape, self.order, self.prepared_shape, strict=True))
+    return a, b, c
+
+  def to_native(self, array: np.ndarray, fill: float, rows: slice | None = None) -> np.ndarray:
+    """Brings a map of the crop back onto the native grid by linear interpolation.
+
+    Args:
+      array: real [d, h, w], prepared order, covers the crop's field of view at any resolution.
+      fill: value outside the crop.
+      rows: of canonical z; only these are computed, which bounds the memory. None: all.
+
+    Returns:
+      float32 [D, H, W], canonical (z, y, x), D the length of `rows`.
+    """
+    depth = self.native_shape[0]
+    first, behind, step = (slice(None) if rows is None else rows).indices(depth)
+    if step != 1:
+      raise ValueError("rows must be consecutive")
+    behind = max(first, behind)
+    inner = slice(max(first, self.lower[0]), max(min(behind, self.upper[0]), self.lower[0], first))
+    if inner.stop - inner.start == depth and self._covers_all():
+      return np.ascontiguousarray(self._interpolate(array, inner))
+    result = np.full((behind - first, *self.native_shape[1:]), fill, np.float32)
+    if inner.stop > inner.start:
+      result[inner.start - first:inner.stop - first, self.lower[1]:self.upper[1],
+             self.lower[2]:self.upper[2]] = self._interpolate(array, inner)
+    return result
+
+  def native_to_prepared(self, points: np.ndarray) -> np.ndarray:
+    """Voxel coordinates: canonical native (z, y, x) to prepared (d, h, w), whole at voxel centres.
+
+    Args:
+      points: real [..., 3].
+
+    Returns:
+      float64 [..., 3].
+    """
+    moved = np.asarray(points, np.float64)[..., list(self.order)]
+    lower = np.array([self.lower[axis] for axis in self.order])
+    scale = np.array(self.prepared_shape) / np.array(self.crop_shape)
+    return (moved - lower + 0.5) * scale - 0.5
+
+  def prepared_to_native(self, points: np.ndarray) -> np.ndarray:
+    """The inverse of `native_to_prepared`."""
+    lower = np.array([self.lower[axis] for axis in self.order])
+    scale = np.array(self.crop_shape) / np.array(self.prepared_shape)
+    moved = (np.asarray(points, np.float64) + 0.5) * scale - 0.5 + lower
+    return moved[..., list(np.argsort(self.order))]
+
+  def _covers_all(self) -> bool:
+    return self.lower == (0, 0, 0) and self.upper == self.native_shape
+
+  def _interpolate(self, array: np.ndarray, rows: slice) -> np.ndarray:
+    """The crop's part of these rows, canonical order."""
+    matrices = [linear_matrix(n_in, n_out)
+                for n_in, n_out in zip(array.shape, self.crop_shape, strict=True)]
+    along_z = self.order.index(0)
+    kept = slice(rows.start - self.lower[0], rows.stop - self.lower[0])
+    matrices[along_z] = matrices[along_z][kept]
+    return apply_separable(array, matrices).transpose(np.argsort(self.order))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+  """A volume on the plan's grid.
+
+  Attributes:
+    image: float32 [C, D, H, W], normalised, slice axis first.
+    window: float32 [C, 2], the normalised intensities that are 0 and 1 for SAM 2: the clip of CT;
+      else the case's 0.5 and 99.5 percentiles of voxels that are not 0.
+    restore: the way back.
+  """
+
+  image: np.ndarray
+  window: np.ndarray
+  restore: Restore
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedCase:
+  """A stored case; the arrays are memory-mapped and read-only.
+
+  Attributes:
+    identifier: of the case.
+    image: float32 [C, D, H, W], as in `Prepared`.
+    atoms: uint8 [D, H, W], or None if the case has no label.
+    window: float32 [C, 2], as in `Prepared`.
+    locations: per structure, int32 [n <= LOCATIONS, 3], voxels (d, h, w) that belong to it.
+    restore: the way back.
+    spacing: mm, prepared order.
+  """
+
+  identifier: str
+  image: np.ndarray
+  atoms: np.ndarray | None
+  window: np.ndarray
+  locations: tuple[np.ndarray, ...]
+  restore: Restore
+  spacing: tuple[float, float, float]
+
+
+def preprocess(volume: Volume, plan: Plan) -> Prepared:
+  """Crops, normalises and resamples an image, in nnU-Net's order.
+
+  Raises:
+    UserError: another number of channels than the plan's.
+  """
+  if len(volume.array) != len(plan.channels):
+    raise UserError(f"{volume.geometry.path}: has {len(volume.array)} channels where the plan has "
+                    f"{len(plan.channels)}; give images of the kind that was trained on")
+  depth, height, width = volume.array.shape[1:]
+  lower, upper = (0, 0, 0), (depth, height, width)
+  if plan.crops_to_nonzero:
+    lower, upper = nonzero_box(volume.array)
+  cropped = volume.array[(slice(None), *map(slice, lower, upper))]
+  inside = None
+  if any(rule.masked for rule in plan.channels):
+    inside = scipy.ndimage.binary_fill_holes((cropped != 0).any(axis=0))
+  order = plan.order
+  spacing = [volume.spacing[axis] for axis in order]
+  shape = tuple(cropped.shape[1 + axis] for axis in order)
+  target = _target_shape(shape, spacing, plan.spacing)
+  matrices = _image_matrices(shape, target, spacing, plan.spacing)
+  image = np.empty((len(cropped), *target), np.float32)
+  window = np.empty((len(cropped), 2), np.float32)
+  for index, rule in enumerate(plan.channels):
+    normalised, window[index] = _normalise(cropped[index], rule, inside)
+    moved = np.ascontiguousarray(normalised.transpose(order))
+    image[index] = apply_separable(moved, matrices)
+    if target != shape:  # a spline overshoots at edges
+      np.clip(image[index], moved.min(), moved.max(), out=image[index])
+  restore = Restore((depth, height, width), volume.spacing, lower, upper, order, target)
+  return Prepared(image, window, restore)
+
+
+def prepare_label(label: np.ndarray, plan: Plan, restore: Restore,
+                  path: str | Path = "label map") -> np.ndarray:
+  """Atoms on the prepared grid.
+
+  Args:
+    label: values of dataset.json, [D, H, W], canonical native grid.
+    plan: gives the labels' meaning.
+    restore: of the image.
+    path: for the message.
+
+  Returns:
+    uint8 [D, H, W], prepared order; IGNORED where there is no annotation.
+
+  Raises:
+    UserError: values that dataset.json does not have.
+  """
+  return prepare_atoms(plan.labels.to_atoms(label, path), plan, restore)
+
+
+def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray:
+  """As `prepare_label`, for atoms: the atom with the largest share of each new voxel."""
+  if atoms.shape != restore.native_shape:
+    raise ValueError(f"atoms have shape {atoms.shape}, the image {restore.native_shape}")
+  cropped = atoms[tuple(map(slice, restore.lower, restore.upper))]
+  moved = np.ascontiguousarray(cropped.transpose(restore.order))
+  shape, target = restore.crop_shape, restore.prepared_shape
+  if shape == target:
+    return moved
+  spacing = [restore.native_spacing[axis] for axis in restore.order]
+  apart = _separate_axis(spacing, plan.spacing)
+  matrices = [None if n_in == n_out else
+              nearest_matrix(n_in, n_out) if axis == apart else antialiased_matrix(n_in, n_out)
+              for axis, (n_in, n_out) in enumerate(zip(shape, target, strict=True))]
+  result = np.zeros(target, np.uint8)
+  best = np.full(target, -1, np.float32)
+  for atom in np.unique(moved):
+    share = apply_separable(moved == atom, matrices)
+    larger = share > best
+    result[larger] = atom
+    np.maximum(best, share, out=best)
+  return result
+
+
+def save_case(folder: str | Path, identifier: str, prepared: Prepared, atoms: np.ndarray | None,
+              labels: Labels, seed: int = 0) -> None:
+  """Stores a prepared case; its .json comes last, so a case that has one is complete.
+
+  Args:
+    folder: is made if needed.
+    identifier: of the case.
+    prepared: from `preprocess`.
+    atoms: from `prepare_label`, or None.
+    labels: the plan's.
+    seed: of the drawing of locations; every case draws its own.
+  """
+  folder = Path(folder)
+  structures = len(labels.structures)
+  locations = [np.zeros((0, 3), np.int32)] * structures
+  if atoms is not None:
+    rng = np.random.default_rng([seed, zlib.crc32(identifier.encode())])
+    locations = [_draw_locations(atoms, labels.membership[:, k], rng) for k in range(structures)]
+    _save_array(folder / f"{identifier}_atoms.npy", atoms)
+  _save_array(folder / f"{identifier}_image.npy", prepared.image)
+  _save_array(folder / f"{identifier}_locations.npy", np.concatenate(locations))
+  save_json(folder / f"{identifier}.json", _CaseRecord(
+    prepared.restore, tuple((float(low), float(high)) for low, high in prepared.window),
+    tuple(len(places) for places in locations), atoms is not None))
+
+
+def load_case(folder: str | Path, identifier: str) -> PreparedCase:
+  """Opens a stored case without reading its arrays.
+
+  Raises:
+    UserError: the case is not there or not readable.
+  """
+  folder = Path(folder)
+  record = load_json(folder / f"{identifier}.json", _CaseRecord)
+  places = _open_array(folder / f"{identifier}_locations.npy", None)
+  ends = np.cumsum(record.location_counts)
+  return PreparedCase(
+    identifier,
+    _open_array(folder / f"{identifier}_image.npy", "r"),
+    _open_array(folder / f"{identifier}_atoms.npy", "r") if record.labelled else None,
+    np.array(record.window, np.float32),
+    tuple(np.split(places, ends[:-1])),
+    record.restore, record.restore.spacing)
+
+
+def stored_cases(folder: str | Path) -> list[str]:
+  """Identifiers of the complete cases of a folder, in alphabetical order."""
+  return sorted(file.stem for file in Path(folder).glob("*.json") if not file.name.startswith("."))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CaseRecord:
+  """What a case's .json holds beside the arrays."""
+
+  __pydantic_config__ = STRICT
+
+  restore: Restore
+  window: tuple[tuple[float, float], ...]
+  location_counts: tuple[int, ...]
+  labelled: bool
+
+
+def _normalise(image: np.ndarray, rule: ChannelRule, inside: np.ndarray | None
+               ) -> tuple[np.ndarray, tuple[float, float]]:
+  """One channel [z, y, x] normalised, and its window."""
+  if rule.kind == "ct":
+    low, high, mean, std = rule.lower, rule.upper, rule.mean, rule.std
+    normalised = (np.clip(image, low, high) - np.float32(mean)) / np.float32(std)
+  else:
+    chosen = image[inside] if rule.masked and inside is not None else image
+    mean = float(chosen.mean(dtype=np.float64))
+    std = max(float(chosen.std(dtype=np.float64)), 1e-8)
+    normalised = (image - np.float32(mean)) / np.float32(std)
+    if rule.masked and inside is not None:
+      normalised[~inside] = 0
+    nonzero = image[image != 0]
+    low, high = np.percentile(nonzero, (0.5, 99.5)) if nonzero.size else (0.0, 0.0)
+  window = (float((low - mean) / std), float((high - mean) / std))
+  # A constant image has no range; any width will do as long as nothing is divided by 0.
+  return normalised, window if window[1] > window[0] else (window[0], window[0] + 1)
+
+
+def _target_shape(shape: tuple[int, ...], spacing: list[float],
+                  target: tuple[float, float, float]) -> Triple:
+  a, b, c = (max(1, round(n * old / new))
+             for n, old, new in zip(shape, spacing, target, strict=True))
+  return a, b, c
+
+
+def _separate_axis(spacing: list[float], target: tuple[float, float, float]) -> int | None:
+  """The axis so coarse, now or in the plan, that values must not mix along it (nnU-Net)."""
+  for sizes in (np.array(spacing), np.array(target)):
+    if sizes.max() > ANISOTROPY * sizes.min():
+      coarsest = np.flatnonzero(sizes == sizes.max())
+      return int(coarsest[0]) if len(coarsest) == 1 else None
+  return None
+
+
+def _image_matrices(shape: tuple[int, ...], target: Triple, spacing: list[float],
+                    target_spacing: tuple[float, float, float]) -> list[np.ndarray | None]:
+  apart = _separate_axis(spacing, target_spacing)
+  matrices: list[np.ndarray | None] = []
+  for axis, (n_in, n_out) in enumerate(zip(shape, target, strict=True)):
+    if n_in == n_out:
+      matrices.append(None)
+    elif n_in > _AVERAGED * n_out:
+      matrices.append(antialiased_matrix(n_in, n_out))
+    else:
+      matrices.append((nearest_matrix if axis == apart else spline_matrix)(n_in, n_out))
+  return matrices
+
+
+def _draw_locations(atoms: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """int32 [n, 3]: up to LOCATIONS voxels whose atom is a member."""
+  table = np.zeros(256, bool)
+  table[:len(members)] = members
+  places = np.flatnonzero(table[atoms])
+  if len(places) > LOCATIONS:
+    places = np.sort(rng.choice(places, LOCATIONS, replace=False))
+  return np.stack(np.unravel_index(places, atoms.shape), axis=1).astype(np.int32)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+  with replacing(path) as temporary:
+    np.save(temporary, array)
+
+
+def _open_array(path: Path, mode: Literal["r"] | None) -> np.ndarray:
+  try:
+    return np.load(path, mmap_mode=mode, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(f"{path}: cannot be read ({error}); preprocess the data set again") from None

@@ -1,0 +1,15 @@
+"""Refinement: prompts from masks, the stages over slices, and fusion to a label map."""
+
+from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
+from rfmedsam2_jax.refinement.fusion import blended, fuse
+from rfmedsam2_jax.refinement.volume import StageResult, VolumePrompts, refine_volume
+
+__all__ = [
+  "RefinementConfig",
+  "StageConfig",
+  "StageResult",
+  "VolumePrompts",
+  "blended",
+  "fuse",
+  "refine_volume",
+]

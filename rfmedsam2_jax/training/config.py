@@ -1,0 +1,67 @@
+"""How the two networks are trained: steps, optimizer, what is saved and when."""
+
+import dataclasses
+from typing import Literal
+
+from rfmedsam2_jax.data.augmentation import AugmentationConfig
+from rfmedsam2_jax.data.corruption import PromptCorruptionConfig
+from rfmedsam2_jax.losses import GeneratorLossConfig, RefinerLossConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW or SGD with warm-up and decay to zero, clipped by global norm."""
+
+  name: Literal["adamw", "sgd"] = "adamw"  # sgd has Nesterov momentum 0.99, as in nnU-Net
+  learning_rate: float = 1e-3  # peak, after warm-up
+  schedule: Literal["cosine", "poly"] = "cosine"  # poly: (1 - step / steps)^0.9, as in nnU-Net
+  warmup_steps: int = 50  # linear from 0
+  weight_decay: float = 1e-4  # on arrays of two or more axes only; gains and biases are left alone
+  clip_norm: float = 12.0  # global norm of the gradient; larger gradients are scaled down
+  ema_decay: float = 0.99  # of the averaged weights that are kept in the end; 0 keeps the last ones
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """One phase of training."""
+
+  steps: int = 1000
+  log_every: int = 20  # steps between lines of the log; each is a mean over them
+  checkpoint_every: int = 200  # steps; at most so many are lost when a run is killed
+  keep_checkpoints: int = 2  # the last ones
+  validate_every: int = 0  # steps; 0 validates only at the end
+  validation_cases: int = 4  # cases of a validation between; all are scored at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+  """The prompt generator (3D U-Net) and its training."""
+
+  features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
+  convs_per_stage: int = 2
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
+  batch_size: int = 2
+  oversample_foreground: float = 0.33  # share of patches centred on some structure
+  loop: LoopConfig = LoopConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  loss: GeneratorLossConfig = GeneratorLossConfig()
+  augmentation: AugmentationConfig = AugmentationConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerConfig:
+  """Training of SAM 2 as the refiner, on runs of consecutive slices."""
+
+  trainable: tuple[str, ...] = ("*adapter*",)
+  # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
+  # frozen, without gradient or optimizer state. "*" trains everything.
+  batch_size: int = 1  # runs
+  slices: int = 8  # consecutive slices of a run; memory and time grow with it
+  structures: int = 2  # organs of a run
+  box_jitter: float = 0.1  # boxes are moved by up to this share of their size
+  oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
+  loop: LoopConfig = LoopConfig()
+  optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0)
+  loss: RefinerLossConfig = RefinerLossConfig()
+  augmentation: AugmentationConfig = AugmentationConfig()
+  corruption: PromptCorruptionConfig = PromptCorruptionConfig()

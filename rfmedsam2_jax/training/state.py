@@ -1,0 +1,118 @@
+"""What a training step takes and returns, and what of it is trained.
+
+Parameters are nested dicts. `partition` splits them by path patterns, so that frozen ones have
+neither gradients nor optimizer state.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.nn.sam2 import BUFFERS
+from rfmedsam2_jax.training.config import OptimizerConfig
+
+Params = dict[str, Any]
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """step: int32. trained, frozen, ema: parameter dicts, `ema` with the paths of `trained`.
+
+  key: the run's random key; step n uses fold_in(key, n).
+  """
+
+  step: jax.Array
+  trained: Params
+  frozen: Params
+  ema: Params
+  optimizer: Any
+  key: jax.Array
+
+  @property
+  def params(self) -> Params:
+    return merge(self.trained, self.frozen)
+
+
+def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+  """Splits parameters into those whose path matches a pattern, and the others.
+
+  Args:
+    patterns: fnmatch patterns on paths joined by "/"; `*` also matches "/". Buffers never match.
+
+  Raises:
+    UserError: a pattern matches nothing.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  chosen = {
+    path
+    for path in flat
+    if path not in BUFFERS and any(fnmatch.fnmatchcase(path, p) for p in patterns)
+  }
+  for pattern in patterns:
+    if not fnmatch.filter(chosen, pattern):
+      raise UserError(f"refiner.trainable: {pattern!r} matches no parameter; correct the pattern")
+  trained = {path: x for path, x in flat.items() if path in chosen}
+  frozen = {path: x for path, x in flat.items() if path not in chosen}
+  return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(
+    frozen, sep="/"
+  )
+
+
+def merge(first: Params, second: Params) -> Params:
+  """The one parameter dict that `partition` split."""
+  flat = traverse_util.flatten_dict(first) | traverse_util.flatten_dict(second)
+  return traverse_util.unflatten_dict(flat)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Linear warm-up, then decay to zero at `steps`."""
+  warmup = min(config.warmup_steps, max(steps - 1, 0))
+  if config.schedule == "cosine":
+    decay = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
+  else:
+    decay = optax.polynomial_schedule(config.learning_rate, 0.0, 0.9, max(steps - warmup, 1))
+  if not warmup:
+    return decay
+  rise = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup)
+  return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  rate = learning_rate(config, steps)
+  matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
+  if config.name == "adamw":
+    rule = optax.adamw(rate, weight_decay=config.weight_decay, mask=matrices)
+  else:
+    rule = optax.chain(
+      optax.add_decayed_weights(config.weight_decay, mask=matrices),
+      optax.sgd(rate, momentum=0.99, nesterov=True),
+    )
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
+
+
+def init_state(
+  params: Params, patterns: Sequence[str], optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+  trained, frozen = partition(params, patterns)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    trained=trained,
+    frozen=frozen,
+    # Buffers of their own: the step donates all of the state.
+    ema=jax.tree.map(jnp.array, trained),
+    optimizer=optimizer.init(trained),
+    key=key,
+  )
+
+
+def ema_update(ema: Params, trained: Params, decay: float, step: jax.Array) -> Params:
+  """Averaged weights; the decay grows with the step, so that the first weights are forgotten."""
+  # A warm-up of the average as in TensorFlow's ExponentialMovingAverage(num_updates).
+  rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if decay else 0.0
+  return jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, ema, trained)

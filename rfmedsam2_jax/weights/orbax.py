@@ -1,0 +1,58 @@
+"""Parameters on disk: an Orbax checkpoint that describes itself.
+
+`<folder>/params` holds the parameter tree, `<folder>/about` a JSON of what it is (config, where it
+came from, versions). Writing is atomic: a folder that exists is complete.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from rfmedsam2_jax.errors import UserError
+
+Params = dict[str, Any]
+
+
+def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
+  """Writes params and a JSON-serialisable description; replaces what was there."""
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    checkpointer.save(
+      Path(folder).absolute(),
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params), about=ocp.args.JsonSave(about)
+      ),
+      force=True,
+    )
+
+
+def load_about(folder: str | Path) -> dict[str, Any]:
+  """The description of a checkpoint."""
+  return _restore(folder, about=ocp.args.JsonRestore())["about"]
+
+
+def load_params(folder: str | Path, like: Params) -> Params:
+  """Parameters of the shapes and dtypes of `like` (arrays or jax.ShapeDtypeStruct).
+
+  Raises:
+    UserError: no checkpoint, a damaged one, or one of another network.
+  """
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+  return _restore(folder, params=ocp.args.StandardRestore(abstract))["params"]
+
+
+def _restore(folder: str | Path, **args: Any) -> Any:
+  folder = Path(folder).absolute()
+  if not folder.is_dir():
+    raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(folder, args=ocp.args.Composite(**args))
+  # Orbax raises many kinds for a damaged folder (ValueError, FileNotFoundError, its own, ...).
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0][:200]
+    raise UserError(
+      f"{folder}: cannot be read as a checkpoint of this network ({reason}); "
+      "check that the run is complete and was made with this config"
+    ) from error
