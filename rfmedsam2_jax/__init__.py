@@ -1,0 +1,34 @@
+"""Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX and Flax.
+
+    model = rfmedsam2_jax.load("runs/hippocampus")          # a run made by `rfmedsam2 train`
+    rfmedsam2_jax.segment_file(model, "scan.nii.gz", "labels.nii.gz")
+
+    params = rfmedsam2_jax.init(rfmedsam2_jax.PRESETS["nano"], jax.random.key(0))
+    features = rfmedsam2_jax.apply(config, params, images, method="encode_image")
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from rfmedsam2_jax.api import load, predict, segment, segment_file
+  from rfmedsam2_jax.errors import UserError
+  from rfmedsam2_jax.nn import PRESETS, SAM2, SAM2Config, apply, init
+
+_HOMES = {
+  "load": "api", "predict": "api", "segment": "api", "segment_file": "api",
+  "UserError": "errors",
+  "PRESETS": "nn", "SAM2": "nn", "SAM2Config": "nn", "apply": "nn", "init": "nn",
+}
+__all__ = [
+  "PRESETS", "SAM2", "SAM2Config", "UserError", "apply", "init", "load", "predict", "segment",
+  "segment_file",
+]
+
+
+def __getattr__(name: str):
+  # Imported when first used, so that the command line answers --help at once.
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  import importlib
+
+  return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

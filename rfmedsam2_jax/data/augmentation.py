@@ -142,7 +142,7 @@ def sample_patch(
     return np.full(size, fill, array.dtype)
   offset = np.asarray(centre) - inner_low - matrix @ half
   return ndimage.affine_transform(
-    block, matrix, offset, output_shape=tuple(size), order=order, mode="constant", cval=fill
+    block, matrix, offset, output_shape=tuple(size), order=order, mode="grid-constant", cval=fill
   )
 
 
@@ -159,11 +159,12 @@ def transform_slices(
   if np.array_equal(np.abs(plane), np.eye(2)):
     return slices[..., :: int(plane[0, 0]), :: int(plane[1, 1])]
   half = (np.array(slices.shape[-2:]) - 1) / 2
+  offset = half - plane @ half
   flat = slices.reshape(-1, *slices.shape[-2:])
   out = np.empty_like(flat)
   for source, target in zip(flat, out, strict=True):
     ndimage.affine_transform(
-      source, plane, half - plane @ half, output=target, order=order, mode="constant", cval=fill
+      source, plane, offset, output=target, order=order, mode="grid-constant", cval=fill
     )
   return out.reshape(slices.shape)
 

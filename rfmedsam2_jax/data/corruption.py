@@ -30,7 +30,15 @@ class PromptCorruptionConfig:
   noise: float = 4.0  # greatest standard deviation of smooth noise, in logits
 
 
-NO_CORRUPTION = PromptCorruptionConfig(0, 0, 0, 0, 0, 0, 0, 0, noise_probability=0)
+NO_CORRUPTION = PromptCorruptionConfig(
+  truth_probability=0,
+  morphology_probability=0,
+  shift_probability=0,
+  drop_probability=0,
+  lose_probability=0,
+  island_probability=0,
+  noise_probability=0,
+)
 
 
 def logits_of_truth(occupancy: np.ndarray) -> np.ndarray:

@@ -174,7 +174,7 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
   Raises:
     UserError: nothing there, a missing channel, two cases of one name.
   """
-  cases: dict[tuple[Path, str], Case] = {}
+  cases: dict[Path, Case] = {}  # by the first file: a channel may be met several times
   for path in map(Path, paths):
     if path.is_dir():
       files = sorted(file for file in path.iterdir() if is_nifti_name(file))
@@ -188,7 +188,7 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
       raise UserError(f"{path}: no such file or folder; check the path")
     for file in files:
       case = _input_case(file, channels)
-      cases[(file.parent.resolve(), case.identifier)] = case
+      cases[case.images[0].resolve()] = case
   if not cases:
     raise UserError("no input given; name NIfTI files or folders")
   _check_unique(list(cases.values()))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from rfmedsam2_jax.data.augmentation import (
   AugmentationConfig,
@@ -141,6 +142,9 @@ def _batches(sample, batch_size: int, shard: tuple[int, int], loader: LoaderConf
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=loader.prefetch)
   )
   if loader.workers:
+    # grain's worker processes read absl's flags, which only absl's own `app.run` parses.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=loader.workers))
   return iter(batches)
 
@@ -206,7 +210,7 @@ def generator_batches(
     255 where ignored}.
   """
   cases = _Cases(Path(folder), identifiers, seed, None)
-  sample = _PatchSample(cases, tuple(patch_size), augmentation, oversample_foreground)
+  sample = _PatchSample(cases, patch_size, augmentation, oversample_foreground)
   return _batches(sample, batch_size, shard, loader or LoaderConfig())
 
 
@@ -255,11 +259,12 @@ class _RunSample:
     image = resize_linear(transform_slices(image, matrix, order=1, fill=0), side)
 
     atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
-    known = atoms != IGNORED
-    truth = self.membership[np.where(known, atoms, 0)] & known[..., None]  # [L, H, W, K]
+    ignored = np.isin(atoms, IGNORED)
+    truth = self.membership[np.where(ignored, 0, atoms)]  # [L, H, W, K]
+    truth &= ~ignored[..., None]
     structures = self._structures(rng, truth, None if found is None else found[0])
     masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), mask_side)
-    known = np.broadcast_to(resize_area(known, mask_side), masks.shape)
+    known = np.broadcast_to(resize_area(~ignored, mask_side), masks.shape)
 
     on_masks = on_grid(matrix, (height, width), (mask_side, mask_side))
     logits = np.empty_like(masks)
@@ -288,9 +293,9 @@ class _RunSample:
     self, rng: np.random.Generator, truth: np.ndarray, first: int | None
   ) -> np.ndarray:
     """Which structures become tracks: the one looked for, others of the run, then any."""
-    present = truth.any(axis=(0, 1, 2))
+    present = np.atleast_1d(truth.any(axis=(0, 1, 2)))
     order = rng.permutation(truth.shape[-1])
-    rank = ~present[order] * 1
+    rank = np.where(present[order], 0, 1)
     if first is not None:
       rank[order == first] = -1
     return order[np.argsort(rank, kind="stable")][: self.run.structures]

@@ -22,6 +22,7 @@ from rfmedsam2_jax.data.resampling import (
   linear_matrix,
   nearest_matrix,
   spline_matrix,
+  support,
 )
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.errors import UserError
@@ -119,11 +120,17 @@ class Restore:
 
   def _interpolate(self, array: np.ndarray, rows: slice) -> np.ndarray:
     """The crop's part of these rows, canonical order."""
-    matrices = [linear_matrix(n_in, n_out)
-                for n_in, n_out in zip(array.shape, self.crop_shape, strict=True)]
-    along_z = self.order.index(0)
     kept = slice(rows.start - self.lower[0], rows.stop - self.lower[0])
-    matrices[along_z] = matrices[along_z][kept]
+    matrices: list[np.ndarray | None] = []
+    for axis, (n_in, n_out) in enumerate(zip(array.shape, self.crop_shape, strict=True)):
+      along_z = self.order[axis] == 0
+      if n_in != n_out:
+        matrix = linear_matrix(n_in, n_out)
+        matrices.append(matrix[kept] if along_z else matrix)
+      else:
+        matrices.append(None)
+        if along_z:
+          array = array[(slice(None),) * axis + (kept,)]
     return apply_separable(array, matrices).transpose(np.argsort(self.order))
 
 
@@ -230,16 +237,24 @@ def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray
     return moved
   spacing = [restore.native_spacing[axis] for axis in restore.order]
   apart = _separate_axis(spacing, plan.spacing)
-  matrices = [None if n_in == n_out else
-              nearest_matrix(n_in, n_out) if axis == apart else antialiased_matrix(n_in, n_out)
+  matrices = [(nearest_matrix if axis == apart else antialiased_matrix)(n_in, n_out)
               for axis, (n_in, n_out) in enumerate(zip(shape, target, strict=True))]
   result = np.zeros(target, np.uint8)
-  best = np.full(target, -1, np.float32)
-  for atom in np.unique(moved):
-    share = apply_separable(moved == atom, matrices)
-    larger = share > best
-    result[larger] = atom
-    np.maximum(best, share, out=best)
+  best = np.zeros(target, np.float32)
+  total = np.zeros(target, np.float32)
+  # A structure fills a small part of a volume: only its box is computed, and the background,
+  # whose box is all, is what the others leave.
+  for atom, box in enumerate(scipy.ndimage.find_objects(moved), 1):
+    if box is not None:
+      reach = tuple(support(matrix, 1, chosen)
+                    for matrix, chosen in zip(matrices, box, strict=True))
+      share = apply_separable(moved[box] == atom, [
+        matrix[rows, columns]
+        for matrix, rows, columns in zip(matrices, reach, box, strict=True)])
+      result[reach][share > best[reach]] = atom
+      best[reach] = np.maximum(best[reach], share)
+      total[reach] += share
+  result[1 - total >= best] = 0
   return result
 
 

@@ -8,29 +8,53 @@ refiner; inference uses the same functions, so that training and prediction see 
 import functools
 
 import numpy as np
+import scipy.sparse
 
-from rfmedsam2_jax.data.resampling import antialiased_matrix, apply_separable
+from rfmedsam2_jax.data.resampling import antialiased_matrix
+
+# Sparse matrices, because the rows have a few entries only, and because the threads of a dense
+# product (BLAS) would fight with the training step for the same cores.
 
 
-@functools.lru_cache(maxsize=64)
-def area_matrix(n_in: int, n_out: int) -> np.ndarray:
-  """Weights of area averaging, float32 [n_out, n_in]: how much of every new pixel an old one is."""
+@functools.lru_cache(maxsize=256)
+def linear_weights(n_in: int, n_out: int) -> scipy.sparse.csr_array:
+  """Antialiased linear resizing, float32 [n_out, n_in]."""
+  return scipy.sparse.csr_array(antialiased_matrix(n_in, n_out))
+
+
+@functools.lru_cache(maxsize=256)
+def area_weights(n_in: int, n_out: int) -> scipy.sparse.csr_array:
+  """Area averaging, float32 [n_out, n_in]: which share of every new pixel an old one covers."""
   edges = np.arange(n_out + 1) * (n_in / n_out)
   low = np.maximum(edges[:-1, None], np.arange(n_in)[None])
   high = np.minimum(edges[1:, None], np.arange(n_in)[None] + 1)
-  weights = (np.maximum(high - low, 0) * (n_out / n_in)).astype(np.float32)
-  weights.flags.writeable = False  # shared by the cache
-  return weights
+  weights = np.maximum(high - low, 0) * (n_out / n_in)
+  return scipy.sparse.csr_array(weights.astype(np.float32))
 
 
 def resize_linear(slices: np.ndarray, side: int) -> np.ndarray:
   """Resizes [..., H, W] to float32 [..., side, side] by antialiased linear interpolation."""
-  return apply_separable(slices, [antialiased_matrix(n, side) for n in slices.shape[-2:]])
+  height, width = slices.shape[-2:]
+  return _resize(slices, linear_weights(height, side), linear_weights(width, side))
 
 
 def resize_area(slices: np.ndarray, side: int) -> np.ndarray:
   """Resizes [..., H, W] to float32 [..., side, side] by averages; a mask becomes its occupancy."""
-  return apply_separable(slices, [area_matrix(n, side) for n in slices.shape[-2:]])
+  height, width = slices.shape[-2:]
+  return _resize(slices, area_weights(height, side), area_weights(width, side))
+
+
+def _resize(
+  slices: np.ndarray, rows: scipy.sparse.csr_array, columns: scipy.sparse.csr_array
+) -> np.ndarray:
+  height, width = slices.shape[-2:]
+  flat = np.asarray(slices, np.float32).reshape(-1, height, width)
+  narrow = columns @ flat.transpose(2, 0, 1).reshape(width, -1)  # [side, N H]
+  narrow = narrow.reshape(-1, len(flat), height).transpose(2, 1, 0).reshape(height, -1)
+  resized = (rows @ narrow).reshape(rows.shape[0], len(flat), columns.shape[0])
+  return np.ascontiguousarray(resized.transpose(1, 0, 2)).reshape(
+    *slices.shape[:-2], rows.shape[0], columns.shape[0]
+  )
 
 
 def window_slices(image: np.ndarray, window: np.ndarray, channels: tuple[int, ...]) -> np.ndarray:
@@ -51,6 +75,6 @@ def window_slices(image: np.ndarray, window: np.ndarray, channels: tuple[int, ..
 
 
 def as_rgb(channels_first: np.ndarray) -> np.ndarray:
-  """[1 or 3, ..., H, W] to [..., H, W, 3]; a single channel is repeated."""
+  """[1 or 3, ..., H, W] as a view [..., H, W, 3]; a single channel is seen three times."""
   rgb = np.moveaxis(channels_first, 0, -1)
-  return np.repeat(rgb, 3, axis=-1) if rgb.shape[-1] == 1 else rgb
+  return np.broadcast_to(rgb, (*rgb.shape[:-1], 3))

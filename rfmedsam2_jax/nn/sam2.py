@@ -12,7 +12,7 @@ is (object, slice) pairs; S is the image's side, G = S / 16, C = d_model.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ from rfmedsam2_jax.nn.prompt_encoder import PromptEncoder, Prompts, box_prompts,
 
 __all__ = [
   "ABSENT_LOGIT", "BUFFERS", "Decoded", "ImageFeatures", "MemorySlots", "Prompts", "SAM2",
-  "SAM2Config", "box_prompts", "init_params", "no_prompts",
+  "SAM2Config", "box_prompts", "no_prompts",
 ]
 
 # The mask logit of an object that is not there (sam2_base.NO_OBJ_SCORE).
@@ -213,7 +213,8 @@ class SAM2(nn.Module):
 
   def unconditioned(self, embedding_NGGC: Array) -> Array:
     """The embedding as the decoder wants it where there is no memory (conditioning slices)."""
-    return embedding_NGGC + self.no_mem_embed.astype(embedding_NGGC.dtype)
+    dtype = self.config.compute_dtype
+    return embedding_NGGC.astype(dtype) + self.no_mem_embed.astype(dtype)
 
   def decode(
     self,
@@ -284,10 +285,3 @@ class SAM2(nn.Module):
     )
     conditioned = self.condition(features.embedding, slots)
     return self.decode(conditioned, features.high_res, no_prompts(n))
-
-
-def init_params(config: SAM2Config, key: Array) -> dict[str, Any]:
-  """Fresh parameters, a nested dict of float32 arrays; nothing of the network is computed."""
-  images = jnp.zeros((1, config.image_size, config.image_size, 3))
-  # Compiled, so that only what the parameters depend on is run.
-  return jax.jit(lambda key: SAM2(config).init(key, images)["params"])(key)

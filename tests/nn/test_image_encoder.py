@@ -144,8 +144,7 @@ def reference_attention(q, k, v, mask=None):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_attention_equals_torch_with_and_without_chunks_and_mask(chunked, monkeypatch):
   if chunked:  # 7 queries a chunk, which does not divide 50
-    monkeypatch.setattr(attention, "_CHUNK_ABOVE", 0)
-    monkeypatch.setattr(attention, "_CHUNK_SCORES", 2 * 3 * 7 * 70)
+    monkeypatch.setattr(attention, "_CPU_SCORES", 2 * (2 * 3 * 7 * 70))
   q, k, v = 3 * random(0, 2, 50, 3, 8), random(1, 2, 70, 3, 8), random(2, 2, 70, 3, 8)
   mask = np.random.default_rng(3).random((2, 70)) < 0.5
   assert_close(dot_product_attention(q, k, v), reference_attention(q, k, v), 1e-6)
@@ -166,8 +165,7 @@ def test_attention_equals_torch_with_and_without_chunks_and_mask(chunked, monkey
 @pytest.mark.parametrize("chunked", [False, True])
 def test_row_without_keys_gives_zeros_and_zero_gradients(chunked, monkeypatch):
   if chunked:
-    monkeypatch.setattr(attention, "_CHUNK_ABOVE", 0)
-    monkeypatch.setattr(attention, "_CHUNK_SCORES", 1)
+    monkeypatch.setattr(attention, "_CPU_SCORES", 1)
   q, k, v = random(0, 2, 5, 1, 8), random(1, 2, 6, 1, 8), random(2, 2, 6, 1, 8)
   mask = np.array([[False] * 6, [True] * 3 + [False] * 3])
 

@@ -1,0 +1,177 @@
+"""The command line: train, predict, evaluate, quickstart.
+
+Exit status: 0 done, 2 something that the user can mend (one line says what), 130 interrupted.
+"""
+
+import argparse
+import importlib.resources
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfmedsam2_jax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status."""
+  parser = _parser()
+  options, rest = parser.parse_known_args(arguments)
+  # argparse takes positional arguments in one block only; overrides may also follow the options.
+  if rest and not (hasattr(options, "overrides") and all("=" in a and a[0] != "-" for a in rest)):
+    parser.error(f"unknown arguments: {' '.join(rest)}")
+  if rest:
+    options.overrides += rest
+  _set_up_jax()
+  try:
+    options.run(options)
+  except UserError as error:
+    print(f"rfmedsam2: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("rfmedsam2: interrupted; what was finished is kept", file=sys.stderr)
+    return 130
+  except OSError as error:
+    if error.filename is None:
+      raise
+    print(f"rfmedsam2: {error.filename}: {error.strerror}; free it or choose another place",
+          file=sys.stderr)
+    return 2
+  return 0
+
+
+def _set_up_jax() -> None:
+  import jax
+
+  # Compiled programs are kept between commands; set JAX_COMPILATION_CACHE_DIR to move them.
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "rfmedsam2_jax"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  for name in ("absl", "orbax", "jax"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _report(line: str) -> None:
+  print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="rfmedsam2",
+    description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.",
+  )
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+  train = commands.add_parser("train", help="train generator and refiner on a data set")
+  train.add_argument("config", type=Path, help="YAML file, see configs/")
+  train.add_argument("overrides", nargs="*", help="values by path, generator.loop.steps=500")
+  train.add_argument("--out", type=Path, required=True, help="folder of the run")
+  train.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+  train.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+  train.set_defaults(run=_train)
+
+  predict = commands.add_parser("predict", help="segment volumes with a trained run")
+  predict.add_argument(
+    "paths", nargs="+", type=Path, metavar="RUN... INPUT...",
+    help="one run folder, or several to be averaged, then NIfTI files or folders",
+  )
+  predict.add_argument("--out", type=Path, required=True, help="folder of the label maps")
+  predict.add_argument(
+    "--prompts", choices=("generated", "oracle", "given"), default="generated",
+    help="automatic (default), boxes from true labels (upper limit), or a person's",
+  )
+  predict.add_argument("--labels", type=Path, help="folder of label maps for oracle or given")
+  predict.add_argument("--given", type=Path, help="JSON of boxes and points for --prompts given")
+  predict.add_argument("--save-stages", action="store_true", help="also write every stage")
+  predict.add_argument("--overwrite", action="store_true", help="replace label maps that exist")
+  predict.set_defaults(run=_predict)
+
+  evaluate = commands.add_parser("evaluate", help="score label maps against references")
+  evaluate.add_argument("predictions", type=Path, help="folder or file")
+  evaluate.add_argument("references", type=Path, help="folder or file")
+  evaluate.add_argument(
+    "--labels", type=Path, help="data set folder whose dataset.json names the structures"
+  )
+  evaluate.add_argument("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
+  evaluate.add_argument("--partial", action="store_true", help="not all references are predicted")
+  evaluate.add_argument("--json", type=Path, help="write all scores; default PREDICTIONS/scores.json")
+  evaluate.set_defaults(run=_evaluate)
+
+  quickstart = commands.add_parser(
+    "quickstart", help="generate phantoms, train on them, segment unseen ones, score and picture"
+  )
+  quickstart.add_argument("overrides", nargs="*", help="values of the config, by path")
+  quickstart.add_argument("--out", type=Path, default=Path("demo"), help="folder (demo)")
+  quickstart.add_argument("--resume", action="store_true", help="go on where it stopped")
+  quickstart.add_argument("--overwrite", action="store_true", help="start anew")
+  quickstart.set_defaults(run=_quickstart)
+  return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+  from rfmedsam2_jax.config import load_config
+  from rfmedsam2_jax.experiment import train
+
+  config = load_config(options.config, options.overrides)
+  if not config.data.dataset:
+    raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
+  train(config, options.out, options.resume, options.overwrite, _report)
+
+
+def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+  """Leading run folders, and the inputs behind them."""
+  count = 0
+  while count < len(paths) and (paths[count] / "config.yaml").is_file():
+    count += 1
+  runs, inputs = list(paths[: max(count, 1)]), list(paths[max(count, 1) :])
+  if not inputs:
+    raise UserError(f"{paths[-1]}: no input given behind the run; name NIfTI files or folders")
+  return runs, inputs
+
+
+def _predict(options: argparse.Namespace) -> None:
+  from rfmedsam2_jax.api import load, predict
+
+  runs, inputs = _split_runs(options.paths)
+  models = [load(run) for run in runs]
+  began = time.monotonic()
+  written = predict(
+    models, inputs, options.out, options.prompts, options.labels, options.given,
+    options.save_stages, options.overwrite, _report,
+  )
+  _report(f"{len(written)} label maps in {options.out}, {time.monotonic() - began:.0f} s")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+  from rfmedsam2_jax.data.datasets import read_labels
+  from rfmedsam2_jax.inference.evaluate import evaluate_folders, save_scores, table
+
+  labels = read_labels(options.labels) if options.labels else None
+  scores = evaluate_folders(
+    options.predictions, options.references, labels, options.tolerance, options.partial
+  )
+  print(table(scores))
+  folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
+  target = options.json or folder / "scores.json"
+  save_scores(target, scores)
+  print(f"\nall scores: {target}")
+
+
+def packaged_config(name: str) -> Path:
+  """A config of configs/, in a clone or in an installed package."""
+  clone = Path(__file__).parents[1] / "configs" / name
+  if clone.is_file():
+    return clone
+  return Path(str(importlib.resources.files("rfmedsam2_jax.configs") / name))
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+  from rfmedsam2_jax.quickstart import quickstart
+
+  quickstart(
+    packaged_config("quickstart.yaml"), options.overrides, options.out, options.resume,
+    options.overwrite, _report,
+  )

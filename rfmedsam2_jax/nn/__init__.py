@@ -1,0 +1,36 @@
+"""Networks: Linen modules, arrays in and arrays out. Imports no other room."""
+
+from rfmedsam2_jax.nn.adapters import AdapterConfig
+from rfmedsam2_jax.nn.initialisation import init_params
+from rfmedsam2_jax.nn.presets import PRESETS
+from rfmedsam2_jax.nn.sam2 import (
+  ABSENT_LOGIT,
+  BUFFERS,
+  SAM2,
+  Decoded,
+  ImageFeatures,
+  MemorySlots,
+  Prompts,
+  SAM2Config,
+  box_prompts,
+  no_prompts,
+)
+from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+
+__all__ = [
+  "ABSENT_LOGIT",
+  "BUFFERS",
+  "PRESETS",
+  "SAM2",
+  "AdapterConfig",
+  "Decoded",
+  "ImageFeatures",
+  "MemorySlots",
+  "Prompts",
+  "SAM2Config",
+  "UNet",
+  "UNetConfig",
+  "box_prompts",
+  "init_params",
+  "no_prompts",
+]

@@ -1,0 +1,69 @@
+"""Fresh parameters of SAM 2 without compiling anything.
+
+Linen's `init` draws each of some 500 tensors in its own piece of compiled code; for XLA:CPU that is
+half a minute of compilation even for `nano`. The same distributions are drawn here by numpy.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.sam2 import SAM2, SAM2Config
+
+# The deviation of a unit normal cut at +-2, by which the draws are widened again as in JAX.
+_CUT = 0.87962566103423978
+
+
+def init_params(config: SAM2Config, key: Array) -> dict[str, Any]:
+  """Fresh parameters, a nested dict of float32 arrays; the same for the same key.
+
+  Under a trace (`jax.eval_shape`, `jax.jit`) it is Linen's own initialisation, whose values differ
+  and whose tree, shapes and distributions do not.
+  """
+  images = jnp.zeros((1, config.image_size, config.image_size, 3))
+
+  def init(key: Array) -> dict[str, Any]:
+    return SAM2(config).init(key, images)["params"]
+
+  if isinstance(key, jax.core.Tracer):
+    return init(key)
+  data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+  rng = np.random.default_rng(np.asarray(data))
+  shapes = jax.eval_shape(init, key)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.asarray(_draw(rng, [k.key for k in path], leaf.shape)), shapes
+  )
+
+
+def _draw(rng: np.random.Generator, path: list[str], shape: tuple[int, ...]) -> np.ndarray:
+  """One tensor, float32, by its name; the rules are those of the modules' initializers."""
+  *scopes, leaf = path
+  parent = scopes[-1] if scopes else ""
+  if leaf == "kernel":
+    if "adapter" in scopes and parent == "up":
+      return np.zeros(shape, np.float32)
+    # A transposed 2x2 convolution is [Cin, 2, 2, Cout]; every other kernel has its inputs in front.
+    fan_in = shape[0] if parent.startswith("output_upscaling") else np.prod(shape[:-1])
+    return _truncated(rng, shape, 1 / _CUT / np.sqrt(fan_in))
+  if leaf == "bias":
+    return np.zeros(shape, np.float32)
+  if leaf == "scale":
+    return np.ones(shape, np.float32)
+  if leaf == "gamma":
+    return np.full(shape, 1e-6, np.float32)
+  if parent in ("sam_prompt_encoder", "pe_layer", "sam_mask_decoder"):
+    return rng.standard_normal(shape, np.float32)
+  if leaf.startswith("pos_embed"):
+    return np.float32(0.02) * rng.standard_normal(shape, np.float32)
+  return _truncated(rng, shape, 0.02)
+
+
+def _truncated(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> np.ndarray:
+  """A normal cut at two deviations, times `scale`."""
+  x = rng.standard_normal(shape, np.float32)
+  while (outside := np.abs(x) > 2).any():
+    x[outside] = rng.standard_normal(outside.sum(), np.float32)
+  return x * np.float32(scale)

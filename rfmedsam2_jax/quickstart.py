@@ -1,0 +1,72 @@
+"""The quickstart: phantoms, training, prediction of unseen ones, scores and a picture.
+
+Everything that a user does with data of their own, on data that the package generates.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rfmedsam2_jax.api import load, predict
+from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.data.datasets import read_dataset
+from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
+from rfmedsam2_jax.data.volumes import load_image, load_label_map
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.experiment import train
+from rfmedsam2_jax.inference.evaluate import Scores, evaluate_folders, save_scores, table
+from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
+
+
+def quickstart(
+  config: Path,
+  overrides: Sequence[str],
+  out: Path,
+  resume: bool = False,
+  overwrite: bool = False,
+  report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Runs all of it in the folder `out`.
+
+  Returns:
+    mean Dice per stage on the unseen phantoms.
+
+  Raises:
+    UserError: `out` is in use or not to be overwritten.
+  """
+  settings = load_config(config, [*overrides, f"data.dataset={out / 'phantoms'}"])
+  if out.exists() and any(out.iterdir()) and not (resume or overwrite):
+    raise UserError(f"{out}: is not empty; go on with --resume or start anew with --overwrite")
+  dataset = out / "phantoms"
+  if not (dataset / "dataset.json").exists():
+    write_phantom(dataset, PhantomConfig(seed=settings.seed))
+    report(f"phantoms: {dataset}")
+  run = out / "run"
+  started = (run / "config.yaml").exists()
+  train(settings, run, resume and started, overwrite, report)
+
+  model = load(run)
+  predictions = out / "predictions"
+  predict(
+    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True, progress=report
+  )
+  labels = read_dataset(dataset).labels
+  stages: list[Scores] = []
+  for stage in range(model.stages):
+    folder = predictions / f"stage{stage}"
+    stages.append(evaluate_folders(folder, dataset / "labelsTs", labels))
+    save_scores(folder / "scores.json", stages[-1])
+  save_scores(predictions / "scores.json", stages[-1])
+  report(f"unseen phantoms, after the last stage:\n{table(stages[-1])}")
+  means = {f"stage{stage}": scores.mean.dice for stage, scores in enumerate(stages)}
+  report("mean Dice per stage: " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+  (out / "scores.json").write_text(json.dumps(means, indent=1) + "\n")
+  sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")
+  report(f"picture: {sheet}")
+  return means
+
+
+def _picture(model, dataset: Path, predictions: Path, path: Path) -> Path:
+  """A contact sheet of two unseen phantoms, a column per stage."""
+  raise NotImplementedError

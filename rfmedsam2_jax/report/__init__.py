@@ -1,0 +1,1 @@
+"""Report: pictures and curves of a run."""

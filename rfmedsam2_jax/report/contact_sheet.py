@@ -1,0 +1,213 @@
+"""A contact sheet: slices of some cases with the contours of the truth and of every stage, as PNG.
+
+For looking at: rows are slices, columns the image, the reference and the stages. Takes arrays in
+canonical orientation (data.volumes), in which rows run to the back and columns to the left, so
+that axial slices appear as radiologists see them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from rfmedsam2_jax.data.datasets import Structure
+from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.metrics import dice
+
+_PANEL = 2.1  # inches, width of a panel
+_MARGIN = 0.5  # share of the structures' extent that is shown around them, half on either side
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SheetCase:
+  """One case of a contact sheet.
+
+  Attributes:
+    name: shown beside its rows.
+    image: [D, H, W], one channel.
+    truth: whole-number label map [D, H, W], or None.
+    predictions: label map of each stage by its column's title, all cases alike.
+    spacing: mm along the axes.
+    window: intensities that become black and white; None: by those of the structures.
+    slice_axis: along which the slices are cut.
+  """
+
+  name: str
+  image: np.ndarray
+  truth: np.ndarray | None
+  predictions: Mapping[str, np.ndarray]
+  spacing: tuple[float, float, float]
+  window: tuple[float, float] | None = None
+  slice_axis: int = 0
+
+
+def save_contact_sheet(
+  path: str | Path,
+  cases: Sequence[SheetCase],
+  structures: Sequence[Structure],
+  slices_per_case: int = 3,
+  crop: bool = True,
+) -> Path:
+  """Writes the picture.
+
+  Args:
+    path: of the PNG.
+    cases: at least one; all with the same columns.
+    structures: names and label values; each has its colour.
+    slices_per_case: rows of each case, spread over the slices that hold a structure.
+    crop: show the surroundings of the structures only.
+
+  Returns:
+    path.
+  """
+  columns = ["image", *(["reference"] if cases[0].truth is not None else [])]
+  columns += list(cases[0].predictions)
+  panels = [row for case in cases for row in _rows(case, structures, slices_per_case, crop)]
+  heights = [_PANEL * row["shape"][0] / row["shape"][1] for row in panels]
+  title, legend = 0.35, 0.25 + 0.22 * -(-len(structures) // 6)
+  width = _PANEL * len(columns) + 0.4
+  height = sum(heights) + 0.06 * len(panels) + title + legend
+  figure = Figure(figsize=(width, height), dpi=100, facecolor="black")
+  FigureCanvasAgg(figure)
+  grid = figure.add_gridspec(
+    len(panels), len(columns), height_ratios=heights, wspace=0.03, hspace=0.03,
+    left=0.4 / width, right=1 - 0.02 / width, top=1 - title / height, bottom=legend / height,
+  )
+  colours = _colours(len(structures))
+  for number, row in enumerate(panels):
+    for column, name in enumerate(columns):
+      axes = figure.add_subplot(grid[number, column])
+      _panel(axes, row, None if name == "image" else name, structures, colours)
+      if number == 0:
+        axes.set_title(name, color="white", fontsize=10)
+      if column == 0:
+        axes.set_ylabel(row["title"], color="white", fontsize=7)
+  handles: list[Any] = [
+    Line2D([], [], color=colour, label=s.name)
+    for s, colour in zip(structures, colours, strict=True)
+  ]
+  if "reference" in columns:
+    handles.append(Line2D([], [], color="white", linestyle=":", label="reference"))
+  figure.legend(
+    handles=handles, loc="lower center", ncol=min(len(handles), 6), fontsize=8, frameon=False,
+    labelcolor="white",
+  )
+  path = Path(path)
+  with replacing(path) as temporary:
+    figure.savefig(temporary, format="png", facecolor="black")
+  return path
+
+
+def _colours(count: int) -> list[Any]:
+  if count <= 10:
+    # Without tab10's grey, which vanishes on an image.
+    return [matplotlib.colormaps["tab10"](i) for i in (3, 2, 0, 1, 4, 9, 6, 8, 5, 7)][:count]
+  return [matplotlib.colormaps["gist_rainbow"](i / count) for i in range(count)]
+
+
+def _rows(
+  case: SheetCase, structures: Sequence[Structure], count: int, crop: bool
+) -> list[dict[str, Any]]:
+  """What the panels of each slice need: image, label maps, spacing, window."""
+  axis = case.slice_axis
+  values = [value for structure in structures for value in structure.values]
+  maps: dict[str, np.ndarray] = dict(case.predictions)
+  if case.truth is not None:
+    maps = {"reference": case.truth, **maps}
+  image = _upright(case.image, axis)
+  maps = {name: _upright(array, axis) for name, array in maps.items()}
+  spacing = [s for a, s in enumerate(case.spacing) if a != axis]
+
+  shown = np.isin(next(iter(maps.values())), values)
+  if not shown.any():
+    shown = np.ones_like(shown)
+  window = case.window or _window(image, shown)
+  box = (slice(None), slice(None))
+  if crop:
+    box = (_surroundings(shown.any(axis=(0, 2))), _surroundings(shown.any(axis=(0, 1))))
+  rows = []
+  for position in _chosen(shown, count):
+    plane = image[position][box]
+    rows.append({
+      "title": f"{case.name}  slice {position + 1}/{len(image)}",
+      "image": plane,
+      "maps": {name: array[position][box] for name, array in maps.items()},
+      "shape": (plane.shape[0] * spacing[0], plane.shape[1] * spacing[1]),
+      "aspect": spacing[0] / spacing[1],
+      "window": window,
+    })
+  return rows
+
+
+def _upright(volume: np.ndarray, axis: int) -> np.ndarray:
+  """Slices first; rows that run along z start at the head."""
+  slices = np.moveaxis(volume, axis, 0)
+  return slices if axis == 0 else slices[:, ::-1]
+
+
+def _surroundings(occupied: Any) -> slice:
+  """The occupied part of a side, bool [n], and some of what lies around it."""
+  hits = np.flatnonzero(occupied)
+  reach = _MARGIN * (hits[-1] - hits[0] + 1) / 2 + 4
+  return slice(max(0, int(hits[0] - reach)), int(hits[-1] + reach) + 1)
+
+
+def _chosen(shown: np.ndarray, count: int) -> list[int]:
+  """Slices at even shares of the structures' volume: each row shows as much as the others."""
+  areas = shown.sum(axis=(1, 2)).cumsum()
+  shares = (np.arange(count) + 0.5) / count * areas[-1]
+  return sorted({int(np.searchsorted(areas, share)) for share in shares})
+
+
+def _window(image: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
+  """The structures' own intensities and as much again: air and metal do not decide."""
+  low, high = np.percentile(image[shown], (1, 99))
+  reach = (high - low) / 2
+  return float(low - reach), float(high + reach + 1e-6)
+
+
+def _panel(
+  axes, row: dict[str, Any], name: str | None, structures: Sequence[Structure], colours: list[Any]
+) -> None:
+  low, high = row["window"]
+  axes.imshow(
+    row["image"], cmap="gray", vmin=low, vmax=high, aspect=row["aspect"], interpolation="bilinear"
+  )
+  axes.set_xticks([])
+  axes.set_yticks([])
+  for spine in axes.spines.values():
+    spine.set_visible(False)
+  if name is None:
+    return
+  labels, truth = row["maps"][name], row["maps"].get("reference")
+  scores = []
+  for structure, colour in zip(structures, colours, strict=True):
+    mask = np.isin(labels, structure.values)
+    _contour(axes, mask, colors=[colour], linewidths=1.1)
+    if truth is not None and name != "reference":
+      true_mask = np.isin(truth, structure.values)
+      _contour(axes, true_mask, colors="white", linewidths=0.6, linestyles=":")
+      scores.append(dice(mask, true_mask))
+  # The Dice of what is seen here, not of the volume: it tells where to look.
+  if scores and not np.isnan(scores).all():
+    axes.text(
+      0.02, 0.02, f"{np.nanmean(scores):.3f}", transform=axes.transAxes, color="white",
+      fontsize=7, va="bottom", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1, "lw": 0},
+    )
+
+
+def _contour(axes, mask: np.ndarray, **style: Any) -> None:
+  if not mask.any():
+    return
+  # Padded, so that what touches the border is closed there.
+  padded = np.pad(mask, 1).astype(np.float32)
+  rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
+  axes.contour(columns, rows, padded, [0.5], **style)
+  axes.set_xlim(-0.5, mask.shape[1] - 0.5)
+  axes.set_ylim(mask.shape[0] - 0.5, -0.5)

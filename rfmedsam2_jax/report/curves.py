@@ -1,0 +1,92 @@
+"""Curves of a run: losses and validation Dice over the steps, from log.jsonl to a PNG."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.errors import UserError
+
+Curves = dict[str, list[tuple[int, float]]]
+
+_VALIDATION = "validation/"
+_RATE = "learning_rate"
+# What the log has beside what is drawn.
+_OTHER = {"phase", "step", "time", "steps_per_second", "gradient_norm"}
+
+
+def read_log(path: str | Path) -> dict[str, Curves]:
+  """The numbers of a log by phase and name, in the order of the steps.
+
+  Raises:
+    UserError: no log.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise UserError(f"{path}: does not exist; give the log.jsonl of a run that has begun")
+  phases: dict[str, Curves] = defaultdict(lambda: defaultdict(list))
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      entry = json.loads(line)
+    except ValueError:
+      continue  # the last line of a run that was killed
+    for name, value in entry.items():
+      if name not in _OTHER and isinstance(value, int | float):
+        phases[entry["phase"]][name].append((entry["step"], value))
+  return {
+    phase: {name: sorted(points) for name, points in curves.items()}
+    for phase, curves in phases.items()
+  }
+
+
+def save_curves(log: str | Path, path: str | Path) -> Path:
+  """Draws one row per phase: losses on the left, validation scores on the right if there are any.
+
+  Args:
+    log: log.jsonl of a run: lines {"phase", "step", name: number, "validation/NAME": number}.
+    path: of the PNG.
+
+  Returns:
+    path.
+  """
+  phases = read_log(log)
+  validated = any(name.startswith(_VALIDATION) for curves in phases.values() for name in curves)
+  columns = 2 if validated else 1
+  figure = Figure(
+    figsize=(5.5 * columns, 3.2 * max(len(phases), 1)), dpi=100, layout="constrained"
+  )
+  FigureCanvasAgg(figure)
+  grid = figure.subplots(max(len(phases), 1), columns, squeeze=False)
+  for row, (phase, curves) in zip(grid, phases.items(), strict=False):
+    losses = {n: p for n, p in curves.items() if not n.startswith(_VALIDATION) and n != _RATE}
+    _draw(row[0], losses, f"{phase}: training")
+    # Parts of the loss span decades.
+    if all(value > 0 for points in losses.values() for _, value in points):
+      row[0].set_yscale("log")
+    if columns == 2:
+      scores = {
+        n.removeprefix(_VALIDATION): p for n, p in curves.items() if n.startswith(_VALIDATION)
+      }
+      _draw(row[1], scores, f"{phase}: validation", marker="o")
+      row[1].set_visible(bool(scores))
+  path = Path(path)
+  with replacing(path) as temporary:
+    figure.savefig(temporary, format="png")
+  return path
+
+
+def _draw(axes, curves: Curves, title: str, marker: str = "") -> None:
+  for name, points in curves.items():
+    steps, values = zip(*points, strict=True)
+    # The total stands out among its parts.
+    axes.plot(
+      steps, values, label=name, marker=marker, markersize=3, linewidth=1.8 if name == "loss" else 1
+    )
+  axes.set_title(title, fontsize=10)
+  axes.set_xlabel("step")
+  axes.grid(alpha=0.3)
+  if curves:
+    axes.legend(fontsize=7)

@@ -1,0 +1,184 @@
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from rfmedsam2_jax.data.datasets import (
+  IGNORED,
+  find_inputs,
+  read_case,
+  read_dataset,
+  with_labels,
+)
+from rfmedsam2_jax.data.splits import SplitConfig, load_split, make_split, save_split
+from rfmedsam2_jax.errors import UserError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def write_nnunet(folder, labels, cases=("a", "b"), channels=("T1", "T2"), **more):
+  content = {"channel_names": {str(i): name for i, name in enumerate(channels)}, "labels": labels,
+             "numTraining": len(cases), "file_ending": ".nii.gz", **more}
+  for name in ("imagesTr", "labelsTr"):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+  (folder / "dataset.json").write_text(json.dumps(content))
+  rng = np.random.default_rng(0)
+  for case in cases:
+    for channel in range(len(channels)):
+      nib.save(nib.Nifti1Image(rng.random((4, 5, 6), np.float32), np.eye(4)),
+               folder / "imagesTr" / f"{case}_{channel:04d}.nii.gz")
+    nib.save(nib.Nifti1Image(rng.integers(0, 4, (4, 5, 6), np.uint8), np.eye(4)),
+             folder / "labelsTr" / f"{case}.nii.gz")
+  return folder
+
+
+def test_nnunet_layout_with_several_channels(tmp_path):
+  data = read_dataset(write_nnunet(tmp_path, {"background": 0, "b": 3, "a": 1, "c": 2}))
+  assert data.channels == ("T1", "T2")
+  assert [case.identifier for case in data.cases] == ["a", "b"]
+  assert data.cases[1].images[1].name == "b_0001.nii.gz"
+  # Outputs follow dataset.json's order, and so do the atoms.
+  assert data.labels.names == ("b", "a", "c") and data.labels.output_values == (3, 1, 2)
+  volume, atoms = read_case(data.cases[0], 2, data.labels)
+  assert volume.array.shape == (2, 6, 5, 4)
+  stored = np.asarray(nib.load(data.cases[0].label).dataobj)[::-1, ::-1].T
+  np.testing.assert_array_equal(np.array(data.labels.atom_values)[atoms], stored)
+  assert data.labels.membership.tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_regions_and_ignore_label_keep_nnunets_meaning(tmp_path):
+  data = read_dataset(write_nnunet(
+    tmp_path, {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3, "ignore": 4},
+    regions_class_order=[1, 2, 3]))
+  labels = data.labels
+  assert labels.regions and labels.output_values == (1, 2, 3) and labels.ignore == 4
+  values = np.array([[0, 1, 2, 3, 4]])
+  atoms = labels.to_atoms(values)
+  assert atoms.dtype == np.uint8 and atoms[0, 4] == IGNORED
+  inside = labels.membership[atoms[0, :4]]
+  for k, members in enumerate(({1, 2, 3}, {2, 3}, {3})):
+    assert [value in members for value in range(4)] == inside[:, k].tolist()
+
+
+def test_structures_that_are_not_selected_become_background(tmp_path):
+  folder = write_nnunet(tmp_path, {"background": 0, "a": 1, "b": 2, "c": 3})
+  labels = read_dataset(folder, ("c", "a")).labels
+  assert labels.names == ("c", "a") and labels.output_values == (3, 1)
+  assert labels.to_atoms(np.arange(4)).tolist() == [0, 2, 0, 1]
+  with pytest.raises(UserError, match="has no label liver; choose from a, b, c"):
+    read_dataset(folder, ("a", "liver"))
+
+
+def test_labels_outside_dataset_json_are_named(tmp_path):
+  data = read_dataset(write_nnunet(tmp_path, {"background": 0, "a": 1, "b": 2}))
+  with pytest.raises(UserError) as error:
+    data.labels.to_atoms(np.array([0, 1, 7, 3]), "labelsTr/case_012.nii.gz")
+  assert str(error.value) == ("labelsTr/case_012.nii.gz: labels 3, 7 are not in dataset.json "
+                              "(which has 0 to 2); correct the label map or dataset.json")
+  with pytest.raises(UserError, match="labels -1 are not"):
+    data.labels.to_atoms(np.array([-1, 1]))
+
+
+def test_large_label_values_become_small_atoms(tmp_path):
+  labels = read_dataset(write_nnunet(tmp_path, {"background": 0, "a": 2_000_000, "b": 300})).labels
+  assert labels.to_atoms(np.array([[300, 0, 2_000_000]], np.int32)).tolist() == [[2, 0, 1]]
+
+
+@pytest.mark.parametrize(("change", "says"), [
+  (lambda f: (f / "dataset.json").unlink(), "dataset.json: does not exist"),
+  (lambda f: (f / "dataset.json").write_text("{"), "is not readable JSON"),
+  (lambda f: (f / "dataset.json").write_text("{}"), "neither 'modality'"),
+  (lambda f: (f / "dataset.json").write_text("[1]"), "neither 'modality'"),
+  (lambda f: write_nnunet(f, {"background": 0}), "no labels besides background"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": "x"}), "missing or wrong entry"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": 1, "b": 1}), "same value"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": [1, 2]}), "regions_class_order"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": 1, "ignore": 1}), "ignore label 1"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": 1}, file_ending=".mha"), "file_ending"),
+  (lambda f: (f / "labelsTr" / "b.nii.gz").unlink(), "b.nii.gz: does not exist but case b"),
+  (lambda f: (f / "imagesTr" / "b_0001.nii.gz").unlink(), "b_0001.nii.gz: does not exist"),
+  (lambda f: [file.unlink() for file in (f / "imagesTr").iterdir()], "has no training cases"),
+])
+def test_a_data_set_that_is_wrong_says_where(tmp_path, change, says):
+  folder = write_nnunet(tmp_path, {"background": 0, "a": 1, "b": 2, "c": 3})
+  change(folder)
+  with pytest.raises(UserError) as error:
+    read_dataset(folder)
+  assert says in str(error.value) and str(error.value).startswith(str(folder))
+
+
+def touch(folder, *names):
+  folder.mkdir(exist_ok=True)
+  for name in names:
+    (folder / name).write_bytes(b"")
+  return folder
+
+
+def test_inputs_are_grouped_by_nnunets_channel_numbers(tmp_path):
+  one = touch(tmp_path / "one", "a_0000.nii.gz", "scan_2019.nii.gz", "b.nii", ".b.nii", "x.txt")
+  cases = find_inputs([one])
+  assert {case.identifier: case.images[0].name for case in cases} == {
+    "a": "a_0000.nii.gz", "scan_2019": "scan_2019.nii.gz", "b": "b.nii"}
+  two = touch(tmp_path / "two", "a_0000.nii.gz", "a_0001.nii.gz", "whole.nii.gz")
+  cases = find_inputs([two, two / "a_0001.nii.gz"], 2)
+  assert [(case.identifier, len(case.images)) for case in cases] == [("a", 2), ("whole", 1)]
+  labels = touch(tmp_path / "labels", "a.nii.gz", "whole.nii")
+  assert [case.label.name for case in with_labels(cases, labels)] == ["a.nii.gz", "whole.nii"]
+
+
+@pytest.mark.parametrize(("names", "channels", "says"), [
+  ((), 1, "has no .nii.gz or .nii files"),
+  (("readme.txt",), 1, "has no .nii.gz or .nii files"),
+  (("a_0000.nii.gz",), 2, "a_0001.nii.gz: does not exist"),
+  (("a.nii.gz", "a.nii"), 1, "second case named a"),
+])
+def test_folders_without_usable_inputs_are_refused(tmp_path, names, channels, says):
+  with pytest.raises(UserError, match=says):
+    find_inputs([touch(tmp_path / "in", *names)], channels)
+  with pytest.raises(UserError, match="no such file or folder"):
+    find_inputs([tmp_path / "elsewhere"])
+  with pytest.raises(UserError, match="is not a NIfTI file"):
+    find_inputs([touch(tmp_path, "image.png") / "image.png"])
+
+
+def test_two_cases_of_one_name_are_refused(tmp_path):
+  folders = [touch(tmp_path / name, "case.nii.gz") for name in ("x", "y")]
+  with pytest.raises(UserError, match="second case named case"):
+    find_inputs(folders)
+
+
+def test_split_is_by_case_seeded_and_kept(tmp_path):
+  names = [f"case_{i:03d}" for i in range(200)]
+  split = make_split(names, SplitConfig())
+  assert len(split.train) == 160 and len(split.validation) == 40
+  assert set(split.train) | set(split.validation) == set(names)
+  assert make_split(names[::-1], SplitConfig()) == split
+  assert make_split(names, SplitConfig(seed=1)).validation != split.validation
+  save_split(tmp_path / "splits.json", split)
+  assert load_split(tmp_path / "splits.json") == split
+  assert make_split(["only"], SplitConfig(fraction=0)).train == ("only",)
+  with pytest.raises(UserError, match="no training case is left"):
+    make_split(["only"], SplitConfig())
+
+
+def test_folds_are_nnunets():
+  # From scikit-learn 1.x: KFold(5, shuffle=True, random_state=12345) over 12 cases.
+  expected = [[0, 3, 8], [7, 10, 11], [6, 9], [1, 4], [2, 5]]
+  names = [f"{i:02d}" for i in range(12)]
+  for fold, members in enumerate(expected):
+    split = make_split(names, SplitConfig(fold=fold))
+    assert split.validation == tuple(f"{i:02d}" for i in members)
+    assert not set(split.train) & set(split.validation) and len(split.train) == 12 - len(members)
+  with pytest.raises(UserError, match="fold: is 5"):
+    make_split(names, SplitConfig(fold=5))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data is absent")
+def test_the_decathlons_layout_is_read():
+  data = read_dataset(REAL / "Task04_Hippocampus")
+  assert data.name == "Hippocampus" and data.channels == ("MRI",) and len(data.cases) == 200
+  assert data.labels.names == ("Anterior", "Posterior")
+  volume, atoms = read_case(data.cases[0], 1, data.labels)
+  assert atoms.shape == volume.array.shape[1:] and set(np.unique(atoms)) == {0, 1, 2}
