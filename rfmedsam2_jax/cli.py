@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   evaluate.add_argument("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
   evaluate.add_argument("--partial", action="store_true", help="not all references are predicted")
-  evaluate.add_argument("--json", type=Path, help="write all scores; default PREDICTIONS/scores.json")
+  evaluate.add_argument("--json", type=Path, help="all scores; default PREDICTIONS/scores.json")
   evaluate.set_defaults(run=_evaluate)
 
   quickstart = commands.add_parser(

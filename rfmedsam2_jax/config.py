@@ -65,7 +65,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     text = Path(path).read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, "strerror", None) or "is not text"
-    raise UserError(f"{path}: {reason}; give a config file such as configs/quickstart.yaml") from None
+    raise UserError(
+      f"{path}: {reason}; give a config file such as configs/quickstart.yaml"
+    ) from None
   try:
     tree = yaml.safe_load(text) or {}
   except yaml.YAMLError as error:

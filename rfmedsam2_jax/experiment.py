@@ -182,7 +182,12 @@ class _Progress:
 
 
 def _preprocess(
-  run: RunFolder, cases: Sequence[Case], dataset: Dataset, plan: Plan, config: Config, report: Report
+  run: RunFolder,
+  cases: Sequence[Case],
+  dataset: Dataset,
+  plan: Plan,
+  config: Config,
+  report: Report,
 ) -> None:
   folder = run / "preprocessed"
   stored = set(stored_cases(folder)) if folder.is_dir() else set()

@@ -1,10 +1,10 @@
-"""The memory bank: which remembered slices a cell attends to, as pytrees of fixed shape and pure functions.
+"""The memory bank: which remembered slices a cell attends to; fixed shapes and pure functions.
 
 Two ways of filling the same `MemorySlots` that `SAM2.condition` reads:
-  neighbours  every cell reads the slices around it, as the previous stage saw them (`neighbour_slots`);
-              no recurrence, so all cells of a stage can run side by side.
-  stream      SAM 2's own recurrence over slices (`MemoryBank`): what was segmented is remembered and
-              read again at the next slice. The bank never grows with the depth of the volume.
+  neighbours  every cell reads the slices around it, as the previous stage saw them
+              (`neighbour_slots`); no recurrence, so all cells of a stage can run side by side.
+  stream      SAM 2's own recurrence over slices (`MemoryBank`): what was segmented is remembered
+              and read at the next slices. The bank never grows with the depth of the volume.
 
 In: memories from `SAM2.remember`. Out: slots for `SAM2.condition`. Used by refinement and tracking.
 """
@@ -18,7 +18,7 @@ from rfmedsam2_jax.nn import MemorySlots
 
 Array = jax.Array
 
-# The temporal table has one row per distance and a last one for conditioning slices (SAM 2: maskmem_tpos_enc).
+# SAM 2's maskmem_tpos_enc has one row per distance and a last one for conditioning slices.
 CONDITIONING_ROW = 6
 RECENT_SLOTS = 6
 MAX_POINTER_DISTANCE = 16  # SAM 2: max_obj_ptrs_in_encoder
@@ -67,7 +67,7 @@ def anchor_slices(
     max_given: the largest number of given slices of a track.
 
   Returns:
-    slices int32 [T, anchors + max_given], given ones first, then best first; valid bool, same shape.
+    slices int32 [T, anchors + max_given], given ones first, then best first; valid bool, alike.
   """
   ranking = jnp.where(live, score, -1.0) + jnp.where(given, 2.0, 0.0)
   count = min(anchors + max_given, live.shape[1])

@@ -16,7 +16,12 @@ from rfmedsam2_jax.data.volumes import load_image, load_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import train
 from rfmedsam2_jax.inference.evaluate import Scores, evaluate_folders, save_scores, table
-from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
+from rfmedsam2_jax.inference.segmenter import Segmenter
+from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+
+
+def _title(stage: int) -> str:
+  return f"stage {stage}" if stage else "generator"
 
 
 def quickstart(
@@ -67,6 +72,18 @@ def quickstart(
   return means
 
 
-def _picture(model, dataset: Path, predictions: Path, path: Path) -> Path:
+def _picture(model: Segmenter, dataset: Path, predictions: Path, path: Path) -> Path:
   """A contact sheet of two unseen phantoms, a column per stage."""
-  raise NotImplementedError
+  cases = []
+  for image in sorted((dataset / "imagesTs").glob("*.nii.gz"))[:2]:
+    name = image.name.removesuffix("_0000.nii.gz")
+    volume = load_image(image)
+    maps = {
+      _title(stage): load_label_map(
+        predictions / f"stage{stage}" / f"{name}.nii.gz", volume.geometry
+      )
+      for stage in range(model.stages)
+    }
+    truth = load_label_map(dataset / "labelsTs" / f"{name}.nii.gz", volume.geometry)
+    cases.append(SheetCase(name, volume.array[0], truth, maps, volume.spacing))
+  return save_contact_sheet(path, cases, model.plan.labels.structures)

@@ -1,4 +1,4 @@
-"""Prompted segmentation of a volume by SAM 2's own recurrence: lax.scan over slices, both directions.
+"""Prompted segmentation of a volume by SAM 2's own recurrence: a scan over slices, both directions.
 
 Every track (one object) starts at its own slice and runs forward to the end of the volume, then
 backward from the start; all tracks step together as one batch, in one compiled call, with a memory

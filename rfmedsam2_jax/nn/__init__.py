@@ -1,6 +1,7 @@
 """Networks: Linen modules, arrays in and arrays out. Imports no other room."""
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
+from rfmedsam2_jax.nn.functional import apply, init
 from rfmedsam2_jax.nn.initialisation import init_params
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import (
@@ -30,7 +31,9 @@ __all__ = [
   "SAM2Config",
   "UNet",
   "UNetConfig",
+  "apply",
   "box_prompts",
+  "init",
   "init_params",
   "no_prompts",
 ]

@@ -30,7 +30,7 @@ class RefinementConfig:
   """Stages after the generator, and how their masks become one label map."""
 
   stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig(pointers=True))
-  live_margin: int = 3  # slices beyond a structure that are still run; more is slower, rarely better
+  live_margin: int = 3  # slices beyond a structure that are still run; more is slower
   box_margin: float = 2.0  # added to boxes on every side, in pixels of the SAM image
   cells_per_batch: int = 32  # (organ, slice) cells per compiled call; memory grows with it
   slices_per_batch: int = 8  # slices per call of the image encoder

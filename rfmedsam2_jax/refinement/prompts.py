@@ -1,4 +1,4 @@
-"""Prompts from masks: presence, boxes and mask prompts of every cell, from the previous stage's logits.
+"""Prompts from masks: presence, box and mask prompt of every cell, from the previous stage's logits.
 
 A cell is one (organ, slice) pair; arrays over cells lead with [K, D] or, gathered, with [N].
 In: the generator's logits, or those of a stage (refinement.stages). Out: `CellPrompts`, which
@@ -26,7 +26,7 @@ class CellPrompts(NamedTuple):
   presence: float32 [N], probability that the organ is in the slice.
   boxes: float32 [N, 4], x0 y0 x1 y1 in pixels of the S x S image, inclusive.
   has_box, has_mask: bool [N].
-  points: float32 [N, Q, 2] and point_labels int32 [N, Q]: a person's clicks; -2 where there is none.
+  points: float32 [N, Q, 2]; point_labels: int32 [N, Q]. A person's clicks, -2 where is none.
   """
 
   logits: Array
@@ -50,7 +50,7 @@ def stage0_logits(logits: Array, regions: bool) -> Array:
   """
   if regions:
     return jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)
-  # The sum of the others is the sum of all less one's own share, which cancels for the largest only.
+  # The others' sum is the sum of all less one's own share; that cancels for the largest only.
   largest = jnp.argmax(logits, axis=-1, keepdims=True) == jnp.arange(logits.shape[-1])
   peak = jnp.max(logits, axis=-1, keepdims=True)
   shares = jnp.exp(logits - peak)
@@ -125,11 +125,6 @@ def anchor_score(presence: Array, logits: Array) -> Array:
   inside = logits > 0
   mean = jnp.sum(probability * inside, (-2, -1)) / jnp.maximum(jnp.sum(inside, (-2, -1)), 1)
   return presence * mean
-
-
-def gated(logits: Array, presence: Array) -> Array:
-  """Mask logits [N, h, w] with -1024 where the presence logit [N] says that the object is absent."""
-  return jnp.where((presence > 0)[:, None, None], logits, NO_OBJECT)
 
 
 def next_prompts(logits: Array, presence: Array, side: int, box_margin: float) -> CellPrompts:

@@ -314,9 +314,8 @@ def _run_stream(
     span = _padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True
-    batch = sam_prompts(
-      jax.tree.map(jnp.asarray, _gather(prompts, np.full(total, organ), span)), stage.box, stage.mask
-    )
+    cell = jax.tree.map(jnp.asarray, _gather(prompts, np.full(total, organ), span))
+    batch = sam_prompts(cell, stage.box, stage.mask)
     store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
     features = jax.tree.map(lambda x, i=store_rows: x[i], encoded.store)
     start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))

@@ -70,7 +70,9 @@ class RunFolder:
 
 def versions() -> dict[str, str]:
   """What a run was made with."""
-  packages = ("rfmedsam2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+  packages = (
+    "rfmedsam2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
+  )
   found = {"python": platform.python_version(), "machine": platform.platform()}
   for package in packages:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -103,12 +105,16 @@ def open_run(path: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFol
       raise UserError(f"{path}: {what}; {hint}")
   if overwrite and path.is_dir() and not exists:
     if any(p.name != LOCK for p in path.iterdir()):
-      raise UserError(f"{path}: is not a run of this program, --overwrite leaves it; choose another")
+      raise UserError(
+        f"{path}: is not a run of this program, --overwrite leaves it; choose another folder"
+      )
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / LOCK, "a")  # noqa: SIM115 - held for as long as the run
   except OSError as error:
-    raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+    raise UserError(
+      f"{path}: cannot be written ({error.strerror}); choose another folder"
+    ) from None
   with lock:
     _lock(lock, path)
     if overwrite:

@@ -1,4 +1,4 @@
-"""The training loop of a phase: it dispatches step n + 1 before it looks at the metrics of step n."""
+"""The training loop of a phase: step n + 1 is dispatched before the metrics of step n are read."""
 
 import math
 import time

@@ -11,7 +11,15 @@ import scipy.ndimage
 import SimpleITK as sitk
 
 from rfmedsam2_jax.data import resampling
-from rfmedsam2_jax.data.datasets import IGNORED, Labels, Structure, read_case, read_dataset
+from rfmedsam2_jax.data.datasets import (
+  IGNORED,
+  Case,
+  Dataset,
+  Labels,
+  Structure,
+  read_case,
+  read_dataset,
+)
 from rfmedsam2_jax.data.files import load_json, save_json
 from rfmedsam2_jax.data.fingerprint import (
   CaseFingerprint,
@@ -116,6 +124,9 @@ def test_maps_of_any_resolution_return_to_the_native_grid():
     for rows in (slice(0, 3), slice(3, 11), slice(11, None), slice(0, 2), slice(13, 14)):
       np.testing.assert_array_equal(restore.to_native(low.transpose(order), -7, rows),
                                     result[rows])
+    same = np.ascontiguousarray(crop.transpose(order))  # nothing to resample
+    np.testing.assert_array_equal(restore.to_native(same, -7, slice(1, 9))[1:, :, 3:9],
+                                  native[2:9, :, 3:9])
     full = dataclasses.replace(restore, lower=(0, 0, 0), upper=(14, 13, 12))
     expected = itk_resample(low, (1.0, 1.0, 1.0), (14, 13, 12), sitk.sitkLinear)
     np.testing.assert_allclose(full.to_native(low.transpose(order), 0), expected, atol=2e-3)
@@ -203,6 +214,38 @@ def test_labels_take_the_largest_share_and_keep_what_is_ignored(tmp_path):
   np.testing.assert_array_equal(atoms[decided], expected[decided])
   with pytest.raises(UserError, match="label.nii: labels 9 are not in dataset.json"):
     prepare_label((label > 0) * 9, plan, prepared.restore, "label.nii")
+
+
+def test_labels_do_not_mix_across_thick_slices(tmp_path):
+  label = np.zeros((6, 16, 16), np.int32)
+  label[::2] = 1
+  plan = make_plan(fingerprint([(5.0, 1.0, 1.0)], [label.shape]), PlanConfig(spacing=(3.0, 1, 1)))
+  prepared = preprocess(volume_of(tmp_path, label + 1.0, (5.0, 1.0, 1.0)), plan)
+  atoms = prepare_label(label, plan, prepared.restore)
+  nearest = np.floor((np.arange(10) + 0.5) * 0.6).astype(int)
+  np.testing.assert_array_equal(atoms[:, 0, 0], label[nearest, 0, 0])
+
+
+def test_fingerprint_statistics_are_of_the_annotated_structures(tmp_path):
+  rng = np.random.default_rng(0)
+  cases, seen = [], []
+  for name in ("x", "y"):
+    image, label = rng.normal(50, 20, (8, 9, 10)), rng.integers(0, 5, (8, 9, 10))
+    image[:2] = 0
+    image = image.astype(np.float32)
+    for folder, array in (("image", image), ("label", label.astype(np.uint8))):
+      nib.save(nib.Nifti1Image(array, np.diag([1.0, 2, 3, 1])), tmp_path / f"{name}_{folder}.nii")
+    cases.append(Case(name, (tmp_path / f"{name}_image.nii",), tmp_path / f"{name}_label.nii"))
+    seen.append(image[np.isin(label, (1, 2))])
+  labels = dataclasses.replace(LABELS, others=(4,))  # 3 is ignored, 4 is background
+  found = make_fingerprint(Dataset("set", ("CT",), labels, tuple(cases)))
+  values = np.concatenate(seen)
+  expected = [values.mean(), values.std(), np.median(values), *np.percentile(values, (0.5, 99.5)),
+              values.min(), values.max()]
+  np.testing.assert_allclose(dataclasses.astuple(found.intensities[0]), expected, rtol=1e-5)
+  first = found.cases[0]
+  assert (first.spacing, first.shape) == ((3.0, 2.0, 1.0), (10, 9, 8))
+  assert first.nonzero_shape == (10, 9, 6) and sum(first.structure_voxels) == len(seen[0])
 
 
 def test_a_stored_case_is_read_back_and_its_locations_lie_in_the_structures(tmp_path):

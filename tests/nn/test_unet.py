@@ -7,6 +7,7 @@ import pytest
 
 from rfmedsam2_jax.nn import convolutions
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+from rfmedsam2_jax.nn.winograd import winograd_conv3d
 
 torch = pytest.importorskip("torch")
 
@@ -138,17 +139,65 @@ def test_a_patch_that_does_not_divide_is_refused():
     UNet(CONFIG, 2).init(jax.random.key(0), jnp.zeros((1, 6, 12, 10, 1)))
 
 
+def gradients(f, x, kernel, weight):
+  """Output and both gradients of a weighted sum of it."""
+  return f(x, kernel), *jax.grad(lambda x, k: (f(x, k) * weight).sum(), (0, 1))(x, kernel)
+
+
+def assert_same_convolution(ours, native, shape, kernel, tolerance):
+  rng = np.random.default_rng(0)
+  x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (shape, kernel))
+  weight = jnp.asarray(rng.standard_normal(native(x, kernel).shape), jnp.float32)
+  results = [gradients(f, x, kernel, weight) for f in (ours, native)]
+  for a, b in zip(*results, strict=True):
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+  "size, kernel",
+  [((5, 8, 11), (3, 3, 3)), ((3, 4, 9), (1, 3, 3)), ((6, 2, 1), (3, 3, 3)), ((1, 5, 4), (3, 1, 3))],
+)
+def test_winograd_convolution_equals_the_native_one(size, kernel):
+  assert_same_convolution(
+    winograd_conv3d, convolutions.native_conv3d, (2, *size, 8), (*kernel, 8, 12), 1e-4
+  )
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 1, 1)])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3)])
+def test_depth_taps_equal_the_native_convolution(stride, kernel):
+  assert_same_convolution(
+    lambda x, k: convolutions.depth_taps_conv3d(x, k, stride),
+    lambda x, k: convolutions.native_conv3d(x, k, stride),
+    (2, 5, 6, 7, 3),
+    (*kernel, 3, 4),
+    1e-5,
+  )
+
+
+def test_the_layer_takes_winograd_only_where_it_pays():
+  def taken(shape, kernel, stride=(1, 1, 1), dtype=jnp.float32):
+    arguments = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, kernel))
+    run = jax.make_jaxpr(lambda x, k: convolutions.conv3d(x, k, stride))
+    return "custom_vjp" in str(run(*arguments))
+
+  if jax.default_backend() != "cpu":
+    pytest.skip("the backend has a fast convolution of its own")
+  large = (2, 20, 28, 20, 32)
+  assert taken(large, (3, 3, 3, 32, 32))
+  assert not taken(large, (3, 3, 3, 32, 32), stride=(2, 2, 2))
+  assert not taken(large, (3, 3, 3, 32, 32), dtype=jnp.bfloat16)
+  assert not taken((2, 20, 28, 20, 1), (3, 3, 3, 1, 32))
+  assert not taken((2, 5, 7, 5, 256), (3, 3, 3, 256, 256))
+
+
 @pytest.mark.parametrize("size", [(5, 7), (1, 2)])
 def test_depthwise_convolution_equals_the_native_one(size):
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.standard_normal((2, *size, 5)), jnp.float32)
-  kernel = jnp.asarray(rng.standard_normal((3, 3, 1, 5)), jnp.float32)
-  weight = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
-
-  def run(f):
-    return jax.value_and_grad(lambda x, k: (f(x, k) * weight).sum(), (0, 1))(x, kernel)
-
-  ours = run(convolutions.shifted_depthwise_conv2d)
-  native = run(convolutions.native_depthwise_conv2d)
-  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(native), strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+  assert_same_convolution(
+    convolutions.shifted_depthwise_conv2d,
+    convolutions.native_depthwise_conv2d,
+    (2, *size, 5),
+    (3, 3, 1, 5),
+    1e-5,
+  )
