@@ -1,0 +1,1 @@
+"""Prediction: sliding window, segmenter, evaluation."""

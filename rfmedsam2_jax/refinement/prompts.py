@@ -1,4 +1,4 @@
-"""Prompts from masks: presence, box and mask prompt of every cell, from the previous stage's logits.
+"""Prompts from masks: presence, box and mask prompt of each cell, from the logits before a stage.
 
 A cell is one (organ, slice) pair; arrays over cells lead with [K, D] or, gathered, with [N].
 In: the generator's logits, or those of a stage (refinement.stages). Out: `CellPrompts`, which

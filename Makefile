@@ -1,0 +1,39 @@
+# make demo   sets everything up and runs the quickstart (a few minutes on two cores)
+# make test   sets everything up, then ruff, mypy and the tests
+# make test-full   also the tests that take long
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# The official SAM 2 is what the networks are compared with. It is installed without its own
+# dependencies: the comparison needs no torchvision. Any torch will do; this one is tested.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-full lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/rfmedsam2 quickstart --out demo --overwrite
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not full"
+
+test-full: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-for-tests: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e ".[test]" $(TORCH) setuptools wheel
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation sam2==1.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
