@@ -146,10 +146,10 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-  from rfmedsam2_jax.data.datasets import read_labels
+  from rfmedsam2_jax.data.datasets import read_dataset
   from rfmedsam2_jax.inference.evaluate import evaluate_folders, save_scores, table
 
-  labels = read_labels(options.labels) if options.labels else None
+  labels = read_dataset(options.labels).labels if options.labels else None
   scores = evaluate_folders(
     options.predictions, options.references, labels, options.tolerance, options.partial
   )

@@ -69,7 +69,7 @@ def anchor_slices(
   Returns:
     slices int32 [T, anchors + max_given], given ones first, then best first; valid bool, alike.
   """
-  ranking = jnp.where(live, score, -1.0) + jnp.where(given, 2.0, 0.0)
+  ranking = jnp.where(live, score, -1.0) + jnp.where(given, 4.0, 0.0)
   count = min(anchors + max_given, live.shape[1])
   slices = jnp.argsort(-ranking, axis=1, stable=True)[:, :count].astype(jnp.int32)
   rank = jnp.arange(count)[None]

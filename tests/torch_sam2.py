@@ -44,8 +44,8 @@ def official(config, seed=0, presence_bias=3.0, video=False, **options):
   from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
   from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
   from sam2.modeling.position_encoding import PositionEmbeddingSine
-  from sam2.modeling.sam2_base import SAM2Base
   from sam2.modeling.sam.transformer import RoPEAttention
+  from sam2.modeling.sam2_base import SAM2Base
   from sam2.sam2_video_predictor import SAM2VideoPredictor
 
   c = config

@@ -108,7 +108,11 @@ class MemoryAttention(nn.Module):
       else:
         where.append(jnp.repeat(pointer_positions_NPE.astype(self.dtype), split, axis=1))
       valid.append(jnp.repeat(slots.pointer_valid, split, axis=1))
-    return tuple(jnp.concatenate(x, axis=1) for x in (memory, where, valid))
+    return (
+      jnp.concatenate(memory, axis=1),
+      jnp.concatenate(where, axis=1),
+      jnp.concatenate(valid, axis=1),
+    )
 
 
 class MemoryAttentionLayer(nn.Module):

@@ -26,7 +26,7 @@ _SIZES = {"tiny": _TINY, "small": _SMALL, "base_plus": _BASE_PLUS, "large": _LAR
 # No published weights have this size: it is trained from scratch, with everything trainable.
 _NANO = SAM2Config(
   image_size=192,
-  embed_dim=32,
+  embed_dim=24,
   trunk_heads=1,
   stages=(1, 1, 2, 1),
   global_att_blocks=(3,),

@@ -85,9 +85,9 @@ def fuse(
   for organ, value in enumerate(output_values):
     probability = sources[0](organ)
     for source in sources[1:]:
-      probability += source(organ)
+      probability = probability + source(organ)  # a source keeps what it gave
     if len(sources) > 1:
-      probability /= len(sources)
+      probability = probability / np.float32(len(sources))
     if regions:
       labels[probability > threshold] = value
       continue

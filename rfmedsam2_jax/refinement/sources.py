@@ -3,6 +3,7 @@
 All on the host, on the prepared grid. In: the generator's log-odds. Out: `VolumePrompts`.
 """
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -81,7 +82,10 @@ def with_given(
   Args:
     mask_side: 4G. resize: antialiased linear resize of [n, H, W] to [n, 4G, 4G].
   """
-  clicks = max((len(prompt.points) for prompt in given), default=0)
+  per_cell: collections.Counter[tuple[int, int]] = collections.Counter()
+  for prompt in given:
+    per_cell[prompt.organ, prompt.slice] += len(prompt.points)
+  clicks = max(per_cell.values(), default=0)
   cells = prompts.presence.shape
   points = np.zeros((*cells, clicks, 2), np.float32)
   labels = np.full((*cells, clicks), -2, np.int32)
@@ -106,7 +110,8 @@ def with_given(
       if prompt.mask is None:
         here = np.asarray(box, np.float32)[None, None]
         copies["logits"][cell] = _inside_boxes(copies["logits"][cell][None, None], here, side)[0, 0]
-    for number, (x, y, inside) in enumerate(prompt.points):
+    first = int((labels[cell] >= 0).sum())
+    for number, (x, y, inside) in enumerate(prompt.points, first):
       points[cell][number] = x, y
       labels[cell][number] = int(inside)
     copies["has_mask"][cell] = bool((copies["logits"][cell] > 0).any())
@@ -116,10 +121,11 @@ def with_given(
 def _inside_boxes(logits: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
   """float16 [K, D, 4G, 4G], -32 outside of each cell's box [K, D, 4]."""
   mask_side = logits.shape[-1]
-  centre = (np.arange(mask_side) + 0.5) * side / mask_side
+  size = side / mask_side
+  start = np.arange(mask_side) * size
   x0, y0, x1, y1 = (boxes[..., i, None] for i in range(4))
-  # An inclusive index i covers [i, i + 1).
-  columns = (centre > x0) & (centre < x1 + 1)
-  rows = (centre > y0) & (centre < y1 + 1)
+  # Pixels that the box touches stay: its far edge is the index where the last pixel begins.
+  columns = (start + size > x0) & (start < x1 + 1)
+  rows = (start + size > y0) & (start < y1 + 1)
   inside = rows[..., :, None] & columns[..., None, :]
   return np.where(inside, logits, np.float16(-LOGIT_LIMIT))

@@ -136,6 +136,11 @@ def decode_cells(
   )
 
 
+def absent_pointer(params: Params, like: Array) -> Array:
+  """SAM 2's pointer [C] of a cell without the object, in the dtype of `like`."""
+  return params["no_obj_ptr"].reshape(-1).astype(like.dtype)
+
+
 def grid_slots(
   stage: StageConfig,
   live: Array,
@@ -156,8 +161,6 @@ def grid_slots(
   """
   anchors, anchors_valid = memory.anchor_slices(score, live, given, stage.anchors, max_given)
   table = memory.neighbour_slots(live, stage.reach, anchors, anchors_valid, inside)
-  if stage.memory == "none":
-    table = table._replace(valid=jnp.zeros_like(table.valid))
   depth = jnp.asarray(depth).reshape(-1, 1, 1)
   return table, memory.pointer_positions(table.offsets, depth)
 
@@ -191,7 +194,18 @@ def stage_on_grid(
   tracks = count // (runs * length)
   grid = (runs * tracks, length)
   inside_TL = jnp.repeat(inside, tracks, axis=0)
-  live = live_cells((cells.presence > 0).reshape(grid), config.live_margin) & inside_TL
+  # What a stage says of padding must not make slices of the volume live.
+  present = (cells.presence > 0).reshape(grid) & inside_TL
+  live = live_cells(present, config.live_margin) & inside_TL
+  cell_slice = jnp.arange(runs)[:, None, None] * length + jnp.arange(length)
+  cell_slice = jnp.broadcast_to(cell_slice, (runs, tracks, length)).reshape(-1)
+  cell_features = jax.tree.map(lambda x: x[cell_slice], features)
+  if stage.memory == "none":
+    conditioned = model.apply(
+      {"params": params}, cell_features.embedding, method="unconditioned"
+    )
+    outputs = decode_cells(model, params, stage, conditioned, cell_features.high_res, cells)
+    return outputs, live.reshape(-1)
   table, positions = grid_slots(
     stage,
     live,
@@ -208,15 +222,6 @@ def stage_on_grid(
     table.valid.reshape(count, width),
     positions.reshape(count, width),
   )
-  cell_slice = jnp.arange(runs)[:, None, None] * length + jnp.arange(length)
-  cell_slice = jnp.broadcast_to(cell_slice, (runs, tracks, length)).reshape(-1)
-  cell_features = jax.tree.map(lambda x: x[cell_slice], features)
-  if stage.memory == "none":
-    conditioned = model.apply(
-      {"params": params}, cell_features.embedding, method="unconditioned"
-    )
-    outputs = decode_cells(model, params, stage, conditioned, cell_features.high_res, cells)
-    return outputs, live.reshape(-1)
   maps = remember_cells(model, params, cell_features.embedding, cells)
   if pointers is None:
     pointers = jnp.zeros((count, cell_features.embedding.shape[-1]), maps.dtype)
@@ -249,8 +254,8 @@ def all_stages_on_grid(
       model, params, stage, config, features, cells, pointers, inside, depth
     )
     results.append((outputs, live))
-    cells = next_prompts(
-      outputs.logits, outputs.presence, model.config.image_size, config.box_margin
-    )
-    pointers = outputs.pointer
+    # At prediction a cell that is not live is not run: no organ, and no pointer of one.
+    presence = jnp.where(live, outputs.presence, NO_OBJECT)
+    cells = next_prompts(outputs.logits, presence, model.config.image_size, config.box_margin)
+    pointers = jnp.where(live[:, None], outputs.pointer, absent_pointer(params, outputs.pointer))
   return results

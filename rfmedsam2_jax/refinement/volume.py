@@ -52,7 +52,7 @@ class VolumePrompts(NamedTuple):
 
 
 class StageResult(NamedTuple):
-  """What one stage says of the cells that it ran.
+  """What is known after a stage: of cells that it ran, then of those that only earlier ones ran.
 
   cells: int [N, 2], organ and slice. logits: float16 [N, 4G, 4G], -1024 where the organ is absent.
   iou, presence (a probability): float32 [N].
@@ -121,34 +121,41 @@ def refine_volume(
     progress: called with one line per stage.
 
   Returns:
-    One StageResult per stage; a stage with no live cell has N = 0.
+    One StageResult per stage; N = 0 where no cell was ever live.
   """
   side = model.config.image_size
   prompts = prompts._replace(logits=prompts.logits.copy())
   encoded = _Features(model, params, slices, config.slices_per_batch)
   organs, depth = prompts.presence.shape
-  pointers = np.zeros((organs, depth, model.config.d_model), np.float32)
+  absent = np.asarray(params["no_obj_ptr"], np.float32).reshape(-1)
+  pointers = np.broadcast_to(absent, (organs, depth, model.config.d_model))
+  result = _nothing(model)
   results = []
   for number, stage in enumerate(config.stages, 1):
     live = live_cells(prompts.presence > 0, config.live_margin) | prompts.given
     cells = np.argwhere(live)
     if not len(cells):
-      results.append(_nothing(model))
+      results.append(result)
       continue
     encoded.need(np.unique(cells[:, 1]))
     progress(f"stage {number}: {len(cells)} cells on {encoded.count} slices")
     run = _run_stream if stage.memory == "stream" else _run_cells
     outputs = run(model, params, stage, config, encoded, prompts, pointers, live, cells)
     shown = (outputs.presence > 0)[:, None, None]
-    results.append(
-      StageResult(
-        cells.astype(np.int32),
-        np.where(shown, outputs.logits, -1024.0).astype(np.float16),
-        outputs.iou,
-        1.0 / (1.0 + np.exp(-np.clip(outputs.presence, -60, 60))),
-      )
+    new = StageResult(
+      cells.astype(np.int32),
+      np.where(shown, outputs.logits, -1024.0).astype(np.float16),
+      outputs.iou,
+      1.0 / (1.0 + np.exp(-np.clip(outputs.presence, -60, 60))),
     )
+    # Where an earlier stage found nothing and this one did not look again, nothing is there: the
+    # generator's vote, which stands where no stage ever ran, must not come back.
+    earlier = ~live[tuple(result.cells.T)]
+    pairs = zip(new, result, strict=True)
+    result = StageResult(*(np.concatenate([now, before[earlier]]) for now, before in pairs))
+    results.append(result)
     organ, at = cells.T
+    pointers = np.broadcast_to(absent, pointers.shape).copy()
     pointers[organ, at] = outputs.pointer
     prompts = _carry_on(prompts, cells, outputs, side, config)
   return results
@@ -183,6 +190,7 @@ def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
   boxes[organ[free], at[free]] = cell.boxes[free]
   has_box[organ[free], at[free]] = cell.has_box[free]
   presence = np.where(prompts.fixed_boxes, prompts.presence, presence)
+  has_mask &= presence > 0
   return prompts._replace(
     logits=logits, presence=presence, boxes=boxes, has_box=has_box, has_mask=has_mask
   )

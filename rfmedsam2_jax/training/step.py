@@ -96,13 +96,15 @@ def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementCo
     target = batch["masks"].reshape(-1, height, width)
     known = batch["known"].reshape(-1, height, width)
     present = jnp.max(target, axis=(1, 2)) > 0.5
+    # That a structure is absent can only be learnt where nothing is ignored.
+    certain = present | (jnp.min(known, axis=(1, 2)) > 0.5)
     inside = jnp.broadcast_to(batch["inside"][:, None], (runs, tracks, length)).reshape(-1)
     total = jnp.float32(0)
     metrics: dict[str, Array] = {}
     for number, (stage, (out, live)) in enumerate(
       zip(refinement.stages, results, strict=True), 1
     ):
-      counts = (live | present) & inside
+      counts = (live | present) & inside & certain
       value, parts = refiner_loss(
         out.logits, out.iou, out.presence, target, known, present, counts, config.loss
       )

@@ -13,7 +13,7 @@ from rfmedsam2_jax.nn.prompt_encoder import ABSENT, Prompts, box_prompts, no_pro
 from rfmedsam2_jax.nn.sam2 import ABSENT_LOGIT, SAM2
 
 torch = torch_sam2.torch
-TOLERANCE = 2e-5
+TOLERANCE = 5e-6  # about ten times what is seen
 N, G, C = 3, TINY.grid, TINY.d_model
 
 

@@ -1,6 +1,7 @@
 """SAM 2 as a whole: presets, parameters, adapters, and one pass through every part."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -11,7 +12,15 @@ import torch_sam2
 from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_sam2 import TINY, nchw, relative_error
 
-from rfmedsam2_jax.nn import BUFFERS, PRESETS, SAM2, AdapterConfig, box_prompts, init_params
+from rfmedsam2_jax.nn import (
+  BUFFERS,
+  PRESETS,
+  SAM2,
+  AdapterConfig,
+  MemorySlots,
+  box_prompts,
+  init_params,
+)
 
 torch = torch_sam2.torch
 OFFICIAL_FILES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
@@ -121,6 +130,7 @@ def test_image_features_are_the_official_ones(models):
     assert error < 2e-5, f"{name}: {error:.2g}"
 
 
+@pytest.mark.slow
 def test_fresh_adapters_leave_sam2_unchanged_bit_for_bit(models):
   """With converted weights, the adapted network at step 0 is SAM 2."""
   _, params = models
@@ -132,6 +142,7 @@ def test_fresh_adapters_leave_sam2_unchanged_bit_for_bit(models):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_every_adapter_takes_part(models):
   """Gradients reach the last layer of each; the others follow once that is not zero."""
   _, params = models
@@ -151,20 +162,32 @@ def test_images_of_another_size_are_refused(models):
     SAM2(TINY).apply({"params": params}, images(1, 64), method="encode_image")
 
 
-def test_nano_runs_forward_and_backward_for_about_a_gigaflop():
-  """Of one slice: features, memory of its own mask, conditioning on it, decoding."""
+@pytest.mark.slow
+def test_nano_takes_about_a_gigaflop_forward_and_backward():
+  """Of one slice and one structure: features, memory, conditioning on it, decoding."""
   config = PRESETS["nano"]
-  params = init_params(config, jax.random.key(0))
-  x = jnp.zeros((1, config.image_size, config.image_size, 3))
+  params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+  side, grid = config.image_size, config.grid
+  logits = jnp.zeros((1, 4 * grid, 4 * grid))
 
   def loss(params):
-    model = SAM2(config)
-    return (model.apply({"params": params}, x).masks ** 2).mean()
+    apply = functools.partial(SAM2(config).apply, {"params": params})
+    features = apply(jnp.zeros((1, side, side, 3)), method="encode_image")
+    present = jnp.ones((1, 1), bool)
+    maps = apply(features.embedding, logits, present[0], method="remember")
+    slots = MemorySlots(
+      maps[:, None], jnp.zeros((1, 1), jnp.int32), present,
+      jnp.zeros((1, 0, config.d_model)), jnp.zeros((1, 0)), jnp.zeros((1, 0), bool),
+    )
+    assert maps.shape == (1, grid, grid, config.mem_dim)
+    prompts = box_prompts(jnp.zeros((1, 4)), mask=logits)
+    conditioned = apply(features.embedding, slots, method="condition")
+    return (apply(conditioned, features.high_res, prompts, method="decode").masks ** 2).mean()
 
   cost = jax.jit(jax.grad(loss)).lower(params).cost_analysis()
   print(f"nano: {cost['flops'] / 1e9:.2f} GFLOP forward and backward, "
         f"{count(flatten_dict(params, sep='/')) / 1e6:.2f} M parameters")
-  assert cost["flops"] < 3e9
+  assert cost["flops"] < 1.2e9
 
 
 def test_initialisation_depends_on_the_key_alone():
@@ -187,7 +210,7 @@ def test_initialisation_has_the_distributions_of_the_modules():
     y = np.asarray(ours[path])
     assert y.shape == x.shape
     spread = float(x.std())
-    if spread == 0:
+    if np.ptp(x) == 0:
       np.testing.assert_array_equal(y, x, err_msg=str(path))
     else:
       bound = spread * (0.05 + 5 / np.sqrt(x.size))

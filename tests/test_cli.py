@@ -1,0 +1,260 @@
+"""The commands as a user gives them: results on the input's grid, one clear line when wrong."""
+
+import gzip
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from tests_data import ORIENTATIONS, reoriented
+
+import rfmedsam2_jax
+from rfmedsam2_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def unseen(phantoms) -> Path:
+  return sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+  status = main([str(a) for a in arguments])
+  captured = capsys.readouterr()
+  return status, captured.out, captured.err
+
+
+def world(path: Path) -> np.ndarray:
+  """The label map in RAS+ order, whatever way it is stored."""
+  return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+
+
+def test_predict_writes_on_exactly_the_inputs_grid(tiny_run, unseen, tmp_path, capsys):
+  image = nib.load(unseen)
+  affine = image.affine.copy()
+  affine[:3, 3] += (3.25, -7.5, 11.0)
+  image = nib.Nifti1Image(np.asarray(image.dataobj), affine)
+  image.set_qform(affine, 1)
+  image.set_sform(affine, 4)
+  image.header.set_xyzt_units("mm", "sec")
+  nib.save(image, tmp_path / "scan.nii.gz")
+  status, _, error = run(capsys, "predict", tiny_run, tmp_path / "scan.nii.gz", "--out",
+                         tmp_path / "out", "--save-stages")
+  assert status == 0, error
+  for folder in ("", "stage0", "stage1", "stage2"):
+    written = tmp_path / "out" / folder / "scan.nii.gz"
+    found = nib.load(written)
+    assert found.shape == image.shape and found.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(found.affine, nib.load(tmp_path / "scan.nii.gz").affine)
+    assert (found.get_qform(coded=True)[1], found.get_sform(coded=True)[1]) == (1, 4)
+    assert found.header.get_xyzt_units() == image.header.get_xyzt_units()
+    before, after = (sitk.ReadImage(str(p)) for p in (tmp_path / "scan.nii.gz", written))
+    assert before.GetSize() == after.GetSize()
+    for what in ("GetOrigin", "GetSpacing", "GetDirection"):
+      np.testing.assert_array_equal(getattr(before, what)(), getattr(after, what)())
+  assert not list((tmp_path / "out").rglob(".*"))
+
+
+@pytest.mark.slow
+def test_all_48_orders_and_flips_are_segmented_alike_in_world_space(tiny_run, unseen, tmp_path):
+  model = rfmedsam2_jax.load(tiny_run)
+  expected = None
+  for number, orientation in enumerate(ORIENTATIONS):
+    path, out = tmp_path / f"{number}.nii.gz", tmp_path / f"{number}_labels.nii.gz"
+    nib.save(reoriented(nib.load(unseen), orientation), path)
+    rfmedsam2_jax.segment_file(model, path, out)
+    found = world(out)
+    if expected is None:
+      expected = found
+      assert len(np.unique(expected)) > 1, "the tiny run must segment something"
+    np.testing.assert_array_equal(found, expected)
+  assert number == 47
+
+
+def test_array_and_file_and_command_agree(tiny_run, unseen, tmp_path, capsys):
+  model = rfmedsam2_jax.load(tiny_run)
+  image = sitk.DICOMOrient(sitk.ReadImage(str(unseen)), "LPS")
+  by_array = rfmedsam2_jax.segment(model, sitk.GetArrayFromImage(image), image.GetSpacing()[::-1])
+  by_file = rfmedsam2_jax.segment_file(model, unseen)
+  assert run(capsys, "predict", tiny_run, unseen, "--out", tmp_path)[0] == 0
+  name = unseen.name.replace("_0000", "")
+  np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / name).dataobj), by_file)
+  lps = sitk.DICOMOrient(sitk.ReadImage(str(tmp_path / name)), "LPS")
+  np.testing.assert_array_equal(sitk.GetArrayFromImage(lps), by_array)
+
+
+def test_several_runs_are_averaged(tiny_run, unseen, tmp_path, capsys):
+  """The same run twice is that run once; probabilities are averaged, not labels."""
+  assert run(capsys, "predict", tiny_run, unseen, "--out", tmp_path / "one")[0] == 0
+  assert run(capsys, "predict", tiny_run, tiny_run, unseen, "--out", tmp_path / "two")[0] == 0
+  name = unseen.name.replace("_0000", "")
+  np.testing.assert_array_equal(world(tmp_path / "one" / name), world(tmp_path / "two" / name))
+
+
+def test_oracle_and_given_prompts_run(tiny_run, phantoms, unseen, tmp_path, capsys):
+  name = unseen.name.replace("_0000.nii.gz", "")
+  status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path / "oracle",
+                         "--prompts", "oracle", "--labels", phantoms / "labelsTs")
+  assert status == 0, error
+  truth = nib.load(phantoms / "labelsTs" / f"{name}.nii.gz")
+  inside = np.argwhere(np.asarray(truth.dataobj) == 1)
+  ras = nib.io_orientation(truth.affine)
+  axial = int(np.flatnonzero(ras[:, 0] == 2)[0])
+  here = inside[inside[:, axial] == np.median(inside[:, axial]).astype(int)]
+  corners = [here.min(axis=0).tolist(), here.max(axis=0).tolist()]
+  given = tmp_path / "given.json"
+  given.write_text(json.dumps({name: [
+    {"structure": "liver", "box": corners},
+    {"structure": "liver", "points": [[*here[0].tolist(), 1], [*here[-1].tolist(), 0]]},
+  ]}))
+  status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path / "given",
+                         "--prompts", "given", "--given", given)
+  assert status == 0, error
+  sparse = np.asarray(truth.dataobj).copy()
+  keep = [slice(None)] * 3
+  keep[axial] = [i for i in range(sparse.shape[axial]) if i != here[0][axial]]
+  sparse[tuple(keep)] = 0
+  (tmp_path / "sparse").mkdir()
+  nib.save(nib.Nifti1Image(sparse, truth.affine), tmp_path / "sparse" / f"{name}.nii.gz")
+  status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path / "masks",
+                         "--prompts", "given", "--labels", tmp_path / "sparse")
+  assert status == 0, error
+  plain = tmp_path / "plain"
+  assert run(capsys, "predict", tiny_run, unseen, "--out", plain)[0] == 0
+  for prompted in ("oracle", "given", "masks"):
+    assert (world(tmp_path / prompted / f"{name}.nii.gz") != world(plain / f"{name}.nii.gz")).any()
+
+
+def test_evaluate_prints_a_table_and_writes_json(phantoms, tmp_path, capsys):
+  shutil.copytree(phantoms / "labelsTs", tmp_path / "pred")
+  status, out, _ = run(capsys, "evaluate", tmp_path / "pred", phantoms / "labelsTs", "--labels",
+                       phantoms)
+  assert status == 0 and "liver" in out and "1.0000" in out
+  scores = json.loads((tmp_path / "pred" / "scores.json").read_text())
+  assert scores["mean"]["dice"] == 1.0 and len(scores["cases"]) == 2
+
+
+def damaged(kind: str, unseen: Path, folder: Path) -> Path:
+  """An input with something wrong, and where it lies."""
+  image = nib.load(unseen)
+  voxels = np.asarray(image.dataobj).astype(np.float32)
+  path = folder / "bad.nii.gz"
+  if kind == "missing":
+    return path
+  if kind == "truncated":
+    path.write_bytes(unseen.read_bytes()[: unseen.stat().st_size // 2])
+  elif kind == "4D":
+    nib.save(nib.Nifti1Image(np.stack([voxels] * 3, axis=-1), image.affine), path)
+  elif kind == "NaN":
+    voxels[2, 3, 4] = np.nan
+    nib.save(nib.Nifti1Image(voxels, image.affine), path)
+  elif kind == "empty file":
+    path.write_bytes(b"")
+  elif kind == "not NIfTI":
+    path.write_bytes(gzip.compress(b"hello" * 200))
+  elif kind == "empty folder":
+    (folder / "empty").mkdir()
+    return folder / "empty"
+  return path
+
+
+@pytest.mark.parametrize(
+  "kind, says",
+  [
+    ("missing", "no such file"),
+    ("truncated", "truncated"),
+    ("4D", "4D"),
+    ("NaN", "NaN"),
+    ("empty file", ""),
+    ("not NIfTI", ""),
+    ("empty folder", "has no .nii.gz"),
+  ],
+)
+def test_a_bad_input_is_one_line_and_leaves_nothing(tiny_run, unseen, tmp_path, capsys, kind, says):
+  path = damaged(kind, unseen, tmp_path)
+  status, _, error = run(capsys, "predict", tiny_run, path, "--out", tmp_path / "out")
+  assert status == 2
+  assert error.startswith("rfmedsam2: ") and error.count("\n") == 1
+  assert path.name in error and says in error
+  assert not list((tmp_path / "out").rglob("*.nii.gz")) if (tmp_path / "out").exists() else True
+
+
+def broken_dataset(kind: str, phantoms: Path, folder: Path) -> Path:
+  data = folder / "data"
+  shutil.copytree(phantoms, data)
+  label = sorted((data / "labelsTr").iterdir())[0]
+  image = nib.load(label)
+  voxels = np.asarray(image.dataobj).copy()
+  affine = image.affine.copy()
+  if kind == "unknown label":
+    voxels[0, 0, 0] = 77
+  elif kind == "other space":
+    affine[:3, 3] += 50.0
+  nib.save(nib.Nifti1Image(voxels, affine), label)
+  return data
+
+
+@pytest.mark.parametrize(
+  "kind, says", [("unknown label", "labels 77 are not in dataset.json"), ("other space", "space")]
+)
+def test_a_bad_label_is_one_line(phantoms, tiny_config, tmp_path, capsys, kind, says):
+  data = broken_dataset(kind, phantoms, tmp_path)
+  status, _, error = run(capsys, "train", tiny_config, f"data.dataset={data}", "--out",
+                         tmp_path / "run")
+  assert status == 2 and error.count("\n") == 1 and says in error and "labelsTr" in error
+
+
+@pytest.mark.parametrize(
+  "arguments, says",
+  [
+    (["train", "no_such.yaml", "--out", "x"], "no_such.yaml"),
+    (["predict", "no_such_run", "scan.nii.gz", "--out", "x"], "no_such_run"),
+    (["evaluate", "no_such", "nor_this"], "no_such"),
+  ],
+)
+def test_paths_that_do_not_exist_are_named(tmp_path, monkeypatch, capsys, arguments, says):
+  monkeypatch.chdir(tmp_path)
+  status, _, error = run(capsys, *arguments)
+  assert status == 2 and error.count("\n") == 1 and says in error
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_prediction_is_not_lost(tiny_run, unseen, tmp_path, capsys):
+  target = tmp_path / unseen.name.replace("_0000", "")
+  target.write_text("mine")
+  status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path)
+  assert status == 2 and "--overwrite" in error and target.read_text() == "mine"
+
+
+def test_an_unfinished_run_says_how_to_finish_it(tiny_run, unseen, tmp_path, capsys):
+  shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("params"))
+  status, _, error = run(capsys, "predict", tmp_path / "run", unseen, "--out", tmp_path / "out")
+  assert status == 2 and "--resume" in error
+
+
+def test_a_damaged_checkpoint_is_one_line(tiny_run, unseen, tmp_path, capsys):
+  shutil.copytree(tiny_run, tmp_path / "run")
+  for file in (tmp_path / "run" / "refiner" / "params").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  status, _, error = run(capsys, "predict", tmp_path / "run", unseen, "--out", tmp_path / "out")
+  assert status == 2 and error.count("\n") == 1 and "checkpoint" in error
+
+
+def test_help_answers_without_loading_jax():
+  code = (
+    "import sys; from rfmedsam2_jax.cli import main\n"
+    "try: main(['--help'])\nexcept SystemExit: pass\n"
+    "assert 'jax' not in sys.modules, 'jax was imported'"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_there_are_48_orientations():
+  assert len(ORIENTATIONS) == len(set(ORIENTATIONS)) == 6 * 8
+  assert {order for order, _ in ORIENTATIONS} == set(itertools.permutations(range(3)))

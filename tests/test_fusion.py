@@ -1,0 +1,123 @@
+"""One label map from per-organ probabilities, and the first prompts of the truth and of people."""
+
+import numpy as np
+
+from rfmedsam2_jax.data.squash import resize_linear
+from rfmedsam2_jax.refinement import StageResult, blended, fuse
+from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given, with_oracle
+
+SHAPE = (1, 1, 4)
+
+
+def source(*organs):
+  """Probabilities by organ, [1, 1, n]."""
+  arrays = [np.array(organ, np.float32).reshape(1, 1, -1) for organ in organs]
+  return lambda organ: arrays[organ]
+
+
+def test_background_where_no_organ_is_above_the_threshold_else_the_likeliest():
+  given = source([0.4, 0.6, 0.7, 0.5], [0.45, 0.55, 0.8, 0.1])
+  assert fuse([given], (3, 7), SHAPE).ravel().tolist() == [0, 3, 7, 0]
+  assert fuse([given], (3, 7), SHAPE, threshold=0.42).ravel().tolist() == [7, 3, 7, 3]
+  assert fuse([given], (3, 7), SHAPE).dtype == np.uint8
+  assert fuse([given], (3, 700), SHAPE).ravel().tolist() == [0, 3, 700, 0]
+
+
+def test_later_regions_are_written_over_earlier_ones():
+  given = source([0.9, 0.9, 0.4, 0.6], [0.1, 0.6, 0.6, 0.5])
+  assert fuse([given], (1, 2), SHAPE, regions=True).ravel().tolist() == [1, 2, 2, 1]
+
+
+def test_runs_are_averaged_and_their_arrays_left_alone():
+  first, second = source([0.9, 0.2, 0.6, 0.0]), source([0.3, 0.6, 0.6, 0.9])
+  before = first(0).copy()
+  assert fuse([first, second], (1,), SHAPE).ravel().tolist() == [1, 0, 1, 0]
+  np.testing.assert_array_equal(first(0), before)
+
+
+def test_the_generator_alone_is_the_arg_max_of_its_softmax():
+  logits = np.random.default_rng(0).standard_normal((4, 6, 5, 3)).astype(np.float32)
+  softmax = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+  labels = fuse(
+    [lambda organ: softmax[..., organ + 1]], (1, 2), softmax.shape[:-1], exclusive=True
+  )
+  np.testing.assert_array_equal(labels, logits.argmax(axis=-1))
+  assert (softmax.max(axis=-1) < 0.5).any()
+
+
+def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
+  odds = np.full((3, 2, 2), 2.0, np.float16)
+  logits = np.stack([np.full((2, 2), x, np.float16) for x in (-1024, 1, 3)])
+  cells = np.array([[0, 0], [0, 2], [1, 1]])
+  result = StageResult(cells, logits, np.ones(3, np.float32), np.ones(3, np.float32))
+  vote = 1 / (1 + np.exp(-2.0))
+  mine = lambda weight: blended(odds, result, 0, weight, lambda x, _: x)[:, 0, 0]  # noqa: E731
+  np.testing.assert_allclose(mine(0.0), [0, vote, 1 / (1 + np.exp(-1))], atol=1e-4)
+  both = [0.25 * vote, vote, 0.25 * vote + 0.75 / (1 + np.exp(-1))]
+  np.testing.assert_allclose(mine(0.25), both, atol=1e-4)
+  np.testing.assert_allclose(blended(odds, None, 0, 0.0, None), vote, atol=1e-4)
+
+
+def prompts_of_a_generator():
+  """Two organs, three slices, 16 x 16 masks of a 64 x 64 image; the second slice has organ 0."""
+  logits = np.full((2, 3, 16, 16), -5, np.float16)
+  logits[0, 1, 4:12, 4:12] = 5
+  present = np.zeros((2, 3), bool)
+  present[0, 1] = True
+  boxes = np.zeros((2, 3, 4), np.float32)
+  boxes[0, 1] = 14, 14, 46, 46
+  return generated(logits, boxes, present)
+
+
+def test_oracle_prompts_take_presence_and_boxes_from_the_truth_but_no_mask():
+  prompts = prompts_of_a_generator()
+  truth = np.zeros((2, 3, 4), np.float32)
+  present = np.zeros((2, 3), bool)
+  # A part of what the generator found, and an organ that it missed.
+  truth[0, 1], present[0, 1] = (16, 16, 28, 24), True
+  truth[1, 2], present[1, 2] = (8, 8, 20, 20), True
+  oracle = with_oracle(prompts, truth, present, 64)
+  np.testing.assert_array_equal(oracle.presence, present)
+  np.testing.assert_array_equal(oracle.has_box, present)
+  np.testing.assert_array_equal(oracle.boxes, truth)
+  assert oracle.fixed_boxes.all() and not oracle.given.any()
+  np.testing.assert_array_equal(oracle.has_mask, present & (np.arange(3) == 1))
+  # Rows 16 to 24 and columns 16 to 28 of 64 are in pixels 4 to 6 and 4 to 7 of 16, inclusive.
+  rows, columns = np.nonzero(oracle.logits[0, 1] > 0)
+  assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 6, 4, 7)
+  assert oracle.logits[0, 1, 0, 0] == -32 and oracle.logits.dtype == np.float16
+  assert prompts.logits[0, 1, 11, 11] == 5  # the generator's stay as they were
+
+
+def test_given_prompts_correct_the_generator_and_become_anchors():
+  prompts = prompts_of_a_generator()
+  mask = np.zeros((32, 32), bool)
+  mask[10:20, 6:12] = True
+  given = [
+    GivenPrompt(0, 1, box=(16, 16, 30, 30)),
+    GivenPrompt(0, 2, points=((10, 12, True), (50, 51, False))),
+    GivenPrompt(0, 2, points=((11, 13, True),)),
+    GivenPrompt(1, 0, mask=mask),
+  ]
+  found = with_given(prompts, given, 64, 16, resize_linear)
+  expected = np.zeros((2, 3), bool)
+  expected[[0, 0, 1], [1, 2, 0]] = True
+  np.testing.assert_array_equal(found.given, expected)
+  np.testing.assert_array_equal(found.presence > 0, expected)
+  # The box replaces the generator's, whose mask stays inside of it.
+  np.testing.assert_array_equal(found.boxes[0, 1], [16, 16, 30, 30])
+  assert found.fixed_boxes[0, 1] and found.has_mask[0, 1]
+  rows, columns = np.nonzero(found.logits[0, 1] > 0)
+  assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 7, 4, 7)
+  # Clicks: all of them, a token each, no box of their own, and where the generator found nothing
+  # no mask either.
+  assert found.point_labels[0, 2].tolist() == [1, 0, 1]
+  assert found.points[0, 2].tolist() == [[10, 12], [50, 51], [11, 13]]
+  assert not found.has_box[0, 2] and not found.has_mask[0, 2] and not found.fixed_boxes[0, 2]
+  assert (found.point_labels[0, 1] == -2).all()
+  # A mask is its own prompt and makes the box.
+  share = resize_linear(mask.astype(np.float32)[None], 16)[0]
+  np.testing.assert_array_equal(found.logits[1, 0] > 0, share > 0.5)
+  assert found.logits[1, 0].max() == 32 and found.has_mask[1, 0]
+  np.testing.assert_array_equal(found.boxes[1, 0], [12, 20, 22, 38])
+  assert not prompts.given.any() and not prompts.has_mask[1, 0]

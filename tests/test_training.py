@@ -1,0 +1,178 @@
+"""Training: what is trained, how a run goes on where it stopped, and what it refuses."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.experiment import load_run
+from rfmedsam2_jax.nn import init_params
+from rfmedsam2_jax.nn.sam2 import BUFFERS
+from rfmedsam2_jax.training.config import OptimizerConfig
+from rfmedsam2_jax.training.folder import open_run
+from rfmedsam2_jax.training.state import (
+  init_state,
+  learning_rate,
+  make_optimizer,
+  merge,
+  partition,
+)
+from rfmedsam2_jax.training.step import make_step
+
+
+def paths(tree) -> set[str]:
+  return set(traverse_util.flatten_dict(tree, sep="/"))
+
+
+@pytest.fixture(scope="module")
+def sam2_params(tiny_config):
+  return init_params(load_config(tiny_config).sam2, jax.random.key(0))
+
+
+def test_only_what_matches_is_trained_and_has_optimizer_state(sam2_params):
+  optimizer = make_optimizer(OptimizerConfig(), 10)
+  state = init_state(sam2_params, ("*adapter*",), optimizer, jax.random.key(0))
+  trained = paths(state.trained)
+  assert trained and all("adapter" in path for path in trained)
+  assert paths(merge(state.trained, state.frozen)) == paths(sam2_params)
+  moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+  assert len(moments) == 2 * len(trained)  # AdamW: two moments of each
+
+  def loss(params, batch, key):
+    return sum(jnp.sum((x - batch) ** 2) for x in jax.tree.leaves(params)), {}
+
+  new, _ = make_step(loss, optimizer, OptimizerConfig())(state, jnp.float32(3.0))
+  for before, after in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(new.frozen), strict=True):
+    assert before is after
+  moved = [not np.array_equal(a, b) for a, b in
+           zip(jax.tree.leaves(state.trained), jax.tree.leaves(new.trained), strict=True)]
+  assert all(moved)
+
+
+def test_buffers_are_never_trained_and_a_pattern_without_match_is_an_error(sam2_params):
+  trained, frozen = partition(sam2_params, ("*",))
+  assert paths(frozen) == set(BUFFERS) and paths(trained) == paths(sam2_params) - set(BUFFERS)
+  with pytest.raises(UserError, match="no_such_layer"):
+    partition(sam2_params, ("*adapter*", "*no_such_layer*"))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+def test_learning_rate_rises_then_falls_to_zero(schedule):
+  rate = learning_rate(OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=10), 100)
+  rates = np.array([rate(step) for step in range(101)])
+  assert np.all(np.diff(rates[:11]) > 0) and rates[10] == pytest.approx(1.0)
+  assert np.all(np.diff(rates[10:]) < 0) and rates[100] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+  config = OptimizerConfig(name="sgd", learning_rate=1.0, clip_norm=0.5, warmup_steps=0)
+  optimizer = make_optimizer(config, 10)
+  params = {"a": jnp.zeros(4)}
+  updates, _ = optimizer.update({"a": jnp.full(4, 100.0)}, optimizer.init(params), params)
+  # Nesterov momentum gives 1.99 times the first gradient.
+  assert optax.global_norm(updates) == pytest.approx(0.5 * 1.99, rel=1e-5)
+
+
+def final_params(run: Path) -> list[np.ndarray]:
+  segmenter = load_run(run)
+  return [np.asarray(x) for x in jax.tree.leaves([segmenter.generator, segmenter.refiner])]
+
+
+class _Killed(Exception):
+  pass
+
+
+@pytest.mark.parametrize("phase", ["generator", "refiner"])
+def test_resumed_run_ends_with_the_same_parameters_bit_for_bit(
+  tiny_run, tiny_config, tmp_path, monkeypatch, phase
+):
+  from rfmedsam2_jax.training.checkpoints import Checkpoints
+
+  save = Checkpoints.save
+
+  def save_then_die(self, step, state, iterator):
+    save(self, step, state, iterator)
+    if step == 4 and self._folder.parent.name == phase:
+      raise _Killed
+
+  run = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, "save", save_then_die)
+    with pytest.raises(_Killed):
+      main(["train", str(tiny_config), "--out", str(run)])
+  assert main(["train", str(tiny_config), "--out", str(run), "--resume"]) == 0
+  for one, other in zip(final_params(tiny_run), final_params(run), strict=True):
+    np.testing.assert_array_equal(one, other)
+  steps = [(line["phase"], line["step"]) for line in map(json.loads, (run / "log.jsonl").open())]
+  assert steps == [(p, s) for p in ("generator", "refiner") for s in (2, 4, 6)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("after", ["generator: step 2", "refiner: step 2"])
+def test_run_killed_by_sigkill_resumes_to_the_same_bits(tiny_run, tiny_config, tmp_path, after):
+  run = tmp_path / "run"
+  command = [sys.executable, "-m", "rfmedsam2_jax", "train", str(tiny_config), "--out", str(run)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout is not None
+    for line in process.stdout:
+      if after in line:
+        process.send_signal(signal.SIGKILL)
+        break
+  assert process.wait() == -signal.SIGKILL
+  subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+  for one, other in zip(final_params(tiny_run), final_params(run), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, capsys):
+  arguments = ["train", str(tiny_config), "--out", str(tmp_path / "run"),
+               "generator.optimizer.learning_rate=1e30", "generator.optimizer.warmup_steps=0"]
+  assert main(arguments) == 2
+  assert "loss is not finite at step" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):
+  before = (tiny_run / "log.jsonl").read_text()
+  assert main(["train", str(tiny_config), "--out", str(tiny_run)]) == 2
+  assert "--resume or start anew with --overwrite" in capsys.readouterr().err
+  # Another config does not resume it either.
+  assert main(["train", str(tiny_config), "--out", str(tiny_run), "--resume", "seed=9"]) == 2
+  assert "seed=0, not 9" in capsys.readouterr().err
+  assert (tiny_run / "log.jsonl").read_text() == before
+
+
+def test_a_run_in_use_is_refused_and_a_dead_owner_leaves_no_lock(tmp_path):
+  run = tmp_path / "run"
+  hold = (
+    "import sys, time; from rfmedsam2_jax.training.folder import open_run\n"
+    f"with open_run({str(run)!r}, False, False) as r:\n"
+    "  r.write('config.yaml', ''); print('held', flush=True); time.sleep(60)"
+  )
+  with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as owner:
+    assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+    for options in [(False, False), (True, False), (False, True)]:
+      with pytest.raises(UserError, match="in use by another process"), open_run(run, *options):
+        pass
+    owner.kill()
+  time.sleep(0.1)
+  with open_run(run, True, False):
+    pass
+
+
+def test_overwrite_spares_folders_that_are_no_runs(tmp_path):
+  (tmp_path / "thesis.txt").write_text("years of work")
+  with pytest.raises(UserError, match="is not a run"), open_run(tmp_path, False, True):
+    pass
+  assert (tmp_path / "thesis.txt").exists()
