@@ -144,7 +144,8 @@ def generator_loss(
   Returns:
     The loss, and the parts of the full resolution ("dice", "cross_entropy").
   """
-  total, parts = jnp.float32(0), {}
+  total = jnp.float32(0)
+  parts: dict[str, Array] = {}
   weights = deep_supervision_weights(len(logits))
   for level, (weight, level_logits) in enumerate(zip(weights, logits, strict=True)):
     if weight == 0:

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_sam2 import MODEL, SIDE, SMALL, drawn, images, relative, volume_prompts, with_presence
+from small_sam2 import (
+  MODEL,
+  SIDE,
+  SMALL,
+  drawn,
+  images,
+  quick_compilation,  # noqa: F401
+  relative,
+  volume_prompts,
+  with_presence,
+)
 
 from rfmedsam2_jax import tracking
 from rfmedsam2_jax.nn import SAM2, MemorySlots, Prompts
@@ -184,7 +194,8 @@ def test_the_bank_is_as_large_for_a_deep_volume_as_for_a_flat_one():
 
   def carried(depth):
     deep = jax.tree.map(lambda x: jnp.zeros((depth, *x.shape[1:])), features)
-    jaxpr = jax.make_jaxpr(lambda f: tracking.track(MODEL, params, f, inputs_of([0], depth)))(deep)
+    given, weights = jax.tree.map(jnp.asarray, (inputs_of([0], depth), params))
+    jaxpr = jax.make_jaxpr(lambda f: tracking.track(MODEL, weights, f, given))(deep)
     sizes = []
     for equation in jaxpr.eqns:
       if equation.primitive.name == "scan":

@@ -87,7 +87,7 @@ def predict_slabs(
 
   sums: np.ndarray | None = None
   top = 0
-  windows = list(itertools.product(*starts))
+  windows = list(itertools.product(starts[0], starts[1], starts[2]))
   for (d, h, w), logits in _run(forward, image, windows, patch, batch_size, mirror_axes):
     if sums is None:
       sums = np.zeros((patch[0], height, width, logits.shape[-1]), np.float32)
