@@ -54,6 +54,7 @@ from rfmedsam2_jax.training.state import (
   init_state,
   make_optimizer,
   merge,
+  silenced_decoder,
 )
 from rfmedsam2_jax.training.step import (
   compile_step,
@@ -335,6 +336,8 @@ def _refiner(
   if not run.params("refiner").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
     params = init_params(config.sam2, init_key)
+    if any(stage.residual for stage in config.refinement.stages):
+      params = silenced_decoder(params)
     optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
     state = init_state(params, settings.trainable, optimizer, train_key)
     report(

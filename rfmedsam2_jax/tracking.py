@@ -25,12 +25,16 @@ class TrackInputs(NamedTuple):
   start: int32 [N], the conditioning slice that the track starts from; decoded without memory.
   active: bool [N, Z], cells to run; the others are neither segmented nor remembered.
   depth: int32, true depth of the volume, for the positions of pointers.
+  mask_bias: float32 [N, Z, 4G, 4G] or None, added to decoded mask logits.
+  presence_bias: float32 [N, Z] or None, added to decoded presence logits.
   """
 
   prompts: Prompts
   start: Array
   active: Array
   depth: Array
+  mask_bias: Array | None = None
+  presence_bias: Array | None = None
 
 
 class TrackOutputs(NamedTuple):
@@ -69,6 +73,10 @@ def track(
       conditioned = model.apply(variables, here.embedding, slots, method="condition")
     prompts = jax.tree.map(lambda x: x[which, at], inputs.prompts)
     decoded = model.apply(variables, conditioned, here.high_res, prompts, method="decode")
+    if inputs.mask_bias is not None:
+      decoded = decoded._replace(masks=decoded.masks + inputs.mask_bias[which, at][:, None])
+    if inputs.presence_bias is not None:
+      decoded = decoded._replace(presence=decoded.presence + inputs.presence_bias[which, at])
     gated = model.apply(variables, decoded, method="gate")
     maps = model.apply(
       variables, here.embedding, gated.masks[:, 0], decoded.presence > 0, method="remember"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_sam2 import quick_compilation  # noqa: F401
 
 from rfmedsam2_jax import memory
 
@@ -11,13 +12,18 @@ from rfmedsam2_jax import memory
 def table_of(live, reach=3, anchors=1, score=None, given=None, max_given=0, **options):
   score = np.zeros(live.shape, np.float32) if score is None else score
   given = np.zeros(live.shape, bool) if given is None else given
-  chosen = memory.anchor_slices(score, live, given, anchors, max_given)
-  return memory.neighbour_slots(jnp.asarray(live), reach, *chosen, **options)
+
+  @jax.jit
+  def table(score, live, given):
+    chosen = memory.anchor_slices(score, live, given, anchors, max_given)
+    return memory.neighbour_slots(live, reach, *chosen, **options)
+
+  return jax.tree.map(np.asarray, table(score, live, given))
 
 
 def remembered(table, track, at):
   """The valid slots of a cell as a sorted list of (slice, row, offset)."""
-  slots = zip(*(np.asarray(x[track, at]) for x in table), strict=True)
+  slots = zip(*(x[track, at] for x in table), strict=True)
   return sorted((int(z), int(row), int(offset)) for z, row, offset, valid in slots if valid)
 
 
@@ -90,7 +96,7 @@ def test_ten_slices_in_a_bucket_of_sixteen_remember_what_ten_slices_do():
       assert remembered(bucket, track, at) == remembered(exact, track, at)
   # Padding is never remembered, even if somebody says it is live.
   careless = table_of(padded(live, True), anchors=0, inside=inside)
-  assert (np.asarray(careless.slices)[np.asarray(careless.valid)] < 10).all()
+  assert (careless.slices[careless.valid] < 10).all()
 
 
 @pytest.mark.parametrize("start", [0, 7, 23])
@@ -103,8 +109,8 @@ def test_the_bank_reads_what_the_official_dictionaries_hold(start):
   add = jax.jit(memory.add_recent, static_argnums=(1, 7))
   read = jax.jit(memory.read, static_argnums=(1, 4))
   bank = memory.empty_bank(2, 1, grid=1, mem_dim=1, d_model=1)
-  at = lambda z: jnp.full(2, z, jnp.int32)  # noqa: E731
-  value = lambda z, ndim: jnp.full((2,) + (1,) * ndim, float(z))  # noqa: E731
+  at = lambda z: np.full(2, z, np.int32)  # noqa: E731
+  value = lambda z, ndim: np.full((2,) + (1,) * ndim, z, np.float32)  # noqa: E731
   bank = memory.add_conditioning(
     bank, at(0), jnp.array([True, True]), value(start, 3), value(start, 1), at(start)
   )
@@ -116,18 +122,18 @@ def test_the_bank_reads_what_the_official_dictionaries_hold(start):
       expected += [(t, n - 1) for n in range(1, 7) if (t := z + sign * n) in others]
       pointers = [(start, (start - z) * sign)]
       pointers += [(t, n) for n in range(1, 16) if (t := z + sign * n) in others]
-      slots = read(bank, 1, at(z), depth, reverse)
+      slots = jax.tree.map(np.asarray, read(bank, 1, at(z), depth, reverse))
       for track in range(2):
-        valid, heard = np.asarray(slots.valid[track]), np.asarray(slots.pointer_valid[track])
-        maps = np.asarray(slots.maps[track, :, 0, 0, 0])[valid]
-        rows = np.asarray(slots.rows[track])[valid]
+        valid, heard = slots.valid[track], slots.pointer_valid[track]
+        maps = slots.maps[track, :, 0, 0, 0][valid]
+        rows = slots.rows[track][valid]
         assert sorted(zip(maps, rows, strict=True)) == sorted(expected)
-        found = np.asarray(slots.pointers[track, :, 0])[heard]
-        places = np.asarray(slots.pointer_positions[track])[heard] * 15
+        found = slots.pointers[track, :, 0][heard]
+        places = slots.pointer_positions[track][heard] * 15
         assert sorted(zip(found, places.round(4), strict=True)) == sorted(pointers)
       run = z not in skipped
       bank = add(
-        bank, 1, jnp.full(2, run), value(z, 3), value(z, 1), at(z), at(start), reverse
+        bank, 1, np.full(2, run), value(z, 3), value(z, 1), at(z), at(start), reverse
       )
       if run:
         others[z] = True
@@ -141,3 +147,16 @@ def test_no_shape_of_the_bank_depends_on_depth_and_tracks_are_apart():
   assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, bank)
   slots = memory.read(new, 1, slices + 1, 10, False)
   np.testing.assert_array_equal(slots.valid.any(axis=1), where)
+
+
+def test_conditioning_slices_are_read_on_both_sides_their_pointers_only_from_behind():
+  bank = memory.empty_bank(1, 2, grid=1, mem_dim=1, d_model=1)
+  for slot, z in enumerate((2, 9)):
+    bank = memory.add_conditioning(
+      bank, jnp.array([slot]), jnp.array([True]), jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1)),
+      jnp.array([z]),
+    )
+  for reverse, heard in ((False, [3 / 15]), (True, [4 / 15])):
+    slots = memory.read(bank, 2, jnp.array([5]), 30, reverse)
+    assert slots.rows[slots.valid].tolist() == [6, 6]
+    np.testing.assert_allclose(slots.pointer_positions[slots.pointer_valid], heard, rtol=1e-6)

@@ -228,7 +228,7 @@ def test_ten_slices_in_a_bucket_of_sixteen_equal_ten_slices():
   params = params_of()
   pad = lambda x: np.pad(  # noqa: E731
     np.asarray(x).reshape(2, DEPTH, *x.shape[1:]), [(0, 0), (0, 6)] + [(0, 0)] * (x.ndim - 1),
-    mode="edge",
+    mode="wrap",
   ).reshape(32, *x.shape[1:])
   cells = jax.tree.map(pad, start_cells())
   inside = np.arange(16)[None] < DEPTH
@@ -328,12 +328,34 @@ def test_a_volume_of_gathered_cells_equals_the_grid():
       np.testing.assert_allclose(result.logits, shown, rtol=1e-3, atol=1e-3)
 
 
-def test_what_an_earlier_stage_ran_is_kept_where_a_later_one_does_not_look():
-  """Otherwise the generator's vote would stand again for organs that a stage has ruled out."""
-  first, second = run_volume(with_presence(drawn(), -50.0), CONFIG)
-  assert len(first.cells) and (first.logits == -1024).all()
-  for ours, theirs in zip(second, first, strict=True):
-    np.testing.assert_array_equal(ours, theirs)
+def test_what_stages_hand_on_of_cells_that_they_did_not_run(monkeypatch):
+  """The generator's vote does not come back for what a stage has ruled out, and no pointer lasts
+  longer than one stage: a cell that was not run is one without the object."""
+  seen = []
+
+  def only_slice_1_of_organ_0(*arguments):
+    pointers, live, cells = arguments[-3:]
+    seen.append((live, pointers))
+    present = (cells == [0, 1]).all(axis=1)
+    score = np.where(present, 5.0, -5.0).astype(np.float32)
+    logits = np.broadcast_to(score[:, None, None], (len(cells), MASK_SIDE, MASK_SIDE))
+    pointer = np.full((len(cells), SMALL.d_model), 7.0, np.float32)
+    return stages_lib.CellOutputs(logits, score, score, pointer)
+
+  monkeypatch.setattr(volume, "_run_cells", only_slice_1_of_organ_0)
+  config = dataclasses.replace(CONFIG, stages=(NEAR, POINTERS, POINTERS))
+  params = params_of()
+  results = run_volume(params, config)
+  lives, pointers = zip(*seen, strict=True)
+  assert np.argwhere(lives[1]).tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
+  for result in results:
+    assert sorted(map(tuple, result.cells)) == sorted(map(tuple, np.argwhere(lives[0])))
+    present = (result.cells == [0, 1]).all(axis=1)
+    np.testing.assert_array_equal((result.logits > 0).all(axis=(1, 2)), present)
+    assert (result.logits[~present] == -1024).all()
+  absent = np.reshape(params["no_obj_ptr"], -1)
+  for ran, found in zip((np.zeros_like(lives[0]), *lives), pointers, strict=False):
+    np.testing.assert_array_equal(found, np.where(ran[..., None], 7.0, absent))
 
 
 def test_a_volume_without_organs_runs_nothing():

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn import Prompts
+from rfmedsam2_jax.refinement.config import StageConfig
 
 Array = jax.Array
 
 LOGIT_LIMIT = 32.0  # SAM 2 clamps mask prompts to +-32 (sam2_image_predictor.py)
+RESIDUAL_LIMIT = 8.0  # of mask logits that are added to decoded ones; these can still overrule them
+RESIDUAL_PRESENCE = 2.0
 NO_OBJECT = -1024.0  # SAM 2's mask logit of an absent object (sam2_base.py: NO_OBJ_SCORE)
 
 
@@ -146,6 +149,18 @@ def next_prompts(logits: Array, presence: Array, side: int, box_margin: float) -
     points=jnp.zeros((cells, 0, 2)),
     point_labels=jnp.zeros((cells, 0), jnp.int32),
   )
+
+
+def residual_of(cells: CellPrompts, stage: StageConfig) -> tuple[Array, Array]:
+  """What a stage adds to what it decodes: mask logits [N, 4G, 4G] and presence logits [N].
+
+  Zeros unless `stage.residual`; the mask is left out where it is no prompt either.
+  """
+  if not stage.residual:
+    return jnp.zeros_like(cells.logits), jnp.zeros_like(cells.presence)
+  shown = (cells.has_mask & stage.mask)[:, None, None]
+  mask = jnp.where(shown, jnp.clip(cells.logits, -RESIDUAL_LIMIT, RESIDUAL_LIMIT), 0.0)
+  return mask, jnp.where(cells.presence > 0, RESIDUAL_PRESENCE, -RESIDUAL_PRESENCE)
 
 
 def sam_prompts(cells: CellPrompts, use_box: bool, use_mask: bool) -> Prompts:

@@ -22,6 +22,7 @@ from rfmedsam2_jax.refinement.prompts import (
   anchor_score,
   live_cells,
   next_prompts,
+  residual_of,
   sam_prompts,
 )
 
@@ -127,11 +128,16 @@ def decode_cells(
   variables = {"params": params}
   prompts = sam_prompts(cells, stage.box, stage.mask)
   decoded = model.apply(variables, conditioned, high_res, prompts, method="decode")
+  mask, presence = residual_of(cells, stage)
+  decoded = decoded._replace(
+    masks=decoded.masks.astype(jnp.float32) + mask[:, None],
+    presence=decoded.presence.astype(jnp.float32) + presence,
+  )
   gated = model.apply(variables, decoded, method="gate")
   return CellOutputs(
-    logits=decoded.masks[:, 0].astype(jnp.float32),
+    logits=decoded.masks[:, 0],
     iou=decoded.ious[:, 0].astype(jnp.float32),
-    presence=decoded.presence.astype(jnp.float32),
+    presence=decoded.presence,
     pointer=gated.pointer,
   )
 

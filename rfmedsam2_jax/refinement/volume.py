@@ -23,6 +23,7 @@ from rfmedsam2_jax.refinement.prompts import (
   anchor_score,
   live_cells,
   next_prompts,
+  residual_of,
   sam_prompts,
 )
 
@@ -324,6 +325,7 @@ def _run_stream(
     active[at - first] = True
     cell = jax.tree.map(jnp.asarray, _gather(prompts, np.full(total, organ), span))
     batch = sam_prompts(cell, stage.box, stage.mask)
+    mask_bias, presence_bias = residual_of(cell, stage)
     store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
     features = jax.tree.map(lambda x, i=store_rows: x[i], encoded.store)
     start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))
@@ -336,6 +338,8 @@ def _run_stream(
         start=jnp.array([start - first], jnp.int32),
         active=jnp.asarray(active)[None],
         depth=jnp.int32(live.shape[1]),
+        mask_bias=mask_bias[None],
+        presence_bias=presence_bias[None],
       ),
     )
     found.append(jax.tree.map(lambda x, i=at - first: np.asarray(x)[0, i], out))

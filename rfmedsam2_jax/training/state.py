@@ -70,6 +70,20 @@ def merge(first: Params, second: Params) -> Params:
   return traverse_util.unflatten_dict(flat)
 
 
+def silenced_decoder(params: Params) -> Params:
+  """SAM 2's parameters with a mask decoder that decodes zero logits for masks and presence.
+
+  For networks trained from scratch with residual stages: each stage starts as the identity, and
+  what it learns are corrections. Only the last layers are zero, so all others get gradients once
+  these have moved.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  last = ("*/output_hypernetworks_mlps_*/layers_2/*", "*/pred_obj_score_head/layers_2/*")
+  silent = {path for pattern in last for path in fnmatch.filter(flat, pattern)}
+  flat = {path: jnp.zeros_like(x) if path in silent else x for path, x in flat.items()}
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Linear warm-up, then decay to zero at `steps`."""
   warmup = min(config.warmup_steps, max(steps - 1, 0))
