@@ -161,8 +161,9 @@ def read_given(path: str | Path, model: Segmenter) -> dict[str, list[dict[str, A
       box, points = entry.get("box"), entry.get("points")
       if (box is None) == (points is None):
         raise UserError(f"{where}: every prompt needs either a box or points; correct it")
-      rows, width = (box, 3) if box is not None else (points, 4)
-      right = isinstance(rows, list) and rows and all(
+      rows: Any = box if box is not None else points
+      width = 3 if box is not None else 4
+      right = isinstance(rows, list) and len(rows) > 0 and all(
         isinstance(row, list) and len(row) == width
         and all(isinstance(v, int | float) for v in row) for row in rows
       )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax import memory
-from rfmedsam2_jax.nn import SAM2, ImageFeatures, Prompts
+from rfmedsam2_jax.nn import SAM2, ImageFeatures, Prompts, apply
 
 Array = jax.Array
 
@@ -59,7 +59,6 @@ def track(
   """
   tracks, depth_padded = inputs.active.shape
   config = model.config
-  variables = {"params": params}
   which = jnp.arange(tracks)
 
   def segment(bank: memory.MemoryBank, slices: Array, mode: str):
@@ -67,19 +66,20 @@ def track(
     at = jnp.clip(slices, 0, depth_padded - 1)
     here = jax.tree.map(lambda x: x[at], features)
     if mode == "start":
-      conditioned = model.apply(variables, here.embedding, method="unconditioned")
+      conditioned = apply(model.config, params, here.embedding, method="unconditioned")
     else:
       slots = memory.read(bank, 1, at, inputs.depth, mode == "reverse")
-      conditioned = model.apply(variables, here.embedding, slots, method="condition")
+      conditioned = apply(model.config, params, here.embedding, slots, method="condition")
     prompts = jax.tree.map(lambda x: x[which, at], inputs.prompts)
-    decoded = model.apply(variables, conditioned, here.high_res, prompts, method="decode")
+    decoded = apply(model.config, params, conditioned, here.high_res, prompts, method="decode")
     if inputs.mask_bias is not None:
       decoded = decoded._replace(masks=decoded.masks + inputs.mask_bias[which, at][:, None])
     if inputs.presence_bias is not None:
       decoded = decoded._replace(presence=decoded.presence + inputs.presence_bias[which, at])
-    gated = model.apply(variables, decoded, method="gate")
-    maps = model.apply(
-      variables, here.embedding, gated.masks[:, 0], decoded.presence > 0, method="remember"
+    gated = apply(model.config, params, decoded, method="gate")
+    present = decoded.presence > 0
+    maps = apply(
+      model.config, params, here.embedding, gated.masks[:, 0], present, method="remember"
     )
     outputs = TrackOutputs(
       decoded.masks[:, 0].astype(jnp.float32),

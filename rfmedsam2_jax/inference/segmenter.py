@@ -219,7 +219,7 @@ def label_map(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _unet_forward(unet: UNet, params: Params, patches: jax.Array) -> jax.Array:
+def _unet_forward(unet: UNet, params: Params, patches: jax.Array) -> Any:
   return unet.apply({"params": params}, patches)
 
 

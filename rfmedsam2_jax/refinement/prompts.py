@@ -6,7 +6,7 @@ refinement.stages turns into the prompts and memories of the next stage. What is
 host (boxes, live cells) takes numpy arrays as well as JAX ones.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rfmedsam2_jax.nn import Prompts
 from rfmedsam2_jax.refinement.config import StageConfig
 
-Array = jax.Array
+Array = Any  # a JAX array or, in what the host uses, a numpy array
 
 LOGIT_LIMIT = 32.0  # SAM 2 clamps mask prompts to +-32 (sam2_image_predictor.py)
 RESIDUAL_LIMIT = 8.0  # of mask logits that are added to decoded ones; these can still overrule them

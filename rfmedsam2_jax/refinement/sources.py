@@ -5,6 +5,7 @@ All on the host, on the prepared grid. In: the generator's log-odds. Out: `Volum
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class GivenPrompt:
 
   organ: int
   slice: int
-  box: tuple[float, float, float, float] | None = None
+  box: Sequence[float] | np.ndarray | None = None
   points: tuple[tuple[float, float, bool], ...] = ()
   mask: np.ndarray | None = None
 
@@ -103,7 +104,7 @@ def with_given(
       # A person's mask is certain; a soft edge keeps what lies between pixels.
       copies["logits"][cell] = np.clip((share - 0.5) * 2 * LOGIT_LIMIT, -LOGIT_LIMIT, LOGIT_LIMIT)
       boxes, found = scaled_boxes(prompt.mask[None], side, 0.0)
-      box = tuple(map(float, boxes[0])) if found[0] else None
+      box = boxes[0] if found[0] else None
     if box is not None:
       copies["boxes"][cell] = box
       copies["has_box"][cell] = copies["fixed_boxes"][cell] = True

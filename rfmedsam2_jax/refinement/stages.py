@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax import memory
-from rfmedsam2_jax.nn import SAM2, ImageFeatures, MemorySlots
+from rfmedsam2_jax.nn import SAM2, ImageFeatures, MemorySlots, apply
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
   NO_OBJECT,
@@ -26,7 +26,7 @@ from rfmedsam2_jax.refinement.prompts import (
   sam_prompts,
 )
 
-Array = jax.Array
+Array = Any  # a JAX array; numpy arrays are taken too
 Params = dict[str, Any]
 
 # SAM 2's input statistics (sam2/utils/transforms.py), the usual ones of ImageNet.
@@ -50,11 +50,11 @@ class CellOutputs(NamedTuple):
 class CellSlots(NamedTuple):
   """Where the memories of N cells lie in a store of memories.
 
-  index: int32 [N, M], rows of the store. rows, valid: see MemorySlots.
+  place: int32 [N, M], rows of the store. rows, valid: see MemorySlots.
   positions: float32 [N, M], temporal positions of the pointers.
   """
 
-  index: Array
+  place: Array
   rows: Array
   valid: Array
   positions: Array
@@ -63,7 +63,7 @@ class CellSlots(NamedTuple):
 def encode_slices(model: SAM2, params: Params, slices: Array) -> ImageFeatures:
   """Features of slices [B, S, S, 3] with intensities in [0, 1]."""
   images = (slices - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
-  return model.apply({"params": params}, images, method="encode_image")
+  return apply(model.config, params, images, method="encode_image")
 
 
 def remember_cells(model: SAM2, params: Params, embedding: Array, cells: CellPrompts) -> Array:
@@ -76,7 +76,7 @@ def remember_cells(model: SAM2, params: Params, embedding: Array, cells: CellPro
   """
   present = cells.presence > 0
   logits = jnp.where(present[:, None, None], cells.logits, NO_OBJECT)
-  return model.apply({"params": params}, embedding, logits, present, method="remember")
+  return apply(model.config, params, embedding, logits, present, method="remember")
 
 
 def refine_cells(
@@ -93,21 +93,18 @@ def refine_cells(
 
   Args:
     features: of the cells' slices, leading axis N.
-    maps: [R, G, G, mem_dim], the store that `slots.index` points into.
+    maps: [R, G, G, mem_dim], the store that `slots.place` points into.
     pointers: [R, C], the previous stage's; read only where the stage uses pointers.
   """
-  variables = {"params": params}
   # A clamped index of an empty slot is masked out, whatever it points at.
   used = slots.valid if stage.pointers else slots.valid[:, :0]
   width = used.shape[1]
-  conditioned = model.apply(
-    variables,
-    features.embedding,
+  conditioned = apply(model.config, params, features.embedding,
     MemorySlots(
-      maps=maps[slots.index],
+      maps=maps[slots.place],
       rows=slots.rows,
       valid=slots.valid,
-      pointers=pointers[slots.index[:, :width]],
+      pointers=pointers[slots.place[:, :width]],
       pointer_positions=slots.positions[:, :width],
       pointer_valid=used,
     ),
@@ -125,15 +122,14 @@ def decode_cells(
   cells: CellPrompts,
 ) -> CellOutputs:
   """Masks from conditioned features and prompts: box and mask together, mask token 0 only."""
-  variables = {"params": params}
   prompts = sam_prompts(cells, stage.box, stage.mask)
-  decoded = model.apply(variables, conditioned, high_res, prompts, method="decode")
+  decoded = apply(model.config, params, conditioned, high_res, prompts, method="decode")
   mask, presence = residual_of(cells, stage)
   decoded = decoded._replace(
     masks=decoded.masks.astype(jnp.float32) + mask[:, None],
     presence=decoded.presence.astype(jnp.float32) + presence,
   )
-  gated = model.apply(variables, decoded, method="gate")
+  gated = apply(model.config, params, decoded, method="gate")
   return CellOutputs(
     logits=decoded.masks[:, 0],
     iou=decoded.ious[:, 0].astype(jnp.float32),
@@ -207,8 +203,7 @@ def stage_on_grid(
   cell_slice = jnp.broadcast_to(cell_slice, (runs, tracks, length)).reshape(-1)
   cell_features = jax.tree.map(lambda x: x[cell_slice], features)
   if stage.memory == "none":
-    conditioned = model.apply(
-      {"params": params}, cell_features.embedding, method="unconditioned"
+    conditioned = apply(model.config, params, cell_features.embedding, method="unconditioned"
     )
     outputs = decode_cells(model, params, stage, conditioned, cell_features.high_res, cells)
     return outputs, live.reshape(-1)

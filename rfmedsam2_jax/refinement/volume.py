@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax import tracking
-from rfmedsam2_jax.nn import SAM2, ImageFeatures
+from rfmedsam2_jax.nn import SAM2, ImageFeatures, apply
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
@@ -87,7 +87,7 @@ _slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unconditioned(model, params, embedding):
-  return model.apply({"params": params}, embedding, method="unconditioned")
+  return apply(model.config, params, embedding, method="unconditioned")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -55,11 +55,12 @@ def generator_loss_fn(
   model: UNet, config: GeneratorConfig, membership: np.ndarray, regions: bool
 ) -> Loss:
   """Deeply supervised loss of a batch of patches, see data.pipeline.generator_batches."""
+  member = jnp.asarray(membership)
 
   def loss(params: Params, batch: Batch, key: Array):
     del key
-    logits = model.apply({"params": params}, batch["image"], deep_supervision=True)
-    return generator_loss(logits, batch["target"], membership, regions, config.loss)
+    logits: Any = model.apply({"params": params}, batch["image"], deep_supervision=True)
+    return generator_loss(logits, batch["target"], member, regions, config.loss)
 
   return loss
 
