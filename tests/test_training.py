@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.nn import init_params
@@ -30,6 +31,8 @@ from rfmedsam2_jax.training.state import (
   partition,
 )
 from rfmedsam2_jax.training.step import make_step
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def paths(tree) -> set[str]:
@@ -120,19 +123,26 @@ def test_resumed_run_ends_with_the_same_parameters_bit_for_bit(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("after", ["generator: step 2", "refiner: step 2"])
-def test_run_killed_by_sigkill_resumes_to_the_same_bits(tiny_run, tiny_config, tmp_path, after):
-  run = tmp_path / "run"
-  command = [sys.executable, "-m", "rfmedsam2_jax", "train", str(tiny_config), "--out", str(run)]
-  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-    assert process.stdout is not None
-    for line in process.stdout:
-      if after in line:
-        process.send_signal(signal.SIGKILL)
-        break
-  assert process.wait() == -signal.SIGKILL
-  subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
-  for one, other in zip(final_params(tiny_run), final_params(run), strict=True):
+def test_the_demos_run_killed_by_sigkill_in_each_phase_resumes_to_the_same_bits(tmp_path):
+  """The quickstart's own config and phantoms; only the numbers of steps are cut."""
+  data = write_phantom(tmp_path / "phantoms", PhantomConfig(cases=8, test_cases=0))
+  loop = "loop={steps: 12, log_every: 2, checkpoint_every: 4}"
+  arguments = [str(CONFIG), f"data.dataset={data}", f"generator.{loop}", f"refiner.{loop}"]
+  command = [sys.executable, "-m", "rfmedsam2_jax", "train", *arguments, "--out"]
+  subprocess.run([*command, str(tmp_path / "calm")], check=True, stdout=subprocess.DEVNULL)
+  disturbed = [*command, str(tmp_path / "killed")]
+  for after in ("generator: step 6/", "refiner: step 6/"):
+    resume = [] if after.startswith("generator") else ["--resume"]
+    with subprocess.Popen([*disturbed, *resume], stdout=subprocess.PIPE, text=True) as process:
+      assert process.stdout is not None
+      for line in process.stdout:
+        if after in line:
+          process.send_signal(signal.SIGKILL)
+          break
+    assert process.wait() == -signal.SIGKILL
+  subprocess.run([*disturbed, "--resume"], check=True, stdout=subprocess.DEVNULL)
+  pairs = zip(final_params(tmp_path / "calm"), final_params(tmp_path / "killed"), strict=True)
+  for one, other in pairs:
     np.testing.assert_array_equal(one, other)
 
 
