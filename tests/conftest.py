@@ -29,7 +29,8 @@ TINY = {
     "window_spec": [4, 4, 4, 2],
     "d_model": 32,
     "mem_dim": 8,
-    "memory_mask_channels": [2, 4, 8, 16],
+    "decoder_depth": 1,
+    "memory_mask_channels": [4, 4, 8, 16],
   },
   "refiner": {
     "trainable": ["*"],
@@ -38,7 +39,11 @@ TINY = {
     "loop": {"steps": 6, "log_every": 2, "checkpoint_every": 2},
     "optimizer": {"warmup_steps": 2},
   },
-  "refinement": {"cells_per_batch": 16, "generator_weight": 0.5},
+  "refinement": {
+    "cells_per_batch": 16,
+    "generator_weight": 0.5,
+    "stages": [{"residual": True}, {"residual": True, "pointers": True}],
+  },
 }
 
 

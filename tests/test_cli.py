@@ -168,7 +168,7 @@ def damaged(kind: str, unseen: Path, folder: Path) -> Path:
   [
     ("missing", "no such file"),
     ("truncated", "truncated"),
-    ("4D", "4D"),
+    ("4D", "has 4 axes"),
     ("NaN", "NaN"),
     ("empty file", ""),
     ("not NIfTI", ""),

@@ -44,14 +44,19 @@ def sam2_params(tiny_config):
   return init_params(load_config(tiny_config).sam2, jax.random.key(0))
 
 
-def test_only_what_matches_is_trained_and_has_optimizer_state(sam2_params):
+def test_only_what_matches_is_trained_and_has_optimizer_state():
+  params = {
+    "block": {"adapter": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)},
+              "dense": {"kernel": jnp.ones((3, 3))}},
+    "head": {"kernel": jnp.ones((3, 1))},
+  }
   optimizer = make_optimizer(OptimizerConfig(), 10)
-  state = init_state(sam2_params, ("*adapter*",), optimizer, jax.random.key(0))
-  trained = paths(state.trained)
-  assert trained and all("adapter" in path for path in trained)
-  assert paths(merge(state.trained, state.frozen)) == paths(sam2_params)
+  state = init_state(params, ("*adapter*",), optimizer, jax.random.key(0))
+  assert paths(state.trained) == {"block/adapter/kernel", "block/adapter/bias"}
+  assert paths(state.frozen) == {"block/dense/kernel", "head/kernel"}
+  assert paths(merge(state.trained, state.frozen)) == paths(params)
   moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
-  assert len(moments) == 2 * len(trained)  # AdamW: two moments of each
+  assert len(moments) == 2 * 2  # AdamW: two moments of each
 
   def loss(params, batch, key):
     return sum(jnp.sum((x - batch) ** 2) for x in jax.tree.leaves(params)), {}
@@ -85,7 +90,7 @@ def test_gradients_are_clipped_by_their_global_norm():
   params = {"a": jnp.zeros(4)}
   updates, _ = optimizer.update({"a": jnp.full(4, 100.0)}, optimizer.init(params), params)
   # Nesterov momentum gives 1.99 times the first gradient.
-  assert optax.global_norm(updates) == pytest.approx(0.5 * 1.99, rel=1e-5)
+  assert optax.tree.norm(updates) == pytest.approx(0.5 * 1.99, rel=1e-5)
 
 
 def final_params(run: Path) -> list[np.ndarray]:

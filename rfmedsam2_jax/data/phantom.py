@@ -54,7 +54,7 @@ _ORGANS = {
   "spleen": _Organ((24, 20, 55), (40, 31, 21), -25, 122),
   "left_kidney": _Organ((-24, 36, 40), (38, 20, 21), 20, 165),
   "aorta": _Organ((0, 26, 6), (0, 13, 13), 0, 145, tube=True),
-  "gallbladder": _Organ((-26, -26, -14), (25, 19, 17), -20, 12),
+  "gallbladder": _Organ((-26, -26, -14), (29, 23, 21), -20, 12),
 }
 # Seen, but not asked for: drawn below the organs, later ones on top of earlier ones.
 _BODY = _Organ((0, 2, 0), (0, 78, 96), 0, -95, tube=True)

@@ -39,7 +39,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Optim
     (value, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(state.trained)
     updates, opt_state = optimizer.update(gradients, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = metrics | {"loss": value, "gradient_norm": optax.global_norm(gradients)}
+    metrics = metrics | {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
     new = state.replace(
       step=state.step + 1,
       trained=trained,
