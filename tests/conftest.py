@@ -5,6 +5,7 @@ Its place also makes the helpers beside it (torch_sam2) importable from every te
 
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -45,6 +46,15 @@ TINY = {
     "stages": [{"residual": True}, {"residual": True, "pointers": True}],
   },
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_compilation():
+  """Networks of tests are so small that compiling them takes longer than running them.
+
+  tests/nn switches it off: what is compared with the original there is compiled as users have it.
+  """
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 def write_tiny_config(folder: Path, dataset: Path) -> Path:

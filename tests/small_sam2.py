@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.nn import SAM2, AdapterConfig, SAM2Config, init_params
@@ -30,15 +29,6 @@ SMALL = SAM2Config(
 )
 MODEL = SAM2(SMALL)
 SIDE, MASK_SIDE = SMALL.image_size, 4 * SMALL.grid
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """These networks are so small that compiling them takes longer than running them."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def drawn(config=SMALL, seed=0, presence_bias=3.0):

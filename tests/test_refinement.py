@@ -16,7 +16,6 @@ from small_sam2 import (
   SMALL,
   drawn,
   images,
-  quick_compilation,  # noqa: F401
   relative,
   volume_prompts,
   with_presence,
@@ -37,6 +36,7 @@ from rfmedsam2_jax.refinement.prompts import (
   stage0_logits,
 )
 from rfmedsam2_jax.training.config import RefinerConfig
+from rfmedsam2_jax.training.state import silenced_decoder
 from rfmedsam2_jax.training.step import refiner_loss_fn
 
 NEAR = StageConfig(reach=2)
@@ -572,3 +572,18 @@ def test_pointers_and_the_memory_encoder_carry_gradients_between_stages():
   assert largest("memory_encoder") > 1e-5
   # Of this projection a later stage hears through the pointers alone.
   assert largest("obj_ptr_proj") > 1e-5
+
+
+def test_a_residual_stage_that_decodes_nothing_repeats_the_stage_before():
+  """At the start of training from scratch: masks within +-8, presence +-2, nothing invented."""
+  params = silenced_decoder(drawn())
+  cells = start_cells()
+  residual = dataclasses.replace(NEAR, residual=True)
+  outputs, _ = on_grid(params, dataclasses.replace(CONFIG, stages=(residual,)), cells)[0]
+  shown = np.asarray(cells.has_mask)[:, None, None]
+  np.testing.assert_allclose(
+    outputs.logits, np.where(shown, np.clip(cells.logits, -8, 8), 0), atol=1e-6
+  )
+  np.testing.assert_array_equal(np.sign(outputs.presence), np.where(cells.presence > 0, 1, -1))
+  without = on_grid(params, dataclasses.replace(CONFIG, stages=(NEAR,)), cells)[0][0]
+  assert not np.any(without.logits)

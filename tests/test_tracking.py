@@ -13,7 +13,6 @@ from small_sam2 import (
   SMALL,
   drawn,
   images,
-  quick_compilation,  # noqa: F401
   relative,
   volume_prompts,
   with_presence,
