@@ -18,7 +18,8 @@ Array = Any  # a JAX array or, in what the host uses, a numpy array
 
 LOGIT_LIMIT = 32.0  # SAM 2 clamps mask prompts to +-32 (sam2_image_predictor.py)
 RESIDUAL_LIMIT = 8.0  # of mask logits that are added to decoded ones; these can still overrule them
-RESIDUAL_PRESENCE = 3.0
+# Log-odds of a structure where the stage before saw it and where not: islands are rarer than gaps.
+RESIDUAL_PRESENT, RESIDUAL_ABSENT = 4.0, -2.0
 NO_OBJECT = -1024.0  # SAM 2's mask logit of an absent object (sam2_base.py: NO_OBJ_SCORE)
 
 
@@ -160,7 +161,7 @@ def residual_of(cells: CellPrompts, stage: StageConfig) -> tuple[Array, Array]:
     return jnp.zeros_like(cells.logits), jnp.zeros_like(cells.presence)
   shown = (cells.has_mask & stage.mask)[:, None, None]
   mask = jnp.where(shown, jnp.clip(cells.logits, -RESIDUAL_LIMIT, RESIDUAL_LIMIT), 0.0)
-  return mask, jnp.where(cells.presence > 0, RESIDUAL_PRESENCE, -RESIDUAL_PRESENCE)
+  return mask, jnp.where(cells.presence > 0, RESIDUAL_PRESENT, RESIDUAL_ABSENT)
 
 
 def sam_prompts(cells: CellPrompts, use_box: bool, use_mask: bool) -> Prompts:
