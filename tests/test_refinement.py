@@ -575,7 +575,7 @@ def test_pointers_and_the_memory_encoder_carry_gradients_between_stages():
 
 
 def test_a_residual_stage_that_decodes_nothing_repeats_the_stage_before():
-  """At the start of training from scratch: masks within +-8, presence as it was, nothing invented."""
+  """At the start of training from scratch: masks within +-8, presence as it was."""
   params = silenced_decoder(drawn())
   cells = start_cells()
   residual = dataclasses.replace(NEAR, residual=True)

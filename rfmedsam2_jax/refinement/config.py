@@ -17,9 +17,9 @@ class StageConfig:
   mask: bool = True  # prompt with the mask of the previous stage
   pointers: bool = False  # attend to the previous stage's object pointers; the first stage has none
   residual: bool = False
-  # Decode a correction: the previous stage's mask logits (within +-8) and presence (+4 or -2) are
-  # added to the decoded ones. Off, it is SAM 2 as it was published; on, a decoder trained from scratch
-  # need not learn to pass a mask through first.
+  # Decode a correction: the previous stage's mask logits (within +-8) and its presence (+4 or -2)
+  # are added to the decoded ones. Off, it is SAM 2 as it was published; on, a decoder trained from
+  # scratch need not learn to pass a mask through first.
   loss_weight: float = 1.0  # of this stage in the training loss
 
   def __post_init__(self):
