@@ -73,7 +73,8 @@ def versions() -> dict[str, str]:
   packages = (
     "rfmedsam2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
   )
-  found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+  machine = f"{platform.system()} {platform.machine()}"
+  found = {"python": platform.python_version(), "machine": machine}
   for package in packages:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
