@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_sam2 import quick_compilation  # noqa: F401
 
 from rfmedsam2_jax import memory
 
