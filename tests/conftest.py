@@ -42,7 +42,6 @@ TINY = {
   },
   "refinement": {
     "cells_per_batch": 16,
-    "generator_weight": 0.5,
     "stages": [{"residual": True}, {"residual": True, "pointers": True}],
   },
 }
