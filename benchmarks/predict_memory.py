@@ -79,7 +79,7 @@ def main() -> None:
   before = peak()
   began = time.monotonic()
   found = segment_volume(segmenter, volume, progress=lambda line: print(line, flush=True))
-  labels = label_map([found], segmenter.stages - 1, shape)
+  labels = label_map([found], segmenter.stages - 1)
   classes = ORGANS + 1
   whole = np.prod(shape) * classes * 4 / 2**30
   print(f"volume {' x '.join(map(str, shape))}, {classes} classes, "

@@ -18,7 +18,7 @@ from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image, load_label_map, write_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
-from rfmedsam2_jax.inference.segmenter import Segmenter, label_map, segment_volume
+from rfmedsam2_jax.inference.segmenter import Segmenter, label_maps, segment_volume
 from rfmedsam2_jax.refinement.sources import GivenPrompt
 
 Models = Segmenter | Sequence[Segmenter]
@@ -185,9 +185,7 @@ def _models(model: Models) -> list[Segmenter]:
 
 def _label_maps(models: list[Segmenter], volume: Volume, **options: Any) -> list[np.ndarray]:
   """Label maps [z, y, x] of every stage, averaged over models."""
-  found = [segment_volume(model, volume, **options) for model in models]
-  shape = volume.geometry.canonical_shape
-  return [label_map(found, stage, shape) for stage in range(models[0].stages)]
+  return label_maps([segment_volume(model, volume, **options) for model in models])
 
 
 def _predict_case(
@@ -206,18 +204,11 @@ def _predict_case(
     sparse = load_label_map(case.label, volume.geometry)
     labels.to_atoms(sparse, case.label)  # says so if a value is unknown
 
-  def given(model: Segmenter) -> Callable[[Prepared], list[GivenPrompt]]:
-    def on(prepared: Prepared) -> list[GivenPrompt]:
-      found = list(_prompts_of_file(model, volume, prepared, by_case.get(case.identifier, [])))
-      return found + list(_prompts_of_labels(model, prepared, sparse))
+  def given(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
+    found = list(_prompts_of_file(model, volume, prepared, by_case.get(case.identifier, [])))
+    return found + list(_prompts_of_labels(model, prepared, sparse))
 
-    return on
-
-  found = [
-    segment_volume(model, volume, given=given(model), progress=progress) for model in models
-  ]
-  shape = volume.geometry.canonical_shape
-  return volume, [label_map(found, stage, shape) for stage in range(models[0].stages)]
+  return volume, _label_maps(models, volume, given=given, progress=progress)
 
 
 def _prompts_of_file(

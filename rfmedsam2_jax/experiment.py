@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.evaluate import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.inference.segmenter import (
   Segmenter,
-  label_map,
+  label_maps,
   run_generator,
   segment_volume,
   unet_for,
@@ -46,6 +46,7 @@ from rfmedsam2_jax.inference.segmenter import (
 from rfmedsam2_jax.metrics import dice
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.report.curves import save_curves
+from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
 from rfmedsam2_jax.training.loop import duration, train_phase
 from rfmedsam2_jax.training.state import (
@@ -57,6 +58,7 @@ from rfmedsam2_jax.training.state import (
   silenced_decoder,
 )
 from rfmedsam2_jax.training.step import (
+  Loss,
   compile_step,
   generator_loss_fn,
   make_step,
@@ -239,10 +241,6 @@ def _refiner_shapes(segmenter: Segmenter) -> Any:
   return jax.eval_shape(functools.partial(init_params, segmenter.sam2.config), jax.random.key(0))
 
 
-def _final(state: TrainState, decay: float) -> Params:
-  return merge(state.ema if decay else state.trained, state.frozen)
-
-
 def _count(params: Any) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
@@ -256,20 +254,66 @@ def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
   }
 
 
+def _train_network(
+  phase: Literal["generator", "refiner"],
+  run: RunFolder,
+  config: Config,
+  segmenter: Segmenter,
+  held_out: Sequence[Case],
+  params: Params,
+  patterns: Sequence[str],
+  loss: Loss,
+  batches: Any,
+  key: jax.Array,
+  report: Report,
+) -> None:
+  """Trains one of the two networks and keeps its final parameters in the run's folder.
+
+  Args:
+    phase: also the name of the segmenter's and the config's field.
+    params: fresh. patterns: of the paths that are trained.
+    batches: grain iterator.
+  """
+  settings: GeneratorConfig | RefinerConfig = getattr(config, phase)
+  optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
+  state = init_state(params, patterns, optimizer, key)
+  report(
+    f"{phase}: {_count(params) / 1e6:.2f} M parameters, "
+    f"{_count(state.trained) / 1e6:.2f} M of them trained"
+  )
+
+  def final(state: TrainState) -> Params:
+    return merge(state.ema if settings.optimizer.ema_decay else state.trained, state.frozen)
+
+  def validate(state: TrainState) -> dict[str, float]:
+    trained: dict[str, Any] = {phase: final(state)}
+    cases = held_out[: settings.loop.validation_cases]
+    return _quick_scores(dataclasses.replace(segmenter, **trained), cases)
+
+  state = train_phase(
+    phase,
+    run,
+    settings.loop,
+    state,
+    compile_step(make_step(loss, optimizer, settings.optimizer)),
+    batches,
+    settings.batch_size,
+    validate if held_out else None,
+    report,
+  )
+  save_params(run.params(phase), final(state), _about(config, segmenter.plan, phase))
+
+
 def _generator(
   run: RunFolder, config: Config, plan: Plan, split: Split, held_out: Sequence[Case], report: Report
 ) -> Segmenter:
   """Trains the generator, or loads it where it is trained already."""
   segmenter = _untrained(config, plan)
-  settings = config.generator
+  settings, labels = config.generator, plan.labels
   if not run.params("generator").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     params = jax.jit(functools.partial(_init_generator, segmenter))(init_key)
-    report(f"generator: {_count(params) / 1e6:.2f} M parameters")
-    optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-    loss = generator_loss_fn(
-      segmenter.unet, settings, plan.labels.membership, plan.labels.regions
-    )
+    loss = generator_loss_fn(segmenter.unet, settings, labels.membership, labels.regions)
     batches = generator_batches(
       run / "preprocessed",
       split.train,
@@ -280,29 +324,18 @@ def _generator(
       settings.oversample_foreground,
       loader=config.data.loader,
     )
-
-    def validate(state: TrainState) -> dict[str, float]:
-      trained = _final(state, settings.optimizer.ema_decay)
-      return _quick_scores(
-        dataclasses.replace(segmenter, generator=trained),
-        held_out[: settings.loop.validation_cases],
-      )
-
-    state = train_phase(
+    _train_network(
       "generator",
       run,
-      settings.loop,
-      init_state(params, ("*",), optimizer, train_key),
-      compile_step(make_step(loss, optimizer, settings.optimizer)),
+      config,
+      segmenter,
+      held_out,
+      params,
+      ("*",),
+      loss,
       batches,
-      settings.batch_size,
-      validate if held_out else None,
+      train_key,
       report,
-    )
-    save_params(
-      run.params("generator"),
-      _final(state, settings.optimizer.ema_decay),
-      _about(config, plan, "generator"),
     )
   params = load_params(run.params("generator"), _generator_shapes(segmenter))
   return dataclasses.replace(segmenter, generator=params)
@@ -338,12 +371,7 @@ def _refiner(
     params = init_params(config.sam2, init_key)
     if any(stage.residual for stage in config.refinement.stages):
       params = silenced_decoder(params)
-    optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-    state = init_state(params, settings.trainable, optimizer, train_key)
-    report(
-      f"refiner: {_count(params) / 1e6:.2f} M parameters, "
-      f"{_count(state.trained) / 1e6:.2f} M of them trained"
-    )
+    loss = refiner_loss_fn(segmenter.sam2, settings, config.refinement)
     batches = refiner_batches(
       run / "preprocessed",
       split.train,
@@ -362,30 +390,9 @@ def _refiner(
       prompts=run / "prompts",
       loader=config.data.loader,
     )
-
-    def validate(state: TrainState) -> dict[str, float]:
-      trained = _final(state, settings.optimizer.ema_decay)
-      return _quick_scores(
-        dataclasses.replace(segmenter, refiner=trained),
-        held_out[: settings.loop.validation_cases],
-      )
-
-    loss = refiner_loss_fn(segmenter.sam2, settings, config.refinement)
-    state = train_phase(
-      "refiner",
-      run,
-      settings.loop,
-      state,
-      compile_step(make_step(loss, optimizer, settings.optimizer)),
-      batches,
-      settings.batch_size,
-      validate if held_out else None,
-      report,
-    )
-    save_params(
-      run.params("refiner"),
-      _final(state, settings.optimizer.ema_decay),
-      _about(config, plan, "refiner"),
+    _train_network(
+      "refiner", run, config, segmenter, held_out, params, settings.trainable, loss, batches,
+      train_key, report,
     )
   params = load_params(run.params("refiner"), _refiner_shapes(segmenter))
   return dataclasses.replace(segmenter, refiner=params)
@@ -399,9 +406,7 @@ def _stage_maps(segmenter: Segmenter, case: Case) -> tuple[Volume, np.ndarray, l
   truth = np.array(labels.atom_values)[np.where(atoms == IGNORED, 0, atoms)]
   if labels.ignore is not None:
     truth[atoms == IGNORED] = labels.ignore
-  found = segment_volume(segmenter, volume)
-  shape = volume.geometry.canonical_shape
-  return volume, truth, [label_map([found], stage, shape) for stage in range(segmenter.stages)]
+  return volume, truth, label_maps([segment_volume(segmenter, volume)])
 
 
 def _quick_scores(segmenter: Segmenter, cases: Sequence[Case]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rfmedsam2_jax.api import load, predict
 from rfmedsam2_jax.config import load_config
-from rfmedsam2_jax.data.datasets import read_dataset
+from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.data.volumes import load_image, load_label_map
 from rfmedsam2_jax.errors import UserError
@@ -56,17 +56,17 @@ def quickstart(
   predict(
     model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True, progress=report
   )
-  labels = read_dataset(dataset).labels
   stages: list[Scores] = []
   for stage in range(model.stages):
     folder = predictions / f"stage{stage}"
-    stages.append(evaluate_folders(folder, dataset / "labelsTs", labels))
+    stages.append(evaluate_folders(folder, dataset / "labelsTs", model.plan.labels))
     save_scores(folder / "scores.json", stages[-1])
   save_scores(predictions / "scores.json", stages[-1])
   report(f"unseen phantoms, after the last stage:\n{table(stages[-1])}")
   means = {f"stage{stage}": scores.mean.dice for stage, scores in enumerate(stages)}
   report("mean Dice per stage: " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
-  (out / "scores.json").write_text(json.dumps(means, indent=1) + "\n")
+  with replacing(out / "scores.json") as temporary:
+    temporary.write_text(json.dumps(means, indent=1) + "\n")
   sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")
   report(f"picture: {sheet}")
   return means

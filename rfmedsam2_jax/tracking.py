@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax import memory
-from rfmedsam2_jax.nn import SAM2, ImageFeatures, Prompts, apply
+from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, Prompts, apply
 
 Array = jax.Array
 
@@ -95,9 +95,9 @@ def track(
 
   side = 4 * config.grid
   outputs = TrackOutputs(
-    jnp.full((tracks, depth_padded, side, side), -1024.0),
+    jnp.full((tracks, depth_padded, side, side), ABSENT_LOGIT),
     jnp.zeros((tracks, depth_padded)),
-    jnp.full((tracks, depth_padded), -1024.0),
+    jnp.full((tracks, depth_padded), ABSENT_LOGIT),
     jnp.zeros((tracks, depth_padded, config.d_model), config.compute_dtype),
   )
   bank = memory.empty_bank(

@@ -115,14 +115,14 @@ def segment_volume(
   segmenter: Segmenter,
   volume: Volume,
   truth_atoms: np.ndarray | None = None,
-  given: Callable[[Prepared], list[GivenPrompt]] | None = None,
+  given: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
   progress: Progress = lambda message: None,
 ) -> Segmentation:
   """Segments one volume.
 
   Args:
     truth_atoms: uint8 [z, y, x] on the native canonical grid: prompts come from it (oracle).
-    given: gives a person's prompts on the prepared grid.
+    given: gives a person's prompts on the grid that this segmenter has prepared.
     progress: takes lines about what is done.
   """
   prepared = preprocess(volume, segmenter.plan)
@@ -136,7 +136,7 @@ def segment_volume(
     boxes, present = truth_boxes(atoms, segmenter)
     prompts = with_oracle(prompts, boxes, present, side)
   if given is not None:
-    prompts = with_given(prompts, given(prepared), side, side // 4, resize_linear)
+    prompts = with_given(prompts, given(segmenter, prepared), side, side // 4, resize_linear)
   results = refine_volume(
     segmenter.sam2,
     segmenter.refiner,
@@ -197,9 +197,12 @@ def sam_slices(segmenter: Segmenter, prepared: Prepared, slices: np.ndarray) -> 
   return as_rgb(resize_linear(windowed, segmenter.sam2.config.image_size))
 
 
-def label_map(
-  segmentations: Sequence[Segmentation], stage: int, native_shape: tuple[int, int, int]
-) -> np.ndarray:
+def label_maps(segmentations: Sequence[Segmentation]) -> list[np.ndarray]:
+  """The label map of every stage, generator first; see `label_map`."""
+  return [label_map(segmentations, stage) for stage in range(segmentations[0].segmenter.stages)]
+
+
+def label_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
   """Label map after a stage (0: generator), averaged over segmentations of the same volume.
 
   Returns:
@@ -211,7 +214,7 @@ def label_map(
   return fuse(
     sources,
     labels.output_values,
-    native_shape,
+    segmentations[0].prepared.restore.native_shape,
     threshold=first.refinement.threshold,
     exclusive=stage == 0,
     regions=labels.regions,

@@ -10,16 +10,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rfmedsam2_jax.refinement.volume import StageResult
+from rfmedsam2_jax.refinement.volume import StageResult, sigmoid
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
 Source = Callable[[int], np.ndarray]
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-  """float32, without overflow."""
-  x = np.asarray(logits, np.float32)
-  return (0.5 * (1.0 + np.tanh(0.5 * x))).astype(np.float32)
 
 
 def cell_masks(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,6 @@ LOGIT_LIMIT = 32.0  # SAM 2 clamps mask prompts to +-32 (sam2_image_predictor.py
 RESIDUAL_LIMIT = 8.0  # of mask logits that are added to decoded ones; these can still overrule them
 # Log-odds of a structure where the stage before saw it, and where not: gaps outnumber islands.
 RESIDUAL_PRESENT, RESIDUAL_ABSENT = 4.0, -2.0
-NO_OBJECT = -1024.0  # SAM 2's mask logit of an absent object (sam2_base.py: NO_OBJ_SCORE)
 
 
 class CellPrompts(NamedTuple):

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax import memory
-from rfmedsam2_jax.nn import SAM2, ImageFeatures, MemorySlots, apply
+from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, MemorySlots, apply
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
-  NO_OBJECT,
   CellPrompts,
   anchor_score,
   live_cells,
@@ -75,7 +74,7 @@ def remember_cells(model: SAM2, params: Params, embedding: Array, cells: CellPro
     embedding: [N, G, G, C], of the cells' slices.
   """
   present = cells.presence > 0
-  logits = jnp.where(present[:, None, None], cells.logits, NO_OBJECT)
+  logits = jnp.where(present[:, None, None], cells.logits, ABSENT_LOGIT)
   return apply(model.config, params, embedding, logits, present, method="remember")
 
 
@@ -99,7 +98,10 @@ def refine_cells(
   # A clamped index of an empty slot is masked out, whatever it points at.
   used = slots.valid if stage.pointers else slots.valid[:, :0]
   width = used.shape[1]
-  conditioned = apply(model.config, params, features.embedding,
+  conditioned = apply(
+    model.config,
+    params,
+    features.embedding,
     MemorySlots(
       maps=maps[slots.place],
       rows=slots.rows,
@@ -203,8 +205,7 @@ def stage_on_grid(
   cell_slice = jnp.broadcast_to(cell_slice, (runs, tracks, length)).reshape(-1)
   cell_features = jax.tree.map(lambda x: x[cell_slice], features)
   if stage.memory == "none":
-    conditioned = apply(model.config, params, cell_features.embedding, method="unconditioned"
-    )
+    conditioned = apply(model.config, params, cell_features.embedding, method="unconditioned")
     outputs = decode_cells(model, params, stage, conditioned, cell_features.high_res, cells)
     return outputs, live.reshape(-1)
   table, positions = grid_slots(
@@ -256,7 +257,7 @@ def all_stages_on_grid(
     )
     results.append((outputs, live))
     # At prediction a cell that is not live is not run: no organ, and no pointer of one.
-    presence = jnp.where(live, outputs.presence, NO_OBJECT)
+    presence = jnp.where(live, outputs.presence, ABSENT_LOGIT)
     cells = next_prompts(outputs.logits, presence, model.config.image_size, config.box_margin)
     pointers = jnp.where(live[:, None], outputs.pointer, absent_pointer(params, outputs.pointer))
   return results

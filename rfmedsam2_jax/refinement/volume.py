@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax import tracking
-from rfmedsam2_jax.nn import SAM2, ImageFeatures, apply
+from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, apply
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
@@ -65,6 +65,12 @@ class StageResult(NamedTuple):
   presence: np.ndarray
 
 
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+  """float32, without overflow."""
+  x = np.asarray(logits, np.float32)
+  return (0.5 * (1.0 + np.tanh(0.5 * x))).astype(np.float32)
+
+
 def bucket(count: int, size: int) -> int:
   """The smallest size * 2^n that holds `count`, so that volumes share compilations."""
   total = size
@@ -80,8 +86,6 @@ _decode = jax.jit(stages_lib.decode_cells, static_argnums=(0, 2))
 _track = jax.jit(tracking.track, static_argnums=0)
 _next = jax.jit(next_prompts, static_argnums=(2, 3))
 _score = jax.jit(anchor_score)
-
-
 _slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
 
 
@@ -145,9 +149,9 @@ def refine_volume(
     shown = (outputs.presence > 0)[:, None, None]
     new = StageResult(
       cells.astype(np.int32),
-      np.where(shown, outputs.logits, -1024.0).astype(np.float16),
+      np.where(shown, outputs.logits, ABSENT_LOGIT).astype(np.float16),
       outputs.iou,
-      1.0 / (1.0 + np.exp(-np.clip(outputs.presence, -60, 60))),
+      sigmoid(outputs.presence),
     )
     # Where an earlier stage found nothing and this one did not look again, nothing is there: the
     # generator's vote, which stands where no stage ever ran, must not come back.

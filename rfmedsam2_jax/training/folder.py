@@ -1,6 +1,6 @@
 """The folder of a run: who may write to it, and what lies where.
 
-config.yaml, dataset facts (labels.json, splits.json, fingerprint.json, plan.json), versions.json,
+config.yaml, dataset facts (splits.json, fingerprint.json, plan.json), versions.json,
 log.jsonl, preprocessed/, prompts/, generator/ and refiner/ (checkpoints and final params),
 validation.json.
 """
@@ -97,18 +97,16 @@ def open_run(path: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFol
     raise UserError(f"{path}: is a file; give a folder for the run")
   if resume and not exists:
     raise UserError(f"{path}: holds no run to resume; check the path or leave out --resume")
-  if path.is_dir() and not (resume or overwrite):
-    others = [p for p in path.iterdir() if p.name != LOCK]
-    if others:
-      what = "holds a run" if exists else "is not empty"
-      hint = "go on with --resume or start anew with --overwrite" if exists else "choose another"
-      _refuse_if_locked(path)
-      raise UserError(f"{path}: {what}; {hint}")
-  if overwrite and path.is_dir() and not exists:
-    if any(p.name != LOCK for p in path.iterdir()):
-      raise UserError(
-        f"{path}: is not a run of this program, --overwrite leaves it; choose another folder"
-      )
+  filled = path.is_dir() and any(child.name != LOCK for child in path.iterdir())
+  if filled and not (resume or overwrite):
+    what = "holds a run" if exists else "is not empty"
+    hint = "go on with --resume or start anew with --overwrite" if exists else "choose another"
+    _refuse_if_locked(path)
+    raise UserError(f"{path}: {what}; {hint}")
+  if filled and overwrite and not exists:
+    raise UserError(
+      f"{path}: is not a run of this program, --overwrite leaves it; choose another folder"
+    )
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / LOCK, "a")  # noqa: SIM115 - held for as long as the run

@@ -27,11 +27,6 @@ def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> No
     )
 
 
-def load_about(folder: str | Path) -> dict[str, Any]:
-  """The description of a checkpoint."""
-  return _restore(folder, about=ocp.args.JsonRestore())["about"]
-
-
 def load_params(folder: str | Path, like: Params) -> Params:
   """Parameters of the shapes and dtypes of `like` (arrays or jax.ShapeDtypeStruct).
 
@@ -39,16 +34,13 @@ def load_params(folder: str | Path, like: Params) -> Params:
     UserError: no checkpoint, a damaged one, or one of another network.
   """
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-  return _restore(folder, params=ocp.args.StandardRestore(abstract))["params"]
-
-
-def _restore(folder: str | Path, **args: Any) -> Any:
   folder = Path(folder).absolute()
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
   try:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      return checkpointer.restore(folder, args=ocp.args.Composite(**args))
+      wanted = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+      return checkpointer.restore(folder, args=wanted)["params"]
   # Orbax raises many kinds for a damaged folder (ValueError, FileNotFoundError, its own, ...).
   except Exception as error:
     reason = str(error).strip().split("\n")[0][:200]
