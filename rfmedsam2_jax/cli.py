@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("predictions", type=Path, help="folder or file")
   evaluate.add_argument("references", type=Path, help="folder or file")
   evaluate.add_argument(
-    "--labels", type=Path, help="data set folder whose dataset.json names the structures"
+    "--labels",
+    type=Path,
+    help="data set folder, or run, that names the structures; default: label values are the names",
   )
   evaluate.add_argument("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
   evaluate.add_argument("--partial", action="store_true", help="not all references are predicted")
@@ -146,10 +148,15 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-  from rfmedsam2_jax.data.datasets import read_dataset
+  from rfmedsam2_jax.data.datasets import Labels, read_dataset
+  from rfmedsam2_jax.data.plan import load_plan
   from rfmedsam2_jax.inference.evaluate import evaluate_folders, save_scores, table
 
-  labels = read_dataset(options.labels).labels if options.labels else None
+  labels: Labels | None = None
+  if options.labels:
+    # A run may have been trained on a few of its data set's structures: those are scored.
+    plan = options.labels / "plan.json"
+    labels = load_plan(plan).labels if plan.is_file() else read_dataset(options.labels).labels
   scores = evaluate_folders(
     options.predictions, options.references, labels, options.tolerance, options.partial
   )
