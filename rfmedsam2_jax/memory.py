@@ -132,13 +132,28 @@ class MemoryBank(NamedTuple):
   maps: Ring
   pointers: Ring
 
+  @property
+  def conditioning(self) -> int:
+    """Number A of conditioning slots per track."""
+    return self.maps.slices.shape[1] - 2 * RECENT_SLOTS
+
 
 def empty_bank(
-  tracks: int, conditioning: int, grid: int, mem_dim: int, d_model: int, dtype=jnp.float32
+  tracks: int,
+  conditioning: int,
+  grid: int,
+  mem_dim: int,
+  d_model: int,
+  dtype=jnp.float32,
+  map_dtype=None,
 ) -> MemoryBank:
-  """A bank that remembers nothing, with room for `conditioning` conditioning slices per track."""
+  """A bank that remembers nothing, with room for `conditioning` conditioning slices per track.
 
-  def ring(reach: int, *shape: int) -> Ring:
+  Args:
+    dtype: of the pointers, and of the maps unless `map_dtype` says otherwise.
+  """
+
+  def ring(reach: int, dtype, *shape: int) -> Ring:
     slots = conditioning + 2 * reach
     return Ring(
       jnp.zeros((tracks, slots, *shape), dtype),
@@ -146,7 +161,10 @@ def empty_bank(
       jnp.zeros((tracks, slots), bool),
     )
 
-  return MemoryBank(ring(RECENT_SLOTS, grid, grid, mem_dim), ring(POINTER_SLOTS, d_model))
+  return MemoryBank(
+    ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim),
+    ring(POINTER_SLOTS, dtype, d_model),
+  )
 
 
 def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) -> Ring:
@@ -175,27 +193,31 @@ def add_conditioning(
 
 def add_recent(
   bank: MemoryBank,
-  conditioning: int,
   where: Array,
   maps: Array,
   pointers: Array,
   slices: Array,
   start: Array,
-  reverse: bool,
+  reverse: Array | bool,
 ) -> MemoryBank:
   """Remembers one tracked slice per track, forgetting the oldest of its direction.
 
   The reverse pass starts with the forward pass's memories right behind it, because the official
   predictor keeps both directions in one dictionary; so the forward pass leaves its first slices
-  after `start` in the reverse half as well.
+  from `start` on in the reverse half as well. Should the reverse pass run `start` again, it needs
+  one slice more than fits beside `start` itself: the later one takes its place.
+
+  Args:
+    start: int32 [N], the slice that both directions set out from.
+    reverse: direction of travel, may be traced.
   """
+  conditioning = bank.conditioning
+  backward = jnp.asarray(reverse, jnp.int32)
 
   def add(ring: Ring, reach: int, values: Array) -> Ring:
     slot = conditioning + slices % reach
-    if reverse:
-      return _put(ring, slot + reach, where, values, slices)
-    ring = _put(ring, slot, where, values, slices)
-    early = where & (slices - start < reach)
+    ring = _put(ring, slot + reach * backward, where, values, slices)
+    early = where & (slices - start <= reach) & (backward == 0)
     return _put(ring, slot + reach, early, values, slices)
 
   return MemoryBank(
@@ -204,37 +226,41 @@ def add_recent(
 
 
 def read(
-  bank: MemoryBank, conditioning: int, slices: Array, depth: Array | int, reverse: bool
+  bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | bool
 ) -> MemorySlots:
   """What the tracks read at a slice: conditioning slices anywhere, recent ones behind them.
 
   Args:
-    conditioning: number A of conditioning slots of the bank.
     slices: int32 [N], the slice at hand. depth: true depth of the volume.
-    reverse: direction of travel; "behind" means larger slice numbers when it is set.
+    reverse: direction of travel, may be traced; "behind" means larger slice numbers when it is set.
 
   Returns:
-    MemorySlots. Pointers of conditioning slices that lie ahead are left out
-    (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval).
+    MemorySlots of A + 6 maps and A + 15 pointers. Pointers of conditioning slices that lie ahead
+    are left out (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval).
   """
+  conditioning = bank.conditioning
+  backward = jnp.asarray(reverse, jnp.int32)
 
-  def look(ring: Ring, reach: int) -> tuple[Array, Array, Array]:
-    slot = jnp.arange(ring.slices.shape[1])[None]
-    first = conditioning + (reach if reverse else 0)
-    mine = (slot >= first) & (slot < first + reach)
-    behind = (ring.slices - slices[:, None]) * (1 if reverse else -1)
-    is_conditioning = slot < conditioning
-    recent = mine & (behind >= 1) & (behind <= reach)
-    return behind, is_conditioning, ring.valid & ((is_conditioning & (behind != 0)) | recent)
+  def look(ring: Ring, reach: int) -> tuple[Array, Array, Array, Array]:
+    # Only the half of this direction: attention to slots that are not valid would cost as much.
+    def mine(x: Array) -> Array:
+      recent = jax.lax.dynamic_slice_in_dim(x, conditioning + reach * backward, reach, axis=1)
+      return jnp.concatenate([x[:, :conditioning], recent], axis=1)
 
-  behind, is_conditioning, valid = look(bank.maps, RECENT_SLOTS)
+    values, at, valid = (mine(x) for x in ring)
+    behind = (at - slices[:, None]) * (2 * backward - 1)
+    is_conditioning = jnp.arange(at.shape[1])[None] < conditioning
+    recent = (behind >= 1) & (behind <= reach)
+    return values, behind, is_conditioning, valid & jnp.where(is_conditioning, behind != 0, recent)
+
+  maps, behind, is_conditioning, valid = look(bank.maps, RECENT_SLOTS)
   rows = jnp.where(is_conditioning, CONDITIONING_ROW, jnp.clip(behind - 1, 0, RECENT_SLOTS - 1))
-  pointer_behind, _, pointer_valid = look(bank.pointers, POINTER_SLOTS)
+  pointers, pointer_behind, _, pointer_valid = look(bank.pointers, POINTER_SLOTS)
   return MemorySlots(
-    maps=bank.maps.values,
+    maps=maps,
     rows=rows.astype(jnp.int32),
     valid=valid,
-    pointers=bank.pointers.values,
+    pointers=pointers,
     pointer_positions=pointer_positions(pointer_behind, depth),
     pointer_valid=pointer_valid & (pointer_behind >= 0),
   )

@@ -8,43 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
+from tiny_config import TINY
 
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
-
-TINY = {
-  "data": {"split": {"fraction": 0.25}},
-  "plan": {"patch_size": [16, 32, 32], "poolings": 1},
-  "generator": {
-    "features": [8, 16],
-    "convs_per_stage": 1,
-    "batch_size": 2,
-    "loop": {"steps": 6, "log_every": 2, "checkpoint_every": 2},
-    "optimizer": {"warmup_steps": 2},
-  },
-  "sam2": {
-    "preset": "nano",
-    "image_size": 64,
-    "embed_dim": 8,
-    "stages": [1, 1, 1, 1],
-    "global_att_blocks": [2],
-    "window_spec": [4, 4, 4, 2],
-    "d_model": 32,
-    "mem_dim": 8,
-    "decoder_depth": 1,
-    "memory_mask_channels": [4, 4, 8, 16],
-  },
-  "refiner": {
-    "trainable": ["*"],
-    "slices": 4,
-    "structures": 2,
-    "loop": {"steps": 6, "log_every": 2, "checkpoint_every": 2},
-    "optimizer": {"warmup_steps": 2},
-  },
-  "refinement": {
-    "cells_per_batch": 16,
-    "stages": [{"residual": True}, {"residual": True, "pointers": True}],
-  },
-}
 
 
 @pytest.fixture(autouse=True, scope="session")

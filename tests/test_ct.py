@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY
+from tiny_config import TINY
 
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.plan import load_plan

@@ -105,8 +105,8 @@ def test_the_bank_reads_what_the_official_dictionaries_hold(start):
   The reference keeps every slice in a dictionary, as sam2_base.py:520-640 does.
   """
   depth, skipped = 24, {start + 4, start + 7, start - 3, start - 20}
-  add = jax.jit(memory.add_recent, static_argnums=(1, 7))
-  read = jax.jit(memory.read, static_argnums=(1, 4))
+  add = jax.jit(memory.add_recent)
+  read = jax.jit(memory.read)
   bank = memory.empty_bank(2, 1, grid=1, mem_dim=1, d_model=1)
   at = lambda z: np.full(2, z, np.int32)  # noqa: E731
   value = lambda z, ndim: np.full((2,) + (1,) * ndim, z, np.float32)  # noqa: E731
@@ -121,7 +121,7 @@ def test_the_bank_reads_what_the_official_dictionaries_hold(start):
       expected += [(t, n - 1) for n in range(1, 7) if (t := z + sign * n) in others]
       pointers = [(start, (start - z) * sign)]
       pointers += [(t, n) for n in range(1, 16) if (t := z + sign * n) in others]
-      slots = jax.tree.map(np.asarray, read(bank, 1, at(z), depth, reverse))
+      slots = jax.tree.map(np.asarray, read(bank, at(z), depth, reverse))
       for track in range(2):
         valid, heard = slots.valid[track], slots.pointer_valid[track]
         maps = slots.maps[track, :, 0, 0, 0][valid]
@@ -132,7 +132,7 @@ def test_the_bank_reads_what_the_official_dictionaries_hold(start):
         assert sorted(zip(found, places.round(4), strict=True)) == sorted(pointers)
       run = z not in skipped
       bank = add(
-        bank, 1, np.full(2, run), value(z, 3), value(z, 1), at(z), at(start), reverse
+        bank, np.full(2, run), value(z, 3), value(z, 1), at(z), at(start), reverse
       )
       if run:
         others[z] = True
@@ -142,9 +142,9 @@ def test_no_shape_of_the_bank_depends_on_depth_and_tracks_are_apart():
   bank = memory.empty_bank(2, 1, grid=1, mem_dim=1, d_model=1)
   where, slices = jnp.array([True, False]), jnp.array([3, 4], jnp.int32)
   ones = jnp.ones((2, 1, 1, 1)), jnp.ones((2, 1))
-  new = memory.add_recent(bank, 1, where, *ones, slices, jnp.zeros(2, jnp.int32), False)
+  new = memory.add_recent(bank, where, *ones, slices, jnp.zeros(2, jnp.int32), False)
   assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, bank)
-  slots = memory.read(new, 1, slices + 1, 10, False)
+  slots = memory.read(new, slices + 1, 10, False)
   np.testing.assert_array_equal(slots.valid.any(axis=1), where)
 
 
@@ -156,6 +156,6 @@ def test_conditioning_slices_are_read_on_both_sides_their_pointers_only_from_beh
       jnp.array([z]),
     )
   for reverse, heard in ((False, [3 / 15]), (True, [4 / 15])):
-    slots = memory.read(bank, 2, jnp.array([5]), 30, reverse)
+    slots = memory.read(bank, jnp.array([5]), 30, reverse)
     assert slots.rows[slots.valid].tolist() == [6, 6]
     np.testing.assert_allclose(slots.pointer_positions[slots.pointer_valid], heard, rtol=1e-6)

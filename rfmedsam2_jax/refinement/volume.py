@@ -342,8 +342,7 @@ def _run_stream(
         start=jnp.array([start - first], jnp.int32),
         active=jnp.asarray(active)[None],
         depth=jnp.int32(live.shape[1]),
-        mask_bias=mask_bias[None],
-        presence_bias=presence_bias[None],
+        bias=tracking.Bias(mask_bias[None], presence_bias[None]),
       ),
     )
     found.append(jax.tree.map(lambda x, i=at - first: np.asarray(x)[0, i], out))

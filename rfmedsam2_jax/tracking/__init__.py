@@ -1,0 +1,28 @@
+"""Prompted segmentation of a volume: SAM 2's own recurrence over slices, both directions."""
+
+from rfmedsam2_jax.tracking.config import TrackingConfig
+from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
+from rfmedsam2_jax.tracking.recurrence import (
+  Bias,
+  Cells,
+  TrackInputs,
+  decode_cells,
+  sweep,
+  track,
+)
+from rfmedsam2_jax.tracking.volume import Batch, Tracks, VolumeTracker
+
+__all__ = [
+  "Batch",
+  "Bias",
+  "Cells",
+  "SlicePrompt",
+  "TrackInputs",
+  "TrackingConfig",
+  "Tracks",
+  "VolumeTracker",
+  "decode_cells",
+  "point_prompts",
+  "sweep",
+  "track",
+]

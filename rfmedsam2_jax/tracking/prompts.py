@@ -1,0 +1,70 @@
+"""A person's prompts: clicks, boxes and masks on slices, as the arrays that the decoder takes.
+
+Coordinates are pixels of the S x S image that the network sees; who knows the volume scales them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from rfmedsam2_jax.nn import Prompts
+
+_ABSENT, _NOT_A_POINT, _BOX = -2, -1, (2, 3)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SlicePrompt:
+  """What a person says of one object on one slice: points and a box, or a mask.
+
+  Attributes:
+    track: number of the object. slice: number of the slice.
+    points: float32 [P, 2], x and y. labels: int [P], 1 for the object, 0 for what it is not.
+    box: x0, y0, x1, y1, inclusive, or None.
+    mask: bool [S, S], or None; excludes points and a box.
+  """
+
+  track: int
+  slice: int
+  points: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.float32))
+  labels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+  box: tuple[float, float, float, float] | None = None
+  mask: np.ndarray | None = None
+
+  def __post_init__(self):
+    if self.points.shape != (len(self.labels), 2):
+      raise ValueError(f"points {self.points.shape} and {len(self.labels)} labels do not agree")
+    by_point = len(self.labels) > 0 or self.box is not None
+    if by_point == (self.mask is not None):
+      raise ValueError("a prompt has points or a box, or else a mask")
+
+  @property
+  def is_ambiguous(self) -> bool:
+    """SAM 2 answers a single point with the best of three masks (sam2_base._use_multimask)."""
+    return self.mask is None and self.box is None and len(self.labels) <= 1
+
+
+def point_prompts(
+  given: Sequence[SlicePrompt], masks: np.ndarray | None = None, has_mask: np.ndarray | None = None
+) -> Prompts:
+  """Points and boxes as tokens: corners first, points, then SAM 2's own not-a-point token.
+
+  Args:
+    masks: float32 [N, 4G, 4G], mask prompts besides (a previous result), with bool [N] `has_mask`.
+  """
+  longest = max(2 * (p.box is not None) + len(p.labels) for p in given)
+  # A bucket, so that prompts of many lengths share a compilation.
+  width = 2
+  while width < longest + 1:
+    width += 2
+  points = np.zeros((len(given), width, 2), np.float32)
+  labels = np.full((len(given), width), _ABSENT, np.int32)
+  for row, prompt in enumerate(given):
+    corners = np.reshape(prompt.box, (2, 2)) if prompt.box is not None else np.zeros((0, 2))
+    count = len(corners) + len(prompt.labels)
+    points[row, :count] = np.concatenate([corners, prompt.points])
+    labels[row, :count] = [*_BOX[: len(corners)], *prompt.labels]
+    labels[row, count] = _NOT_A_POINT
+  mask, exists = (None if x is None else jnp.asarray(x) for x in (masks, has_mask))
+  return Prompts(jnp.asarray(points), jnp.asarray(labels), mask, exists)

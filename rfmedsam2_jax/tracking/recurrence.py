@@ -1,0 +1,277 @@
+"""SAM 2's recurrence over slices: decode prompted slices, remember them, sweep through the others.
+
+All tracks (one object each) step together as one batch. A sweep is one `lax.scan` over a batch of
+slices whose direction is an argument, with a memory bank of fixed shape: one compiled program
+serves both directions and volumes of every depth.
+
+In: features of slices and prompts. Out: mask logits, scores and pointers per cell.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax import memory
+from rfmedsam2_jax.nn import (
+  ABSENT_LOGIT,
+  SAM2,
+  Decoded,
+  ImageFeatures,
+  MemorySlots,
+  Prompts,
+  apply,
+  no_prompts,
+)
+
+Array = Any  # a JAX array; on the host the same tuples hold numpy arrays
+Params = dict[str, Any]
+
+_GIVEN_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
+
+
+class Cells(NamedTuple):
+  """What is known of cells; leading axes as the function says.
+
+  logits: float32 [..., 4G, 4G], not gated by presence. iou: float32 [...], predicted.
+  presence: float32 [...], logit. pointer: [..., C], `no_obj_ptr` where the object is absent.
+  """
+
+  logits: Array
+  iou: Array
+  presence: Array
+  pointer: Array
+
+
+class Bias(NamedTuple):
+  """Added to what is decoded: mask logits float32 [..., 4G, 4G], presence logits float32 [...]."""
+
+  mask: Array
+  presence: Array
+
+
+def decode_cells(
+  model: SAM2,
+  params: Params,
+  conditioned: Array,
+  high_res: tuple[Array, Array],
+  prompts: Prompts,
+  multimask: bool,
+  dynamic_multimask: bool,
+  bias: Bias | None = None,
+) -> Cells:
+  """Decodes N cells to one mask each.
+
+  Args:
+    conditioned: [N, G, G, C]. high_res: leading axis N, or 1 where all cells share a slice.
+    multimask: the mask with the highest predicted IoU of three, and its pointer.
+    dynamic_multimask: without `multimask`, the same where the single mask is unstable.
+  """
+  decoded: Decoded = apply(
+    model.config, params, conditioned, high_res, prompts, method="decode",
+    multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
+  )
+  if multimask:
+    best = jnp.argmax(decoded.ious, axis=1)[:, None]
+    decoded = decoded._replace(
+      masks=jnp.take_along_axis(decoded.masks, best[..., None, None], axis=1),
+      ious=jnp.take_along_axis(decoded.ious, best, axis=1),
+    )
+  if bias is not None:
+    decoded = decoded._replace(
+      masks=decoded.masks + bias.mask[:, None], presence=decoded.presence + bias.presence
+    )
+  gated = apply(model.config, params, decoded, method="gate")
+  return Cells(
+    decoded.masks[:, 0].astype(jnp.float32),
+    decoded.ious[:, 0].astype(jnp.float32),
+    decoded.presence.astype(jnp.float32),
+    gated.pointer,
+  )
+
+
+def given_cells(
+  model: SAM2, params: Params, features: ImageFeatures, masks_NSS: Array
+) -> Cells:
+  """Cells whose masks (0 or 1, image resolution) a person gave: the mask is the output.
+
+  The pointer comes from the decoder on features without `no_mem_embed` (sam2_base.py:440).
+  """
+  count = masks_NSS.shape[0]
+  prompt = apply(model.config, params, masks_NSS, method="mask_prompt")
+  prompts = no_prompts(count)._replace(mask=prompt)
+  decoded = decode_cells(
+    model, params, features.embedding, features.high_res, prompts, False, False
+  )
+  side = 4 * model.config.grid
+  logits = _GIVEN_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
+  logits = jax.image.resize(logits, (count, side, side), "linear", antialias=True)
+  present = jnp.any(masks_NSS > 0, axis=(1, 2))
+  absent = params["no_obj_ptr"].reshape(1, -1).astype(decoded.pointer.dtype)
+  return Cells(
+    logits,
+    jnp.ones(count),
+    jnp.where(present, _GIVEN_LOGIT, -_GIVEN_LOGIT),
+    jnp.where(present[:, None], decoded.pointer, absent),
+  )
+
+
+def remember_cells(
+  model: SAM2, params: Params, embedding: Array, cells: Cells, binarize: bool
+) -> Array:
+  """Memory maps [N, G, G, mem_dim] of cells, leading axis N.
+
+  Args:
+    binarize: SAM 2 does so on slices that a person prompted.
+  """
+  present = cells.presence > 0
+  logits = gated_logits(cells)
+  return apply(
+    model.config, params, embedding, logits, present, method="remember", binarize=binarize
+  )
+
+
+def gated_logits(cells: Cells) -> Array:
+  """Mask logits, -1024 where the object is absent."""
+  return jnp.where((cells.presence > 0)[..., None, None], cells.logits, ABSENT_LOGIT)
+
+
+def sweep(
+  model: SAM2,
+  params: Params,
+  bank: memory.MemoryBank,
+  features: ImageFeatures,
+  slices: Array,
+  run: Array,
+  start: Array,
+  depth: Array,
+  reverse: Array,
+  multimask: bool = True,
+  prompts: Prompts | None = None,
+  bias: Bias | None = None,
+) -> tuple[memory.MemoryBank, Cells]:
+  """Follows N objects through L slices, in the order that is given.
+
+  Args:
+    bank: of N tracks; conditioning slices are already in it.
+    features: leading axis L. slices: int32 [L], their numbers in the volume.
+    run: bool [N, L], cells to segment and to remember; the others are neither.
+    start: int32 [N], the slice that both directions set out from. depth: int32, of the volume.
+    reverse: bool, direction of travel.
+    multimask: see `decode_cells`.
+    prompts, bias: leading axes [L, N]; none by default.
+
+  Returns:
+    The bank, and Cells [L, N]; those that were not run hold logits and presence of -1024.
+  """
+  tracks = run.shape[0]
+  config = model.config
+
+  def step(bank: memory.MemoryBank, inputs):
+    here, number, running, given, added = inputs
+    here = jax.tree.map(lambda x: x[None], here)
+    embedding = jnp.broadcast_to(here.embedding, (tracks, *here.embedding.shape[1:]))
+    at = jnp.full(tracks, number, jnp.int32)
+
+    def advance(bank):
+      slots: MemorySlots = memory.read(bank, at, depth, reverse)
+      conditioned = apply(config, params, embedding, slots, method="condition")
+      cells = decode_cells(
+        model, params, conditioned, here.high_res,
+        no_prompts(tracks) if given is None else given, multimask, False, added,
+      )
+      maps = remember_cells(model, params, embedding, cells, binarize=False)
+      bank = memory.add_recent(bank, running, maps, cells.pointer, at, start, reverse)
+      none = no_cells(model, (tracks,))
+      return bank, jax.tree.map(functools.partial(_where, running), cells, none)
+
+    # Where no track runs there is nothing to do, and nothing is done.
+    return jax.lax.cond(
+      jnp.any(running), advance, lambda bank: (bank, no_cells(model, (tracks,))), bank
+    )
+
+  return jax.lax.scan(step, bank, (features, slices, run.T, prompts, bias))
+
+
+def _where(which: Array, new: Array, old: Array) -> Array:
+  """jnp.where over the leading axes that `which` has."""
+  return jnp.where(which.reshape(*which.shape, *(1,) * (new.ndim - which.ndim)), new, old)
+
+
+def no_cells(model: SAM2, shape: tuple[int, ...]) -> Cells:
+  """Cells of a shape that were not run."""
+  side = 4 * model.config.grid
+  return Cells(
+    jnp.full((*shape, side, side), ABSENT_LOGIT),
+    jnp.zeros(shape),
+    jnp.full(shape, ABSENT_LOGIT),
+    jnp.zeros((*shape, model.config.d_model), model.config.compute_dtype),
+  )
+
+
+class TrackInputs(NamedTuple):
+  """N tracks over Z slices (padding included), each from a slice of its own.
+
+  prompts: Prompts with leading axes [N, Z].
+  start: int32 [N], the conditioning slice that the track starts from; decoded without memory.
+  active: bool [N, Z], cells to run; the others are neither segmented nor remembered.
+  depth: int32, true depth of the volume, for the positions of pointers.
+  bias: leading axes [N, Z], or None.
+  """
+
+  prompts: Prompts
+  start: Array
+  active: Array
+  depth: Array
+  bias: Bias | None = None
+
+
+def track(model: SAM2, params: Params, features: ImageFeatures, inputs: TrackInputs) -> Cells:
+  """Follows N objects whose every slice may have prompts, with mask token 0 alone.
+
+  The recurrence of the `stream` stages of refinement: all slices' features are at hand, and no
+  mask is binarised.
+
+  Args:
+    features: leading axis Z.
+
+  Returns:
+    Cells [N, Z]; those that are not active have logits of -1024 and presence -1024.
+  """
+  tracks, depth_padded = inputs.active.shape
+  config = model.config
+  which = jnp.arange(tracks)
+  first = jax.tree.map(lambda x: x[inputs.start], features)
+
+  def at_start(tree):
+    return jax.tree.map(lambda x: x[which, inputs.start], tree)
+
+  conditioned = apply(config, params, first.embedding, method="unconditioned")
+  begun = decode_cells(
+    model, params, conditioned, first.high_res, at_start(inputs.prompts), False, False,
+    at_start(inputs.bias),
+  )
+  maps = remember_cells(model, params, first.embedding, begun, binarize=False)
+  bank = memory.empty_bank(
+    tracks, 1, config.grid, config.mem_dim, config.d_model, config.compute_dtype
+  )
+  bank = memory.add_conditioning(
+    bank, jnp.zeros(tracks, jnp.int32), jnp.ones(tracks, bool), maps, begun.pointer, inputs.start
+  )
+  numbers = jnp.arange(depth_padded, dtype=jnp.int32)
+  by_slice = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs.prompts, inputs.bias))
+  outputs = no_cells(model, (tracks, depth_padded))
+  outputs = jax.tree.map(lambda x, new: x.at[which, inputs.start].set(new), outputs, begun)
+  for reverse in (False, True):
+    ahead = numbers < inputs.start[:, None] if reverse else numbers > inputs.start[:, None]
+    order = slice(None, None, -1) if reverse else slice(None)
+    ordered = jax.tree.map(lambda x, order=order: x[order], (features, numbers, by_slice))
+    run = inputs.active & ahead
+    bank, cells = sweep(
+      model, params, bank, ordered[0], ordered[1], run[:, order], inputs.start, inputs.depth,
+      jnp.asarray(reverse), False, *ordered[2],
+    )
+    cells = jax.tree.map(lambda x, order=order: jnp.swapaxes(x[order], 0, 1), cells)
+    outputs = jax.tree.map(functools.partial(_where, run), cells, outputs)
+  return outputs
