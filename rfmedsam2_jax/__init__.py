@@ -3,6 +3,9 @@
     model = rfmedsam2_jax.load("runs/hippocampus")          # a run made by `rfmedsam2 train`
     rfmedsam2_jax.segment_file(model, "scan.nii.gz", "labels.nii.gz")
 
+    prompted = rfmedsam2_jax.open_volume("checkpoint", "ct.nii.gz")   # SAM 2 and a person's prompts
+    found = prompted.track([rfmedsam2_jax.VoxelPrompt(1, box=((60, 80, 90), (60, 140, 170)))])
+
     params = rfmedsam2_jax.init(rfmedsam2_jax.PRESETS["nano"], jax.random.key(0))
     features = rfmedsam2_jax.apply(config, params, images, method="encode_image")
 """
@@ -12,16 +15,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from rfmedsam2_jax.api import load, predict, segment, segment_file
   from rfmedsam2_jax.errors import UserError
+  from rfmedsam2_jax.inference.tracked import VoxelPrompt
   from rfmedsam2_jax.nn import PRESETS, SAM2, SAM2Config, apply, init
+  from rfmedsam2_jax.prompting import open_volume, write_tracked
+  from rfmedsam2_jax.tracking import TrackingConfig
 
 _HOMES = {
   "load": "api", "predict": "api", "segment": "api", "segment_file": "api",
   "UserError": "errors",
+  "VoxelPrompt": "inference.tracked", "TrackingConfig": "tracking",
+  "open_volume": "prompting", "write_tracked": "prompting",
   "PRESETS": "nn", "SAM2": "nn", "SAM2Config": "nn", "apply": "nn", "init": "nn",
 }
 __all__ = [
-  "PRESETS", "SAM2", "SAM2Config", "UserError", "apply", "init", "load", "predict", "segment",
-  "segment_file",
+  "PRESETS", "SAM2", "SAM2Config", "TrackingConfig", "UserError", "VoxelPrompt", "apply", "init",
+  "load", "open_volume", "predict", "segment", "segment_file", "write_tracked",
 ]
 
 

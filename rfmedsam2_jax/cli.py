@@ -1,4 +1,4 @@
-"""The command line: train, predict, evaluate, quickstart.
+"""The command line: train, predict, evaluate, track, quickstart.
 
 Exit status: 0 done, 2 something that the user can mend (one line says what), 130 interrupted.
 """
@@ -102,6 +102,51 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--json", type=Path, help="all scores; default PREDICTIONS/scores.json")
   evaluate.set_defaults(run=_evaluate)
 
+  track = commands.add_parser(
+    "track", help="follow prompted structures through a volume with a checkpoint of SAM 2"
+  )
+  track.add_argument("image", type=Path, help="NIfTI file")
+  track.add_argument(
+    "--checkpoint", type=Path, required=True, help="folder made by python -m convert"
+  )
+  track.add_argument("--out", type=Path, required=True, help="folder of the results")
+  track.add_argument(
+    "--box", action="append", default=[], metavar="LABEL:z,x0,y0,x1,y1",
+    help="a box on slice z, in voxels of the file from 0; repeat for more (coronal slices: "
+    "LABEL:y,x0,z0,x1,z1, sagittal ones: LABEL:x,y0,z0,y1,z1)",
+  )
+  track.add_argument(
+    "--point", action="append", default=[], metavar="LABEL:z,x,y,+|-",
+    help="a point inside (+) or outside (-) of a structure",
+  )
+  track.add_argument(
+    "--prompts", type=Path, action="append", default=[], metavar="FILE.json",
+    help="boxes and points, in rounds if some correct what others found",
+  )
+  track.add_argument(
+    "--masks", type=Path, action="append", default=[], metavar="LABELS.nii.gz",
+    help="label map with masks on some slices",
+  )
+  track.add_argument("--world", action="store_true", help="coordinates are millimetres, RAS+")
+  track.add_argument(
+    "--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="of the slices"
+  )
+  track.add_argument(
+    "--window", default="percentiles", metavar="NAME|CENTRE,WIDTH",
+    help="what SAM sees: soft-tissue, liver, lung, bone, brain, 40,400, or percentiles (default)",
+  )
+  track.add_argument("--image-size", type=int, help="side of the square (the checkpoint's)")
+  track.add_argument(
+    "--single-mask", action="store_true",
+    help="one mask per slice instead of the best of three, for networks trained so",
+  )
+  track.add_argument(
+    "--no-cache", action="store_true",
+    help="encode slices again for corrections instead of keeping their features in memory",
+  )
+  track.add_argument("--overwrite", action="store_true", help="replace results that exist")
+  track.set_defaults(run=_track)
+
   quickstart = commands.add_parser(
     "quickstart", help="generate phantoms, train on them, segment unseen ones, score and picture"
   )
@@ -165,6 +210,41 @@ def _evaluate(options: argparse.Namespace) -> None:
   target = options.json or folder / "scores.json"
   save_scores(target, scores)
   print(f"\nall scores: {target}")
+
+
+def _track(options: argparse.Namespace) -> None:
+  from rfmedsam2_jax.data.volumes import load_image
+  from rfmedsam2_jax.inference.tracked import parse_window
+  from rfmedsam2_jax.progress import Progress
+  from rfmedsam2_jax.prompting import (
+    open_volume,
+    prompts_of_options,
+    result_paths,
+    write_tracked,
+  )
+  from rfmedsam2_jax.tracking import TrackingConfig
+
+  # Everything that can be wrong is looked at before anything that takes long.
+  window = parse_window(options.window)
+  volume = load_image(options.image)
+  prompts = prompts_of_options(
+    volume, options.box, options.point, options.prompts, options.masks, options.plane,
+    options.world,
+  )
+  result_paths(options.out, options.image, options.overwrite)
+  config = TrackingConfig(
+    multimask=not options.single_mask,
+    dynamic_multimask=not options.single_mask,
+    cache="none" if options.no_cache else "bfloat16",
+  )
+  prompted = open_volume(
+    options.checkpoint, volume, options.plane, window, options.image_size, config,
+    Progress("slices", _report),
+  )
+  found = prompted.track(prompts)
+  about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
+  for path in write_tracked(options.out, volume, found, window, about, options.overwrite):
+    _report(f"written: {path}")
 
 
 def packaged_config(name: str) -> Path:

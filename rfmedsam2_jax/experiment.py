@@ -45,10 +45,11 @@ from rfmedsam2_jax.inference.segmenter import (
 )
 from rfmedsam2_jax.metrics import dice
 from rfmedsam2_jax.nn import SAM2, init_params
+from rfmedsam2_jax.progress import Progress, duration
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
-from rfmedsam2_jax.training.loop import duration, train_phase
+from rfmedsam2_jax.training.loop import train_phase
 from rfmedsam2_jax.training.state import (
   Params,
   TrainState,
@@ -158,7 +159,7 @@ def _plan(run: RunFolder, dataset: Dataset, config: Config, report: Report) -> t
   if not (run / "plan.json").exists():
     train_cases = [case for case in dataset.cases if case.identifier in set(split.train)]
     fingerprint = make_fingerprint(
-      dataset, train_cases, progress=_Progress("fingerprint", report)
+      dataset, train_cases, progress=Progress("fingerprint, cases", report)
     )
     save_json(run / "fingerprint.json", fingerprint)
     save_plan(run / "plan.json", make_plan(fingerprint, config.plan))
@@ -167,21 +168,6 @@ def _plan(run: RunFolder, dataset: Dataset, config: Config, report: Report) -> t
   report(f"plan: {plan.name}, spacing {plan.spacing} mm, patch {size}, "
          f"{len(plan.labels.structures)} structures")
   return split, plan
-
-
-class _Progress:
-  """Lines with the time left, at most every five seconds."""
-
-  def __init__(self, what: str, report: Report):
-    self._what, self._report = what, report
-    self._began = self._last = time.monotonic()
-
-  def __call__(self, done: int, total: int) -> None:
-    now = time.monotonic()
-    if now - self._last > 5 and done < total:
-      left = (now - self._began) / done * (total - done)
-      self._report(f"{self._what}: {done}/{total} cases, {duration(left)} left")
-      self._last = now
 
 
 def _preprocess(
@@ -194,7 +180,7 @@ def _preprocess(
 ) -> None:
   folder = run / "preprocessed"
   stored = set(stored_cases(folder)) if folder.is_dir() else set()
-  progress = _Progress("preprocessing", report)
+  progress = Progress("preprocessing, cases", report)
   for done, case in enumerate(cases, 1):
     if case.identifier in stored:
       continue
@@ -345,7 +331,7 @@ def _write_prompts(
   run: RunFolder, segmenter: Segmenter, identifiers: Sequence[str], report: Report
 ) -> None:
   """The generator's mask logits of the training cases, float16 [K, D, 4G, 4G] each."""
-  progress = _Progress("prompts of the training cases", report)
+  progress = Progress("prompts of the training cases", report)
   for done, identifier in enumerate(identifiers, 1):
     path = run / "prompts" / f"{identifier}.npy"
     if not path.exists():
@@ -430,7 +416,7 @@ def _validate(
     return {}
   labels = segmenter.plan.labels
   found: list[dict[str, Any]] = [{} for _ in range(segmenter.stages)]
-  progress = _Progress("validation", report)
+  progress = Progress("validation, cases", report)
   for done, case in enumerate(cases, 1):
     volume, truth, maps = _stage_maps(segmenter, case)
     for stage, guess in enumerate(maps):

@@ -186,20 +186,24 @@ def assert_the_same_steps(found: Pair):
   encode = jax.jit(lambda p, x: apply(config, p, x, method="encode_image"))
   step = jax.jit(functools.partial(_step, model))
   features = [encode(found.params, found.slices[z][None]) for z in range(depth)]
-  worst = {}
+  compared: dict[str, list] = {"presence": [], "pointer": [], "memory": [], "mask logits": []}
   for theirs in found.theirs.steps:
     if (theirs.track, theirs.slice) in prompted:
       continue
     slots = slots_of(theirs, depth)
     cells, maps = step(found.params, features[theirs.slice], slots)
     assert (cells.presence[0] > 0) == (theirs.presence > 0)
-    pairs = {"presence": (cells.presence[0], theirs.presence), "pointer": (cells.pointer[0],
-             theirs.pointer), "memory": (np.moveaxis(maps[0], -1, 0), theirs.maps)}
+    compared["presence"].append((cells.presence[0], theirs.presence))
+    compared["pointer"].append((cells.pointer[0], theirs.pointer))
+    compared["memory"].append((np.moveaxis(maps[0], -1, 0), theirs.maps))
     if theirs.presence > 0:
-      pairs["mask logits"] = cells.logits[0], theirs.logits
-    for name, (mine, reference) in pairs.items():
-      worst[name] = max(worst.get(name, 0), error(mine, reference))
-  print(f"\n{len(found.theirs.steps)} steps:", {k: f"{v:.1e}" for k, v in worst.items()})
+      compared["mask logits"].append((cells.logits[0], theirs.logits))
+  worst = {
+    name: error(*(np.stack(side) for side in zip(*pairs, strict=True)))
+    for name, pairs in compared.items()
+  }
+  shares = {name: f"{value:.1e}" for name, value in worst.items()}
+  print(f"\n{len(compared['presence'])} steps: {shares}")
   # What the original has stored is rounded to 8 bits of mantissa: half a unit of its last place.
   assert worst.pop("memory") < 2**-8
   assert max(worst.values()) < STEP, worst

@@ -25,13 +25,15 @@ from rfmedsam2_jax.tracking.recurrence import Cells
 
 Params = dict[str, Any]
 
+_LIMIT = 32.0  # of a previous mask's logits as a prompt (sam2_video_predictor.py:280)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tracks:
   """N objects followed through D slices, numpy arrays on the host.
 
   Attributes:
-    cells: Cells [N, D].
+    cells: Cells [N, D]; logits float16, float32 if features are cached so.
     prompted: (track, slice) pairs that a person prompted, and what came of them.
     reverse: bool [D], slices that were last run backward.
   """
@@ -183,6 +185,8 @@ class VolumeTracker:
   def _collected(self, prompted: dict[tuple[int, int], Prompted]) -> Tracks:
     tracks = 1 + max(track for track, _ in prompted)
     cells, backward = self._nothing(tracks, self._depth), np.zeros(self._depth, bool)
+    if self._config.cache != "float32":
+      cells = cells._replace(logits=cells.logits.astype(np.float16))
     for batch in self.follow(prompted):
       backward[batch.slices] = batch.reverse
       for whole, part in zip(cells, batch.cells, strict=True):
@@ -302,9 +306,9 @@ class VolumeTracker:
     def masks_of(batch):
       found = [Cells(*(x[p.track, p.slice] for x in tracks.cells)) for p in batch]
       masks = np.stack([
-        np.where(one.presence > 0, one.logits, recurrence.ABSENT_LOGIT) for one in found
+        one.logits if one.presence > 0 else np.full_like(one.logits, -_LIMIT) for one in found
       ])
-      return np.clip(masks, -32, 32), np.ones(len(batch), bool)
+      return np.clip(masks.astype(np.float32), -_LIMIT, _LIMIT), np.ones(len(batch), bool)
 
     return self._decode(prompts, slots_of, masks_of)
 
@@ -325,6 +329,7 @@ class VolumeTracker:
       if not 0 <= z < self._depth or (track, z) in tracks.prompted:
         continue
       cells = Cells(*(x[track, z][None] for x in tracks.cells))
+      cells = cells._replace(logits=cells.logits.astype(np.float32))
       pointers.append(cells.pointer[0])
       offsets.append(distance)
       if distance <= memory.RECENT_SLOTS:

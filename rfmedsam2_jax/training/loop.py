@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.progress import duration
 from rfmedsam2_jax.training import sharding
 from rfmedsam2_jax.training.checkpoints import Checkpoints
 from rfmedsam2_jax.training.config import LoopConfig
@@ -16,13 +17,6 @@ from rfmedsam2_jax.training.folder import RunFolder
 from rfmedsam2_jax.training.state import TrainState
 
 Report = Callable[[str], None]
-
-
-def duration(seconds: float) -> str:
-  """Seconds as 1:02:03 or 2:03."""
-  minutes, rest = divmod(int(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def train_phase(

@@ -1,0 +1,160 @@
+"""Prompted tracking of files: a checkpoint of SAM 2, a NIfTI volume and prompts in, a folder out.
+
+    prompted = rfmedsam2_jax.open_volume("ckpt", "ct.nii.gz", window=(40, 400))
+    found = prompted.track([rfmedsam2_jax.VoxelPrompt(1, box=((60, 80, 90), (60, 140, 170)))])
+    found = prompted.correct(found, [rfmedsam2_jax.VoxelPrompt(1, points=((75, 100, 120, True),))])
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfmedsam2_jax.data.datasets import Structure
+from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image, write_label_map
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.inference.tracked import (
+  DEFAULTS,
+  Plane,
+  PromptedVolume,
+  TrackedVolume,
+  VoxelPrompt,
+  intensity_range,
+)
+from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+from rfmedsam2_jax.tracking import TrackingConfig
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint
+
+Window = tuple[float, float] | None
+
+
+def open_volume(
+  checkpoint: str | Path,
+  image: str | Path | Volume,
+  plane: Plane = "axial",
+  window: Window = None,
+  image_size: int | None = None,
+  config: TrackingConfig = DEFAULTS,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PromptedVolume:
+  """A volume that can be prompted.
+
+  Args:
+    checkpoint: folder that `python -m convert` made.
+    image: a NIfTI file, or one that is loaded.
+    plane: across which the slices are cut.
+    window: centre and width of the intensities that SAM sees; None: percentiles of the volume.
+    image_size: side of the square that slices are squashed to; None: the checkpoint's.
+    config: of the tracking.
+
+  Raises:
+    UserError: no checkpoint, no volume, a side that is not divisible by 32.
+  """
+  found = load_checkpoint(checkpoint)
+  sam2 = found.config
+  if image_size is not None:
+    if image_size < 64 or image_size % 32:
+      raise UserError(f"--image-size {image_size}: give a multiple of 32 from 64 on")
+    sam2 = dataclasses.replace(sam2, image_size=image_size)
+  volume = image if isinstance(image, Volume) else load_image(image)
+  return PromptedVolume(SAM2(sam2), found.params, volume, config, plane, window, progress)
+
+
+def write_tracked(
+  out: str | Path,
+  volume: Volume,
+  found: TrackedVolume,
+  window: Window = None,
+  about: dict[str, Any] | None = None,
+  overwrite: bool = False,
+) -> list[Path]:
+  """Writes NAME.nii.gz on the input's grid, NAME.json of scores and NAME.png, a contact sheet.
+
+  Raises:
+    UserError: results that exist already, unless `overwrite`; a folder that cannot be made.
+  """
+  targets = result_paths(out, volume.geometry.path, overwrite)
+  label_map, scores, picture = targets
+  structures = tuple(Structure(f"label {value}", (value,)) for value in found.structures)
+  low, high = intensity_range(volume.array[0], window)
+  case = SheetCase(
+    label_map.name.removesuffix(".nii.gz"), volume.array[0], None, {"tracked": found.labels},
+    volume.spacing, (float(low), float(high)), found.slice_axis,
+  )
+  save_contact_sheet(picture, [case], structures, crop=False)
+  with replacing(scores) as temporary:
+    text = json.dumps({**(about or {}), **_scores(volume, found)}, indent=1)
+    temporary.write_text(text + "\n")
+  write_label_map(label_map, found.labels, volume.geometry)
+  return targets
+
+
+def result_paths(out: str | Path, image: Path, overwrite: bool) -> list[Path]:
+  """The files that `write_tracked` writes; makes their folder, and refuses what exists."""
+  name = image.name
+  for ending in ENDINGS:
+    name = name.removesuffix(ending)
+  targets = [Path(out) / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
+  there = [path for path in targets if path.exists()]
+  if there and not overwrite:
+    raise UserError(f"{there[0]}: exists already; choose another --out or replace it: --overwrite")
+  if image.exists() and any(path.exists() and path.samefile(image) for path in targets):
+    raise UserError(f"{image}: would be replaced by its own result; choose another --out")
+  try:
+    Path(out).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
+  return targets
+
+
+def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
+  """Per structure: volume, and on every slice where it is, presence and predicted IoU."""
+  voxel_ml = float(np.prod(volume.spacing)) / 1000
+  numbers = _file_numbers(volume.geometry, found.slice_axis)
+  prompted = set(found.tracks.prompted)
+  result = {}
+  for track, value in enumerate(found.structures):
+    slices = [
+      {
+        "slice": int(numbers[z]),
+        "presence": round(float(found.presence[track, z]), 4),
+        "iou": round(float(found.iou[track, z]), 4),
+        "prompted": (track, int(z)) in prompted,
+      }
+      for z in np.flatnonzero(found.presence[track] > 0.5)
+    ]
+    count = int((found.labels == value).sum())
+    result[str(value)] = {"volume_ml": round(count * voxel_ml, 3), "slices": slices}
+  return {"structures": result}
+
+
+def _file_numbers(geometry: Geometry, axis: int) -> np.ndarray:
+  """The file's own number of every slice."""
+  numbers = np.arange(geometry.canonical_shape[axis])
+  return numbers[::-1] if geometry.flipped[axis] else numbers
+
+
+def prompts_of_options(
+  volume: Volume,
+  boxes: list[str],
+  points: list[str],
+  files: list[Path],
+  masks: list[Path],
+  plane: Plane,
+  world: bool,
+) -> list[VoxelPrompt]:
+  """Everything that a command line says about what to follow."""
+  from rfmedsam2_jax.inference import prompt_files
+
+  g = volume.geometry
+  return [
+    *(prompt_files.parse_box(text, g, plane, world) for text in boxes),
+    *(prompt_files.parse_point(text, g, plane, world) for text in points),
+    *(p for path in files for p in prompt_files.read_prompts(path, g, world)),
+    *(p for path in masks for p in prompt_files.read_masks(path, g)),
+  ]

@@ -1,0 +1,37 @@
+"""Prompted segmentation of single images: encode once, predict for as many prompts as one likes.
+
+The functions of tracking without the scan; what SAM 2's image predictor computes.
+"""
+
+from typing import Any
+
+from rfmedsam2_jax.nn import SAM2, Decoded, ImageFeatures, Prompts, apply
+
+Array = Any
+
+
+def encode_images(model: SAM2, params: dict[str, Any], images_BSS3: Array) -> ImageFeatures:
+  """Features of images float32 [B, S, S, 3], normalised by ImageNet's mean and deviation."""
+  return apply(model.config, params, images_BSS3, method="encode_image")
+
+
+def predict_masks(
+  model: SAM2,
+  params: dict[str, Any],
+  features: ImageFeatures,
+  prompts: Prompts,
+  multimask: bool = True,
+  dynamic_multimask: bool = True,
+) -> Decoded:
+  """Masks for N prompts, see `point_prompts`; not gated by presence, as SAM 2's image predictor.
+
+  Args:
+    features: leading axis N, or 1 if all prompts are on one image.
+    multimask: three masks each, best for a single point; else one.
+    dynamic_multimask: one mask each: the best of three where the single one is unstable.
+  """
+  conditioned = apply(model.config, params, features.embedding, method="unconditioned")
+  return apply(
+    model.config, params, conditioned, features.high_res, prompts, method="decode",
+    multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
+  )
