@@ -47,6 +47,7 @@ from rfmedsam2_jax.metrics import dice
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.progress import Progress, duration
 from rfmedsam2_jax.report.curves import save_curves
+from rfmedsam2_jax.training.checkpoints import has_checkpoint
 from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
 from rfmedsam2_jax.training.loop import train_phase
@@ -64,6 +65,12 @@ from rfmedsam2_jax.training.step import (
   generator_loss_fn,
   make_step,
   refiner_loss_fn,
+)
+from rfmedsam2_jax.weights.checkpoint import (
+  check_starting_point,
+  config_json,
+  read_config,
+  starting_params,
 )
 from rfmedsam2_jax.weights.orbax import load_params, save_params
 
@@ -84,6 +91,11 @@ def train(
       not finite.
   """
   dataset = read_dataset(config.data.dataset, config.data.structures)
+  source = config.refiner.init_from
+  if source and not resume:
+    check_starting_point(source, config.sam2)  # now, not after the generator
+    if Path(source).absolute().is_relative_to(Path(out).absolute()):
+      raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
   with open_run(out, resume, overwrite) as run:
     if resume:
       _check_same_config(run, config)
@@ -232,12 +244,13 @@ def _count(params: Any) -> int:
 
 
 def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
-  return {
+  about = {
     "phase": phase,
     "config": json.loads(json.dumps(dataclasses.asdict(config))),
     "labels": json.loads(json.dumps(dataclasses.asdict(plan.labels))),
     "versions": versions(),
   }
+  return about | ({"sam2": config_json(config.sam2)} if phase == "refiner" else {})
 
 
 def _train_network(
@@ -342,6 +355,23 @@ def _write_prompts(
     progress(done, len(identifiers))
 
 
+def _starting_refiner(
+  run: RunFolder, config: Config, key: jax.Array, report: Report
+) -> Params:
+  """SAM 2 before the first step: from the checkpoint that the config names, or from scratch."""
+  source = config.refiner.init_from
+  # Once the phase has a checkpoint of its own, that will replace all values given here.
+  if source and not has_checkpoint(run.checkpoints("refiner")):
+    params = starting_params(source, config.sam2, key)
+    run.write("init_from.json", json.dumps(read_config(source)[1], indent=1) + "\n")
+    report(f"refiner: starts from {source}")
+    return params
+  params = init_params(config.sam2, key)
+  if not source and any(stage.residual for stage in config.refinement.stages):
+    params = silenced_decoder(params)
+  return params
+
+
 def _refiner(
   run: RunFolder,
   config: Config,
@@ -354,9 +384,7 @@ def _refiner(
   settings, plan = config.refiner, segmenter.plan
   if not run.params("refiner").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-    params = init_params(config.sam2, init_key)
-    if any(stage.residual for stage in config.refinement.stages):
-      params = silenced_decoder(params)
+    params = _starting_refiner(run, config, init_key, report)
     loss = refiner_loss_fn(segmenter.sam2, settings, config.refinement)
     batches = refiner_batches(
       run / "preprocessed",

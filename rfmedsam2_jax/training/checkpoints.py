@@ -64,6 +64,11 @@ class Checkpoints:
     self._manager.close()
 
 
+def has_checkpoint(folder: Path) -> bool:
+  """Whether a phase has come as far as its first checkpoint; a folder alone does not say so."""
+  return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+
+
 def _plain(state: TrainState) -> dict[str, Any]:
   """The state as a dict of plain arrays; typed random keys become their data."""
   values = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}

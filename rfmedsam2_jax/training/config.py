@@ -52,6 +52,10 @@ class GeneratorConfig:
 class RefinerConfig:
   """Training of SAM 2 as the refiner, on runs of consecutive slices."""
 
+  init_from: str = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
+  # Made by `python -m convert`, or refiner/params of a run; relative to the working directory. The
+  # network must be that of `sam2`; image side, dtype and adapters are the config's own. The decoder
+  # is left as it is in residual stages too, where one from scratch starts silent.
   trainable: tuple[str, ...] = ("*adapter*",)
   # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
   # frozen, without gradient or optimizer state. "*" trains everything.

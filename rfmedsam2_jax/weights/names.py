@@ -135,6 +135,16 @@ def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   return state
 
 
+def official_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
+  """Name and shape of every tensor of an official checkpoint of this size."""
+  shapes = {}
+  for path, shape in tensor_shapes(config).items():
+    name, layout = official_place(path, len(shape))
+    # A view of a single number: nothing of this size is made.
+    shapes[name] = layout.to_official(np.broadcast_to(np.float32(0), shape)).shape
+  return shapes
+
+
 def tensor_shapes(config: SAM2Config) -> dict[Path, tuple[int, ...]]:
   """Path and shape of every parameter but the adapters'."""
   config = dataclasses.replace(config, adapters=AdapterConfig(dwconv=False, cnn=False))

@@ -1,0 +1,5 @@
+"""Checkpoints of SAM 2 into this program and back: `python -m convert`, from a clone.
+
+The only place besides the tests that may import PyTorch, and it does so late: safetensors are read
+without it.
+"""

@@ -1,0 +1,83 @@
+"""`python -m convert SOURCE OUT` and back, `python -m convert --to-torch CHECKPOINT OUT.pt`.
+
+Exit status: 0 done, 2 something that the user can mend (one line says what), 130 interrupted. In
+the last two cases nothing was written.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfmedsam2_jax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Converts one checkpoint; returns the exit status."""
+  options = _parser().parse_args(arguments)
+  try:
+    for name in ("absl", "orbax", "jax"):
+      logging.getLogger(name).setLevel(logging.ERROR)
+    if options.to_torch:
+      from convert.to_torch import to_torch
+
+      to_torch(options.source, options.out, options.overwrite, _report)
+    else:
+      from convert.to_orbax import to_orbax
+
+      to_orbax(options, _report)
+  except UserError as error:
+    print(f"convert: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("convert: interrupted; nothing was written", file=sys.stderr)
+    return 130
+  except OSError as error:
+    if error.filename is None:
+      raise
+    print(f"convert: {error.filename}: {error.strerror}; free it or choose another place",
+          file=sys.stderr)
+    return 2
+  return 0
+
+
+def _report(line: str) -> None:
+  print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m convert",
+    description="Turns a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one of "
+    "this program, or back.",
+  )
+  parser.add_argument(
+    "source", type=Path,
+    help="a .pt or .safetensors file, or a folder of save_pretrained; with --to-torch a checkpoint "
+    "of this program",
+  )
+  parser.add_argument("out", type=Path, help="the checkpoint's folder, or the .pt file")
+  parser.add_argument("--to-torch", action="store_true",
+                      help="write a .pt file that the official class loads")
+  parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+  forward = parser.add_argument_group("towards this program")
+  forward.add_argument("--config", metavar="NAME",
+                       help="the network, where it is not recognised: sam2.1_hiera_tiny and so on, "
+                       "or the YAML file of a training config")
+  forward.add_argument("--image-size", type=int, metavar="PIXELS",
+                       help="side of the square image; 1024 if the source does not say otherwise")
+  forward.add_argument("--allow", action="append", default=[], metavar="NAME",
+                       help="a tensor that may be missing, left over or of another shape, by its "
+                       "official name or a pattern; `memory` is all that Sam2Model lacks; may be "
+                       "given again")
+  forward.add_argument("--adapters", action="store_true",
+                       help="with fresh adapters, which change nothing; training adds them anyway")
+  forward.add_argument("--verify", action="store_true",
+                       help="run the PyTorch network beside and print the largest differences")
+  return parser
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,196 @@
+"""Reading other people's checkpoint files: which tensors they hold, by their names in the file.
+
+.pt files are read as data only (`weights_only`): a pickle that wants to run code is refused. Out:
+`Source`, whose tensors convert.recognise and convert.report judge.
+"""
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rfmedsam2_jax.errors import UserError
+
+# The one tensor by which the network is found inside a file: theirs and Hugging Face's name.
+OFFICIAL_ANCHOR = "image_encoder.trunk.patch_embed.proj.weight"
+HUGGING_FACE_ANCHOR = "vision_encoder.backbone.patch_embed.projection.weight"
+
+
+class Source(NamedTuple):
+  """The network in a file.
+
+  Attributes:
+    path: file or folder, as given.
+    tensors: by name, without prefixes of training; as stored.
+    hugging_face: whether names are those of `transformers`.
+    place: where in the file the network lay, "" for the top.
+    files: SHA-256 of every file that was read, by name.
+    image_size: side of the image, where the source says it.
+  """
+
+  path: Path
+  tensors: dict[str, np.ndarray]
+  hugging_face: bool
+  place: str
+  files: dict[str, str]
+  image_size: int | None
+
+
+def read_source(path: Path) -> Source:
+  """Reads a .pt or .safetensors file, or a folder that `transformers` saved.
+
+  Raises:
+    UserError: no such file, no checkpoint, a damaged one, one that would run code, one without
+      SAM 2 in it.
+  """
+  if not path.exists():
+    raise UserError(f"{path}: no such file; give a checkpoint (.pt, .safetensors or a folder)")
+  files = _files(path)
+  tree: dict[Any, Any] = {}
+  for file in files:
+    is_safetensors = file.suffix == ".safetensors"
+    tree |= _read_safetensors(file) if is_safetensors else _read_torch(file)
+  place, hugging_face, tensors = _find_network(tree, path)
+  return Source(
+    path=path,
+    tensors={name: _as_array(x) for name, x in tensors.items()},
+    hugging_face=hugging_face,
+    place=place,
+    files={file.name: _sha256(file) for file in files},
+    image_size=_image_size(path, files[0].parent),
+  )
+
+
+def _files(path: Path) -> list[Path]:
+  """The files with tensors: the one given, or those of a folder."""
+  if path.is_file():
+    return [path]
+  index = path / "model.safetensors.index.json"
+  if index.is_file():
+    try:
+      names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+      raise UserError(f"{index}: is no index of safetensors; download it again") from None
+    if gone := [name for name in names if not (path / name).is_file()]:
+      raise UserError(f"{path / gone[0]}: is missing; download the folder again")
+    return [path / name for name in names]
+  file = path / "model.safetensors"
+  if not file.is_file():
+    raise UserError(
+      f"{path}: has no model.safetensors; give a checkpoint file or a folder of save_pretrained"
+    )
+  return [file]
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+  try:
+    from safetensors.numpy import load_file
+  except ImportError:
+    raise UserError("reading .safetensors needs the package: pip install safetensors") from None
+  try:
+    return load_file(file)
+  except Exception as error:  # its own kind of error, and others for types that numpy lacks
+    raise UserError(
+      f"{file}: cannot be read as safetensors ({_line(error)}); download it again"
+    ) from None
+
+
+def _read_torch(file: Path) -> dict[Any, Any]:
+  try:
+    import torch
+  except ImportError:
+    raise UserError("reading .pt needs PyTorch: pip install torch") from None
+  import pickle
+
+  try:
+    # Only files of torch's zip format can be mapped; older ones are read.
+    tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+  except pickle.UnpicklingError as error:
+    found = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:global|class):? (\S+)", str(error))
+    if found is None:
+      raise UserError(f"{file}: is no checkpoint of PyTorch; check the file") from None
+    what = next(part for part in found.groups() if part).strip(",")
+    raise UserError(
+      f"{file}: holds more than tensors ({what}), and unpickling that could run code, so it was "
+      "not read; have its author save the state dict alone"
+    ) from None
+  except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+    raise UserError(
+      f"{file}: is damaged or no checkpoint of PyTorch ({_line(error)}); download it again"
+    ) from None
+  if not isinstance(tree, Mapping):
+    raise UserError(f"{file}: holds a {type(tree).__name__} and no state dict; check the file")
+  return dict(tree)
+
+
+def _find_network(tree: Mapping[Any, Any], path: Path) -> tuple[str, bool, dict[str, Any]]:
+  """Where SAM 2 lies in nested dicts, whether its names are Hugging Face's, and its tensors.
+
+  Checkpoints of training hold more than the network (optimizer, epoch), put it under "model" or
+  "state_dict", and its names behind "module.", "model." or "sam2.". The anchor's place tells.
+  """
+  found = []
+  for where, state in _dicts(tree, ""):
+    names = {name.replace("_orig_mod.", ""): name for name in state if isinstance(name, str)}
+    for anchor in (OFFICIAL_ANCHOR, HUGGING_FACE_ANCHOR):
+      for name in names:
+        prefix = name.removesuffix(anchor)
+        if name != prefix and (not prefix or prefix.endswith(".")):
+          inside = {
+            new.removeprefix(prefix): state[old] for new, old in names.items()
+            if hasattr(state[old], "shape")
+          }
+          found.append((where + prefix, anchor == HUGGING_FACE_ANCHOR, inside))
+  if not found:
+    count = sum(hasattr(x, "shape") for _, state in _dicts(tree, "") for x in state.values())
+    raise UserError(
+      f"{path}: is no checkpoint of SAM 2 (none of its {count} tensors is {OFFICIAL_ANCHOR}); "
+      "check the file"
+    )
+  if len(found) > 1:
+    places = " and ".join(repr(where) for where, _, _ in found)
+    raise UserError(f"{path}: holds SAM 2 more than once, at {places}; save one of them alone")
+  return found[0]
+
+
+def _dicts(tree: Mapping[Any, Any], where: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+  """A nested dict and all dicts in it, with their place."""
+  yield where, tree
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _dicts(value, f"{where}{key}.")
+
+
+def _as_array(x: Any) -> np.ndarray:
+  """A numpy array or torch tensor as float32; a view where it is float32 already."""
+  if not isinstance(x, np.ndarray):
+    x = x.detach().float().numpy()
+  return x.astype(np.float32, copy=False)
+
+
+def _image_size(path: Path, folder: Path) -> int | None:
+  """The side that config.json beside safetensors says, or 512 where the name says MedSAM2."""
+  config = folder / "config.json"
+  if config.is_file():
+    try:
+      tree = json.loads(config.read_text(encoding="utf-8"))
+      size = tree["prompt_encoder_config"]["image_size"]
+    except (ValueError, KeyError, TypeError):
+      return None  # of something else
+    return size if isinstance(size, int) else size[0]
+  return 512 if "medsam2" in path.name.lower() else None
+
+
+def _sha256(file: Path) -> str:
+  with open(file, "rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _line(error: Exception) -> str:
+  """The first line of an error's text, without its end mark."""
+  return (str(error).strip().split("\n")[0] or type(error).__name__)[:160].rstrip(".")

@@ -1,0 +1,50 @@
+"""Back: a checkpoint of ours as a .pt file that the official class loads strictly."""
+
+import fnmatch
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from convert.outputs import check_target, replacing
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint
+from rfmedsam2_jax.weights.names import to_official
+
+
+def to_torch(folder: Path, out: Path, overwrite: bool, report: Callable[[str], None]) -> None:
+  """Writes {"model": state dict}.
+
+  Raises:
+    UserError: no checkpoint, adapters that have learned something, an output that exists.
+  """
+  try:
+    import torch
+  except ImportError:
+    raise UserError("--to-torch needs PyTorch: pip install torch") from None
+  check_target(out, overwrite, is_ours=out.is_file())
+  params = load_checkpoint(folder).params
+  adapters = _adapters(params)
+  if learned := [name for name, fresh in adapters.items() if not fresh]:
+    raise UserError(
+      f"{folder}: {len(learned)} of its {len(adapters)} adapters are not the identity (the first: "
+      f"{learned[0]}), and the official class has no place for them; it would compute another thing"
+    )
+  state = {name: torch.from_numpy(np.array(x)) for name, x in to_official(params).items()}
+  with replacing(out) as temporary:
+    torch.save({"model": state}, temporary)
+  if adapters:
+    report(f"left out {len(adapters)} adapters; they are the identity, so nothing changes")
+  report(f"{out}: {len(state)} tensors")
+
+
+def _adapters(params: dict[str, Any]) -> dict[str, bool]:
+  """Path of every adapter, and whether it is the identity: its last layer is zero."""
+  flat = flatten_dict(params, sep="/")
+  found: dict[str, bool] = {}
+  for path in fnmatch.filter(flat, "*/adapter/up/*"):
+    name = path.split("/adapter/")[0] + "/adapter"
+    found[name] = found.get(name, True) and not np.any(flat[path])
+  return found

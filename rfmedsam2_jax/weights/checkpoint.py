@@ -1,0 +1,149 @@
+"""SAM 2 with its parameters as one folder on disk, and what it takes to train on from it.
+
+A checkpoint describes itself: its config lies beside the parameters. Made by `python -m convert`
+from other people's files, and by training (`refiner/params` of a run).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+import pydantic
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.nn.initialisation import init_params
+from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.sam2 import SAM2Config
+from rfmedsam2_jax.weights.orbax import Params, load_params, save_params
+
+# Fields that change what is computed, but not which parameters there are.
+_FREE = ("image_size", "dtype", "adapters")
+
+
+class Checkpoint(NamedTuple):
+  """config: of the network. params: float32. about: JSON of where it came from."""
+
+  config: SAM2Config
+  params: Params
+  about: dict[str, Any]
+
+
+def save_checkpoint(
+  folder: str | Path, config: SAM2Config, params: Params, about: dict[str, Any]
+) -> None:
+  """Writes a folder that `load_checkpoint` reads without being told a config."""
+  save_params(folder, params, about | {"sam2": config_json(config)})
+
+
+def config_json(config: SAM2Config) -> dict[str, Any]:
+  """What a checkpoint says of its network, under "sam2"."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+  """Reads a checkpoint of SAM 2.
+
+  Raises:
+    UserError: no checkpoint, a damaged one, or one of something else.
+  """
+  config, about = read_config(folder)
+  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+  return Checkpoint(config, load_params(folder, shapes), about)
+
+
+def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
+  """The config of a checkpoint and all that it says of itself, without its parameters."""
+  path = Path(folder).absolute()
+  if not path.exists():
+    raise UserError(f"{folder}: no such checkpoint; check the path or make one, docs/convert.md")
+  if not (path / "about").is_dir():
+    raise UserError(
+      f"{folder}: is no checkpoint of this program; make one from it with python -m convert"
+    )
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
+      about = checkpointer.restore(path, args=wanted)["about"]
+  # Orbax raises many kinds for a damaged folder.
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0][:200]
+    raise UserError(f"{folder}: is damaged ({reason}); copy or make it anew") from error
+  if "sam2" not in about:
+    raise UserError(f"{folder}: is a checkpoint, but not of SAM 2; give one of SAM 2")
+  try:
+    known = {field.name for field in dataclasses.fields(SAM2Config)}
+    if unknown := sorted(about["sam2"].keys() - known):
+      raise ValueError(f"sam2.{unknown[0]} is unknown")
+    return pydantic.TypeAdapter(SAM2Config).validate_python(about["sam2"]), about
+  except ValueError as error:  # pydantic's is one
+    reason = str(error).strip().split("\n")[0]
+    raise UserError(
+      f"{folder}: was made by another version ({reason} in its config); make it anew"
+    ) from None
+
+
+def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
+  """Parameters with all adapters of `config`: fresh where there were none, kept where there were.
+
+  Fresh adapters are the identity: the network computes the same bits with them as without.
+
+  Raises:
+    ValueError: `params` is of another network, or has adapters that `config` has not.
+  """
+  fresh, given = flatten_dict(init_params(config, key), sep="/"), flatten_dict(params, sep="/")
+  for path, x in given.items():
+    if path not in fresh or fresh[path].shape != x.shape:
+      raise ValueError(f"{path} {x.shape} is not in the network that the config describes")
+  if missing := sorted(p for p in fresh.keys() - given.keys() if "/adapter/" not in p):
+    raise ValueError(f"{missing[0]} is missing")
+  return unflatten_dict(fresh | given, sep="/")
+
+
+def first_difference(ours: SAM2Config, theirs: SAM2Config) -> str | None:
+  """The first field by which two configs have other parameters, adapters apart; None if none."""
+  for field in dataclasses.fields(SAM2Config):
+    if field.name not in _FREE and getattr(ours, field.name) != getattr(theirs, field.name):
+      return field.name
+  return None
+
+
+def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
+  """Sees to it that `starting_params` will work, without reading parameters.
+
+  Raises:
+    UserError: no checkpoint, or one of another network than `config`.
+  """
+  found, _ = read_config(folder)
+  name = first_difference(config, found)
+  if name is not None:
+    raise UserError(
+      f"{folder}: its network has {name}={_short(getattr(found, name))}, the config has sam2."
+      f"{name}={_short(getattr(config, name))}; set sam2 to the network of the checkpoint"
+    )
+  theirs, ours = found.adapters, config.adapters
+  for kind in ("dwconv", "cnn"):
+    if getattr(theirs, kind) and (not getattr(ours, kind) or theirs.width != ours.width):
+      raise UserError(
+        f"{folder}: has {kind} adapters of width {theirs.width}; set sam2.adapters.{kind}=true and "
+        f"sam2.adapters.width={theirs.width}"
+      )
+
+
+def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Params:
+  """The parameters of a checkpoint for training `config`, with fresh adapters where it has none.
+
+  The image sides may differ: whatever depends on them is computed and not learned.
+
+  Raises:
+    UserError: see `check_starting_point`.
+  """
+  check_starting_point(folder, config)
+  return with_adapters(load_checkpoint(folder).params, config, key)
+
+
+def _short(value: Any) -> str:
+  return str(value).replace(" ", "")
