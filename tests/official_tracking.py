@@ -17,7 +17,7 @@ torch = torch_sam2.torch
 class Step:
   """One slice of one object as the official predictor ran it, from its own memories.
 
-  known: slice -> (is conditioning, memory map [E, G, G] of bfloat16 values, pointer [C]).
+  known: slice -> (is conditioning, the original's outputs there), what it could read.
   """
 
   track: int
@@ -45,10 +45,12 @@ class OfficialTracker:
 
   Args:
     slices: float32 [D, S, S, 3], normalised.
+    record: keep every step, with what it read.
   """
 
-  def __init__(self, model, slices):
+  def __init__(self, model, slices, record=True):
     self.model, self.depth, self.side = model, len(slices), slices.shape[1]
+    self.record = record
     frames = torch_sam2.nchw(slices), self.side, self.side
     with mock.patch("sam2.sam2_video_predictor.load_video_frames", return_value=frames):
       self.state = model.init_state("in memory")
@@ -74,7 +76,7 @@ class OfficialTracker:
     with contextlib.redirect_stderr(io.StringIO()):
       for prompt in prompts:
         self.prompt(prompt)
-      with self._recording():
+      with self._recording() if self.record else contextlib.nullcontext():
         for reverse in (False, True):
           for _ in self.model.propagate_in_video(self.state, reverse=reverse):
             pass
@@ -93,7 +95,7 @@ class OfficialTracker:
     def record(**arguments):
       outputs = arguments["output_dict"]
       known = {
-        z: (conditioning, _map(out), out["obj_ptr"][0].numpy())
+        z: (conditioning, out)
         for conditioning, kind in ((True, "cond_frame_outputs"), (False, "non_cond_frame_outputs"))
         for z, out in outputs[kind].items()
       }
@@ -101,7 +103,7 @@ class OfficialTracker:
       self.steps.append(Step(
         tracks[id(outputs)], arguments["frame_idx"], arguments["reverse"], known,
         masks[0, 0].numpy(), out["object_score_logits"].item(), out["obj_ptr"][0].numpy(),
-        _map(out),
+        memory_map(out),
       ))
       return out, masks
 
@@ -122,5 +124,6 @@ class OfficialTracker:
     )
 
 
-def _map(out):
+def memory_map(out):
+  """What the original stored of a slice, float32 [E, G, G] of bfloat16 values."""
   return out["maskmem_features"][0].float().numpy()

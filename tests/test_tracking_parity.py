@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_sam2
-from official_tracking import OfficialTracker
+from official_tracking import OfficialTracker, memory_map
 
 from rfmedsam2_jax.nn import PRESETS, SAM2, AdapterConfig, MemorySlots, apply, no_prompts
 from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
@@ -221,8 +221,8 @@ def slots_of(step, depth):
   """What the original reads at this step, in a fixed number of slots."""
   sign = -1 if step.reverse else 1
   behind = {z: (step.slice - z) * sign for z in step.known}
-  given = [z for z, (conditioning, *_) in step.known.items() if conditioning]
-  recent = [z for z, (conditioning, *_) in step.known.items()
+  given = [z for z, (conditioning, _) in step.known.items() if conditioning]
+  recent = [z for z, (conditioning, _) in step.known.items()
             if not conditioning and 1 <= behind[z] <= 15]
   spatial = given + [z for z in recent if behind[z] <= 6]
   heard = [z for z in given if behind[z] >= 0] + recent
@@ -236,11 +236,11 @@ def slots_of(step, depth):
 
   grid = step.maps.shape[1:]
   return MemorySlots(
-    maps=filled(maps, [np.moveaxis(step.known[z][1], 0, -1) for z in spatial],
+    maps=filled(maps, [np.moveaxis(memory_map(step.known[z][1]), 0, -1) for z in spatial],
                 (*grid, step.maps.shape[0])),
     rows=filled(maps, [6 if z in given else behind[z] - 1 for z in spatial], dtype=np.int32),
     valid=filled(maps, [True] * len(spatial), dtype=bool),
-    pointers=filled(pointers, [step.known[z][2] for z in heard], step.pointer.shape),
+    pointers=filled(pointers, [step.known[z][1]["obj_ptr"][0] for z in heard], step.pointer.shape),
     pointer_positions=filled(pointers, [behind[z] / (min(depth, 16) - 1) for z in heard]),
     pointer_valid=filled(pointers, [True] * len(heard), dtype=bool),
   )

@@ -123,7 +123,7 @@ class PromptedVolume:
     chosen = self._slices[numbers].astype(np.float32)
     shown = np.clip((chosen - self._low) / (self._high - self._low), 0, 1)
     rgb = as_rgb(resize_linear(shown, self._side)[None])
-    return ((rgb - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)).astype(np.float32)
+    return (rgb - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
 
   def track(self, prompts: Sequence[VoxelPrompt]) -> TrackedVolume:
     """Follows every structure from its prompts, round after round.
@@ -167,9 +167,10 @@ class PromptedVolume:
         raise UserError(f"{prompt.source}: label {prompt.label} is not being tracked; "
                         "prompt it in the first round")
       track = structures.index(prompt.label)
-      new = self._from_mask(track, prompt) if prompt.mask is not None else [
-        self._from_points(track, prompt)
-      ]
+      if prompt.mask is not None:
+        new = self._from_mask(track, prompt.mask)
+      else:
+        new = [self._from_points(track, prompt)]
       for one in new:
         key = track, one.slice
         found[key] = _joined(found[key], one, prompt.source) if key in found else one
@@ -204,12 +205,12 @@ class PromptedVolume:
       track, int(slices[0]), xy.astype(np.float32), np.array(inside, np.int32), box
     )
 
-  def _from_mask(self, track: int, prompt: VoxelPrompt) -> list[SlicePrompt]:
-    slices = np.moveaxis(prompt.mask, self._axis, 0)
+  def _from_mask(self, track: int, mask: np.ndarray) -> list[SlicePrompt]:
+    slices = np.moveaxis(mask, self._axis, 0)
     numbers = np.flatnonzero(slices.any(axis=(1, 2)))
     # As the official predictor brings masks to its side.
     masks = resize_linear(slices[numbers].astype(np.float32), self._side) >= 0.5
-    return [SlicePrompt(track, int(z), mask=mask) for z, mask in zip(numbers, masks, strict=True)]
+    return [SlicePrompt(track, int(z), mask=one) for z, one in zip(numbers, masks, strict=True)]
 
   def _result(self, tracks: Tracks, structures: tuple[int, ...]) -> TrackedVolume:
     """Fuses the masks slice by slice, so that no volume of logits is made."""
