@@ -1,8 +1,10 @@
 """Prompted tracking against the official video predictor: its bfloat16 memories, its overrides.
 
 The largest difference is relative to the largest value of the reference, the -1024 of absent
-objects left out. From the original's own memories a step agrees to 1e-4. Over a whole volume the
-memories, rounded to bfloat16 on both sides, now and then round apart: 3e-4.
+objects left out. float32 allows about 2e-6 here, and the bound for the small network is 1e-5, since
+the smallest of the mistakes in test_tracking_mistakes moves logits by 3e-5. Full networks have more
+layers to round in, and memories that are rounded to bfloat16 on both sides may round apart: 1e-4
+for a step from the original's own memories, 3e-4 over a whole volume.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from rfmedsam2_jax.nn import PRESETS, SAM2, AdapterConfig, MemorySlots, apply, n
 from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import decode_cells, gated_logits, remember_cells
 
-STEP, FREE = 1e-4, 3e-4
+SMALL, STEP, FREE = 1e-5, 1e-4, 3e-4
 BARE = AdapterConfig(dwconv=False, cnn=False)
 SIZES = {
   "small": dataclasses.replace(torch_sam2.TINY, image_size=256),
@@ -155,7 +157,7 @@ def pair(size, scenario):
   return Pair(size, scenario)
 
 
-def assert_the_same_volume(found: Pair):
+def assert_the_same_volume(found: Pair, bound=SMALL):
   ours, theirs = found.ours.cells, found.theirs
   np.testing.assert_array_equal(ours.presence > 0, theirs.presence > 0)
   # A given mask is its own output: it would only blur the scale.
@@ -175,11 +177,11 @@ def assert_the_same_volume(found: Pair):
   agree = (masks == (theirs.logits > 0)).mean()
   shares = {name: f"{value:.1e}" for name, value in errors.items()}
   print(f"\n{shares}; masks agree on {agree:.4%}, foreground {masks.mean():.0%}")
-  assert max(errors.values()) < FREE, errors
+  assert max(errors.values()) < bound, errors
   assert agree >= 0.9999
 
 
-def assert_the_same_steps(found: Pair):
+def assert_the_same_steps(found: Pair, bound=SMALL):
   """Every step of the original once more, from the original's own memories."""
   config, model, depth = found.config, found.model, len(found.slices)
   prompted = {(t, z) for t, z in found.ours.prompted}
@@ -206,7 +208,7 @@ def assert_the_same_steps(found: Pair):
   print(f"\n{len(compared['presence'])} steps: {shares}")
   # What the original has stored is rounded to 8 bits of mantissa: half a unit of its last place.
   assert worst.pop("memory") < 2**-8
-  assert max(worst.values()) < STEP, worst
+  assert max(worst.values()) < bound, worst
 
 
 def _step(model, params, features, slots):
@@ -279,7 +281,7 @@ def test_sam2_without_what_2_1_added_is_tracked_alike():
 ])
 def test_the_full_network_is_tracked_as_the_official_predictor_does(size, scenario):
   found = pair(size, scenario)
-  assert_the_same_volume(found)
+  assert_the_same_volume(found, FREE)
   if "correct" not in scenario:
-    assert_the_same_steps(found)
+    assert_the_same_steps(found, STEP)
   pair.cache_clear()
