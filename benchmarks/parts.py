@@ -1,4 +1,4 @@
-"""The parts of SAM 2.1 that tracking is made of, on the CPU: ours and the official ones, in one run.
+"""The parts of SAM 2.1 that tracking is made of, on the CPU: ours and the official ones.
 
 python benchmarks/parts.py [--size tiny] [--side 512] [--objects 1 3] [--threads 2]
 

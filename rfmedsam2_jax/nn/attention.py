@@ -26,38 +26,38 @@ _CPU_KEPT_SCORES = 2**23
 
 
 def dot_product_attention(
-  q_BNHD: Array, k_BMHD: Array, v_BMHD: Array, mask_BM: Array | None = None
+  q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None = None
 ) -> Array:
   """softmax(q k' / sqrt(D)) v per head; the softmax is float32 whatever the inputs are.
 
   Args:
     q_BNHD: queries [B, N, H, D].
     k_BMHD: keys [B, M, H, D].
-    v_BMHD: values [B, M, H, D].
+    v_BMHV: values [B, M, H, V]; cuDNN is used only where V = D.
     mask_BM: bool [B, M], False for keys that take no part. Where a row of the batch has no key
       left, the result is zero, and so are the gradients.
 
   Returns:
-    [B, N, H, D] in the dtype of the queries.
+    [B, N, H, V] in the dtype of the queries.
   """
   if mask_BM is not None:
     # A row without keys attends to all of them and its result is thrown away: no softmax ever
     # sees an empty row, so no NaN arises in the value or in the gradient.
     some_B = mask_BM.any(axis=-1)
     mask_BM = mask_BM | ~some_B[:, None]
-  if _fits_cudnn(q_BNHD):
+  if v_BMHV.shape[-1] == q_BNHD.shape[-1] and fits_cudnn(q_BNHD):
     mask = None if mask_BM is None else mask_BM[:, None, None, :]
     out = jax.nn.dot_product_attention(
-      q_BNHD, k_BMHD, v_BMHD, mask=mask, implementation="cudnn"
+      q_BNHD, k_BMHD, v_BMHV, mask=mask, implementation="cudnn"
     )
   else:
-    out = _einsum_attention(q_BNHD, k_BMHD, v_BMHD, mask_BM)
+    out = _einsum_attention(q_BNHD, k_BMHD, v_BMHV, mask_BM)
   if mask_BM is not None:
     out = jnp.where(some_B[:, None, None, None], out, 0)
   return out
 
 
-def _fits_cudnn(q_BNHD: Array) -> bool:
+def fits_cudnn(q_BNHD: Array) -> bool:
   """Whether cuDNN's fused attention takes these arrays: half precision, limited head width."""
   if jax.default_backend() != "gpu" or q_BNHD.dtype not in (jnp.bfloat16, jnp.float16):
     return False
@@ -84,14 +84,15 @@ def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Ar
   if scores // batch <= limit:  # some rows of the batch at a time
     pieces = batch // largest_divisor(batch, limit * batch // scores)
     rows = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (q, k, v, mask_BM))
-    return jax.lax.map(lambda row: attend(*row), rows).reshape(q.shape)
+    out = jax.lax.map(lambda row: attend(*row), rows)
+    return out.reshape(*q.shape[:3], -1)
 
   # One head of one row of the batch at a time, and of it some queries.
   chunks = 1 << max(0, math.ceil(math.log2(queries * keys / limit)))  # grids have even sides
   size = -(-queries // chunks)
   q = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
   q, k, v = (
-    x.transpose(0, 2, 1, 3).reshape(batch * heads, n, 1, -1, 1, width)
+    x.transpose(0, 2, 1, 3).reshape(batch * heads, n, 1, -1, 1, x.shape[-1])
     for x, n in ((q, chunks), (k, 1), (v, 1))
   )
   mask = None if mask_BM is None else jnp.repeat(mask_BM, heads, axis=0)[:, None]
@@ -100,23 +101,23 @@ def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Ar
     q, k, v, mask = inputs
     return jax.lax.map(lambda chunk: attend(chunk, k[0], v[0], mask), q)
 
-  out = jax.lax.map(head, (q, k, v, mask)).reshape(batch, heads, -1, width)[:, :, :queries]
+  out = jax.lax.map(head, (q, k, v, mask)).reshape(batch, heads, chunks * size, -1)[:, :, :queries]
   return out.transpose(0, 2, 1, 3)
 
 
-def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHD: Array, mask_BM: Array | None) -> Array:
+def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None) -> Array:
   """Attention of scaled queries; every row of the mask has a True."""
   # Batch and head side by side in front: XLA:CPU is slow at products that are not laid out so.
-  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BNHD, k_BMHD, v_BMHD))
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BNHD, k_BMHD, v_BMHV))
   scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
   if mask_BM is not None:
     scores = jnp.where(mask_BM[:, None, None, :], scores, -jnp.inf)
   peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - peak)
-  # Divided after the product, which has D columns where the scores have M.
+  # Divided after the product, which has V columns where the scores have M.
   total = weights.sum(axis=-1, keepdims=True)
   out = jnp.einsum(
-    "bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    "bhnm,bhmv->bhnv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
   return (out / total).astype(q.dtype).transpose(0, 2, 1, 3)
 
