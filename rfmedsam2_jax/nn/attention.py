@@ -5,53 +5,59 @@ Everything in SAM 2 that attends (hiera, mask_decoder, memory_attention) goes th
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.pieces import largest_divisor
 
-# Scores (batch x heads x queries x keys) above which they are computed in chunks of queries, each
-# half as large. On a CPU they leave the caches there: global attention of SAM 2.1 tiny at 1024 (64
-# million scores) takes 0.42 s of one core in chunks, 0.74 s at once. Elsewhere only memory counts.
-_CPU_SCORES = 2**23
+# Scores (batch x heads x queries x keys) that are computed at once: so many that on a CPU they stay
+# in the caches, where more queries are worth reading wider keys for; elsewhere only memory counts.
+# On one core, all at once and so: global attention of SAM 2.1 tiny at 1024 (64 million scores of
+# width 96) 0.74 and 0.30 s, at 512 28 and 18 ms; 25 windows of 14 x 14 with pooled queries 31 and
+# 15 ms.
+_CPU_SCORES_PER_CHANNEL = 2**14
 _ACCELERATOR_SCORES = 2**28
+# Scores that are kept for the backward pass; more are computed again.
+_CPU_KEPT_SCORES = 2**23
 
 
 def dot_product_attention(
-  q_BNHD: Array, k_BMHD: Array, v_BMHD: Array, mask_BM: Array | None = None
+  q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None = None
 ) -> Array:
   """softmax(q k' / sqrt(D)) v per head; the softmax is float32 whatever the inputs are.
 
   Args:
     q_BNHD: queries [B, N, H, D].
     k_BMHD: keys [B, M, H, D].
-    v_BMHD: values [B, M, H, D].
+    v_BMHV: values [B, M, H, V]; cuDNN is used only where V = D.
     mask_BM: bool [B, M], False for keys that take no part. Where a row of the batch has no key
       left, the result is zero, and so are the gradients.
 
   Returns:
-    [B, N, H, D] in the dtype of the queries.
+    [B, N, H, V] in the dtype of the queries.
   """
   if mask_BM is not None:
     # A row without keys attends to all of them and its result is thrown away: no softmax ever
     # sees an empty row, so no NaN arises in the value or in the gradient.
     some_B = mask_BM.any(axis=-1)
     mask_BM = mask_BM | ~some_B[:, None]
-  if _fits_cudnn(q_BNHD):
+  if v_BMHV.shape[-1] == q_BNHD.shape[-1] and fits_cudnn(q_BNHD):
     mask = None if mask_BM is None else mask_BM[:, None, None, :]
     out = jax.nn.dot_product_attention(
-      q_BNHD, k_BMHD, v_BMHD, mask=mask, implementation="cudnn"
+      q_BNHD, k_BMHD, v_BMHV, mask=mask, implementation="cudnn"
     )
   else:
-    out = _einsum_attention(q_BNHD, k_BMHD, v_BMHD, mask_BM)
+    out = _einsum_attention(q_BNHD, k_BMHD, v_BMHV, mask_BM)
   if mask_BM is not None:
     out = jnp.where(some_B[:, None, None, None], out, 0)
   return out
 
 
-def _fits_cudnn(q_BNHD: Array) -> bool:
+def fits_cudnn(q_BNHD: Array) -> bool:
   """Whether cuDNN's fused attention takes these arrays: half precision, limited head width."""
   if jax.default_backend() != "gpu" or q_BNHD.dtype not in (jnp.bfloat16, jnp.float16):
     return False
@@ -62,40 +68,58 @@ def _fits_cudnn(q_BNHD: Array) -> bool:
 
 
 def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Array:
-  """The plain computation, chunked over queries where the scores would be large."""
+  """The plain computation, in pieces where the scores would be large."""
   batch, queries, heads, width = q.shape
-  limit = _CPU_SCORES if jax.default_backend() == "cpu" else _ACCELERATOR_SCORES
-  scores = batch * heads * queries * k.shape[1]
-  # Batch and head side by side in front: XLA:CPU is slow at products that are not laid out so.
-  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * (width**-0.5), k, v))
-  chunks = 1 if scores <= limit else min(queries, -(-2 * scores // limit))
-  if chunks == 1:
-    out = _attend(q, k, v, mask_BM)
-  else:
-    size = -(-queries // chunks)
-    padding = -queries % size
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    q = q.reshape(batch, heads, -1, size, width).transpose(2, 0, 1, 3, 4)
-    # Without the checkpoint, the backward pass would keep every chunk's scores after all.
-    attend = jax.checkpoint(functools.partial(_attend, mask_BM=mask_BM))
-    out = jax.lax.map(lambda chunk: attend(chunk, k, v), q)
-    out = out.transpose(1, 2, 0, 3, 4).reshape(batch, heads, -1, width)[:, :, :queries]
+  keys = k.shape[1]
+  cpu = jax.default_backend() == "cpu"
+  limit = _CPU_SCORES_PER_CHANNEL * width if cpu else _ACCELERATOR_SCORES
+  scores = batch * heads * queries * keys
+  q = q * (width**-0.5)
+  if scores <= limit:
+    return _attend(q, k, v, mask_BM)
+  attend = _attend
+  if scores > (_CPU_KEPT_SCORES if cpu else limit):
+    attend = jax.checkpoint(_attend)
+
+  if scores // batch <= limit:  # some rows of the batch at a time
+    pieces = batch // largest_divisor(batch, limit * batch // scores)
+    rows = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (q, k, v, mask_BM))
+    out = jax.lax.map(lambda row: attend(*row), rows)
+    return out.reshape(*q.shape[:3], -1)
+
+  # One head of one row of the batch at a time, and of it some queries.
+  chunks = 1 << max(0, math.ceil(math.log2(queries * keys / limit)))  # grids have even sides
+  size = -(-queries // chunks)
+  q = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
+  q, k, v = (
+    x.transpose(0, 2, 1, 3).reshape(batch * heads, n, 1, -1, 1, x.shape[-1])
+    for x, n in ((q, chunks), (k, 1), (v, 1))
+  )
+  mask = None if mask_BM is None else jnp.repeat(mask_BM, heads, axis=0)[:, None]
+
+  def head(inputs: tuple[Array, Array, Array, Array | None]) -> Array:
+    q, k, v, mask = inputs
+    return jax.lax.map(lambda chunk: attend(chunk, k[0], v[0], mask), q)
+
+  out = jax.lax.map(head, (q, k, v, mask)).reshape(batch, heads, chunks * size, -1)[:, :, :queries]
   return out.transpose(0, 2, 1, 3)
 
 
-def _attend(q_BHND: Array, k_BHMD: Array, v_BHMD: Array, mask_BM: Array | None) -> Array:
-  """Attention of scaled queries, heads in front; every row of the mask has a True."""
-  scores = jnp.einsum("bhnd,bhmd->bhnm", q_BHND, k_BHMD, preferred_element_type=jnp.float32)
+def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None) -> Array:
+  """Attention of scaled queries; every row of the mask has a True."""
+  # Batch and head side by side in front: XLA:CPU is slow at products that are not laid out so.
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BNHD, k_BMHD, v_BMHV))
+  scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
   if mask_BM is not None:
     scores = jnp.where(mask_BM[:, None, None, :], scores, -jnp.inf)
   peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - peak)
-  # Divided after the product, which has D columns where the scores have M.
+  # Divided after the product, which has V columns where the scores have M.
   total = weights.sum(axis=-1, keepdims=True)
   out = jnp.einsum(
-    "bhnm,bhmd->bhnd", weights.astype(v_BHMD.dtype), v_BHMD, preferred_element_type=jnp.float32
+    "bhnm,bhmv->bhnv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
-  return (out / total).astype(q_BHND.dtype)
+  return (out / total).astype(q.dtype).transpose(0, 2, 1, 3)
 
 
 @functools.lru_cache(maxsize=32)

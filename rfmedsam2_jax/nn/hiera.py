@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rfmedsam2_jax.nn.adapters import AdapterConfig, DWConvAdapter
 from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.pieces import map_pieces
 from rfmedsam2_jax.nn.positions import hiera_positions
 
 
@@ -105,6 +106,22 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
+    batch, height, width, channels = x_BHWC.shape
+    # Windows know nothing of each other, so a row of them can go for itself; where they do not
+    # tile the image, or there are none, only whole images can.
+    rows = self.window if self.window and height % self.window == 0 else height
+    x = x_BHWC.reshape(-1, rows, width, channels)
+    x = map_pieces(Block._attend, self, x, rows * width * 3 * self.features)
+    scale = 2 if self.pool else 1
+    height, width = height // scale, width // scale
+    if self.adapters.dwconv:
+      x = x.reshape(batch, height, width, self.features)
+      x = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
+    x = map_pieces(Block._transform, self, x.reshape(-1, self.features), 4 * self.features)
+    return x.reshape(batch, height, width, self.features)
+
+  def _attend(self, x_BHWC: Array) -> Array:
+    """Attention with its shortcut."""
     shortcut = x_BHWC
     x = layer_norm(1e-6, dtype=self.dtype, name="norm1")(x_BHWC)
     if x.shape[-1] != self.features:
@@ -112,14 +129,16 @@ class Block(nn.Module):
       shortcut = nn.Dense(self.features, dtype=self.dtype, name="proj")(x)
       if self.pool:
         shortcut = max_pool2(shortcut)
-    x = shortcut + MultiScaleAttention(
+    attention = MultiScaleAttention(
       self.features, self.num_heads, self.window, self.pool, dtype=self.dtype, name="attn"
-    )(x)
-    if self.adapters.dwconv:
-      x = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
-    y = layer_norm(1e-6, dtype=self.dtype, name="norm2")(x)
+    )
+    return shortcut + attention(x)
+
+  def _transform(self, x_NC: Array) -> Array:
+    """The MLP with its shortcut."""
+    y = layer_norm(1e-6, dtype=self.dtype, name="norm2")(x_NC)
     mlp = MLP(4 * self.features, self.features, 2, activation=gelu, dtype=self.dtype, name="mlp")
-    return x + mlp(y)
+    return x_NC + mlp(y)
 
 
 class MultiScaleAttention(nn.Module):

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig, DWConvAdapter
-from rfmedsam2_jax.nn.attention import apply_rope, axial_rope, dot_product_attention
+from rfmedsam2_jax.nn.attention import (
+  apply_rope,
+  axial_rope,
+  dot_product_attention,
+  fits_cudnn,
+)
 from rfmedsam2_jax.nn.layers import Array, DType, layer_norm
 from rfmedsam2_jax.nn.positions import sine_positions_2d
 
@@ -168,13 +173,20 @@ class RoPEAttention(nn.Module):
     width = q_NLC.shape[-1]
 
     def project(name: str, x: Array) -> Array:
-      return nn.Dense(width, dtype=self.dtype, name=name)(x)[:, :, None]
+      return nn.Dense(width, dtype=self.dtype, name=name)(x)
 
-    q, k, v = project("q_proj", q_NLC), project("k_proj", k_NTE), project("v_proj", v_NTE)
+    q, k = (project(f"{n}_proj", x)[:, :, None] for n, x in (("q", q_NLC), ("k", k_NTE)))
     q = apply_rope(q, rope)
     if rotated == k.shape[1]:
       k = apply_rope(k, rope)
     else:
       k = jnp.concatenate([apply_rope(k[:, :rotated], rope), k[:, rotated:]], axis=1)
-    out = dot_product_attention(q, k, v, valid_NT)
-    return nn.Dense(width, dtype=self.dtype, name="out_proj")(out[:, :, 0])
+    if v_NTE.shape[-1] < width and not fits_cudnn(q):
+      # The weights of a query sum to one, so that it makes no difference whether the values are
+      # projected before they are averaged or after: memories are narrower before (64 channels to
+      # 256), which saves a quarter of memory attention's operations.
+      out = project("v_proj", dot_product_attention(q, k, v_NTE[:, :, None], valid_NT)[:, :, 0])
+    else:
+      v = project("v_proj", v_NTE)[:, :, None]
+      out = dot_product_attention(q, k, v, valid_NT)[:, :, 0]
+    return project("out_proj", out)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rfmedsam2_jax.nn import attention, positions
+from rfmedsam2_jax.nn import attention, pieces, positions
 from rfmedsam2_jax.nn.attention import apply_rope, axial_rope, dot_product_attention
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
@@ -104,6 +104,30 @@ def test_image_encoder_equals_the_official_one(sizes):
     assert_close(out, reference.permute(0, 2, 3, 1))
 
 
+def test_encoder_in_pieces_equals_the_encoder_at_once(monkeypatch):
+  """Values and gradients; pieces are rows of windows, images where windows are padded, tokens."""
+  _, ours, params = encoders()
+  images = random(1, 2, 96, 160, 3)
+
+  def loss(params, images):
+    levels = ours.apply({"params": params}, images)
+    return sum((x**2).sum() for x in levels), levels
+
+  cut = []
+  divisor = pieces.largest_divisor
+  monkeypatch.setattr(
+    pieces, "largest_divisor", lambda *args: cut.append((args[0], divisor(*args))) or cut[-1][1]
+  )
+  (_, whole), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, images)
+  assert not cut
+  monkeypatch.setattr(pieces, "PIECE", 24 * 40 * 64 // 2)
+  (_, levels), gradient_in_pieces = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, images)
+  assert sum(size < count for count, size in cut) > 5
+  for x, y in zip(levels, whole, strict=True):
+    assert_close(x, y, 1e-6)
+  jax.tree.map(lambda x, y: assert_close(x, y, 1e-4), gradient_in_pieces, gradient)
+
+
 def test_image_encoder_has_exactly_the_official_parameters():
   _, ours, params = encoders()
   images = jnp.zeros((1, 64, 64, 3))
@@ -142,10 +166,19 @@ def reference_attention(q, k, v, mask=None):
   return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_attention_equals_torch_with_and_without_chunks_and_mask(chunked, monkeypatch):
-  if chunked:  # 7 queries a chunk, which does not divide 50
-    monkeypatch.setattr(attention, "_CPU_SCORES", 2 * (2 * 3 * 7 * 70))
+# Scores at once, of 2 x 3 x 50 x 70 in the tests: all, one row of the batch, 7 queries (which do
+# not divide 50) of one head.
+SCORES = {"whole": 2**20, "rows": 3 * 50 * 70, "chunks": 7 * 70}
+
+
+@pytest.fixture(params=SCORES)
+def in_pieces(request, monkeypatch):
+  """Attention in pieces as on large images, with width 8 and in small."""
+  monkeypatch.setattr(attention, "_CPU_SCORES_PER_CHANNEL", SCORES[request.param] // 8 + 1)
+  monkeypatch.setattr(attention, "_CPU_KEPT_SCORES", 0)
+
+
+def test_attention_equals_torch_whole_and_in_pieces_with_and_without_mask(in_pieces):
   q, k, v = 3 * random(0, 2, 50, 3, 8), random(1, 2, 70, 3, 8), random(2, 2, 70, 3, 8)
   mask = np.random.default_rng(3).random((2, 70)) < 0.5
   assert_close(dot_product_attention(q, k, v), reference_attention(q, k, v), 1e-6)
@@ -163,10 +196,9 @@ def test_attention_equals_torch_with_and_without_chunks_and_mask(chunked, monkey
     assert_close(ours, theirs.grad, 1e-5)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_row_without_keys_gives_zeros_and_zero_gradients(chunked, monkeypatch):
-  if chunked:
-    monkeypatch.setattr(attention, "_CPU_SCORES", 1)
+@pytest.mark.parametrize("per_channel", [2**20, 4, 1])  # 60 scores of width 8: all, 30, 6 at once
+def test_row_without_keys_gives_zeros_and_zero_gradients(per_channel, monkeypatch):
+  monkeypatch.setattr(attention, "_CPU_SCORES_PER_CHANNEL", per_channel)
   q, k, v = random(0, 2, 5, 1, 8), random(1, 2, 6, 1, 8), random(2, 2, 6, 1, 8)
   mask = np.array([[False] * 6, [True] * 3 + [False] * 3])
 

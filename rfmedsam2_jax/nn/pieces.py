@@ -1,0 +1,45 @@
+"""Work on large activations piece by piece, so that what lies between two operations stays cached.
+
+XLA:CPU runs one operation after the other over the whole array. Where the array between them is
+larger than the caches, and freshly allocated at every call, both wait for memory: in SAM 2.1 tiny
+at 1024, on one core, the first block takes 198 ms for its attention and 177 ms for its MLP at once,
+79 and 120 ms in pieces; its arithmetic alone would take 68 and 102. On accelerators nothing is cut.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from rfmedsam2_jax.nn.layers import Array
+
+# Elements of the widest array within a piece: 4 MB, about the second-level caches of two cores.
+PIECE = 2**20
+
+
+def largest_divisor(count: int, most: int) -> int:
+  """The largest divisor of `count` that is at most `most`, or 1."""
+  return max(n for n in range(1, max(1, most) + 1) if count % n == 0)
+
+
+def map_pieces(f: Callable, module: nn.Module, x_NX: Array, elements: int) -> Array:
+  """f(module, x) for a function that treats every entry of the leading axis alike.
+
+  Args:
+    f: calls submodules of `module` on [n, ...] for any n, and keeps the leading axis.
+    x_NX: [N, ...].
+    elements: size of the widest array that f makes of one entry.
+  """
+  count = x_NX.shape[0]
+  if jax.default_backend() != "cpu" or count * elements <= PIECE or module.is_initializing():
+    return f(module, x_NX)
+  size = largest_divisor(count, PIECE // elements)
+  if size == count:
+    return f(module, x_NX)
+  mapped = nn.scan(
+    lambda module, _, x: (None, f(module, x)),
+    variable_broadcast="params",
+    split_rngs={"params": False},
+  )
+  _, y = mapped(module, None, x_NX.reshape(count // size, size, *x_NX.shape[1:]))
+  return y.reshape(-1, *y.shape[2:])
