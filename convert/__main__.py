@@ -49,8 +49,8 @@ def _report(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m convert",
-    description="Turns a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one of "
-    "this program, or back.",
+    description="Turns a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one "
+    "of this program, or back.",
   )
   parser.add_argument(
     "source", type=Path,
