@@ -18,8 +18,9 @@ from torch_sam2 import TINY, nchw, relative_error, torch
 
 from convert.__main__ import main
 from convert.huggingface import to_official_names
+from convert.recognise import recognise
 from convert.transformers_model import transformers_config
-from rfmedsam2_jax.nn import SAM2, MemorySlots, Prompts, apply, box_prompts, no_prompts
+from rfmedsam2_jax.nn import PRESETS, SAM2, MemorySlots, Prompts, apply, box_prompts, no_prompts
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.names import official_shapes
 
@@ -27,7 +28,6 @@ transformers = pytest.importorskip("transformers")
 
 # transformers has memories of 64 channels only.
 SMALL = dataclasses.replace(TINY, d_model=128, mem_dim=64)
-SAM2_0 = dataclasses.replace(SMALL, absent_embedding=False, pointer_positions=False)
 TOLERANCE = 1e-5
 SIDE, GRID = SMALL.image_size, SMALL.grid
 
@@ -41,23 +41,20 @@ def saved(model, folder):
 
 
 @pytest.fixture(scope="module")
-def configs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("configs")
-  for name, config in (("2.1", SMALL), ("2.0", SAM2_0)):
-    tree = {"sam2": json.loads(json.dumps(dataclasses.asdict(config)))}
-    # The side comes from the folder's own config.json.
-    tree["sam2"]["image_size"] = 1024
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-  return folder
+def small_yaml(tmp_path_factory):
+  """The side that it says is not the right one: that comes from the folder's own config.json."""
+  tree = {"sam2": json.loads(json.dumps(dataclasses.asdict(SMALL))) | {"image_size": 1024}}
+  path = tmp_path_factory.mktemp("configs") / "small.yaml"
+  path.write_text(yaml.safe_dump(tree))
+  return str(path)
 
 
 @pytest.fixture(scope="module")
-def video(tmp_path_factory, configs):
+def video(tmp_path_factory, small_yaml):
   """Folder, model, converted parameters of a Sam2VideoModel."""
   folder = tmp_path_factory.mktemp("video")
   model = saved(transformers.Sam2VideoModel(transformers_config(SMALL)), folder / "hf")
-  config = str(configs / "2.1.yaml")
-  assert main([str(folder / "hf"), str(folder / "ckpt"), "--config", config]) == 0
+  assert main([str(folder / "hf"), str(folder / "ckpt"), "--config", small_yaml]) == 0
   config, params, _ = load_checkpoint(folder / "ckpt")
   assert config == SMALL
   return folder / "hf", model, params
@@ -80,19 +77,21 @@ def random(seed, *shape):
   return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("version, config", [("2.1", SMALL), ("2.0", SAM2_0)])
-def test_every_tensor_of_the_video_model_has_an_official_name(version, config):
+@pytest.mark.parametrize("name", ["sam2.1_hiera_base_plus", "sam2_hiera_tiny"])
+def test_every_tensor_of_a_video_model_has_an_official_name_and_tells_its_size(name):
+  config = PRESETS[name]
   with torch.device("meta"):
     model = transformers.Sam2VideoModel(transformers_config(config))
   tensors = {n: np.broadcast_to(np.float32(0), x.shape) for n, x in model.state_dict().items()}
   found = {name: x.shape for name, x in to_official_names(tensors).items()}
   assert found == official_shapes(config)
+  assert recognise(found, "hf") == name
 
 
 @pytest.mark.parametrize("multimask", [False, True])
-def test_an_image_with_points_box_and_mask(image, configs, tmp_path, capsys, multimask):
+def test_an_image_with_points_box_and_mask(image, small_yaml, tmp_path, capsys, multimask):
   folder, model = image
-  arguments = [str(folder), str(tmp_path / "ckpt"), "--config", str(configs / "2.1.yaml")]
+  arguments = [str(folder), str(tmp_path / "ckpt"), "--config", small_yaml]
   assert main(arguments) == 2
   assert "--allow memory" in capsys.readouterr().err
   assert main([*arguments, "--allow", "memory"]) == 0
@@ -173,9 +172,9 @@ def test_three_slices_followed_by_the_video_model(video):
     pointers.append(decoded.pointer)
 
 
-def test_it_is_the_witness_of_its_own_names(video, configs, tmp_path, capsys):
+def test_it_is_the_witness_of_its_own_names(video, small_yaml, tmp_path, capsys):
   folder, _, _ = video
-  assert main([str(folder), str(tmp_path / "ckpt"), "--config", str(configs / "2.1.yaml"),
+  assert main([str(folder), str(tmp_path / "ckpt"), "--config", small_yaml,
                "--verify"]) == 0
   out = capsys.readouterr().out
   assert "largest difference to transformers" in out
@@ -183,11 +182,11 @@ def test_it_is_the_witness_of_its_own_names(video, configs, tmp_path, capsys):
              if line.startswith("    memory"))
 
 
-def test_a_folder_in_pieces_is_the_same(video, configs, tmp_path, capsys):
+def test_a_folder_in_pieces_is_the_same(video, small_yaml, tmp_path, capsys):
   _, model, params = video
   model.save_pretrained(tmp_path / "hf", max_shard_size="2MB")
   assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-  arguments = [str(tmp_path / "hf"), str(tmp_path / "ckpt"), "--config", str(configs / "2.1.yaml")]
+  arguments = [str(tmp_path / "hf"), str(tmp_path / "ckpt"), "--config", small_yaml]
   assert main(arguments) == 0
   found = load_checkpoint(tmp_path / "ckpt")
   jax.tree.map(np.testing.assert_array_equal, found.params, params)
@@ -197,12 +196,12 @@ def test_a_folder_in_pieces_is_the_same(video, configs, tmp_path, capsys):
   assert "is missing; download the folder again" in capsys.readouterr().err
 
 
-def test_two_fourier_matrices_that_differ_are_refused(video, configs, tmp_path, capsys):
+def test_two_fourier_matrices_that_differ_are_refused(video, small_yaml, tmp_path, capsys):
   """The official network has one; transformers would embed points and grid by different ones."""
   folder, _, _ = video
   tensors = load_file(folder / "model.safetensors")
   name = "shared_image_embedding.positional_embedding"
   save_file(tensors | {name: tensors[name] + 1}, tmp_path / "model.safetensors")
   assert main([str(tmp_path / "model.safetensors"), str(tmp_path / "ckpt"), "--config",
-               str(configs / "2.1.yaml")]) == 2
+               small_yaml]) == 2
   assert name in capsys.readouterr().err
