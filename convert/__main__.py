@@ -10,36 +10,45 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from convert.outputs import interruptible
 from rfmedsam2_jax.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Converts one checkpoint; returns the exit status."""
   options = _parser().parse_args(arguments)
-  try:
-    for name in ("absl", "orbax", "jax"):
-      logging.getLogger(name).setLevel(logging.ERROR)
-    if options.to_torch:
-      from convert.to_torch import to_torch
-
-      to_torch(options.source, options.out, options.overwrite, _report)
+  with interruptible() as interrupted:
+    try:
+      _convert(options)
+    except UserError as error:
+      line, status = str(error), 2
+    except OSError as error:
+      if error.filename is None and not interrupted.is_set():
+        raise
+      line, status = f"{error.filename}: {error.strerror}; free it or choose another place", 2
+    except BaseException:
+      if not interrupted.is_set():
+        raise
+      line, status = "", 130
     else:
-      from convert.to_orbax import to_orbax
+      return 0
+    if interrupted.is_set():  # whatever it was taken for
+      line, status = "interrupted; nothing was written", 130
+    print(f"convert: {line}", file=sys.stderr)
+    return status
 
-      to_orbax(options, _report)
-  except UserError as error:
-    print(f"convert: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("convert: interrupted; nothing was written", file=sys.stderr)
-    return 130
-  except OSError as error:
-    if error.filename is None:
-      raise
-    print(f"convert: {error.filename}: {error.strerror}; free it or choose another place",
-          file=sys.stderr)
-    return 2
-  return 0
+
+def _convert(options: argparse.Namespace) -> None:
+  for name in ("absl", "orbax", "jax"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+  if options.to_torch:
+    from convert.to_torch import to_torch
+
+    to_torch(options.source, options.out, options.overwrite, _report)
+  else:
+    from convert.to_orbax import to_orbax
+
+    to_orbax(options, _report)
 
 
 def _report(line: str) -> None:
@@ -49,8 +58,8 @@ def _report(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m convert",
-    description="Turns a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one of "
-    "this program, or back.",
+    description="Turns a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one "
+    "of this program, or back.",
   )
   parser.add_argument(
     "source", type=Path,

@@ -6,7 +6,9 @@
 
 import hashlib
 import json
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -105,19 +107,17 @@ def _read_torch(file: Path) -> dict[Any, Any]:
     import torch
   except ImportError:
     raise UserError("reading .pt needs PyTorch: pip install torch") from None
-  import pickle
-
   try:
-    # Only files of torch's zip format can be mapped; older ones are read.
-    tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of pickles that torch does not know well
+      # Only files of torch's zip format can be mapped; older ones are read.
+      tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
   except pickle.UnpicklingError as error:
     found = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:global|class):? (\S+)", str(error))
-    if found is None:
-      raise UserError(f"{file}: is no checkpoint of PyTorch; check the file") from None
-    what = next(part for part in found.groups() if part).strip(",")
+    what = next(part for part in found.groups() if part).strip(",") if found else "or no pickle"
     raise UserError(
       f"{file}: holds more than tensors ({what}), and unpickling that could run code, so it was "
-      "not read; have its author save the state dict alone"
+      "not read; check the file or have its author save the state dict alone"
     ) from None
   except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
     raise UserError(

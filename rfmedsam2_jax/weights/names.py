@@ -9,6 +9,7 @@ numbers of lists join the name before them, and the axes of kernels.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -145,6 +146,7 @@ def official_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
+@functools.cache
 def tensor_shapes(config: SAM2Config) -> dict[Path, tuple[int, ...]]:
   """Path and shape of every parameter but the adapters'."""
   config = dataclasses.replace(config, adapters=AdapterConfig(dwconv=False, cnn=False))

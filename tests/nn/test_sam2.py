@@ -21,6 +21,7 @@ from rfmedsam2_jax.nn import (
   box_prompts,
   init_params,
 )
+from rfmedsam2_jax.weights.checkpoint import with_adapters
 
 torch = torch_sam2.torch
 OFFICIAL_FILES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
@@ -135,9 +136,8 @@ def test_fresh_adapters_leave_sam2_unchanged_bit_for_bit(models):
   """With converted weights, the adapted network at step 0 is SAM 2."""
   _, params = models
   adapted = dataclasses.replace(TINY, adapters=AdapterConfig())
-  fresh = flatten_dict(init_params(adapted, jax.random.key(0)))
-  merged = unflatten_dict({**fresh, **flatten_dict(params)})
-  assert any("adapter" in path for path in fresh)
+  merged = with_adapters(params, adapted, jax.random.key(0))
+  assert any("adapter" in path for path in flatten_dict(merged))
   for a, b in zip(whole(adapted)(merged, images()), whole(TINY)(params, images()), strict=True):
     np.testing.assert_array_equal(a, b)
 
