@@ -106,19 +106,14 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
-    batch, height, width, channels = x_BHWC.shape
+    height, width = x_BHWC.shape[1:3]
     # Windows know nothing of each other, so a row of them can go for itself; where they do not
     # tile the image, or there are none, only whole images can.
     rows = self.window if self.window and height % self.window == 0 else height
-    x = x_BHWC.reshape(-1, rows, width, channels)
-    x = map_pieces(Block._attend, self, x, rows * width * 3 * self.features)
-    scale = 2 if self.pool else 1
-    height, width = height // scale, width // scale
+    x = map_pieces(Block._attend, self, x_BHWC, rows, rows * width * 3 * self.features)
     if self.adapters.dwconv:
-      x = x.reshape(batch, height, width, self.features)
       x = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
-    x = map_pieces(Block._transform, self, x.reshape(-1, self.features), 4 * self.features)
-    return x.reshape(batch, height, width, self.features)
+    return map_pieces(Block._transform, self, x, 1, x.shape[2] * 4 * self.features)
 
   def _attend(self, x_BHWC: Array) -> Array:
     """Attention with its shortcut."""
@@ -134,11 +129,11 @@ class Block(nn.Module):
     )
     return shortcut + attention(x)
 
-  def _transform(self, x_NC: Array) -> Array:
+  def _transform(self, x_BHWC: Array) -> Array:
     """The MLP with its shortcut."""
-    y = layer_norm(1e-6, dtype=self.dtype, name="norm2")(x_NC)
+    y = layer_norm(1e-6, dtype=self.dtype, name="norm2")(x_BHWC)
     mlp = MLP(4 * self.features, self.features, 2, activation=gelu, dtype=self.dtype, name="mlp")
-    return x_NC + mlp(y)
+    return x_BHWC + mlp(y)
 
 
 class MultiScaleAttention(nn.Module):

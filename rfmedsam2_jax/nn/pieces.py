@@ -19,27 +19,27 @@ PIECE = 2**20
 
 def largest_divisor(count: int, most: int) -> int:
   """The largest divisor of `count` that is at most `most`, or 1."""
-  return max(n for n in range(1, max(1, most) + 1) if count % n == 0)
+  return max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
 
 
-def map_pieces(f: Callable, module: nn.Module, x_NX: Array, elements: int) -> Array:
-  """f(module, x) for a function that treats every entry of the leading axis alike.
+def map_pieces(f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements: int) -> Array:
+  """f(module, x) for a function that works on bands of rows without looking beyond them.
 
   Args:
-    f: calls submodules of `module` on [n, ...] for any n, and keeps the leading axis.
-    x_NX: [N, ...].
-    elements: size of the widest array that f makes of one entry.
+    f: calls submodules of `module`; [b, h, W, C] to [b, h', W', C'] for any b and for h = H or
+      `rows`.
+    rows: rows of a band; divides H.
+    elements: size of the widest array that f makes of one band.
   """
-  count = x_NX.shape[0]
-  if jax.default_backend() != "cpu" or count * elements <= PIECE or module.is_initializing():
-    return f(module, x_NX)
-  size = largest_divisor(count, PIECE // elements)
-  if size == count:
-    return f(module, x_NX)
+  batch, height, width, channels = x_BHWC.shape
+  bands = batch * height // rows
+  size = largest_divisor(bands, PIECE // elements)
+  if jax.default_backend() != "cpu" or size == bands or module.is_initializing():
+    return f(module, x_BHWC)
   mapped = nn.scan(
     lambda module, _, x: (None, f(module, x)),
     variable_broadcast="params",
     split_rngs={"params": False},
   )
-  _, y = mapped(module, None, x_NX.reshape(count // size, size, *x_NX.shape[1:]))
-  return y.reshape(-1, *y.shape[2:])
+  _, y = mapped(module, None, x_BHWC.reshape(-1, size, rows, width, channels))
+  return y.reshape(batch, -1, *y.shape[3:])

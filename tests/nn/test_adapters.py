@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from rfmedsam2_jax.nn import pieces
 from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter, DWConvAdapter
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
@@ -45,7 +46,11 @@ def split(params):
   return own, {path: leaf for path, leaf in flat.items() if path not in own}
 
 
-def test_fresh_adapters_leave_the_encoder_unchanged_bit_for_bit(adapted, images):
+@pytest.mark.parametrize("piece", [pieces.PIECE, 8 * 16 * 48])  # whole, and bands of windows
+def test_fresh_adapters_leave_the_encoder_unchanged_bit_for_bit(
+  adapted, images, piece, monkeypatch
+):
+  monkeypatch.setattr(pieces, "PIECE", piece)
   own, _ = split(adapted)
   plain = {"params": traverse_util.unflatten_dict(own, sep="/")}
   expected = jax.jit(encoder(AdapterConfig(dwconv=False, cnn=False)).apply)(plain, images)
