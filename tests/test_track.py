@@ -12,8 +12,10 @@ import rfmedsam2_jax
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.inference.prompt_files import parse_box, parse_point, read_prompts
+from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.tracking import SlicePrompt
 from rfmedsam2_jax.tracking import volume as tracking_volume
-from rfmedsam2_jax.weights.checkpoint import save_checkpoint
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 SHAPE = (30, 26, 11)  # x, y, z of the scan
 
@@ -168,6 +170,21 @@ def test_a_correction_reads_cached_features_and_changes_its_slice(scan, checkpoi
   # What lies in memory as bfloat16 has 8 bits of mantissa.
   agree = (results["bfloat16"].labels == results["none"].labels).mean()
   assert agree > 0.97
+
+
+def test_depth_and_direction_share_one_compilation(checkpoint):
+  config, params, _ = load_checkpoint(checkpoint)
+  sweep = tracking_volume._sweep
+  sizes = []
+  for depth, at in ((7, 0), (7, 6), (12, 5), (30, 17)):
+    images = np.random.default_rng(depth).standard_normal((depth, 64, 64, 3), np.float32)
+    tracker = tracking_volume.VolumeTracker(
+      SAM2(config), params, rfmedsam2_jax.TrackingConfig(), lambda z, x=images: x[z], depth
+    )
+    tracks = tracker.track([SlicePrompt(0, at, box=(10.0, 12.0, 40.0, 37.0))])
+    assert (tracks.cells.logits > -1024).any(axis=(2, 3)).all(), "every slice is run"
+    sizes.append(sweep._cache_size())
+  assert len(set(sizes)) == 1
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -71,10 +71,12 @@ class MemoryAttention(nn.Module):
     """Conditions cells; the value of a cell without any valid slot means nothing, but is finite.
 
     Args:
+      embedding_NGGC: leading axis N, or 1 where all cells lie on one slice: what does not depend on
+        memories is then done once.
       temporal_RE: the temporal table, [rows, mem_dim].
       pointer_positions_NPE: encoded positions of the pointers, [N, P, mem_dim]; none in SAM 2.0.
     """
-    n, height, width, channels = embedding_NGGC.shape
+    _, height, width, channels = embedding_NGGC.shape
     memory, positions, valid = self._memory_tokens(slots, temporal_RE, pointer_positions_NPE)
     keys = memory + positions
     # Memory attention has one head, as wide as the features.
@@ -133,7 +135,7 @@ class MemoryAttentionLayer(nn.Module):
     spatial: int,
   ) -> Array:
     """`spatial` of the T keys lie on the grid and are rotated; the rest are pointers."""
-    n, height, width, channels = x_NGGC.shape
+    first, height, width, channels = x_NGGC.shape
 
     def norm(name: str, x: Array) -> Array:
       return layer_norm(dtype=self.dtype, name=name)(x)
@@ -141,17 +143,19 @@ class MemoryAttentionLayer(nn.Module):
     def dense(name: str, features: int, x: Array) -> Array:
       return nn.Dense(features, dtype=self.dtype, name=name)(x)
 
-    x = x_NGGC.reshape(n, height * width, channels)
+    x = x_NGGC.reshape(first, height * width, channels)
     y = norm("norm1", x)
     attention = RoPEAttention(dtype=self.dtype, name="self_attn")
     x = x + attention(y, y, y, rope, height * width)
     attention = RoPEAttention(dtype=self.dtype, name="cross_attn_image")
-    x = x + attention(norm("norm2", x), keys_NTE, memory_NTE, rope, spatial, valid_NT)
+    y, n = norm("norm2", x), len(keys_NTE)
+    y = jnp.broadcast_to(y, (n, *y.shape[1:]))
+    x = x + attention(y, keys_NTE, memory_NTE, rope, spatial, valid_NT)
     if self.adapters.dwconv:
       adapter = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")
-      x = adapter(x.reshape(x_NGGC.shape)).reshape(x.shape)
+      x = adapter(x.reshape(n, height, width, channels)).reshape(x.shape)
     x = x + dense("linear2", channels, nn.relu(dense("linear1", self.ffn, norm("norm3", x))))
-    return x.reshape(x_NGGC.shape)
+    return x.reshape(n, height, width, channels)
 
 
 class RoPEAttention(nn.Module):

@@ -198,7 +198,11 @@ class SAM2(nn.Module):
     return maps
 
   def condition(self, embedding_NGGC: Array, slots: MemorySlots) -> Array:
-    """Lets cells attend to their memories; a cell with no valid one is `unconditioned`."""
+    """Lets cells attend to their memories; a cell with no valid one is `unconditioned`.
+
+    Args:
+      embedding_NGGC: leading axis N, or 1 where all cells lie on one slice.
+    """
     pointer_positions = None
     if self.config.pointer_positions and slots.pointers.shape[1]:
       sine = sine_positions_1d(slots.pointer_positions, self.config.d_model)

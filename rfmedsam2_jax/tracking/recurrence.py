@@ -176,7 +176,7 @@ def sweep(
 
     def advance(bank):
       slots: MemorySlots = memory.read(bank, at, depth, reverse)
-      conditioned = apply(config, params, embedding, slots, method="condition")
+      conditioned = apply(config, params, here.embedding, slots, method="condition")
       cells = decode_cells(
         model, params, conditioned, here.high_res,
         no_prompts(tracks) if given is None else given, multimask, False, added,
