@@ -318,7 +318,7 @@ class VolumeTracker:
     sign = -1 if tracks.reverse[at] else 1  # of "behind", in the direction that it was followed in
     maps, rows, pointers, offsets = [], [], [], []
     for (other, z), known in sorted(tracks.prompted.items(), key=lambda item: item[0]):
-      if other == track and z != at:
+      if other == track:  # the slice itself, too, if it was prompted before
         maps.append(known.maps)
         rows.append(memory.CONDITIONING_ROW)
         if (at - z) * sign >= 0:
