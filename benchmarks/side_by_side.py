@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-# The official model with drawn weights is built as in the parity tests.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+# The official model with drawn weights is built as in the parity tests, with convert's help.
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]
 
 Run = Callable[[], Any]
 
