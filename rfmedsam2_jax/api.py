@@ -5,7 +5,6 @@
     labels = rfmedsam2_jax.segment(model, array, spacing=(3.0, 1.0, 1.0))
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from rfmedsam2_jax.data.datasets import Case, find_inputs, read_case, with_labels
+from rfmedsam2_jax.data.files import claim, read_json
 from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image, load_label_map, write_label_map
 from rfmedsam2_jax.errors import UserError
@@ -120,13 +120,7 @@ def predict(
     cases = with_labels(cases, labels)
   out = Path(out)
   targets = [out / f"{case.identifier}.nii.gz" for case in cases]
-  there = [target for target in targets if target.exists()]
-  if there and not overwrite:
-    raise UserError(f"{there[0]}: exists already; choose another --out or replace it: --overwrite")
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
+  claim(out, targets, overwrite)
   for number, (case, target) in enumerate(zip(cases, targets, strict=True), 1):
     progress(f"{number}/{len(cases)} {case.identifier}")
     volume, maps = _predict_case(models, case, prompts, by_case, progress)
@@ -147,10 +141,7 @@ def read_given(path: str | Path, model: Segmenter) -> dict[str, list[dict[str, A
   on one slice. The last number of a point says whether it lies inside.
   """
   names = model.plan.labels.names
-  try:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path}: is not readable JSON ({error}); correct the file") from None
+  content = read_json(path)
   if not isinstance(content, dict):
     raise UserError(f"{path}: must map case names to lists of prompts; correct the file")
   for case, entries in content.items():

@@ -243,7 +243,7 @@ def _track(options: argparse.Namespace) -> None:
   )
   found = prompted.track(prompts)
   about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
-  for path in write_tracked(options.out, volume, found, window, about, options.overwrite):
+  for path in write_tracked(options.out, volume, found, about, options.overwrite):
     _report(f"written: {path}")
 
 

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.data.datasets import Structure
-from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.data.files import claim, replacing
 from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image, write_label_map
 from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.inference import prompt_files
 from rfmedsam2_jax.inference.tracked import (
   DEFAULTS,
   Plane,
   PromptedVolume,
   TrackedVolume,
   VoxelPrompt,
-  intensity_range,
 )
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
@@ -69,7 +69,6 @@ def write_tracked(
   out: str | Path,
   volume: Volume,
   found: TrackedVolume,
-  window: Window = None,
   about: dict[str, Any] | None = None,
   overwrite: bool = False,
 ) -> list[Path]:
@@ -81,10 +80,9 @@ def write_tracked(
   targets = result_paths(out, volume.geometry.path, overwrite)
   label_map, scores, picture = targets
   structures = tuple(Structure(f"label {value}", (value,)) for value in found.structures)
-  low, high = intensity_range(volume.array[0], window)
   case = SheetCase(
     label_map.name.removesuffix(".nii.gz"), volume.array[0], None, {"tracked": found.labels},
-    volume.spacing, (float(low), float(high)), found.slice_axis,
+    volume.spacing, found.window, found.slice_axis,
   )
   save_contact_sheet(picture, [case], structures, crop=False)
   with replacing(scores) as temporary:
@@ -100,15 +98,9 @@ def result_paths(out: str | Path, image: Path, overwrite: bool) -> list[Path]:
   for ending in ENDINGS:
     name = name.removesuffix(ending)
   targets = [Path(out) / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
-  there = [path for path in targets if path.exists()]
-  if there and not overwrite:
-    raise UserError(f"{there[0]}: exists already; choose another --out or replace it: --overwrite")
   if image.exists() and any(path.exists() and path.samefile(image) for path in targets):
     raise UserError(f"{image}: would be replaced by its own result; choose another --out")
-  try:
-    Path(out).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
+  claim(out, targets, overwrite)
   return targets
 
 
@@ -149,8 +141,6 @@ def prompts_of_options(
   world: bool,
 ) -> list[VoxelPrompt]:
   """Everything that a command line says about what to follow."""
-  from rfmedsam2_jax.inference import prompt_files
-
   g = volume.geometry
   return [
     *(prompt_files.parse_box(text, g, plane, world) for text in boxes),

@@ -6,7 +6,7 @@ Used by every file of this room that leaves something on disk.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,12 +36,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
 
 
+def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
+  """Makes the folder that results will be written to.
+
+  Raises:
+    UserError: one of `targets` exists and may not be replaced, or the folder cannot be made.
+  """
+  there = [target for target in targets if target.exists()]
+  if there and not overwrite:
+    raise UserError(f"{there[0]}: exists already; choose another --out or replace it: --overwrite")
+  try:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
+
+
 def read_json(path: str | Path) -> Any:
   """The content of a JSON file; UserError if it is missing or not JSON."""
   try:
     return json.loads(Path(path).read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise UserError(f"{path}: does not exist; give the folder that holds this file") from None
+    raise UserError(f"{path}: does not exist; check the path") from None
   except (OSError, ValueError) as error:
     raise UserError(f"{path}: is not readable JSON ({error}); correct the file") from None
 

@@ -3,13 +3,13 @@
 Out: `VoxelPrompt`s in voxels of the canonical volume, whatever the file's own axes are.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.data.volumes import Geometry, load_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.tracked import Plane, VoxelPrompt
@@ -59,10 +59,7 @@ def read_prompts(path: str | Path, geometry: Geometry, world: bool = False) -> l
   one slice. The last number of a point says whether it lies inside. Entries of a later round
   correct what was found before it.
   """
-  try:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path}: is not readable JSON ({error}); correct the file") from None
+  content = read_json(path)
   if not isinstance(content, list):
     raise UserError(f"{path}: must hold a list of prompts; correct the file")
   return [_entry(entry, f"{path}: prompt {i}", geometry, world) for i, entry in enumerate(content)]

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
 from rfmedsam2_jax.data.squash import as_rgb, resize_linear
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.refinement.stages import IMAGE_MEAN, IMAGE_STD
+from rfmedsam2_jax.refinement.volume import sigmoid
 from rfmedsam2_jax.tracking import (
   Cells,
   SlicePrompt,
@@ -27,7 +29,6 @@ from rfmedsam2_jax.tracking import (
 from rfmedsam2_jax.tracking.recurrence import gated_logits
 
 Plane = Literal["axial", "coronal", "sagittal"]
-PLANES: dict[str, int] = {"axial": 0, "coronal": 1, "sagittal": 2}  # axis of canonical (z, y, x)
 
 # Centre and width in Hounsfield units, as radiologists set them.
 WINDOWS = {
@@ -70,18 +71,20 @@ class TrackedVolume:
     labels: uint8 or uint16 [D, H, W], canonical.
     structures: label value of each track.
     slice_axis: along which the slices were cut; of `labels`.
+    window: intensities that were shown as 0 and 1.
     tracks: logits, scores and pointers; what a correction starts from.
   """
 
   labels: np.ndarray
   structures: tuple[int, ...]
   slice_axis: int
+  window: tuple[float, float]
   tracks: Tracks
 
   @property
   def presence(self) -> np.ndarray:
     """Probability that a structure is on a slice, float32 [N, slices]."""
-    return 1 / (1 + np.exp(-self.tracks.cells.presence))
+    return sigmoid(self.tracks.cells.presence)
 
   @property
   def iou(self) -> np.ndarray:
@@ -229,7 +232,8 @@ class PromptedVolume:
         values = np.array(structures, labels.dtype)[present]
         labels[z] = np.where(logits.max(axis=0) > 0, values[best], 0)
     labels = np.ascontiguousarray(np.moveaxis(labels, 0, self._axis))
-    return TrackedVolume(labels, structures, self._axis, tracks)
+    window = float(self._low), float(self._high)
+    return TrackedVolume(labels, structures, self._axis, window, tracks)
 
 
 def intensity_range(
