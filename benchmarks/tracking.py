@@ -105,11 +105,17 @@ def measure(options: argparse.Namespace) -> dict:
 
 def our_run(config, volume, prompts, no_cache):
   import jax
+  import jax.numpy as jnp
 
   from rfmedsam2_jax.nn import SAM2, init_params
   from rfmedsam2_jax.tracking import TrackingConfig, VolumeTracker
 
-  params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+  # Drawn as a checkpoint would come, without the initialisation's program and its memory.
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), x.dtype), shapes
+  )
   options = TrackingConfig(cache="none" if no_cache else "bfloat16")
 
   def slices(numbers):

@@ -5,7 +5,6 @@ Everything in SAM 2 that attends (hiera, mask_decoder, memory_attention) goes th
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,15 @@ from rfmedsam2_jax.nn.pieces import largest_divisor
 
 # Scores (batch x heads x queries x keys) that are computed at once: so many that on a CPU they stay
 # in the caches, where more queries are worth reading wider keys for; elsewhere only memory counts.
-# On one core, all at once and so: global attention of SAM 2.1 tiny at 1024 (64 million scores of
-# width 96) 0.74 and 0.30 s, at 512 28 and 18 ms; 25 windows of 14 x 14 with pooled queries 31 and
-# 15 ms.
+# On two cores, queries in pieces against all keys and in blocks of both: memory attention of three
+# objects at 512 108 and 79 ms (its arithmetic alone: 75), global attention of SAM 2.1 tiny at 1024
+# 257 and 185 ms (136).
 _CPU_SCORES_PER_CHANNEL = 2**14
+_CPU_BLOCK = 1024  # queries, and keys
 _ACCELERATOR_SCORES = 2**28
 # Scores that are kept for the backward pass; more are computed again.
 _CPU_KEPT_SCORES = 2**23
+_LOW = -1e30  # score of a key that takes no part: finite, for blocks without any key
 
 
 def dot_product_attention(
@@ -77,32 +78,91 @@ def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Ar
   q = q * (width**-0.5)
   if scores <= limit:
     return _attend(q, k, v, mask_BM)
-  attend = _attend
-  if scores > (_CPU_KEPT_SCORES if cpu else limit):
-    attend = jax.checkpoint(_attend)
+  keep = scores <= (_CPU_KEPT_SCORES if cpu else limit)
 
   if scores // batch <= limit:  # some rows of the batch at a time
+    attend = _attend if keep else jax.checkpoint(_attend)
     pieces = batch // largest_divisor(batch, limit * batch // scores)
     rows = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (q, k, v, mask_BM))
     out = jax.lax.map(lambda row: attend(*row), rows)
     return out.reshape(*q.shape[:3], -1)
 
-  # One head of one row of the batch at a time, and of it some queries.
-  chunks = 1 << max(0, math.ceil(math.log2(queries * keys / limit)))  # grids have even sides
+  # Blocks of keys; on a CPU of one head of one row of the batch, and of some of its queries.
+  chunks = -(-queries // _CPU_BLOCK) if cpu else 1
   size = -(-queries // chunks)
+  block = _CPU_BLOCK if cpu else max(1, limit * keys // scores)
   q = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
   q, k, v = (
-    x.transpose(0, 2, 1, 3).reshape(batch * heads, n, 1, -1, 1, x.shape[-1])
-    for x, n in ((q, chunks), (k, 1), (v, 1))
+    x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, x.shape[-1]) for x in (q, k, v)
   )
-  mask = None if mask_BM is None else jnp.repeat(mask_BM, heads, axis=0)[:, None]
+  mask = None if mask_BM is None else jnp.repeat(mask_BM, heads, axis=0)
+  if cpu:
+    q = q.reshape(batch * heads, chunks, size, -1)
 
-  def head(inputs: tuple[Array, Array, Array, Array | None]) -> Array:
-    q, k, v, mask = inputs
-    return jax.lax.map(lambda chunk: attend(chunk, k[0], v[0], mask), q)
+    def head(inputs: tuple[Array, Array, Array, Array | None]) -> Array:
+      q, *others = jax.tree.map(lambda x: x[None], inputs)
+      chunk = functools.partial(_attend_in_blocks, block=block, keep=keep)
+      return jax.lax.map(lambda q: chunk(q[None], *others)[0], q[0])
 
-  out = jax.lax.map(head, (q, k, v, mask)).reshape(batch, heads, chunks * size, -1)[:, :, :queries]
+    out = jax.lax.map(head, (q, k, v, mask))
+  else:
+    out = _attend_in_blocks(q, k, v, mask, block=block, keep=keep)
+  out = out.reshape(batch, heads, chunks * size, -1)[:, :, :queries]
   return out.transpose(0, 2, 1, 3)
+
+
+def _attend_in_blocks(
+  q_RND: Array, k_RMD: Array, v_RMV: Array, mask_RM: Array | None, block: int, keep: bool
+) -> Array:
+  """Attention of scaled queries to one block of keys after the other, [R, N, V].
+
+  The softmax is corrected as larger scores come (Milakov and Gimelshein 2018, "Online normalizer
+  calculation for softmax"). Blocks without any key that takes part cost nothing: memory slots that
+  are not filled yet.
+
+  Args:
+    keep: the scores for the backward pass, which otherwise computes them again.
+  """
+  rows, queries, _ = q_RND.shape
+  keys = k_RMD.shape[1]
+
+  def attend(carry, k, v, mask):
+    out, total, peak = carry
+    scores = jnp.einsum("rnd,rmd->rnm", q_RND, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+      scores = jnp.where(mask[:, None], scores, _LOW)
+    higher = jnp.maximum(peak, jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    weights, before = jnp.exp(scores - higher), jnp.exp(peak - higher)
+    total = total * before + weights.sum(axis=-1, keepdims=True)
+    new = jnp.einsum(
+      "rnm,rmv->rnv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return out * before + new, total, higher
+
+  if not keep:
+    attend = jax.checkpoint(attend)
+
+  def step(carry, inputs):
+    mask = inputs[2]
+    if mask is None:
+      return attend(carry, *inputs), None
+    return jax.lax.cond(mask.any(), attend, lambda carry, *_: carry, carry, *inputs), None
+
+  carry = (
+    jnp.zeros((rows, queries, v_RMV.shape[-1]), jnp.float32),
+    jnp.zeros((rows, queries, 1), jnp.float32),
+    jnp.full((rows, queries, 1), _LOW, jnp.float32),
+  )
+  whole = keys - keys % block  # the keys of the last block are fewer, and come first
+  if whole < keys:
+    rest = jax.tree.map(lambda x: x[:, whole:], (k_RMD, v_RMV, mask_RM))
+    carry, _ = step(carry, rest)
+  blocks = jax.tree.map(
+    lambda x: jnp.swapaxes(x[:, :whole].reshape(rows, -1, block, *x.shape[2:]), 0, 1),
+    (k_RMD, v_RMV, mask_RM),
+  )
+  (out, total, _), _ = jax.lax.scan(step, carry, blocks)
+  return (out / total).astype(q_RND.dtype)
 
 
 def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None) -> Array:

@@ -6,6 +6,7 @@ is. Features stay on the host where corrections are to come.
 In: slices and `SlicePrompt`s. Out: `Tracks`, or batches of them as they are made.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from rfmedsam2_jax import memory
 from rfmedsam2_jax.nn import SAM2, ImageFeatures, MemorySlots, apply
 from rfmedsam2_jax.tracking import recurrence
 from rfmedsam2_jax.tracking.config import TrackingConfig
+from rfmedsam2_jax.tracking.image import encode_images
 from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
 from rfmedsam2_jax.tracking.recurrence import Cells
 
@@ -58,11 +60,6 @@ class Batch(NamedTuple):
   reverse: bool
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model, params, images):
-  return apply(model.config, params, images, method="encode_image")
-
-
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _decode_prompted(model, params, features, prompts, slots, multimask, dynamic):
   if slots is None:
@@ -83,6 +80,7 @@ def _take_given(model, params, features, masks):
   return cells, maps
 
 
+_encode = jax.jit(encode_images, static_argnums=0)
 _sweep = jax.jit(recurrence.sweep, static_argnums=(0, 9), donate_argnums=2)
 _remember = jax.jit(recurrence.remember_cells, static_argnums=(0, 4))
 
@@ -160,27 +158,35 @@ class VolumeTracker:
     if start > 0:
       order.append((np.arange(start, -1, -1), True))
     total, done = sum(len(slices) for slices, _ in order), 0
-    for slices, reverse in order:
-      for first in range(0, len(slices), c.slices_per_batch):
-        chunk = slices[first : first + c.slices_per_batch]
-        parts = []
-        features = None
-        for number, group in enumerate(groups):
-          run = np.array([[(t, z) not in prompted for z in chunk] for t in group])
-          if run.any():
-            features = features or self._features.get(chunk)
-            banks[number], cells = self._sweep(banks[number], features, chunk, run, start, reverse)
-          else:
-            cells = self._nothing(len(group), len(chunk))
-          parts.append(cells)
-        cells = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-        for (t, z), known in prompted.items():
-          for where in np.flatnonzero(chunk == z):
-            for whole, one in zip(cells, known.cells, strict=True):
-              whole[t, where] = one
-        done += len(chunk)
-        self._progress(done, total)
-        yield Batch(chunk, cells, reverse)
+    batches = [
+      (slices[first : first + c.slices_per_batch], reverse)
+      for slices, reverse in order
+      for first in range(0, len(slices), c.slices_per_batch)
+    ]
+    runs = [
+      [np.array([[(t, z) not in prompted for z in chunk] for t in group]) for group in groups]
+      for chunk, _ in batches
+    ]
+    busy = [any(run.any() for run in by_group) for by_group in runs]
+    wanted = [chunk for (chunk, _), is_busy in zip(batches, busy, strict=True) if is_busy]
+    features_of = self._features.ahead(wanted)
+    for (chunk, reverse), by_group, is_busy in zip(batches, runs, busy, strict=True):
+      features = next(features_of) if is_busy else None
+      parts = []
+      for number, (group, run) in enumerate(zip(groups, by_group, strict=True)):
+        if run.any():
+          banks[number], cells = self._sweep(banks[number], features, chunk, run, start, reverse)
+        else:
+          cells = self._nothing(len(group), len(chunk))
+        parts.append(cells)
+      cells = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+      for (t, z), known in prompted.items():
+        for where in np.flatnonzero(chunk == z):
+          for whole, one in zip(cells, known.cells, strict=True):
+            whole[t, where] = one
+      done += len(chunk)
+      self._progress(done, total)
+      yield Batch(chunk, cells, reverse)
 
   def _collected(self, prompted: dict[tuple[int, int], Prompted]) -> Tracks:
     tracks = 1 + max(track for track, _ in prompted)
@@ -379,6 +385,17 @@ class _FeatureStore:
     rows = [fresh.get(z) or self._host[z] for z in wanted]
     dtype = self._model.config.compute_dtype
     return jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs).astype(dtype)), *rows)
+
+  def ahead(self, batches: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
+    """Features of one batch of slices after the other; each is made while the last is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      made = None
+      for slices in batches:
+        made, ready = pool.submit(self.get, slices), made
+        if ready:
+          yield ready.result()
+      if made:
+        yield made.result()
 
   def _remember(self, numbers: list[int], features: ImageFeatures, keep: bool = False) -> None:
     if keep or self._dtype is not None:

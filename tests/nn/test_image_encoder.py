@@ -167,21 +167,23 @@ def reference_attention(q, k, v, mask=None):
   return out.transpose(1, 2)
 
 
-# Scores at once, of 2 x 3 x 50 x 70 in the tests: all, one row of the batch, 7 queries (which do
-# not divide 50) of one head.
-SCORES = {"whole": 2**20, "rows": 3 * 50 * 70, "chunks": 7 * 70}
+# Scores at once, of 2 x 3 x 50 x 70 in the tests: all, one row of the batch, or blocks of 16
+# queries and keys of one head (which divide neither 50 nor 70).
+SCORES = {"whole": 2**20, "rows": 3 * 50 * 70, "blocks": 16 * 16}
 
 
 @pytest.fixture(params=SCORES)
 def in_pieces(request, monkeypatch):
   """Attention in pieces as on large images, with width 8 and in small."""
   monkeypatch.setattr(attention, "_CPU_SCORES_PER_CHANNEL", SCORES[request.param] // 8 + 1)
+  monkeypatch.setattr(attention, "_CPU_BLOCK", 16)
   monkeypatch.setattr(attention, "_CPU_KEPT_SCORES", 0)
 
 
 def test_attention_equals_torch_whole_and_in_pieces_with_and_without_mask(in_pieces):
   q, k, v = 3 * random(0, 2, 50, 3, 8), random(1, 2, 70, 3, 8), random(2, 2, 70, 3, 8)
   mask = np.random.default_rng(3).random((2, 70)) < 0.5
+  mask[0, 16:48] = False  # two blocks of keys of which none takes part
   assert_close(dot_product_attention(q, k, v), reference_attention(q, k, v), 1e-6)
   assert_close(dot_product_attention(q, k, v, mask), reference_attention(q, k, v, mask), 1e-6)
 
@@ -197,8 +199,9 @@ def test_attention_equals_torch_whole_and_in_pieces_with_and_without_mask(in_pie
     assert_close(ours, theirs.grad, 1e-5)
 
 
-@pytest.mark.parametrize("per_channel", [2**20, 4, 1])  # 60 scores of width 8: all, 30, 6 at once
+@pytest.mark.parametrize("per_channel", [2**20, 4, 1])  # 60 scores of width 8: all, 30, 4 at once
 def test_row_without_keys_gives_zeros_and_zero_gradients(per_channel, monkeypatch):
+  monkeypatch.setattr(attention, "_CPU_BLOCK", 2)
   monkeypatch.setattr(attention, "_CPU_SCORES_PER_CHANNEL", per_channel)
   q, k, v = random(0, 2, 5, 1, 8), random(1, 2, 6, 1, 8), random(2, 2, 6, 1, 8)
   mask = np.array([[False] * 6, [True] * 3 + [False] * 3])
