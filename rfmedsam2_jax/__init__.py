@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from rfmedsam2_jax.api import load, predict, segment, segment_file
   from rfmedsam2_jax.errors import UserError
-  from rfmedsam2_jax.inference.tracked import VoxelPrompt
+  from rfmedsam2_jax.inference.slice_frame import VoxelPrompt
   from rfmedsam2_jax.nn import PRESETS, SAM2, SAM2Config, apply, init
   from rfmedsam2_jax.prompting import open_volume, write_tracked
   from rfmedsam2_jax.tracking import TrackingConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
   "load": "api", "predict": "api", "segment": "api", "segment_file": "api",
   "UserError": "errors",
-  "VoxelPrompt": "inference.tracked", "TrackingConfig": "tracking",
+  "VoxelPrompt": "inference.slice_frame", "TrackingConfig": "tracking",
   "open_volume": "prompting", "write_tracked": "prompting",
   "PRESETS": "nn", "SAM2": "nn", "SAM2Config": "nn", "apply": "nn", "init": "nn",
 }

@@ -217,6 +217,7 @@ def _track(options: argparse.Namespace) -> None:
   from rfmedsam2_jax.inference.tracked import parse_window
   from rfmedsam2_jax.progress import Progress
   from rfmedsam2_jax.prompting import (
+    check_prompts,
     open_volume,
     prompts_of_options,
     result_paths,
@@ -231,6 +232,7 @@ def _track(options: argparse.Namespace) -> None:
     volume, options.box, options.point, options.prompts, options.masks, options.plane,
     options.world,
   )
+  check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)
   result_paths(options.out, options.image, options.overwrite)
   config = TrackingConfig(
     multimask=not options.single_mask,

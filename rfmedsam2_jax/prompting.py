@@ -18,17 +18,12 @@ from rfmedsam2_jax.data.files import claim, replacing
 from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image, write_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference import prompt_files
-from rfmedsam2_jax.inference.tracked import (
-  DEFAULTS,
-  Plane,
-  PromptedVolume,
-  TrackedVolume,
-  VoxelPrompt,
-)
-from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.inference.slice_frame import Plane, SliceFrame, VoxelPrompt
+from rfmedsam2_jax.inference.tracked import DEFAULTS, PromptedVolume, TrackedVolume
+from rfmedsam2_jax.nn import SAM2, SAM2Config
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.tracking import TrackingConfig
-from rfmedsam2_jax.weights.checkpoint import load_checkpoint
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint, read_config
 
 Window = tuple[float, float] | None
 
@@ -56,13 +51,29 @@ def open_volume(
     UserError: no checkpoint, no volume, a side that is not divisible by 32.
   """
   found = load_checkpoint(checkpoint)
-  sam2 = found.config
-  if image_size is not None:
-    if image_size < 64 or image_size % 32:
-      raise UserError(f"--image-size {image_size}: give a multiple of 32 from 64 on")
-    sam2 = dataclasses.replace(sam2, image_size=image_size)
+  sam2 = _at_side(found.config, image_size)
   volume = image if isinstance(image, Volume) else load_image(image)
   return PromptedVolume(SAM2(sam2), found.params, volume, config, plane, window, progress)
+
+
+def check_prompts(
+  checkpoint: str | Path,
+  volume: Volume,
+  prompts: list[VoxelPrompt],
+  plane: Plane = "axial",
+  image_size: int | None = None,
+) -> None:
+  """Raises what `open_volume` and the first `track` would, before the network is loaded."""
+  sam2 = _at_side(read_config(checkpoint)[0], image_size)
+  SliceFrame(volume, plane, sam2.image_size).rounds(prompts)
+
+
+def _at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
+  if image_size is None:
+    return sam2
+  if image_size < 64 or image_size % 32:
+    raise UserError(f"--image-size {image_size}: give a multiple of 32 from 64 on")
+  return dataclasses.replace(sam2, image_size=image_size)
 
 
 def write_tracked(

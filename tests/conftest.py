@@ -22,6 +22,13 @@ def quick_compilation():
   jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+  """Compiled programs of a module are of no use to the next, and would fill gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 def write_tiny_config(folder: Path, dataset: Path) -> Path:
   tree = TINY | {"data": TINY["data"] | {"dataset": str(dataset)}}
   path = folder / "tiny.yaml"

@@ -12,7 +12,7 @@ import numpy as np
 from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.data.volumes import Geometry, load_label_map
 from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.tracked import Plane, VoxelPrompt
+from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
 
 # What the numbers of an option mean: the slice, then its two coordinates.
 _ORDER: dict[str, str] = {"axial": "zxy", "coronal": "yxz", "sagittal": "xyz"}
