@@ -29,6 +29,7 @@ class LoopConfig:
   log_every: int = 20  # steps between lines of the log; each is a mean over them
   checkpoint_every: int = 200  # steps; at most so many are lost when a run is killed
   keep_checkpoints: int = 2  # the last ones
+  keep_best: int = 0  # further ones, those with the highest mean Dice at `validate_every`
   validate_every: int = 0  # steps; 0 validates only at the end
   validation_cases: int = 4  # cases of a validation between; all are scored at the end
 
@@ -41,6 +42,7 @@ class GeneratorConfig:
   convs_per_stage: int = 2
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
   batch_size: int = 2
+  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
   oversample_foreground: float = 0.33  # share of patches centred on some structure
   loop: LoopConfig = LoopConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -60,6 +62,7 @@ class RefinerConfig:
   # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
   # frozen, without gradient or optimizer state. "*" trains everything.
   batch_size: int = 1  # runs
+  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
   slices: int = 8  # consecutive slices of a run; memory and time grow with it
   structures: int = 2  # organs of a run
   box_jitter: float = 0.1  # boxes are moved by up to this share of their size
