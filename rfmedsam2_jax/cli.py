@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
   train.add_argument("--out", type=Path, required=True, help="folder of the run")
   train.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
   train.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+  train.add_argument("--profile", action="store_true", help="leave a trace of some steps in --out")
   train.add_argument(
     "--distributed", default="auto", metavar="HOW",
     help="auto (TPU pods, SLURM, Open MPI), off, or HOST:PORT,PROCESSES,INDEX",
@@ -189,7 +190,8 @@ def _train(options: argparse.Namespace) -> None:
   config = load_config(options.config, options.overrides)
   if not config.data.dataset:
     raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
-  train(config, options.out, options.resume, options.overwrite, _report)
+  train(config, options.out, options.resume, options.overwrite, _report,
+        options.profile)
 
 
 def _shard(options: argparse.Namespace) -> None:

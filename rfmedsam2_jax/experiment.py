@@ -48,6 +48,7 @@ from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.mesh import check_batch, local_rows, make_mesh
 from rfmedsam2_jax.parallel.rules import place, whole
 from rfmedsam2_jax.progress import Progress, duration
+from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.checkpoints import has_checkpoint
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
@@ -81,9 +82,12 @@ Report = Callable[[str], None]
 
 def train(
   config: Config, out: str | Path, resume: bool = False, overwrite: bool = False,
-  report: Report = print,
+  report: Report = print, profile: bool = False,
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases.
+
+  Args:
+    profile: leave a trace of a few steps of each phase in `profile/`.
 
   Returns:
     The content of validation.json; empty without validation cases.
@@ -112,9 +116,9 @@ def train(
     _preprocess(run, [cases[name] for name in split.train], dataset, plan, config, report)
     held_out = [cases[name] for name in split.validation]
     report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    segmenter = _generator(run, config, plan, split, held_out, report)
+    segmenter = _generator(run, config, plan, split, held_out, report, profile)
     _write_prompts(run, segmenter, split.train, report)
-    segmenter = _refiner(run, config, segmenter, split, held_out, report)
+    segmenter = _refiner(run, config, segmenter, split, held_out, report, profile)
     save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = _validate(run, segmenter, held_out, report)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
@@ -283,6 +287,7 @@ def _train_network(
   batches_from: Callable[[Sequence[int], int], Any],
   key: jax.Array,
   report: Report,
+  profile: bool,
 ) -> None:
   """Trains one of the two networks and keeps its final parameters in the run's folder.
 
@@ -303,10 +308,14 @@ def _train_network(
     kept = state.ema if settings.optimizer.ema_decay else state.trained
     return whole(merge(kept, state.frozen), mesh)
 
-  def validate(state: TrainState) -> dict[str, float]:
+  def validate(state: TrainState, step: int) -> tuple[dict[str, float], Path | None]:
     trained: dict[str, Any] = {phase.name: final(state)}
     some = held_out[: settings.loop.validation_cases]
-    return _quick_scores(dataclasses.replace(segmenter, **trained), some)
+    scores, shown = _quick_scores(dataclasses.replace(segmenter, **trained), some)
+    if not run.writes or shown is None:
+      return scores, None
+    path = run / "pictures" / f"{phase.name}-{step:06d}.png"
+    return scores, save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
 
   state = train_phase(
     phase.name,
@@ -321,14 +330,22 @@ def _train_network(
     functools.partial(batches_from, local_rows(mesh, settings.batch_size)),
     mesh,
     split.train,
+    _samples(phase),
     validate if held_out else None,
     report,
+    profile,
   )
   save_params(run.params(phase.name), final(state), _about(config, segmenter.plan, phase.name))
 
 
 def _generator(
-  run: RunFolder, config: Config, plan: Plan, split: Split, held_out: Sequence[Case], report: Report
+  run: RunFolder,
+  config: Config,
+  plan: Plan,
+  split: Split,
+  held_out: Sequence[Case],
+  report: Report,
+  profile: bool,
 ) -> Segmenter:
   """Trains the generator, or loads it where it is trained already."""
   segmenter = _untrained(config, plan)
@@ -352,7 +369,8 @@ def _generator(
       )
 
     _train_network(
-      phase, run, config, segmenter, split, held_out, params, batches_from, train_key, report
+      phase, run, config, segmenter, split, held_out, params, batches_from, train_key, report,
+      profile,
     )
   params = load_params(run.params("generator"), _generator_shapes(segmenter))
   return dataclasses.replace(segmenter, generator=params)
@@ -399,6 +417,7 @@ def _refiner(
   split: Split,
   held_out: Sequence[Case],
   report: Report,
+  profile: bool,
 ) -> Segmenter:
   """Trains SAM 2 as the refiner, or loads it where it is trained already."""
   settings, plan = config.refiner, segmenter.plan
@@ -430,7 +449,7 @@ def _refiner(
 
     _train_network(
       refiner_phase(config, plan), run, config, segmenter, split, held_out, params, batches_from,
-      train_key, report,
+      train_key, report, profile,
     )
   params = load_params(run.params("refiner"), _refiner_shapes(segmenter))
   return dataclasses.replace(segmenter, refiner=params)
@@ -447,19 +466,37 @@ def _stage_maps(segmenter: Segmenter, case: Case) -> tuple[Volume, np.ndarray, l
   return volume, truth, label_maps([segment_volume(segmenter, volume)])
 
 
-def _quick_scores(segmenter: Segmenter, cases: Sequence[Case]) -> dict[str, float]:
-  """Mean Dice of every stage over a few cases."""
+def _samples(phase: Phase) -> dict[str, int]:
+  """What one step goes through: volumes are crops of one each."""
+  if phase.name == "generator":
+    return {"volumes": phase.batch["image"].shape[0]}
+  runs, structures, slices = phase.batch["masks"].shape[:3]
+  return {"volumes": runs, "slices": runs * slices, "cells": runs * structures * slices}
+
+
+def _quick_scores(
+  segmenter: Segmenter, cases: Sequence[Case]
+) -> tuple[dict[str, float], SheetCase | None]:
+  """Mean Dice of every stage over a few cases, and the first of this process's to be looked at."""
   found: list[list[float]] = [[] for _ in range(segmenter.stages)]
+  shown: SheetCase | None = None
   with hosts.together():
     for case in hosts.share(cases):
-      _, truth, maps = _stage_maps(segmenter, case)
+      volume, truth, maps = _stage_maps(segmenter, case)
+      if shown is None:
+        stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
+        shown = SheetCase(
+          case.identifier, volume.array[0], truth, stages, volume.geometry.spacing,
+          slice_axis=segmenter.plan.slice_axis,
+        )
       for stage, guess in enumerate(maps):
         for structure in segmenter.plan.labels.structures:
           mask, true_mask = np.isin(guess, structure.values), np.isin(truth, structure.values)
           found[stage].append(dice(mask, true_mask))
   # One list per stage, of all processes.
   found = [sum(parts, []) for parts in zip(*hosts.gather(found), strict=True)]
-  return {f"stage{stage} Dice": float(np.nanmean(values)) for stage, values in enumerate(found)}
+  scores = {f"stage{stage} Dice": float(np.nanmean(values)) for stage, values in enumerate(found)}
+  return scores, shown
 
 
 def _validate(

@@ -1,8 +1,10 @@
 """The training loop of a phase: step n + 1 is dispatched before the metrics of step n are read."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from rfmedsam2_jax.training.config import LoopConfig
 from rfmedsam2_jax.training.folder import RunFolder
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
+from rfmedsam2_jax.training.telemetry import Telemetry, flops_of
 
 Report = Callable[[str], None]
 
@@ -27,24 +30,28 @@ def train_phase(
   run: RunFolder,
   config: LoopConfig,
   state: TrainState,
-  step_fn: Callable[..., Any],
+  step_fn: Any,
   batches_from: Callable[[int], Any],
   mesh: Mesh,
   cases: Sequence[str],
-  validate: Callable[[TrainState], dict[str, float]] | None = None,
+  samples: dict[str, int],
+  validate: Callable[[TrainState, int], tuple[dict[str, float], Path | None]] | None = None,
   report: Report = print,
+  profile: bool = False,
 ) -> TrainState:
   """Trains until `config.steps`, from the newest checkpoint where there is one.
 
   Args:
     phase: "generator" or "refiner"; names the folder of checkpoints and the lines of the log.
     state: fresh, laid out on the mesh.
-    step_fn: compiled (state, batch) -> (state, metrics), with the state donated.
+    step_fn: jitted (state, batch) -> (state, metrics), with the state donated.
     batches_from: gives the iterator of this process's rows of batch n and those after it. "case"
       of a batch, which stays on the host, numbers `cases`.
-    validate: gives metrics for the log every `config.validate_every` steps; the last one ranks
-      checkpoints.
+    samples: what one step goes through, by name, for the throughput.
+    validate: (state, step) gives metrics for the log, of which the last one ranks checkpoints, and
+      a picture; every `config.validate_every` steps.
     report: takes progress lines.
+    profile: leave a trace of a few steps in `profile/`.
 
   Raises:
     UserError: the loss is not finite.
@@ -59,36 +66,49 @@ def train_phase(
     run.forget_after(phase, start)
     batches = batches_from(start)
     watch = _Watch(phase, run, checkpoints, cases)
-    began = time.monotonic()
-    with listening() as stopping, stopping.deferred():
+    with contextlib.ExitStack() as stack:
+      stopping = stack.enter_context(listening())
+      stack.enter_context(stopping.deferred())
+      telemetry: Telemetry | None = None
       for step in range(start + 1, config.steps + 1):
         batch = dict(next(batches))
         drawn = batch.pop("case")
-        state, metrics = step_fn(state, place_batch(batch, mesh))
+        placed = place_batch(batch, mesh)
+        if telemetry is None:
+          began = time.monotonic()
+          compiled = step_fn.lower(state, placed).compile()
+          report(f"{phase}: compiled in {time.monotonic() - began:.0f} s")
+          telemetry = stack.enter_context(contextlib.closing(Telemetry(
+            run.path, phase, run.writes, samples, flops_of(compiled), profile
+          )))
+          began = time.monotonic()
+        telemetry.before(step - start - 1)
+        state, metrics = compiled(state, placed)
+        telemetry.after(step - start - 1, metrics)
         watch.add(step, metrics, drawn)
         # Waits for the step before, not for this one: the device always has work.
         watch.check(step - 1)
-        if step == start + 1:
-          watch.check(step)
-          report(f"{phase}: first step, with compilation, {time.monotonic() - began:.0f} s")
-          compiled = time.monotonic()
         if step % config.log_every == 0 or step == config.steps:
           watch.check(step)
           values = watch.means()
-          rate = (step - start - 1) / max(time.monotonic() - compiled, 1e-6)
-          left = (config.steps - step) / max(rate, 1e-6)
-          run.log(phase, step, values | {"steps_per_second": round(rate, 3)})
-          if step > start + 1:
-            report(
-              f"{phase}: step {step}/{config.steps}  loss {values['loss']:.4f}  "
-              f"{rate:.2f} steps/s  {duration(left)} left"
-            )
+          rate = (step - start) / max(time.monotonic() - began, 1e-6)
+          values |= {"steps_per_second": round(rate, 3)} | telemetry.measured(rate)
+          run.log(phase, step, values)
+          telemetry.scalars(step, values)
+          report(
+            f"{phase}: step {step}/{config.steps}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
+            f"{duration((config.steps - step) / max(rate, 1e-6))} left"
+          )
         score = None
         if validate and config.validate_every and step % config.validate_every == 0:
           watch.check(step)
-          scores = validate(state)
+          scores, picture = validate(state, step)
           score = list(scores.values())[-1]
-          run.log(phase, step, {f"validation/{name}": value for name, value in scores.items()})
+          named = {f"validation/{name}": value for name, value in scores.items()}
+          run.log(phase, step, named)
+          telemetry.scalars(step, named)
+          if picture is not None:
+            telemetry.picture(step, "validation", picture)
           shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
           report(f"{phase}: validation at step {step}: {shown}")
         asked = stopping.asked(step)

@@ -96,6 +96,7 @@ def run(params, loss, batch, mesh: Mesh, microbatches: int = 1) -> dict:
     "losses": losses,
     "params": rules.whole(state.params, mesh),
     "bytes": sum(held),
+    "largest_parameter": max(x.nbytes for x in jax.tree.leaves(params)),
     "collectives": [c._asdict() for c in collectives_of(compiled.as_text())],
     "local_batch": sum(x.nbytes for x in batch.values()) // batch_shards(mesh),
   }
