@@ -129,6 +129,7 @@ def train(
 def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
   """The run's folder, in every process; the first one holds the lock and writes."""
   with contextlib.ExitStack() as stack:
+    stack.enter_context(hosts.watching())
     with hosts.together():
       if hosts.is_main():
         run = stack.enter_context(open_run(out, resume, overwrite))

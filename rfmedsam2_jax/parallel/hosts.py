@@ -5,18 +5,31 @@ see the run's folder and the data set under the same paths.
 """
 
 import contextlib
+import ctypes
 import os
 import pickle
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from rfmedsam2_jax.errors import UserError
 
 T = TypeVar("T")
+
+LEFT_BEHIND = 75  # exit status: as after SIGTERM, the same command with --resume goes on
+
+_KEY = "rfmedsam2/alive/"
+_DONE, _FAILED = "done", "failed: "
+_BEAT = 1.0  # seconds between counts
+_SILENCE = 30.0  # seconds after which a process that does not count is gone
 
 # Set where a launcher has started several processes, to their number or to their hosts.
 _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
@@ -46,7 +59,7 @@ def initialise(how: str) -> None:
     given = {"coordinator_address": address, "num_processes": count, "process_id": index}
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
-    jax.distributed.initialize(**given)
+    jax.distributed.initialize(**given, shutdown_timeout_seconds=30)
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().split("\n")[0][:200]
     raise UserError(f"--distributed {how}: the processes cannot be joined ({reason})") from None
@@ -65,6 +78,73 @@ def is_main() -> bool:
 def share(items: Sequence[T]) -> Sequence[T]:
   """Those of a list that this process works on."""
   return items[jax.process_index() :: jax.process_count()]
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+  """Ends this process, with one line, soon after another one of the run has ended.
+
+  A collective operation waits for a process that is gone, for minutes or for ever, and JAX's own
+  heartbeats end in an abort. So every process counts in the coordination service's store, and reads
+  how far the others have counted.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  # When process 0 is gone, JAX aborts the others at once: this adds the last line to its trace.
+  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+  ended = threading.Event()
+  watcher = threading.Thread(target=_watch, args=(ended,), daemon=True)
+  watcher.start()
+  try:
+    yield
+    _say(_DONE)
+  except BaseException as error:
+    _say(f"{_FAILED}{error}")
+    raise
+  finally:
+    ended.set()
+    watcher.join()
+
+
+def _say(value: str) -> None:
+  # No public part of JAX reaches the store; Orbax goes the same way.
+  client: Any = distributed.global_state.client
+  with contextlib.suppress(Exception):  # the coordinator may be what is gone
+    client.key_value_set(f"{_KEY}{jax.process_index()}", value, allow_overwrite=True)
+
+
+def _watch(ended: threading.Event) -> None:
+  client: Any = distributed.global_state.client
+  seen: dict[str, tuple[str, float]] = {}
+  count = 0
+  while not ended.wait(_BEAT):
+    count += 1
+    try:
+      client.key_value_set(f"{_KEY}{jax.process_index()}", str(count), allow_overwrite=True)
+      found = dict(client.key_value_dir_get(_KEY))
+    except Exception:
+      _leave("process 0 is gone")
+    now = time.monotonic()
+    for key, value in found.items():
+      if seen.get(key, ("", 0.0))[0] != value:
+        seen[key] = value, now
+      name = f"process {key.removeprefix(_KEY)} of {jax.process_count()}"
+      if value.startswith(_FAILED):
+        _leave(f"{name} has failed: {value.removeprefix(_FAILED)}")
+      if value != _DONE and now - seen[key][1] > _SILENCE:
+        _leave(f"{name} has not been heard of for {_SILENCE:.0f} s")
+
+
+def _leave(why: str) -> NoReturn:
+  """The main thread may be inside a collective that never ends, so nothing is waited for."""
+  print(f"rfmedsam2: {why}; start all processes again with --resume", file=sys.stderr, flush=True)
+  os._exit(LEFT_BEHIND)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+  _leave("process 0 is gone, or this one has failed as said above")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 A process of its own, because the number of devices is fixed when JAX starts.
 python tests/parallel/mesh_worker.py generator|refiner MESH...
+
+With DISTRIBUTED=HOST:PORT,PROCESSES,INDEX the devices are those of several processes.
 """
 
 import json
@@ -10,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+DISTRIBUTED = os.environ.get("DISTRIBUTED", "off")
+DEVICES = 8 // int(DISTRIBUTED.split(",")[1]) if "," in DISTRIBUTED else 8
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
@@ -20,9 +24,15 @@ from jax.sharding import Mesh
 from small_sam2 import MODEL, SIDE, drawn
 
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
-from rfmedsam2_jax.parallel import rules
+from rfmedsam2_jax.parallel import hosts, rules
 from rfmedsam2_jax.parallel.collectives import collectives_of
-from rfmedsam2_jax.parallel.mesh import MeshConfig, batch_shards, make_mesh, place_batch
+from rfmedsam2_jax.parallel.mesh import (
+  MeshConfig,
+  batch_shards,
+  local_rows,
+  make_mesh,
+  place_batch,
+)
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.training.config import GeneratorConfig, OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.training.state import init_state, make_optimizer
@@ -82,9 +92,11 @@ def run(params, loss, batch, mesh: Mesh, microbatches: int = 1) -> dict:
   whole = init_state(params, ("*",), optimizer, jax.random.key(1))
   state = rules.place(whole, mesh)
   step = compile_step(make_step(loss, optimizer, OPTIMIZER, mesh, microbatches), state, mesh)
-  placed = place_batch(batch, mesh)
+  rows = local_rows(mesh, BATCH)
+  placed = place_batch({name: x[rows] for name, x in batch.items()}, mesh)
+  here = jax.local_devices()[0]
   held = [
-    sum(shard.data.nbytes for shard in x.addressable_shards if shard.device == jax.devices()[0])
+    sum(shard.data.nbytes for shard in x.addressable_shards if shard.device == here)
     for x in jax.tree.leaves((state.trained, state.optimizer))
   ]
   compiled = step.lower(state, placed).compile()
@@ -109,10 +121,11 @@ def difference(a, b) -> float:
 
 
 def main() -> None:
+  hosts.initialise(DISTRIBUTED)
   phase, *labels = sys.argv[1:]
   params, loss, batch = {"generator": generator, "refiner": refiner}[phase]()
   results = {}
-  for label in ["1x1", *labels]:
+  for label in labels:
     print(label, round(time.time() - BEGAN), file=sys.stderr, flush=True)
     sizes, _, parts = label.partition("/")
     mesh = make_mesh(MeshConfig(*(int(n) for n in sizes.split("x"))))
@@ -120,9 +133,10 @@ def main() -> None:
   for label, result in results.items():
     # In microbatches the means are others: those are compared among themselves.
     alike = "1x1/" + label.split("/")[1] if "/" in label else "1x1"
-    result["difference"] = difference(result["params"], results[alike]["params"])
+    if alike in results:
+      result["difference"] = difference(result["params"], results[alike]["params"])
   for result in results.values():
-    del result["params"]
+    result["checksum"] = [float(np.abs(x).sum()) for x in jax.tree.leaves(result.pop("params"))]
   print(json.dumps(results))
 
 

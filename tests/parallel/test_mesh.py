@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,21 @@ WORKER = Path(__file__).parent / "mesh_worker.py"
 ALL = ["8x1", "4x2", "2x4", "1x8", "2x2x2", "1x1/2", "2x2/2"]
 
 
-def on_meshes(phase, labels, **variables):
-  done = subprocess.run(
-    [sys.executable, str(WORKER), phase, *labels], capture_output=True, text=True,
-    env=os.environ | variables | {"PYTHONPATH": str(WORKER.parents[2])},
+def start(phase, labels, **variables):
+  return subprocess.Popen(
+    [sys.executable, str(WORKER), phase, *labels], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    text=True, env=os.environ | variables | {"PYTHONPATH": str(WORKER.parents[2])},
   )
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout.splitlines()[-1])
+
+
+def result_of(process):
+  out, errors = process.communicate()
+  assert process.returncode == 0, errors[-2000:]
+  return json.loads(out.splitlines()[-1])
+
+
+def on_meshes(phase, labels, **variables):
+  return result_of(start(phase, ["1x1", *labels], **variables))
 
 
 def assert_equal_and_spread(results):
@@ -54,6 +63,19 @@ def assert_equal_and_spread(results):
 @pytest.mark.slow
 def test_the_generator_is_trained_alike_on_every_mesh():
   assert_equal_and_spread(on_meshes("generator", ALL))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  two = [start("generator", ["4x2"], DISTRIBUTED=f"{address},2,{i}") for i in range(2)]
+  found = [result_of(process)["4x2"] for process in two]
+  alone = on_meshes("generator", ["4x2"])["4x2"]
+  for process in found:
+    assert process["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    assert process["checksum"] == pytest.approx(alone["checksum"], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.slow
