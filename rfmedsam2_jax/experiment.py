@@ -214,7 +214,9 @@ def _untrained(config: Config, plan: Plan) -> Segmenter:
   generator = config.generator
   return Segmenter(
     plan=plan,
-    unet=unet_for(plan, generator.features, generator.convs_per_stage, generator.dtype),
+    unet=unet_for(
+      plan, generator.features, generator.convs_per_stage, generator.dtype, generator.remat
+    ),
     generator={},
     sam2=SAM2(config.sam2),
     refiner=None,

@@ -6,6 +6,7 @@ from typing import Literal
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
 from rfmedsam2_jax.data.corruption import PromptCorruptionConfig
 from rfmedsam2_jax.losses import GeneratorLossConfig, RefinerLossConfig
+from rfmedsam2_jax.nn.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class GeneratorConfig:
   features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
   convs_per_stage: int = 2
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
+  remat: Remat = "none"
+  # What is kept of a convolution with its norm for the backward pass. "none": all. "block": its
+  # input, at a third more time per step. "dots": also the convolution's output, at little more.
   batch_size: int = 2
   oversample_foreground: float = 0.33  # share of patches centred on some structure
   loop: LoopConfig = LoopConfig()

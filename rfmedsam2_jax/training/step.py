@@ -10,6 +10,7 @@ import optax
 
 from rfmedsam2_jax.losses import generator_loss, refiner_loss
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.prompts import CellPrompts, next_prompts
@@ -118,4 +119,4 @@ def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementCo
 
 def compile_step(step: Step) -> Callable[..., Any]:
   """The step, compiled; the state that goes in is donated."""
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
