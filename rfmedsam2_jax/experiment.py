@@ -58,6 +58,7 @@ from rfmedsam2_jax.training.state import (
   make_optimizer,
   merge,
   silenced_decoder,
+  with_frozen_as,
 )
 from rfmedsam2_jax.training.step import (
   Loss,
@@ -387,6 +388,7 @@ def _refiner(
   if not run.params("refiner").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
     params = _starting_refiner(run, config, init_key, report)
+    params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
     loss = refiner_loss_fn(segmenter.sam2, settings, config.refinement)
     batches = refiner_batches(
       run / "preprocessed",

@@ -63,6 +63,9 @@ class RefinerConfig:
   trainable: tuple[str, ...] = ("*adapter*",)
   # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
   # frozen, without gradient or optimizer state. "*" trains everything.
+  frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # in which frozen weights are held
+  # bfloat16 rounds them to 8 bits, for good: what is saved in the end are the rounded values. Worth
+  # it together with sam2.dtype=bfloat16, which computes with such values anyway.
   batch_size: int = 1  # runs
   slices: int = 8  # consecutive slices of a run; memory and time grow with it
   structures: int = 2  # organs of a run
