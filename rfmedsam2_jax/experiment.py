@@ -67,6 +67,7 @@ from rfmedsam2_jax.training.state import (
   make_optimizer,
   merge,
   silenced_decoder,
+  with_frozen_as,
 )
 from rfmedsam2_jax.training.step import compile_step, make_step
 from rfmedsam2_jax.weights.checkpoint import (
@@ -425,6 +426,7 @@ def _refiner(
   if not run.params("refiner").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
     params = _starting_refiner(run, config, init_key, report)
+    params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
 
     def batches_from(rows: Sequence[int], start: int) -> Any:
       return refiner_batches(

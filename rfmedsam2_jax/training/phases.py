@@ -17,7 +17,7 @@ from rfmedsam2_jax.inference.segmenter import unet_for
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
-from rfmedsam2_jax.training.state import Params
+from rfmedsam2_jax.training.state import Params, with_frozen_as
 from rfmedsam2_jax.training.step import Loss, generator_loss_fn, refiner_loss_fn
 
 
@@ -38,7 +38,7 @@ class Phase(NamedTuple):
 
 def generator_network(config: Config, plan: Plan) -> UNet:
   g = config.generator
-  return unet_for(plan, g.features, g.convs_per_stage, g.dtype)
+  return unet_for(plan, g.features, g.convs_per_stage, g.dtype, g.remat)
 
 
 def generator_phase(config: Config, plan: Plan) -> Phase:
@@ -72,7 +72,9 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
   return Phase(
     "refiner",
     settings,
-    functools.partial(init_params, config.sam2),
+    lambda key: with_frozen_as(
+      settings.frozen_dtype, init_params(config.sam2, key), settings.trainable
+    ),
     settings.trainable,
     refiner_loss_fn(SAM2(config.sam2), settings, config.refinement),
     {

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from rfmedsam2_jax.losses import generator_loss, refiner_loss
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
 from rfmedsam2_jax.refinement.config import RefinementConfig
@@ -162,4 +163,6 @@ def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Callable[..., Any
   The state that goes in is donated.
   """
   where = shardings(state, mesh)
-  return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+  return jax.jit(
+    step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler_options()
+  )
