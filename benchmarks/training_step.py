@@ -28,9 +28,9 @@ the inputs of float32 products to TF32 (XLA's default; switched on for PyTorch).
 Every side is a process of its own; seconds are the median of --repeats steps after two to warm up,
 each waited for. Peak memory is that of the process on a CPU, that of the allocator on a GPU. The
 arithmetic of a step (FLOP) is XLA's count of our step written plainly: attention in one piece,
-nothing computed twice, memories that exist. The count of the compiled program is not taken because
-it has the body of a loop once and leaves out fused attention. Utilisation is that arithmetic over
-the device's peak, where the peak is known.
+nothing computed twice, memories that exist. XLA's count of the compiled step is no use: it has the
+body of a loop once, however often it runs, and cannot see into a library's attention. Utilisation
+is that arithmetic, for both sides, over the device's peak where that is known.
 """
 
 import argparse
@@ -107,6 +107,7 @@ class Case:
   structures: int
   trainable: str  # a key of TRAINED
   repeats: int
+  size: str = ""  # name of the config, for the command line of the workers
 
   @property
   def cells(self) -> int:
@@ -149,18 +150,17 @@ def cases(options: argparse.Namespace) -> list[Case]:
       dtype=dtype,
       adapters=AdapterConfig(dwconv=adapted, cnn=adapted),
     )
-    found.append(Case(config, options.slices, options.structures, trainable, options.repeats))
+    found.append(
+      Case(config, options.slices, options.structures, trainable, options.repeats, size)
+    )
   return found
 
 
 def compare(case: Case, device: str) -> None:
   """Measures both sides, each in a process of its own, and prints what was found."""
-  size = next(
-    name for name, preset in PRESETS.items() if preset.stages == case.config.stages
-  ).removeprefix("sam2.1_hiera_")
-  flop = spawn("count", case, size, device)["flop"]
+  flop = spawn("count", case, device)["flop"]
   print(
-    f"{size} at {case.config.image_size}, {case.config.dtype}, trained: {case.trainable}; "
+    f"{case.size} at {case.config.image_size}, {case.config.dtype}, trained: {case.trainable}; "
     f"{case.slices} slices, {case.cells} cells in {len(refinement().stages)} stages, "
     f"{flop / 1e12:.3g} TFLOP"
   )
@@ -171,7 +171,7 @@ def compare(case: Case, device: str) -> None:
   found = {}
   for side in ("ours", "official") if TRAINED[case.trainable][1] else ("ours",):
     try:
-      found[side] = spawn(side, case, size, device)
+      found[side] = spawn(side, case, device)
     except subprocess.CalledProcessError as error:
       print(f"  {side:8} failed with exit status {error.returncode}", flush=True)
       continue
@@ -206,9 +206,9 @@ def peak_of(device: str, dtype: str) -> float | None:
   return None
 
 
-def spawn(worker: str, case: Case, size: str, device: str) -> Found:
+def spawn(worker: str, case: Case, device: str) -> Found:
   command = [
-    sys.executable, __file__, "--worker", worker, "--size", size,
+    sys.executable, __file__, "--worker", worker, "--size", case.size,
     "--side", str(case.config.image_size), "--dtype", case.config.dtype,
     "--trainable", case.trainable, "--slices", str(case.slices),
     "--structures", str(case.structures), "--repeats", str(case.repeats), "--device", device,
@@ -354,7 +354,9 @@ def count_flop(case: Case) -> Found:
       mock.patch.object(attention, "_CPU_SCORES_PER_CHANNEL", 2**62),
       mock.patch.object(pieces, "PIECE", 2**62),
     ):
-      return lowered_step(case, reach, state, batch).cost_analysis()["flops"]
+      lowered = lowered_step(case, reach, state, batch)
+      # Not every version of JAX counts before it compiles.
+      return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
 
   # Ours has room for equally many memories in all cells. The arithmetic grows linearly with them,
   # and only those that exist are counted.
