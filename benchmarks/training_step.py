@@ -26,8 +26,12 @@ in float32 on a CPU they agree, which shows that the work is the same. On a GPU 
 the inputs of float32 products to TF32 (XLA's default; switched on for PyTorch).
 
 Every side is a process of its own; seconds are the median of --repeats steps after two to warm up,
-each waited for. Peak memory is that of the process on a CPU, that of the allocator on a GPU. The
-arithmetic of a step (FLOP) is XLA's count of our step written plainly: attention in one piece,
+each waited for; CPU time is that of all threads of the host. On a CPU that other processes share
+neither is to be trusted, as PyTorch's threads wait for each other busily; --threads 1 gives CPU
+time that is. Peak memory is that of the process on a CPU, compilation included, and that of the
+allocator on a GPU.
+
+The arithmetic of a step (FLOP) is XLA's count of our step written plainly: attention in one piece,
 nothing computed twice, memories that exist. XLA's count of the compiled step is no use: it has the
 body of a loop once, however often it runs, and cannot see into a library's attention. Utilisation
 is that arithmetic, for both sides, over the device's peak where that is known.
@@ -127,15 +131,17 @@ def main() -> None:
   parser.add_argument("--structures", type=int, default=2)
   parser.add_argument("--repeats", type=int, default=5, help="steps that are timed")
   parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+  parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores of either side")
   parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.slices < 2:
     parser.error("--slices: a slice needs another one to remember, give at least 2")
+  side_by_side.use_cores(options.threads)
   for case in cases(options):
     if options.worker:
       print(json.dumps(WORKERS[options.worker](case)))
     else:
-      compare(case, options.device)
+      compare(case, options.device, options.threads)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -156,22 +162,22 @@ def cases(options: argparse.Namespace) -> list[Case]:
   return found
 
 
-def compare(case: Case, device: str) -> None:
+def compare(case: Case, device: str, threads: int) -> None:
   """Measures both sides, each in a process of its own, and prints what was found."""
-  flop = spawn("count", case, device)["flop"]
+  flop = spawn("count", case, device, threads)["flop"]
   print(
     f"{case.size} at {case.config.image_size}, {case.config.dtype}, trained: {case.trainable}; "
     f"{case.slices} slices, {case.cells} cells in {len(refinement().stages)} stages, "
     f"{flop / 1e12:.3g} TFLOP"
   )
   print(
-    f"  {'':8} {'s/step':>8} {'slices/s':>9} {'cells/s':>8} {'TFLOP/s':>8} {'of peak':>8} "
-    f"{'compile s':>10} {'peak GiB':>9} {'first loss':>11} {'gradient':>9}"
+    f"  {'':8} {'s/step':>8} {'CPU s':>8} {'slices/s':>9} {'cells/s':>8} {'TFLOP/s':>8} "
+    f"{'of peak':>8} {'compile s':>10} {'peak GiB':>9} {'first loss':>11} {'gradient':>9}"
   )
   found = {}
   for side in ("ours", "official") if TRAINED[case.trainable][1] else ("ours",):
     try:
-      found[side] = spawn(side, case, device)
+      found[side] = spawn(side, case, device, threads)
     except subprocess.CalledProcessError as error:
       print(f"  {side:8} failed with exit status {error.returncode}", flush=True)
       continue
@@ -194,8 +200,9 @@ def row(case: Case, flop: float, found: Found) -> str:
   share = f"{speed / peak:8.1%}" if peak else f"{'-':>8}"
   compilation = f"{found['compile']:10.1f}" if found["compile"] else f"{'-':>10}"
   return (
-    f"{seconds:8.3f} {case.slices / seconds:9.2f} {case.cells / seconds:8.2f} {speed:8.3f} {share} "
-    f"{compilation} {found['peak_gib']:9.2f} {found['loss']:11.5f} {found['norm']:9.4f}"
+    f"{seconds:8.3f} {found['cpu']:8.3f} {case.slices / seconds:9.2f} "
+    f"{case.cells / seconds:8.2f} {speed:8.3f} {share} {compilation} "
+    f"{found['peak_gib']:9.2f} {found['loss']:11.5f} {found['norm']:9.4f}"
   )
 
 
@@ -206,12 +213,13 @@ def peak_of(device: str, dtype: str) -> float | None:
   return None
 
 
-def spawn(worker: str, case: Case, device: str) -> Found:
+def spawn(worker: str, case: Case, device: str, threads: int) -> Found:
   command = [
     sys.executable, __file__, "--worker", worker, "--size", case.size,
     "--side", str(case.config.image_size), "--dtype", case.config.dtype,
     "--trainable", case.trainable, "--slices", str(case.slices),
     "--structures", str(case.structures), "--repeats", str(case.repeats), "--device", device,
+    "--threads", str(threads),
   ]
   environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   if device == "cpu":
@@ -326,16 +334,17 @@ def measure_official(case: Case) -> Found:
 
 
 def timed(run: Callable[[], tuple[float, float]], repeats: int) -> Found:
-  """Median seconds of a step; loss and gradient norm of the first."""
+  """Median seconds of a step, by the clock and of CPU time; loss and gradient norm of the first."""
   seconds, results = [], []
   for _ in range(WARM_UP + repeats):
-    began = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     results.append(run())
-    seconds.append(time.perf_counter() - began)
+    seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
   loss, norm = results[0]
   if not all(math.isfinite(x) for result in results for x in result):
     raise SystemExit(f"loss or gradient is not finite: {results}")
-  return {"seconds": statistics.median(seconds[WARM_UP:]), "loss": loss, "norm": norm}
+  wall, cpu = (statistics.median(column) for column in zip(*seconds[WARM_UP:], strict=True))
+  return {"seconds": wall, "cpu": cpu, "loss": loss, "norm": norm}
 
 
 def count_flop(case: Case) -> Found:
