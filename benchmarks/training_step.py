@@ -66,6 +66,8 @@ from rfmedsam2_jax.nn import (
   init_params,
   pieces,
 )
+from rfmedsam2_jax.parallel.devices import peak_flops
+from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig
 from rfmedsam2_jax.training.config import OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer
@@ -88,19 +90,6 @@ PRESENCE_BIAS = 10.0
 # Steps so small that what is measured last is what was measured first.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-6, warmup_steps=0, clip_norm=1.0)
 REFINER = RefinerConfig(box_jitter=0.0, optimizer=OPTIMIZER)
-
-# Dense TFLOP/s of a device's tensor cores in bfloat16 and TF32; the first name that is part of the
-# device's counts. From NVIDIA's data sheets of H100 and H200 (halved: they count 2:4 sparsity),
-# its white papers on the Hopper (H100 SXM, PCIe) and Ampere architectures.
-PEAKS = (
-  ("H100 PCIe", 756.0, 378.0),
-  ("H100 NVL", 835.5, 417.5),
-  ("H100", 989.4, 494.7),
-  ("H200 NVL", 835.5, 417.5),
-  ("H200", 989.4, 494.7),
-  ("A100", 312.0, 156.0),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -207,10 +196,9 @@ def row(case: Case, flop: float, found: Found) -> str:
 
 
 def peak_of(device: str, dtype: str) -> float | None:
-  for name, bfloat16, tf32 in PEAKS:
-    if name in device:
-      return bfloat16 if dtype == "bfloat16" else tf32
-  return None
+  """TFLOP/s of the device; float32 is multiplied as TF32, at half of bfloat16's rate."""
+  peak = peak_flops(device)
+  return None if peak is None else peak / (1e12 if dtype == "bfloat16" else 2e12)
 
 
 def spawn(worker: str, case: Case, device: str, threads: int) -> Found:
@@ -266,7 +254,8 @@ def lowered_step(case: Case, reach: int, state: TrainState, batch: Arrays) -> ja
   """The step of training, not yet compiled; the only place that knows how one is made."""
   loss = refiner_loss_fn(SAM2(case.config), REFINER, refinement(reach))
   step = make_step(loss, make_optimizer(OPTIMIZER, steps=10**6), OPTIMIZER)
-  return compile_step(step).lower(state, batch)
+  mesh = make_mesh(MeshConfig(data=1))
+  return compile_step(step, state, mesh).lower(state, batch)
 
 
 def fresh_state(case: Case, params: dict[str, Any]) -> TrainState:

@@ -8,7 +8,9 @@ import jax
 # names begin as JAX's device_kind does. Cloud TPU: cloud.google.com/tpu/docs/system-architecture.
 PEAK_FLOPS = (
   ("NVIDIA B200", 2250e12),
+  ("NVIDIA H200 NVL", 835e12),
   ("NVIDIA H200", 989e12),
+  ("NVIDIA H100 NVL", 835e12),
   ("NVIDIA H100 PCIe", 756e12),
   ("NVIDIA H100", 989e12),
   ("NVIDIA A100", 312e12),
@@ -20,9 +22,9 @@ PEAK_FLOPS = (
 )
 
 
-def peak_flops(device: jax.Device) -> float | None:
-  """FLOP/s that a device is sold with, or None where that is not known (all CPUs)."""
-  return next((peak for name, peak in PEAK_FLOPS if device.device_kind.startswith(name)), None)
+def peak_flops(kind: str) -> float | None:
+  """FLOP/s that a kind of device is sold with, or None where that is not known (all CPUs)."""
+  return next((peak for name, peak in PEAK_FLOPS if kind.startswith(name)), None)
 
 
 def peak_memory() -> float:

@@ -45,7 +45,7 @@ class Telemetry:
     }
     if self._flops:
       found["tflops_per_device"] = self._flops * steps_per_second / 1e12
-      peak = peak_flops(jax.local_devices()[0])
+      peak = peak_flops(jax.local_devices()[0].device_kind)
       if peak:
         found["mfu"] = self._flops * steps_per_second / peak
     found["peak_gib"] = peak_memory() / 2**30

@@ -144,7 +144,8 @@ def test_shard_reports_without_devices(tiny_config):
   """In a process of its own: it sets the number of devices."""
   command = [
     sys.executable, "-m", "rfmedsam2_jax", "shard", str(tiny_config), "--devices", "8",
-    "mesh.fsdp=4", "generator.batch_size=8", "generator.features=[16,32]", "--phase", "generator", "--structures", "3",
+    "mesh.fsdp=4", "generator.batch_size=8", "generator.features=[16,32]", "--phase",
+    "generator", "--structures", "3",
   ]
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
