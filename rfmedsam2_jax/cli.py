@@ -203,7 +203,7 @@ def _shard(options: argparse.Namespace) -> None:
     raise UserError("--devices, --channels and --structures: give numbers from 1 on")
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", options.devices)
-  from rfmedsam2_jax.training.shard import shard
+  from rfmedsam2_jax.shard import shard
 
   shard(
     load_config(options.config, options.overrides), options.channels, options.structures,

@@ -47,19 +47,19 @@ from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.mesh import check_batch, local_rows, make_mesh
 from rfmedsam2_jax.parallel.rules import place, whole
-from rfmedsam2_jax.progress import Progress, duration
-from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
-from rfmedsam2_jax.report.curves import save_curves
-from rfmedsam2_jax.training.checkpoints import has_checkpoint
-from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
-from rfmedsam2_jax.training.loop import train_phase
-from rfmedsam2_jax.training.phases import (
+from rfmedsam2_jax.phases import (
   Phase,
   generator_network,
   generator_phase,
   init_generator,
   refiner_phase,
 )
+from rfmedsam2_jax.progress import Progress, duration
+from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+from rfmedsam2_jax.report.curves import save_curves
+from rfmedsam2_jax.training.checkpoints import has_checkpoint
+from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
+from rfmedsam2_jax.training.loop import train_phase
 from rfmedsam2_jax.training.state import (
   Params,
   TrainState,

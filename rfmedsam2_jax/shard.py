@@ -11,7 +11,7 @@ from rfmedsam2_jax.data.plan import ChannelRule, Plan, pooling
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.parallel.mesh import check_batch, make_mesh
 from rfmedsam2_jax.parallel.report import report_step
-from rfmedsam2_jax.training.phases import generator_phase, refiner_phase
+from rfmedsam2_jax.phases import generator_phase, refiner_phase
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 from rfmedsam2_jax.training.step import compile_step, make_step
 
