@@ -120,7 +120,8 @@ def train(
     segmenter = _generator(run, config, plan, split, held_out, report, profile)
     _write_prompts(run, segmenter, split.train, report)
     segmenter = _refiner(run, config, segmenter, split, held_out, report, profile)
-    save_curves(run.path / "log.jsonl", run.path / "curves.png")
+    if run.writes:
+      save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = _validate(run, segmenter, held_out, report)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
     return result

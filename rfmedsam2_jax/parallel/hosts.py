@@ -131,15 +131,18 @@ def _watch(ended: threading.Event) -> None:
         seen[key] = value, now
       name = f"process {key.removeprefix(_KEY)} of {jax.process_count()}"
       if value.startswith(_FAILED):
-        _leave(f"{name} has failed: {value.removeprefix(_FAILED)}")
+        # Often it is the same failure here, and the main thread is about to say so itself.
+        if not ended.wait(5.0):
+          _leave(f"{name} has {value}", 2)
+        return
       if value != _DONE and now - seen[key][1] > _SILENCE:
         _leave(f"{name} has not been heard of for {_SILENCE:.0f} s")
 
 
-def _leave(why: str) -> NoReturn:
+def _leave(why: str, status: int = LEFT_BEHIND) -> NoReturn:
   """The main thread may be inside a collective that never ends, so nothing is waited for."""
   print(f"rfmedsam2: {why}; start all processes again with --resume", file=sys.stderr, flush=True)
-  os._exit(LEFT_BEHIND)
+  os._exit(status)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
