@@ -84,6 +84,10 @@ def peak_memory(script: str, *arguments: str) -> float:
   return float(json.loads(done.stdout.splitlines()[-1])["peak_gib"])
 
 
+def peak_of_process() -> float:
+  """GiB that this process held at most so far."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def report_peak() -> None:
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-  print(json.dumps({"peak_gib": peak}))
+  print(json.dumps({"peak_gib": peak_of_process()}))

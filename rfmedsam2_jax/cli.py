@@ -1,6 +1,7 @@
-"""The command line: train, predict, evaluate, track, quickstart.
+"""The command line: train, shard, predict, evaluate, track, quickstart.
 
-Exit status: 0 done, 2 something that the user can mend (one line says what), 130 interrupted.
+Exit status: 0 done, 2 something that the user can mend (one line says what), 75 stopped by SIGTERM
+and saved (start it again with --resume), 130 interrupted.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.errors import Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except UserError as error:
     print(f"rfmedsam2: {error}", file=sys.stderr)
     return 2
+  except Stopped as stopped:
+    print(f"rfmedsam2: {stopped}", file=sys.stderr)
+    return 75
   except KeyboardInterrupt:
     print("rfmedsam2: interrupted; what was finished is kept", file=sys.stderr)
     return 130
@@ -71,7 +75,26 @@ def _parser() -> argparse.ArgumentParser:
   train.add_argument("--out", type=Path, required=True, help="folder of the run")
   train.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
   train.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+  train.add_argument("--profile", action="store_true", help="leave a trace of some steps in --out")
+  train.add_argument(
+    "--distributed", default="auto", metavar="HOW",
+    help="auto (TPU pods, SLURM, Open MPI), off, or HOST:PORT,PROCESSES,INDEX",
+  )
   train.set_defaults(run=_train)
+
+  shard = commands.add_parser(
+    "shard", help="show what training would hold and send on a mesh, without its devices"
+  )
+  shard.add_argument("config", type=Path, help="YAML file, see configs/")
+  shard.add_argument("overrides", nargs="*", help="values by path, mesh.fsdp=8")
+  shard.add_argument("--devices", type=int, required=True, help="number of devices of the mesh")
+  shard.add_argument("--phase", choices=("generator", "refiner"), help="one phase (both)")
+  shard.add_argument("--channels", type=int, default=1, help="of the images (1)")
+  shard.add_argument("--structures", type=int, default=15, help="to be segmented (15)")
+  shard.add_argument(
+    "--no-compile", action="store_true", help="only where arrays lie: seconds, not minutes"
+  )
+  shard.set_defaults(run=_shard)
 
   predict = commands.add_parser("predict", help="segment volumes with a trained run")
   predict.add_argument(
@@ -161,11 +184,31 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
   from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.experiment import train
+  from rfmedsam2_jax.parallel import hosts
 
+  hosts.initialise(options.distributed)
   config = load_config(options.config, options.overrides)
   if not config.data.dataset:
     raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
-  train(config, options.out, options.resume, options.overwrite, _report)
+  train(config, options.out, options.resume, options.overwrite, _report,
+        options.profile)
+
+
+def _shard(options: argparse.Namespace) -> None:
+  import jax
+
+  from rfmedsam2_jax.config import load_config
+
+  if options.devices < 1 or options.channels < 1 or options.structures < 1:
+    raise UserError("--devices, --channels and --structures: give numbers from 1 on")
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", options.devices)
+  from rfmedsam2_jax.shard import shard
+
+  shard(
+    load_config(options.config, options.overrides), options.channels, options.structures,
+    [options.phase] if options.phase else ["generator", "refiner"], print, not options.no_compile,
+  )
 
 
 def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:

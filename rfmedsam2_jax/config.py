@@ -22,6 +22,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.config import InferenceConfig
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import SAM2Config
+from rfmedsam2_jax.parallel.mesh import MeshConfig
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
 
@@ -48,6 +49,7 @@ class Config:
   refinement: RefinementConfig = RefinementConfig()
   refiner: RefinerConfig = RefinerConfig()
   inference: InferenceConfig = InferenceConfig()
+  mesh: MeshConfig = MeshConfig()
   seed: int = 0  # of initial weights, batches and augmentation
 
   def __post_init__(self):

@@ -1,8 +1,15 @@
-"""The one error that is meant for the person at the keyboard."""
+"""The errors that are meant for the person at the keyboard."""
 
 
 class UserError(Exception):
   """Something that the user can mend: one line that names the file, what is wrong and what to do.
 
   Commands print it as `rfmedsam2: <message>` without a traceback and exit with status 2.
+  """
+
+
+class Stopped(Exception):
+  """The machine is taken away (SIGTERM); everything is saved.
+
+  Commands print it as a line and exit with status 75, for schedulers that start a run again.
   """

@@ -5,17 +5,17 @@ training cases, the refiner, validation. Each part is skipped where an earlier, 
 has finished it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.config import Config, config_yaml, load_config
@@ -41,14 +41,23 @@ from rfmedsam2_jax.inference.segmenter import (
   label_maps,
   run_generator,
   segment_volume,
-  unet_for,
 )
 from rfmedsam2_jax.metrics import dice
 from rfmedsam2_jax.nn import SAM2, init_params
+from rfmedsam2_jax.parallel import hosts
+from rfmedsam2_jax.parallel.mesh import check_batch, local_rows, make_mesh
+from rfmedsam2_jax.parallel.rules import place, whole
+from rfmedsam2_jax.phases import (
+  Phase,
+  generator_network,
+  generator_phase,
+  init_generator,
+  refiner_phase,
+)
 from rfmedsam2_jax.progress import Progress, duration
+from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.checkpoints import has_checkpoint
-from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
 from rfmedsam2_jax.training.loop import train_phase
 from rfmedsam2_jax.training.state import (
@@ -58,14 +67,9 @@ from rfmedsam2_jax.training.state import (
   make_optimizer,
   merge,
   silenced_decoder,
+  with_frozen_as,
 )
-from rfmedsam2_jax.training.step import (
-  Loss,
-  compile_step,
-  generator_loss_fn,
-  make_step,
-  refiner_loss_fn,
-)
+from rfmedsam2_jax.training.step import compile_step, make_step
 from rfmedsam2_jax.weights.checkpoint import (
   check_starting_point,
   config_json,
@@ -79,9 +83,12 @@ Report = Callable[[str], None]
 
 def train(
   config: Config, out: str | Path, resume: bool = False, overwrite: bool = False,
-  report: Report = print,
+  report: Report = print, profile: bool = False,
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases.
+
+  Args:
+    profile: leave a trace of a few steps of each phase in `profile/`.
 
   Returns:
     The content of validation.json; empty without validation cases.
@@ -96,7 +103,9 @@ def train(
     check_starting_point(source, config.sam2)  # now, not after the generator
     if Path(source).absolute().is_relative_to(Path(out).absolute()):
       raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
-  with open_run(out, resume, overwrite) as run:
+  with _open_run(out, resume, overwrite) as run:
+    if not run.writes:
+      report = _silent
     if resume:
       _check_same_config(run, config)
     else:
@@ -108,13 +117,31 @@ def train(
     _preprocess(run, [cases[name] for name in split.train], dataset, plan, config, report)
     held_out = [cases[name] for name in split.validation]
     report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    segmenter = _generator(run, config, plan, split, held_out, report)
+    segmenter = _generator(run, config, plan, split, held_out, report, profile)
     _write_prompts(run, segmenter, split.train, report)
-    segmenter = _refiner(run, config, segmenter, split, held_out, report)
-    save_curves(run.path / "log.jsonl", run.path / "curves.png")
+    segmenter = _refiner(run, config, segmenter, split, held_out, report, profile)
+    if run.writes:
+      save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = _validate(run, segmenter, held_out, report)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
     return result
+
+
+@contextlib.contextmanager
+def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+  """The run's folder, in every process; the first one holds the lock and writes."""
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(hosts.watching())
+    with hosts.together():
+      if hosts.is_main():
+        run = stack.enter_context(open_run(out, resume, overwrite))
+      else:
+        run = RunFolder(out, writes=False)
+    yield run
+
+
+def _silent(line: str) -> None:
+  del line
 
 
 def load_run(path: str | Path) -> Segmenter:
@@ -138,7 +165,11 @@ def load_run(path: str | Path) -> Segmenter:
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:
+  # Where and how fast it is computed may change; what is computed may not.
   before = load_config(run.config)
+  before = dataclasses.replace(
+    before, mesh=config.mesh, data=dataclasses.replace(before.data, loader=config.data.loader)
+  )
   if before != config:
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
@@ -159,22 +190,22 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _plan(run: RunFolder, dataset: Dataset, config: Config, report: Report) -> tuple[Split, Plan]:
   """Split, fingerprint (of the training cases alone) and plan, made once."""
   identifiers = [case.identifier for case in dataset.cases]
-  if (run / "splits.json").exists():
-    split = load_split(run / "splits.json")
-    gone = sorted({*split.train, *split.validation} - set(identifiers))
-    if gone:
-      raise UserError(f"{run / 'splits.json'}: case {gone[0]} is no longer in the data set; "
-                      "put it back or train into another folder")
-  else:
-    split = make_split(identifiers, config.data.split)
-    save_split(run / "splits.json", split)
-  if not (run / "plan.json").exists():
-    train_cases = [case for case in dataset.cases if case.identifier in set(split.train)]
-    fingerprint = make_fingerprint(
-      dataset, train_cases, progress=Progress("fingerprint, cases", report)
-    )
-    save_json(run / "fingerprint.json", fingerprint)
-    save_plan(run / "plan.json", make_plan(fingerprint, config.plan))
+  with hosts.together():
+    if run.writes and not (run / "splits.json").exists():
+      save_split(run / "splits.json", make_split(identifiers, config.data.split))
+    if run.writes and not (run / "plan.json").exists():
+      train = set(load_split(run / "splits.json").train)
+      train_cases = [case for case in dataset.cases if case.identifier in train]
+      fingerprint = make_fingerprint(
+        dataset, train_cases, progress=Progress("fingerprint, cases", report)
+      )
+      save_json(run / "fingerprint.json", fingerprint)
+      save_plan(run / "plan.json", make_plan(fingerprint, config.plan))
+  split = load_split(run / "splits.json")
+  gone = sorted({*split.train, *split.validation} - set(identifiers))
+  if gone:
+    raise UserError(f"{run / 'splits.json'}: case {gone[0]} is no longer in the data set; "
+                    "put it back or train into another folder")
   plan = load_plan(run / "plan.json")
   size = " x ".join(map(str, plan.patch_size))
   report(f"plan: {plan.name}, spacing {plan.spacing} mm, patch {size}, "
@@ -193,15 +224,17 @@ def _preprocess(
   folder = run / "preprocessed"
   stored = set(stored_cases(folder)) if folder.is_dir() else set()
   progress = Progress("preprocessing, cases", report)
-  for done, case in enumerate(cases, 1):
-    if case.identifier in stored:
-      continue
-    volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
-    assert atoms is not None, "training cases have labels"
-    prepared = preprocess(volume, plan)
-    save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
-              plan.labels, config.seed)
-    progress(done, len(cases))
+  with hosts.together():
+    mine = hosts.share(cases)
+    for done, case in enumerate(mine, 1):
+      if case.identifier in stored:
+        continue
+      volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
+      assert atoms is not None, "training cases have labels"
+      prepared = preprocess(volume, plan)
+      save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
+                plan.labels, config.seed)
+      progress(done, len(mine))
 
 
 def _untrained(config: Config, plan: Plan) -> Segmenter:
@@ -211,10 +244,9 @@ def _untrained(config: Config, plan: Plan) -> Segmenter:
     raise UserError(
       f"data.sam_channels: has {wrong[0]}, but images have channels 0 to {channels - 1}"
     )
-  generator = config.generator
   return Segmenter(
     plan=plan,
-    unet=unet_for(plan, generator.features, generator.convs_per_stage, generator.dtype),
+    unet=generator_network(config, plan),
     generator={},
     sam2=SAM2(config.sam2),
     refiner=None,
@@ -224,15 +256,9 @@ def _untrained(config: Config, plan: Plan) -> Segmenter:
   )
 
 
-def _init_generator(segmenter: Segmenter, key: jax.Array) -> Params:
-  # Fully convolutional: the smallest patch will do.
-  patch = segmenter.unet.config.divisor
-  image = jnp.zeros((1, *patch, len(segmenter.plan.channels)))
-  return segmenter.unet.init(key, image, deep_supervision=True)["params"]
-
-
 def _generator_shapes(segmenter: Segmenter) -> Any:
-  return jax.eval_shape(functools.partial(_init_generator, segmenter), jax.random.key(0))
+  init = functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels))
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 def _refiner_shapes(segmenter: Segmenter) -> Any:
@@ -254,87 +280,100 @@ def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
 
 
 def _train_network(
-  phase: Literal["generator", "refiner"],
+  phase: Phase,
   run: RunFolder,
   config: Config,
   segmenter: Segmenter,
+  split: Split,
   held_out: Sequence[Case],
   params: Params,
-  patterns: Sequence[str],
-  loss: Loss,
-  batches: Any,
+  batches_from: Callable[[Sequence[int], int], Any],
   key: jax.Array,
   report: Report,
+  profile: bool,
 ) -> None:
   """Trains one of the two networks and keeps its final parameters in the run's folder.
 
   Args:
-    phase: also the name of the segmenter's and the config's field.
-    params: fresh. patterns: of the paths that are trained.
-    batches: grain iterator.
+    params: fresh.
+    batches_from: gives an iterator of some rows of a batch and those after it.
   """
-  settings: GeneratorConfig | RefinerConfig = getattr(config, phase)
+  settings, mesh = phase.settings, make_mesh(config.mesh)
   optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-  state = init_state(params, patterns, optimizer, key)
+  check_batch(mesh, settings.batch_size, settings.microbatches, phase.name)
+  state = place(init_state(params, phase.patterns, optimizer, key), mesh)
   report(
-    f"{phase}: {_count(params) / 1e6:.2f} M parameters, "
+    f"{phase.name}: {_count(params) / 1e6:.2f} M parameters, "
     f"{_count(state.trained) / 1e6:.2f} M of them trained"
   )
 
   def final(state: TrainState) -> Params:
-    return merge(state.ema if settings.optimizer.ema_decay else state.trained, state.frozen)
+    kept = state.ema if settings.optimizer.ema_decay else state.trained
+    return whole(merge(kept, state.frozen), mesh)
 
-  def validate(state: TrainState) -> dict[str, float]:
-    trained: dict[str, Any] = {phase: final(state)}
-    cases = held_out[: settings.loop.validation_cases]
-    return _quick_scores(dataclasses.replace(segmenter, **trained), cases)
+  def validate(state: TrainState, step: int) -> tuple[dict[str, float], Path | None]:
+    trained: dict[str, Any] = {phase.name: final(state)}
+    some = held_out[: settings.loop.validation_cases]
+    scores, shown = _quick_scores(dataclasses.replace(segmenter, **trained), some)
+    if not run.writes or shown is None:
+      return scores, None
+    path = run / "pictures" / f"{phase.name}-{step:06d}.png"
+    return scores, save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
 
   state = train_phase(
-    phase,
+    phase.name,
     run,
     settings.loop,
     state,
-    compile_step(make_step(loss, optimizer, settings.optimizer)),
-    batches,
-    settings.batch_size,
+    compile_step(
+      make_step(phase.loss, optimizer, settings.optimizer, mesh, settings.microbatches),
+      state,
+      mesh,
+    ),
+    functools.partial(batches_from, local_rows(mesh, settings.batch_size)),
+    mesh,
+    split.train,
+    _samples(phase),
     validate if held_out else None,
     report,
+    profile,
   )
-  save_params(run.params(phase), final(state), _about(config, segmenter.plan, phase))
+  save_params(run.params(phase.name), final(state), _about(config, segmenter.plan, phase.name))
 
 
 def _generator(
-  run: RunFolder, config: Config, plan: Plan, split: Split, held_out: Sequence[Case], report: Report
+  run: RunFolder,
+  config: Config,
+  plan: Plan,
+  split: Split,
+  held_out: Sequence[Case],
+  report: Report,
+  profile: bool,
 ) -> Segmenter:
   """Trains the generator, or loads it where it is trained already."""
   segmenter = _untrained(config, plan)
-  settings, labels = config.generator, plan.labels
+  settings, phase = config.generator, generator_phase(config, plan)
   if not run.params("generator").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
-    params = jax.jit(functools.partial(_init_generator, segmenter))(init_key)
-    loss = generator_loss_fn(segmenter.unet, settings, labels.membership, labels.regions)
-    batches = generator_batches(
-      run / "preprocessed",
-      split.train,
-      plan.patch_size,
-      settings.batch_size,
-      settings.augmentation,
-      config.seed,
-      settings.oversample_foreground,
-      loader=config.data.loader,
-    )
+    params = jax.jit(phase.init)(init_key)
+
+    def batches_from(rows: Sequence[int], start: int) -> Any:
+      return generator_batches(
+        run / "preprocessed",
+        split.train,
+        plan.patch_size,
+        settings.batch_size,
+        settings.augmentation,
+        config.seed,
+        settings.oversample_foreground,
+        rows=rows,
+        start=start,
+        loader=config.data.loader,
+      )
+
     _train_network(
-      "generator",
-      run,
-      config,
-      segmenter,
-      held_out,
-      params,
-      ("*",),
-      loss,
-      batches,
-      train_key,
-      report,
+      phase, run, config, segmenter, split, held_out, params, batches_from, train_key, report,
+      profile,
     )
   params = load_params(run.params("generator"), _generator_shapes(segmenter))
   return dataclasses.replace(segmenter, generator=params)
@@ -345,14 +384,16 @@ def _write_prompts(
 ) -> None:
   """The generator's mask logits of the training cases, float16 [K, D, 4G, 4G] each."""
   progress = Progress("prompts of the training cases", report)
-  for done, identifier in enumerate(identifiers, 1):
-    path = run / "prompts" / f"{identifier}.npy"
-    if not path.exists():
-      case = load_case(run / "preprocessed", identifier)
-      made = run_generator(segmenter, Prepared(np.asarray(case.image), case.window, case.restore))
-      with replacing(path) as temporary:
-        np.save(temporary, made.prompts.logits)
-    progress(done, len(identifiers))
+  with hosts.together():
+    mine = hosts.share(identifiers)
+    for done, identifier in enumerate(mine, 1):
+      path = run / "prompts" / f"{identifier}.npy"
+      if not path.exists():
+        case = load_case(run / "preprocessed", identifier)
+        made = run_generator(segmenter, Prepared(np.asarray(case.image), case.window, case.restore))
+        with replacing(path) as temporary:
+          np.save(temporary, made.prompts.logits)
+      progress(done, len(mine))
 
 
 def _starting_refiner(
@@ -379,34 +420,40 @@ def _refiner(
   split: Split,
   held_out: Sequence[Case],
   report: Report,
+  profile: bool,
 ) -> Segmenter:
   """Trains SAM 2 as the refiner, or loads it where it is trained already."""
   settings, plan = config.refiner, segmenter.plan
   if not run.params("refiner").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
     params = _starting_refiner(run, config, init_key, report)
-    loss = refiner_loss_fn(segmenter.sam2, settings, config.refinement)
-    batches = refiner_batches(
-      run / "preprocessed",
-      split.train,
-      RunConfig(
-        image_size=config.sam2.image_size,
-        slices=settings.slices,
-        structures=min(settings.structures, len(plan.labels.structures)),
-        channels=config.data.sam_channels,
-        oversample_foreground=settings.oversample_foreground,
-      ),
-      plan.labels.membership,
-      settings.batch_size,
-      settings.augmentation,
-      settings.corruption,
-      config.seed,
-      prompts=run / "prompts",
-      loader=config.data.loader,
-    )
+    params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
+
+    def batches_from(rows: Sequence[int], start: int) -> Any:
+      return refiner_batches(
+        run / "preprocessed",
+        split.train,
+        RunConfig(
+          image_size=config.sam2.image_size,
+          slices=settings.slices,
+          structures=min(settings.structures, len(plan.labels.structures)),
+          channels=config.data.sam_channels,
+          oversample_foreground=settings.oversample_foreground,
+        ),
+        plan.labels.membership,
+        settings.batch_size,
+        settings.augmentation,
+        settings.corruption,
+        config.seed,
+        prompts=run / "prompts",
+        rows=rows,
+        start=start,
+        loader=config.data.loader,
+      )
+
     _train_network(
-      "refiner", run, config, segmenter, held_out, params, settings.trainable, loss, batches,
-      train_key, report,
+      refiner_phase(config, plan), run, config, segmenter, split, held_out, params, batches_from,
+      train_key, report, profile,
     )
   params = load_params(run.params("refiner"), _refiner_shapes(segmenter))
   return dataclasses.replace(segmenter, refiner=params)
@@ -423,16 +470,37 @@ def _stage_maps(segmenter: Segmenter, case: Case) -> tuple[Volume, np.ndarray, l
   return volume, truth, label_maps([segment_volume(segmenter, volume)])
 
 
-def _quick_scores(segmenter: Segmenter, cases: Sequence[Case]) -> dict[str, float]:
-  """Mean Dice of every stage over a few cases."""
+def _samples(phase: Phase) -> dict[str, int]:
+  """What one step goes through: volumes are crops of one each."""
+  if phase.name == "generator":
+    return {"volumes": phase.batch["image"].shape[0]}
+  runs, structures, slices = phase.batch["masks"].shape[:3]
+  return {"volumes": runs, "slices": runs * slices, "cells": runs * structures * slices}
+
+
+def _quick_scores(
+  segmenter: Segmenter, cases: Sequence[Case]
+) -> tuple[dict[str, float], SheetCase | None]:
+  """Mean Dice of every stage over a few cases, and the first of this process's to be looked at."""
   found: list[list[float]] = [[] for _ in range(segmenter.stages)]
-  for case in cases:
-    _, truth, maps = _stage_maps(segmenter, case)
-    for stage, guess in enumerate(maps):
-      for structure in segmenter.plan.labels.structures:
-        mask, true_mask = np.isin(guess, structure.values), np.isin(truth, structure.values)
-        found[stage].append(dice(mask, true_mask))
-  return {f"stage{stage} Dice": float(np.nanmean(values)) for stage, values in enumerate(found)}
+  shown: SheetCase | None = None
+  with hosts.together():
+    for case in hosts.share(cases):
+      volume, truth, maps = _stage_maps(segmenter, case)
+      if shown is None:
+        stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
+        shown = SheetCase(
+          case.identifier, volume.array[0], truth, stages, volume.geometry.spacing,
+          slice_axis=segmenter.plan.slice_axis,
+        )
+      for stage, guess in enumerate(maps):
+        for structure in segmenter.plan.labels.structures:
+          mask, true_mask = np.isin(guess, structure.values), np.isin(truth, structure.values)
+          found[stage].append(dice(mask, true_mask))
+  # One list per stage, of all processes.
+  found = [sum(parts, []) for parts in zip(*hosts.gather(found), strict=True)]
+  scores = {f"stage{stage} Dice": float(np.nanmean(values)) for stage, values in enumerate(found)}
+  return scores, shown
 
 
 def _validate(
@@ -445,13 +513,20 @@ def _validate(
   labels = segmenter.plan.labels
   found: list[dict[str, Any]] = [{} for _ in range(segmenter.stages)]
   progress = Progress("validation, cases", report)
-  for done, case in enumerate(cases, 1):
-    volume, truth, maps = _stage_maps(segmenter, case)
-    for stage, guess in enumerate(maps):
-      found[stage][case.identifier] = evaluate_arrays(
-        guess, truth, volume.geometry.spacing, labels.structures, labels.ignore
-      )
-    progress(done, len(cases))
+  with hosts.together():
+    mine = hosts.share(cases)
+    for done, case in enumerate(mine, 1):
+      volume, truth, maps = _stage_maps(segmenter, case)
+      for stage, guess in enumerate(maps):
+        found[stage][case.identifier] = evaluate_arrays(
+          guess, truth, volume.geometry.spacing, labels.structures, labels.ignore
+        )
+      progress(done, len(mine))
+  of_case = [
+    {name: scores for part in parts for name, scores in part.items()}
+    for parts in zip(*hosts.gather(found), strict=True)
+  ]
+  found = [{case.identifier: stage[case.identifier] for case in cases} for stage in of_case]
   stages = [Scores(labels.names, 1.0, scores) for scores in found]
   result = {f"stage{stage}": as_dict(scores) for stage, scores in enumerate(stages)}
   run.write("validation.json", json.dumps(result, indent=1) + "\n")

@@ -4,6 +4,9 @@ Generator: soft Dice and cross-entropy over classes, or over overlapping regions
 as in nnU-Net. Refiner: SAM 2's focal and Dice loss on mask logits, regression of the IoU, binary
 cross-entropy of presence. What must not count (ignored voxels, absent structures, dead cells) is a
 mask, and gives a zero gradient, never NaN, whatever stands under it.
+
+`axes` names the mesh axes that a batch is spread over, where the function runs on one device's
+share of it (jax.shard_map): sums over the batch are then taken over all of them.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Axes = tuple[str, ...]
 
 IGNORE = 255  # value of a voxel without a label in `target`
 
@@ -46,14 +50,22 @@ def binary_cross_entropy(logits: Array, target: Array) -> Array:
   return jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
 
-def masked_mean(values: Array, mask: Array) -> Array:
+def over_devices(total: Array, axes: Axes) -> Array:
+  """The sum of what the devices along `axes` have summed."""
+  return jax.lax.psum(total, axes) if axes else total
+
+
+def masked_mean(values: Array, mask: Array, axes: Axes = ()) -> Array:
   """Mean weighted by `mask` (broadcast to `values`); 0 where the mask is empty."""
   mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
   kept = jnp.where(mask > 0, values, 0.0)
-  return (kept * mask).sum() / jnp.maximum(mask.sum(), 1e-6)
+  total, weight = over_devices(jnp.stack([(kept * mask).sum(), mask.sum()]), axes)
+  return total / jnp.maximum(weight, 1e-6)
 
 
-def soft_dice(probability: Array, truth: Array, valid: Array, batch_dice: bool) -> Array:
+def soft_dice(
+  probability: Array, truth: Array, valid: Array, batch_dice: bool, axes: Axes = ()
+) -> Array:
   """1 - mean soft Dice over channels, nnU-Net's form (smooth 1e-5).
 
   Args:
@@ -61,11 +73,14 @@ def soft_dice(probability: Array, truth: Array, valid: Array, batch_dice: bool) 
     valid: [B, D, H, W], 0 for ignored voxels.
     batch_dice: sums run over the batch too.
   """
-  axes = (0, 1, 2, 3) if batch_dice else (1, 2, 3)
+  voxels = (0, 1, 2, 3) if batch_dice else (1, 2, 3)
   weight = valid[..., None]
-  intersection = (probability * truth * weight).sum(axes)
-  total = (probability * weight).sum(axes) + (truth * weight).sum(axes)
-  return 1.0 - ((2.0 * intersection + 1e-5) / (total + 1e-5)).mean()
+  intersection = (probability * truth * weight).sum(voxels)
+  total = (probability * weight).sum(voxels) + (truth * weight).sum(voxels)
+  if batch_dice:
+    intersection, total = over_devices(jnp.stack([intersection, total]), axes)
+  dice = ((2.0 * intersection + 1e-5) / (total + 1e-5)).mean()
+  return 1.0 - (jax.lax.pmean(dice, axes) if axes and not batch_dice else dice)
 
 
 def segmentation_loss(
@@ -74,6 +89,7 @@ def segmentation_loss(
   membership: Array,
   regions: bool,
   config: GeneratorLossConfig = GeneratorLossConfig(),
+  axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """Soft Dice and cross-entropy at one resolution.
 
@@ -103,8 +119,8 @@ def segmentation_loss(
     # As in nnU-Net the background has no Dice term: it would only reward what is easy.
     probability, truth = jnp.exp(log_probability[..., 1:]), one_hot[..., 1:]
   parts = {
-    "dice": soft_dice(probability, truth, valid, config.batch_dice),
-    "cross_entropy": masked_mean(entropy, valid),
+    "dice": soft_dice(probability, truth, valid, config.batch_dice, axes),
+    "cross_entropy": masked_mean(entropy, valid, axes),
   }
   total = config.dice * parts["dice"] + config.cross_entropy * parts["cross_entropy"]
   return total, parts
@@ -134,6 +150,7 @@ def generator_loss(
   membership: Array,
   regions: bool = False,
   config: GeneratorLossConfig = GeneratorLossConfig(),
+  axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """The deeply supervised loss of the prompt generator.
 
@@ -151,7 +168,9 @@ def generator_loss(
     if weight == 0:
       continue
     level_target = downsample_target(target, level_logits.shape[1:4])
-    loss, level_parts = segmentation_loss(level_logits, level_target, membership, regions, config)
+    loss, level_parts = segmentation_loss(
+      level_logits, level_target, membership, regions, config, axes
+    )
     total = total + weight * loss
     parts = parts if level else level_parts
   return total, parts
@@ -200,6 +219,7 @@ def refiner_loss(
   present: Array,
   live: Array,
   config: RefinerLossConfig = RefinerLossConfig(),
+  axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """Loss of one refinement stage over cells; leading axes [...] are of any number.
 
@@ -226,11 +246,15 @@ def refiner_loss(
   error = ious - jax.lax.stop_gradient(mask_iou(logits, target, known))
   parts = {
     "focal": masked_mean(
-      focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma), shown
+      focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma), shown, axes
     ),
-    "dice": masked_mean(mask_dice_loss(logits, target, known), shown),
-    "iou": masked_mean(jnp.abs(error) if config.iou_form == "l1" else jnp.square(error), shown),
-    "presence": masked_mean(binary_cross_entropy(presence, present.astype(jnp.float32)), live),
+    "dice": masked_mean(mask_dice_loss(logits, target, known), shown, axes),
+    "iou": masked_mean(
+      jnp.abs(error) if config.iou_form == "l1" else jnp.square(error), shown, axes
+    ),
+    "presence": masked_mean(
+      binary_cross_entropy(presence, present.astype(jnp.float32)), live, axes
+    ),
   }
   weights = {"focal": config.focal, "dice": config.dice, "iou": config.iou}
   weights["presence"] = config.presence

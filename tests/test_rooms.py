@@ -16,17 +16,22 @@ ALLOWED = {
   "losses": set(),
   "metrics": set(),
   "data": set(),
+  "parallel": set(),
   "weights": {"nn"},
   "memory": {"nn"},
   "tracking": {"nn", "memory"},
   "refinement": {"nn", "memory", "tracking"},
   "inference": {"nn", "data", "metrics", "memory", "tracking", "refinement"},
   "training": {
-    "nn", "data", "losses", "metrics", "weights", "memory", "tracking", "refinement", "inference",
+    "nn", "data", "losses", "metrics", "parallel", "weights", "memory", "tracking", "refinement",
+    "inference",
   },
   "report": {"nn", "data", "losses", "metrics", "inference", "training"},
 }
-LAST = {"config", "experiment", "api", "prompting", "cli", "quickstart", "__init__", "__main__"}
+LAST = {
+  "config", "phases", "experiment", "shard", "api", "prompting", "cli", "quickstart", "__init__",
+  "__main__",
+}
 
 
 def imports_of(path: Path) -> set[str]:

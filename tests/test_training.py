@@ -1,6 +1,7 @@
 """Training: what is trained, how a run goes on where it stopped, and what it refuses."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.nn import init_params
 from rfmedsam2_jax.nn.sam2 import BUFFERS
+from rfmedsam2_jax.training.checkpoints import Checkpoints, has_checkpoint
 from rfmedsam2_jax.training.config import OptimizerConfig
 from rfmedsam2_jax.training.folder import open_run
 from rfmedsam2_jax.training.state import (
@@ -31,6 +33,7 @@ from rfmedsam2_jax.training.state import (
   partition,
 )
 from rfmedsam2_jax.training.step import make_step
+from rfmedsam2_jax.training.telemetry import Telemetry
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -102,24 +105,31 @@ class _Killed(Exception):
   pass
 
 
-@pytest.mark.parametrize("phase", ["generator", "refiner"])
-def test_resumed_run_ends_with_the_same_parameters_bit_for_bit(
-  tiny_run, tiny_config, tmp_path, monkeypatch, phase
+def test_a_run_that_broke_off_resumes_to_the_same_parameters_bit_for_bit(
+  tiny_run, tiny_config, tmp_path, monkeypatch, capsys
 ):
-  from rfmedsam2_jax.training.checkpoints import Checkpoints
+  """It breaks off in the generator, right after a save, and is terminated in the refiner."""
+  save, before = Checkpoints.save, Telemetry.before
 
-  save = Checkpoints.save
-
-  def save_then_die(self, step, state, iterator):
-    save(self, step, state, iterator)
-    if step == 4 and self._folder.parent.name == phase:
+  def save_then_die(self, step, state, score=None):
+    save(self, step, state, score)
+    if step == 4 and self._folder.parent.name == "generator":
       raise _Killed
+
+  def be_terminated(self, done):
+    before(self, done)
+    if done == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   run = tmp_path / "run"
   with monkeypatch.context() as patch:
     patch.setattr(Checkpoints, "save", save_then_die)
     with pytest.raises(_Killed):
       main(["train", str(tiny_config), "--out", str(run)])
+  with monkeypatch.context() as patch:
+    patch.setattr(Telemetry, "before", be_terminated)
+    assert main(["train", str(tiny_config), "--out", str(run), "--resume"]) == 75
+  assert "the refiner is saved at step 3 of 6, go on with --resume" in capsys.readouterr().err
   assert main(["train", str(tiny_config), "--out", str(run), "--resume"]) == 0
   for one, other in zip(final_params(tiny_run), final_params(run), strict=True):
     np.testing.assert_array_equal(one, other)
@@ -155,7 +165,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, capsys):
   arguments = ["train", str(tiny_config), "--out", str(tmp_path / "run"),
                "generator.optimizer.learning_rate=1e30", "generator.optimizer.warmup_steps=0"]
   assert main(arguments) == 2
-  assert "loss is not finite at step" in capsys.readouterr().err
+  error = capsys.readouterr().err
+  # The first step moves the weights, the second one notices; each case of its batch is named.
+  assert "the generator's loss is not finite at step 2 (cases phantom_" in error
+  assert "last good checkpoint: none" in error
+  assert not has_checkpoint(tmp_path / "run" / "generator" / "checkpoints")
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+  optimizer = make_optimizer(OptimizerConfig(), 10)
+  state = init_state({"kernel": jnp.ones((2, 2))}, ("*",), optimizer, jax.random.key(0))
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, keep_best=1)
+  for step, score in enumerate([0.3, None, 0.8, None, 0.5, None, None], 1):
+    checkpoints.save(step, state, score)
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7"]
 
 
 def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):

@@ -3,8 +3,8 @@
 In: prepared cases (data.preprocessing) and, for the refiner, the generator's stored mask logits.
 Out: grain iterators of dictionaries of numpy arrays, which training.loop puts on the devices.
 
-Sample number i is a pure function of (seed, i): which case, where, how transformed. An iterator's
-state is therefore one integer, `get_state` and `set_state` are exact, prefetching and the number
+Sample number i is a pure function of (seed, i): which case, where, how transformed. An iterator
+can therefore start at any batch, `get_state` and `set_state` are exact, prefetching and the number
 of threads change nothing, and n processes together see the batches that one process would see.
 """
 
@@ -89,13 +89,13 @@ class _Cases:
 
   def draw(
     self, index: int, stream: int
-  ) -> tuple[PreparedCase, np.ndarray | None, np.random.Generator]:
-    """Case and prompts of sample `index`, and a random generator that nothing else uses."""
+  ) -> tuple[int, PreparedCase, np.ndarray | None, np.random.Generator]:
+    """Number, case and prompts of sample `index`, and a random generator of its own."""
     epoch, position = divmod(index, len(self.identifiers))
     order = np.random.default_rng([self.seed, stream, 0, epoch])
-    identifier = self.identifiers[order.permutation(len(self.identifiers))[position]]
-    case, prompts = self._open(identifier)
-    return case, prompts, np.random.default_rng([self.seed, stream, 1, index])
+    number = int(order.permutation(len(self.identifiers))[position])
+    case, prompts = self._open(self.identifiers[number])
+    return number, case, prompts, np.random.default_rng([self.seed, stream, 1, index])
 
 
 def _is_oversampled(index: int, share: float) -> bool:
@@ -114,29 +114,25 @@ def _foreground(case: PreparedCase, rng: np.random.Generator) -> tuple[int, np.n
 
 
 class _Samples:
-  """A random access source: `__getitem__` of what `sample` makes, sharded over processes."""
+  """A random access source: `__getitem__` of what `sample` makes, some rows of every batch."""
 
-  def __init__(self, sample, batch_size: int, shard: tuple[int, int]):
-    self.sample, self.batch_size, self.shard = sample, batch_size, shard
+  def __init__(self, sample, batch_size: int, rows: Sequence[int], start: int):
+    self.sample, self.batch_size, self.rows, self.start = sample, batch_size, rows, start
 
   def __len__(self) -> int:
     return _ENDLESS
 
   def __getitem__(self, index):
-    # This process has the rows [first, first + local) of every global batch.
-    process, count = self.shard
-    local = self.batch_size // count
-    batch, row = divmod(int(index), local)
-    return self.sample(batch * self.batch_size + process * local + row)
+    batch, row = divmod(int(index), len(self.rows))
+    return self.sample((self.start + batch) * self.batch_size + self.rows[row])
 
 
-def _batches(sample, batch_size: int, shard: tuple[int, int], loader: LoaderConfig):
-  if batch_size % shard[1]:
-    raise UserError(
-      f"batch_size {batch_size}: does not divide over {shard[1]} processes; choose a multiple"
-    )
-  dataset = grain.MapDataset.source(_Samples(sample, batch_size, shard))
-  dataset = dataset.batch(batch_size // shard[1], drop_remainder=True)
+def _batches(
+  sample, batch_size: int, rows: Sequence[int] | None, start: int, loader: LoaderConfig
+):
+  rows = range(batch_size) if rows is None else [int(row) for row in rows]
+  dataset = grain.MapDataset.source(_Samples(sample, batch_size, rows, start))
+  dataset = dataset.batch(len(rows), drop_remainder=True)
   threads = 1 if loader.workers else loader.threads
   batches = dataset.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=loader.prefetch)
@@ -157,7 +153,7 @@ class _PatchSample:
   oversample_foreground: float
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    case, _, rng = self.cases.draw(index, stream=0)
+    number, case, _, rng = self.cases.draw(index, stream=0)
     assert case.atoms is not None
     shape, size = np.array(case.image.shape[1:]), np.array(self.patch_size)
     found = None
@@ -178,7 +174,8 @@ class _PatchSample:
     )
     image = augment_intensity(rng, image, self.augmentation, in_plane=flat)
     target = sample_patch(case.atoms, centre, self.patch_size, matrix, order=0, fill=0)
-    return {"image": np.ascontiguousarray(np.moveaxis(image, 0, -1)), "target": target}
+    image = np.ascontiguousarray(np.moveaxis(image, 0, -1))
+    return {"image": image, "target": target, "case": np.array(number, np.int32)}
 
 
 def generator_batches(
@@ -189,7 +186,8 @@ def generator_batches(
   augmentation: AugmentationConfig,
   seed: int,
   oversample_foreground: float = 0.33,
-  shard: tuple[int, int] = (0, 1),
+  rows: Sequence[int] | None = None,
+  start: int = 0,
   loader: LoaderConfig | None = None,
 ):
   """Endless batches of 3D patches.
@@ -202,16 +200,17 @@ def generator_batches(
     augmentation: what is done to patches.
     seed: with the position it decides everything.
     oversample_foreground: share of patches that are centred on a voxel of some structure.
-    shard: (index of this process, number of processes).
+    rows: of every batch, those that this process makes; None: all.
+    start: number of the first batch.
     loader: threads and prefetching.
 
   Returns:
     a grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms,
-    255 where ignored}.
+    255 where ignored, "case": int32 [B], positions in `identifiers`}, B the number of rows.
   """
   cases = _Cases(Path(folder), identifiers, seed, None)
   sample = _PatchSample(cases, patch_size, augmentation, oversample_foreground)
-  return _batches(sample, batch_size, shard, loader or LoaderConfig())
+  return _batches(sample, batch_size, rows, start, loader or LoaderConfig())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +222,7 @@ class _RunSample:
   corruption: PromptCorruptionConfig
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    case, prompts, rng = self.cases.draw(index, stream=1)
+    number, case, prompts, rng = self.cases.draw(index, stream=1)
     assert case.atoms is not None
     depth, height, width = case.image.shape[1:]
     length, side = self.run.slices, self.run.image_size
@@ -287,6 +286,7 @@ class _RunSample:
       "inside": np.ascontiguousarray(inside),
       "depth": np.int32(depth),
       "structures": structures.astype(np.int32),
+      "case": np.array(number, np.int32),
     }
 
   def _structures(
@@ -311,7 +311,8 @@ def refiner_batches(
   corruption: PromptCorruptionConfig,
   seed: int,
   prompts: str | Path | None = None,
-  shard: tuple[int, int] = (0, 1),
+  rows: Sequence[int] | None = None,
+  start: int = 0,
   loader: LoaderConfig | None = None,
 ):
   """Endless batches of runs of consecutive slices with prompts.
@@ -328,7 +329,8 @@ def refiner_batches(
     seed: with the position it decides everything.
     prompts: folder of CASE.npy, float16 [K, D, 4G, 4G], the generator's mask logits; None takes
       the truth instead.
-    shard: (index of this process, number of processes).
+    rows: of every batch, those that this process makes; None: all.
+    start: number of the first batch.
     loader: threads and prefetching.
 
   Returns:
@@ -340,6 +342,7 @@ def refiner_batches(
       "inside": bool [B, L], the slice lies in the volume.
       "depth": int32 [B], slices of the whole volume.
       "structures": int32 [B, T].
+      "case": int32 [B], positions in `identifiers`.
 
   Raises:
     UserError: the image has no such channel (while iterating: prompts of another shape).
@@ -348,4 +351,4 @@ def refiner_batches(
     raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")
   cases = _Cases(Path(folder), identifiers, seed, None if prompts is None else Path(prompts))
   sample = _RunSample(cases, run, np.asarray(membership, bool), augmentation, corruption)
-  return _batches(sample, batch_size, shard, loader or LoaderConfig())
+  return _batches(sample, batch_size, rows, start, loader or LoaderConfig())

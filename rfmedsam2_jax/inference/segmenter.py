@@ -23,6 +23,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.config import InferenceConfig
 from rfmedsam2_jax.inference.sliding_window import predict_slabs
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.remat import Remat
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.refinement import RefinementConfig, StageResult, blended, fuse, refine_volume
 from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes, stage0_logits
@@ -96,7 +97,10 @@ class Segmentation:
     return self.prepared.restore.to_native(probability, fill=0.0)
 
 
-def unet_for(plan: Plan, features: Sequence[int] | None, convs_per_stage: int, dtype: str) -> UNet:
+def unet_for(
+  plan: Plan, features: Sequence[int] | None, convs_per_stage: int, dtype: str,
+  remat: Remat = "none",
+) -> UNet:
   """The generator that a plan asks for; by default nnU-Net's widths, 32 doubling up to 320."""
   stages = len(plan.strides)
   if features is None:
@@ -107,7 +111,7 @@ def unet_for(plan: Plan, features: Sequence[int] | None, convs_per_stage: int, d
       "give one width per stage or set plan.poolings"
     )
   outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
-  config = UNetConfig(tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype)
+  config = UNetConfig(tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype, remat)
   return UNet(config, outputs)
 
 

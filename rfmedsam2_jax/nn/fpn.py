@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter
 from rfmedsam2_jax.nn.hiera import Hiera
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d
+from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 
 class FpnNeck(nn.Module):
@@ -21,19 +22,22 @@ class FpnNeck(nn.Module):
     fpn_top_down_levels: the levels (0 is the finest) that receive the upsampled coarser level.
       SAM 2 has (2, 3): levels 0 and 1 are lateral only.
     adapters: whether and how wide the CNN-Adapters are.
+    remat: what the backward pass keeps of a level, see nn.remat.
   """
 
   d_model: int = 256
   fpn_top_down_levels: tuple[int, ...] = (2, 3)
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(self, features: tuple[Array, ...]) -> tuple[Array, ...]:
     """Features [B, H, W, C] of every stage, fine to coarse, to as many [B, H, W, d_model]."""
     levels: list[Array] = []
+    lateral_of = rematerialised(Lateral, self.remat)
     for i in reversed(range(len(features))):
-      lateral = Lateral(
+      lateral = lateral_of(
         self.d_model,
         adapters=self.adapters,
         dtype=self.dtype,

@@ -12,6 +12,7 @@ from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm
 from rfmedsam2_jax.nn.pieces import map_pieces
 from rfmedsam2_jax.nn.positions import hiera_positions
+from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 
 class Hiera(nn.Module):
@@ -28,6 +29,7 @@ class Hiera(nn.Module):
     global_att_blocks: the blocks (counted over all stages) that attend over the whole image.
     window_pos_embed_bkg_spatial_size: size at which the background positions are stored.
     adapters: whether and how wide the DWConvAdapters are.
+    remat: what the backward pass keeps of a block, see nn.remat.
   """
 
   embed_dim: int = 96
@@ -39,6 +41,7 @@ class Hiera(nn.Module):
   window_pos_embed_bkg_spatial_size: tuple[int, int] = (14, 14)
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(self, images_BHW3: Array) -> tuple[Array, ...]:
@@ -58,12 +61,13 @@ class Hiera(nn.Module):
 
     features = []
     block = 0
+    block_of = rematerialised(Block, self.remat)
     for stage, blocks in enumerate(self.stages):
       for i in range(blocks):
         opens_stage = stage > 0 and i == 0
         # The block that opens a stage still has the window of the stage before.
         side = self.window_spec[stage - 1 if opens_stage else stage]
-        x = Block(
+        x = block_of(
           features=self.embed_dim * 2**stage,
           num_heads=self.num_heads * 2**stage,
           window=0 if block in self.global_att_blocks else side,

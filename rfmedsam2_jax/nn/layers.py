@@ -88,7 +88,7 @@ class MLP(nn.Module):
     out: width of the last layer.
     num_layers: number of dense layers.
     activation: ReLU everywhere in SAM 2 but in Hiera, which has the exact GELU.
-    sigmoid_output: for the IoU head.
+    sigmoid_output: for the IoU head; float32, as bfloat16 has few values near 1.
   """
 
   hidden: int
@@ -105,4 +105,4 @@ class MLP(nn.Module):
       x = nn.Dense(self.out if last else self.hidden, dtype=self.dtype, name=f"layers_{i}")(x)
       if not last:
         x = self.activation(x)
-    return nn.sigmoid(x) if self.sigmoid_output else x
+    return nn.sigmoid(x.astype(jnp.float32)) if self.sigmoid_output else x

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rfmedsam2_jax.nn.adapters import AdapterConfig, DWConvAdapter
 from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, ConvTranspose2x2, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 NUM_MULTIMASK = 3  # masks of an ambiguous prompt; mask token 0 is for the unambiguous ones
 STABILITY_DELTA = 0.05  # thresholds on the logits between which a stable mask changes little
@@ -43,6 +44,7 @@ class MaskDecoder(nn.Module):
     heads: attention heads; divides C / 2.
     mlp: hidden width of the layers' MLPs.
     iou_hidden: hidden width of the IoU head.
+    remat: what the backward pass keeps of a layer and of the upscaling, see nn.remat.
   """
 
   width: int
@@ -52,6 +54,7 @@ class MaskDecoder(nn.Module):
   iou_hidden: int = 256
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
+  remat: Remat = "none"
 
   def setup(self):
     masks, token = 1 + NUM_MULTIMASK, nn.initializers.normal(1.0)  # torch's Embedding
@@ -59,7 +62,7 @@ class MaskDecoder(nn.Module):
     self.iou_token = self.param("iou_token", token, (1, self.width))
     self.mask_tokens = self.param("mask_tokens", token, (masks, self.width))
     self.transformer = TwoWayTransformer(
-      self.width, self.depth, self.heads, self.mlp, self.adapters, self.dtype
+      self.width, self.depth, self.heads, self.mlp, self.adapters, self.dtype, self.remat
     )
     self.output_upscaling_0 = ConvTranspose2x2(self.width // 4, dtype=self.dtype)
     self.output_upscaling_1 = layer_norm(1e-6, dtype=self.dtype)
@@ -105,9 +108,7 @@ class MaskDecoder(nn.Module):
     tokens, image = self.transformer(embedding_NGGC, positions_GGC, tokens, exists)
     mask_tokens = tokens[:, 2 : 2 + len(self.output_hypernetworks_mlps)]
 
-    high4, high8 = high_res
-    image = gelu(self.output_upscaling_1(self.output_upscaling_0(image) + high8))
-    image = gelu(self.output_upscaling_3(image) + high4)
+    image = rematerialised(MaskDecoder._upscale, self.remat)(self, image, *high_res)
 
     ious = self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32)
     presence = self.pred_obj_score_head(tokens[:, 0])[:, 0].astype(jnp.float32)
@@ -134,6 +135,11 @@ class MaskDecoder(nn.Module):
       single_ious = jnp.where(stable[:, None], single_ious, _take(ious[:, 1:], best_N))
     return Decoded(masks, single_ious, presence, mask_tokens[:, 0])
 
+  def _upscale(self, image_NGGC: Array, stride4: Array, stride8: Array) -> Array:
+    """Image side and high-resolution features to [N, 4G, 4G, C/8]."""
+    image = gelu(self.output_upscaling_1(self.output_upscaling_0(image_NGGC) + stride8))
+    return gelu(self.output_upscaling_3(image) + stride4)
+
 
 def stability(logits_NHW: Array) -> Array:
   """IoU [N] of the masks at thresholds +-STABILITY_DELTA; 1 where both are empty."""
@@ -157,6 +163,7 @@ class TwoWayTransformer(nn.Module):
   mlp: int
   adapters: AdapterConfig
   dtype: DType
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(
@@ -166,8 +173,9 @@ class TwoWayTransformer(nn.Module):
     image = image_NGGC.reshape(n, height * width, channels)
     positions = positions_GGC.reshape(1, height * width, channels)
     tokens = tokens_NTC
+    block_of = rematerialised(TwoWayAttentionBlock, self.remat, static=(6,))
     for i in range(self.depth):
-      layer = TwoWayAttentionBlock(
+      layer = block_of(
         self.heads, self.mlp, first=i == 0, adapters=self.adapters, dtype=self.dtype,
         name=f"layers_{i}",
       )

@@ -19,6 +19,7 @@ from rfmedsam2_jax.nn.attention import (
 )
 from rfmedsam2_jax.nn.layers import Array, DType, layer_norm
 from rfmedsam2_jax.nn.positions import sine_positions_2d
+from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 Rope = tuple[np.ndarray, np.ndarray]
 
@@ -52,6 +53,7 @@ class MemoryAttention(nn.Module):
     width: channels C of the features.
     layers: number of layers.
     ffn: hidden width of their MLPs.
+    remat: what the backward pass keeps of a layer, see nn.remat.
   """
 
   width: int
@@ -59,6 +61,7 @@ class MemoryAttention(nn.Module):
   ffn: int = 2048
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(
@@ -79,17 +82,16 @@ class MemoryAttention(nn.Module):
     _, height, width, channels = embedding_NGGC.shape
     memory, positions, valid = self._memory_tokens(slots, temporal_RE, pointer_positions_NPE)
     keys = memory + positions
-    # Memory attention has one head, as wide as the features.
-    rope = axial_rope(height, width, self.width)
     spatial = slots.maps.shape[1] * height * width
 
     x = embedding_NGGC.astype(self.dtype)
     # The positions are added once and weakly, and not to the queries of any attention.
     x = x + 0.1 * jnp.asarray(sine_positions_2d(height, width, channels), x.dtype)
+    layer_of = rematerialised(MemoryAttentionLayer, self.remat, static=(5,))
     for i in range(self.layers):
-      x = MemoryAttentionLayer(
-        self.ffn, adapters=self.adapters, dtype=self.dtype, name=f"layers_{i}"
-      )(x, keys, memory, valid, rope, spatial)
+      x = layer_of(self.ffn, adapters=self.adapters, dtype=self.dtype, name=f"layers_{i}")(
+        x, keys, memory, valid, spatial
+      )
     return layer_norm(dtype=self.dtype, name="norm")(x)
 
   def _memory_tokens(
@@ -131,11 +133,12 @@ class MemoryAttentionLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_NGGC: Array, keys_NTE: Array, memory_NTE: Array, valid_NT: Array, rope: Rope,
-    spatial: int,
+    self, x_NGGC: Array, keys_NTE: Array, memory_NTE: Array, valid_NT: Array, spatial: int
   ) -> Array:
     """`spatial` of the T keys lie on the grid and are rotated; the rest are pointers."""
     first, height, width, channels = x_NGGC.shape
+    # Memory attention has one head, as wide as the features.
+    rope = axial_rope(height, width, channels)
 
     def norm(name: str, x: Array) -> Array:
       return layer_norm(dtype=self.dtype, name=name)(x)

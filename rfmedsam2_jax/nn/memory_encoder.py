@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 
 class MemoryEncoder(nn.Module):
@@ -19,6 +20,7 @@ class MemoryEncoder(nn.Module):
     out: channels of the memory; other than `width`.
     mask_channels: of the mask after each of its four halvings.
     fuser_layers: ConvNeXt blocks.
+    remat: what the backward pass keeps of the mask's way down and of a block, see nn.remat.
   """
 
   width: int
@@ -26,15 +28,17 @@ class MemoryEncoder(nn.Module):
   mask_channels: tuple[int, ...] = (4, 16, 64, 256)
   fuser_layers: int = 2
   dtype: DType = jnp.float32
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(self, embedding_NGGC: Array, mask_NSS1: Array) -> Array:
     """Memories [N, G, G, out]."""
-    down = MaskDownSampler(
+    down = rematerialised(MaskDownSampler, self.remat)(
       self.width, self.mask_channels, dtype=self.dtype, name="mask_downsampler"
     )
     x = conv2d(self.width, 1, dtype=self.dtype, name="pix_feat_proj")(embedding_NGGC)
-    x = Fuser(self.fuser_layers, dtype=self.dtype, name="fuser")(x + down(mask_NSS1))
+    fuser = Fuser(self.fuser_layers, dtype=self.dtype, remat=self.remat, name="fuser")
+    x = fuser(x + down(mask_NSS1))
     return conv2d(self.out, 1, dtype=self.dtype, name="out_proj")(x)
 
 
@@ -61,11 +65,13 @@ class Fuser(nn.Module):
 
   layers: int
   dtype: DType = jnp.float32
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(self, x_NGGC: Array) -> Array:
+    block_of = rematerialised(CXBlock, self.remat)
     for i in range(self.layers):
-      x_NGGC = CXBlock(dtype=self.dtype, name=f"layers_{i}")(x_NGGC)
+      x_NGGC = block_of(dtype=self.dtype, name=f"layers_{i}")(x_NGGC)
     return x_NGGC
 
 

@@ -12,7 +12,7 @@ is (object, slice) pairs; S is the image's side, G = S / 16, C = d_model.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,7 @@ from rfmedsam2_jax.nn.memory_attention import MemoryAttention, MemorySlots
 from rfmedsam2_jax.nn.memory_encoder import MemoryEncoder
 from rfmedsam2_jax.nn.positions import sine_positions_1d
 from rfmedsam2_jax.nn.prompt_encoder import PromptEncoder, Prompts, box_prompts, no_prompts
+from rfmedsam2_jax.nn.remat import Remat
 
 __all__ = [
   "ABSENT_LOGIT", "BUFFERS", "Decoded", "ImageFeatures", "MemorySlots", "Prompts", "SAM2",
@@ -74,7 +75,10 @@ class SAM2Config:
   pointer_positions: bool = True  # tell object pointers apart by their signed distance
 
   adapters: AdapterConfig = AdapterConfig()
-  dtype: str = "float32"  # of the computation, or "bfloat16"; parameters stay float32
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+  # Training: what is kept of every block for the backward pass. "none": all. "block": its input, at
+  # a third more time per step. "dots": also what dense layers give; between the two in both.
+  remat: Remat = "none"
 
   def __post_init__(self):
     if self.image_size % 32:
@@ -123,8 +127,9 @@ class SAM2(nn.Module):
         window_pos_embed_bkg_spatial_size=c.window_pos_embed_bkg_spatial_size,
         adapters=c.adapters,
         dtype=dtype,
+        remat=c.remat,
       ),
-      FpnNeck(c.d_model, adapters=c.adapters, dtype=dtype),
+      FpnNeck(c.d_model, adapters=c.adapters, dtype=dtype, remat=c.remat),
     )
     self.sam_prompt_encoder = PromptEncoder(
       c.d_model, grid=c.grid, mask_channels=c.prompt_mask_channels, dtype=dtype
@@ -137,6 +142,7 @@ class SAM2(nn.Module):
       iou_hidden=c.iou_hidden,
       adapters=c.adapters,
       dtype=dtype,
+      remat=c.remat,
     )
     self.memory_attention = MemoryAttention(
       c.d_model,
@@ -144,6 +150,7 @@ class SAM2(nn.Module):
       ffn=c.memory_ffn,
       adapters=c.adapters,
       dtype=dtype,
+      remat=c.remat,
     )
     self.memory_encoder = MemoryEncoder(
       c.d_model,
@@ -151,6 +158,7 @@ class SAM2(nn.Module):
       mask_channels=c.memory_mask_channels,
       fuser_layers=c.fuser_layers,
       dtype=dtype,
+      remat=c.remat,
     )
     self.maskmem_tpos_enc = self.param("maskmem_tpos_enc", small, (c.num_maskmem, c.mem_dim))
     self.no_mem_embed = self.param("no_mem_embed", small, (c.d_model,))

@@ -10,8 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from rfmedsam2_jax.nn.convolutions import Conv3D, Triple
+from rfmedsam2_jax.nn.remat import CONVOLUTION, Remat, rematerialised
 
 Array = jax.Array
 
@@ -25,6 +27,7 @@ class UNetConfig:
   kernels: tuple[Triple, ...] = ((3, 3, 3),) * 4  # (1, 3, 3) where slices are far apart
   convs_per_stage: int = 2  # in the encoder and in the decoder
   dtype: str = "float32"  # of the arithmetic; bfloat16 halves memory on GPU and TPU
+  remat: Remat = "none"  # what training keeps of a convolution's block for the backward pass
 
   def __post_init__(self):
     if not len(self.features) == len(self.strides) == len(self.kernels):
@@ -100,6 +103,7 @@ class ConvBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     y = Conv3D(self.features, self.kernel, self.stride, dtype=self.dtype, name="conv")(x_BDHWC)
+    y = checkpoint_name(y, CONVOLUTION)
     return nn.leaky_relu(InstanceNorm(name="norm")(y), 0.01)
 
 
@@ -111,12 +115,14 @@ class Stage(nn.Module):
   stride: Triple
   convs: int
   dtype: jnp.dtype
+  remat: Remat = "none"
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
+    block_of = rematerialised(ConvBlock, self.remat)
     for i in range(self.convs):
       stride = self.stride if i == 0 else (1, 1, 1)
-      block = ConvBlock(self.features, self.kernel, stride, self.dtype, name=f"convs_{i}")
+      block = block_of(self.features, self.kernel, stride, self.dtype, name=f"convs_{i}")
       x_BDHWC = block(x_BDHWC)
     return x_BDHWC
 
@@ -130,7 +136,9 @@ class Encoder(nn.Module):
     c = self.config
     skips = []
     for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, strict=True)):
-      stage = Stage(*sizes, c.convs_per_stage, jnp.dtype(c.dtype), name=f"stages_{i}")
+      stage = Stage(
+        *sizes, c.convs_per_stage, jnp.dtype(c.dtype), c.remat, name=f"stages_{i}"
+      )
       x_BDHWC = stage(x_BDHWC)
       skips.append(x_BDHWC)
     return skips
@@ -151,7 +159,7 @@ class Decoder(nn.Module):
       x = jnp.concatenate([up(x), skips[level]], axis=-1)
       kernel = c.kernels[level]
       stage = Stage(
-        c.features[level], kernel, (1, 1, 1), c.convs_per_stage, dtype, name=f"stages_{i}"
+        c.features[level], kernel, (1, 1, 1), c.convs_per_stage, dtype, c.remat, name=f"stages_{i}"
       )
       x = stage(x)
       # All heads are made at initialisation, so that the tree does not depend on the call.

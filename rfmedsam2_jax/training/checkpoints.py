@@ -1,25 +1,42 @@
-"""Checkpoints of a phase: training state and data position together, asynchronous and atomic."""
+"""Checkpoints of a phase: asynchronous, atomic, and laid out anew for whatever mesh restores them.
+
+Sample n of the data is a function of the seed and n, so the number of steps is the data's position.
+"""
 
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.training.state import TrainState
 
 
 class Checkpoints:
-  """The checkpoints of one phase, newest last."""
+  """The checkpoints of one phase, newest last; every process takes part in all of its methods.
 
-  def __init__(self, folder: Path, keep: int):
+  Args:
+    keep: number of newest ones that are kept.
+    keep_best: number of further ones that are kept, those with the highest score.
+  """
+
+  def __init__(self, folder: Path, keep: int, keep_best: int = 0):
     self._folder = folder
+    policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+    if keep_best:
+      policies.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=lambda metrics: metrics["score"],
+          n=keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         # Folders that a killed process left unfinished.
         cleanup_tmp_directories=True,
       ),
@@ -28,27 +45,24 @@ class Checkpoints:
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, iterator: Any) -> None:
-    """Starts to save; the next save or `close` waits for it."""
+  def save(self, step: int, state: TrainState, score: float | None = None) -> None:
+    """Starts to save; the next save or `close` waits for it.
+
+    Args:
+      score: mean validation Dice at this step, if there was a validation.
+    """
     self._manager.save(
       step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(_plain(state)),
-        data=grain.checkpoint.CheckpointSave(iterator),
-      ),
+      args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state))),
+      metrics=None if score is None else {"score": score},
     )
 
-  def restore(self, step: int, state: TrainState, iterator: Any) -> TrainState:
-    """The state at a step, laid out as `state` is; `iterator` is moved to where it was."""
+  def restore(self, step: int, state: TrainState) -> TrainState:
+    """The state at a step, laid out as `state` is."""
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(state))
     try:
       restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(
-            jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(state))
-          ),
-          data=grain.checkpoint.CheckpointRestore(iterator),
-        ),
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
       )
     except Exception as error:  # Orbax raises many kinds
       reason = str(error).strip().split("\n")[0][:200]
@@ -59,8 +73,12 @@ class Checkpoints:
     key = jax.random.wrap_key_data(restored["state"]["key"])
     return TrainState(**(restored["state"] | {"key": key}))
 
-  def close(self) -> None:
+  def wait(self) -> None:
+    """Until what was started to be saved is there."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self.wait()
     self._manager.close()
 
 

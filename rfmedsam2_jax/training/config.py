@@ -6,6 +6,7 @@ from typing import Literal
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
 from rfmedsam2_jax.data.corruption import PromptCorruptionConfig
 from rfmedsam2_jax.losses import GeneratorLossConfig, RefinerLossConfig
+from rfmedsam2_jax.nn.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class LoopConfig:
   log_every: int = 20  # steps between lines of the log; each is a mean over them
   checkpoint_every: int = 200  # steps; at most so many are lost when a run is killed
   keep_checkpoints: int = 2  # the last ones
+  keep_best: int = 0  # further ones, those with the highest mean Dice at `validate_every`
   validate_every: int = 0  # steps; 0 validates only at the end
   validation_cases: int = 4  # cases of a validation between; all are scored at the end
 
@@ -40,7 +42,11 @@ class GeneratorConfig:
   features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
   convs_per_stage: int = 2
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
+  remat: Remat = "none"
+  # What is kept of a convolution with its norm for the backward pass. "none": all. "block": its
+  # input, at a third more time per step. "dots": also the convolution's output, at little more.
   batch_size: int = 2
+  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
   oversample_foreground: float = 0.33  # share of patches centred on some structure
   loop: LoopConfig = LoopConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -59,7 +65,11 @@ class RefinerConfig:
   trainable: tuple[str, ...] = ("*adapter*",)
   # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
   # frozen, without gradient or optimizer state. "*" trains everything.
+  frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # in which frozen weights are held
+  # bfloat16 rounds them to 8 bits, for good: what is saved in the end are the rounded values. Worth
+  # it together with sam2.dtype=bfloat16, which computes with such values anyway.
   batch_size: int = 1  # runs
+  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
   slices: int = 8  # consecutive slices of a run; memory and time grow with it
   structures: int = 2  # organs of a run
   box_jitter: float = 0.1  # boxes are moved by up to this share of their size

@@ -24,10 +24,15 @@ LOCK = ".lock"
 
 
 class RunFolder:
-  """Paths of a run, and its log."""
+  """Paths of a run, and its log.
 
-  def __init__(self, path: str | Path):
+  Args:
+    writes: whether this process writes; where there are several, one does.
+  """
+
+  def __init__(self, path: str | Path, writes: bool = True):
     self.path = Path(path)
+    self.writes = writes
 
   def __truediv__(self, name: str) -> Path:
     return self.path / name
@@ -43,11 +48,15 @@ class RunFolder:
     return self.path / phase / "params"
 
   def write(self, name: str, text: str) -> None:
+    if not self.writes:
+      return
     with replacing(self.path / name) as temporary:
       temporary.write_text(text, encoding="utf-8")
 
   def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
     """Appends a line to log.jsonl."""
+    if not self.writes:
+      return
     line = {"phase": phase, "step": step, "time": round(time.time(), 1)} | values
     with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
       file.write(json.dumps(line) + "\n")
@@ -55,7 +64,7 @@ class RunFolder:
   def forget_after(self, phase: str, step: int) -> None:
     """Drops lines of the log that a resumed phase will write again, and a torn last line."""
     path = self.path / "log.jsonl"
-    if not path.exists():
+    if not self.writes or not path.exists():
       return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():

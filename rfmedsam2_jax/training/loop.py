@@ -1,20 +1,26 @@
 """The training loop of a phase: step n + 1 is dispatched before the metrics of step n are read."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.errors import Stopped, UserError
+from rfmedsam2_jax.parallel import hosts
+from rfmedsam2_jax.parallel.mesh import place_batch
 from rfmedsam2_jax.progress import duration
-from rfmedsam2_jax.training import sharding
 from rfmedsam2_jax.training.checkpoints import Checkpoints
 from rfmedsam2_jax.training.config import LoopConfig
 from rfmedsam2_jax.training.folder import RunFolder
 from rfmedsam2_jax.training.state import TrainState
+from rfmedsam2_jax.training.stopping import listening
+from rfmedsam2_jax.training.telemetry import Telemetry, flops_of
 
 Report = Callable[[str], None]
 
@@ -24,77 +30,143 @@ def train_phase(
   run: RunFolder,
   config: LoopConfig,
   state: TrainState,
-  step_fn: Callable[..., Any],
-  batches: Any,
-  batch_size: int,
-  validate: Callable[[TrainState], dict[str, float]] | None = None,
+  step_fn: Any,
+  batches_from: Callable[[int], Any],
+  mesh: Mesh,
+  cases: Sequence[str],
+  samples: dict[str, int],
+  validate: Callable[[TrainState, int], tuple[dict[str, float], Path | None]] | None = None,
   report: Report = print,
+  profile: bool = False,
 ) -> TrainState:
   """Trains until `config.steps`, from the newest checkpoint where there is one.
 
   Args:
     phase: "generator" or "refiner"; names the folder of checkpoints and the lines of the log.
-    state: fresh.
-    step_fn: compiled (state, batch) -> (state, metrics), with the state donated.
-    batches: grain iterator.
-    validate: gives metrics for the log every `config.validate_every` steps.
+    state: fresh, laid out on the mesh.
+    step_fn: jitted (state, batch) -> (state, metrics), with the state donated.
+    batches_from: gives the iterator of this process's rows of batch n and those after it. "case"
+      of a batch, which stays on the host, numbers `cases`.
+    samples: what one step goes through, by name, for the throughput.
+    validate: (state, step) gives metrics for the log, of which the last one ranks checkpoints, and
+      a picture; every `config.validate_every` steps.
     report: takes progress lines.
+    profile: leave a trace of a few steps in `profile/`.
 
   Raises:
     UserError: the loss is not finite.
+    Stopped: after SIGTERM, when everything is saved.
   """
-  mesh = sharding.data_mesh(batch_size)
-  state = sharding.replicate(state, mesh)
-  checkpoints = Checkpoints(run.checkpoints(phase), config.keep_checkpoints)
+  checkpoints = Checkpoints(run.checkpoints(phase), config.keep_checkpoints, config.keep_best)
   try:
     start = checkpoints.latest() or 0
     if start:
-      state = checkpoints.restore(start, state, batches)
+      state = checkpoints.restore(start, state)
       report(f"{phase}: resumed at step {start} of {config.steps}")
     run.forget_after(phase, start)
-    began = time.monotonic()
-    pending: list[dict[str, jax.Array]] = []
-    for step in range(start + 1, config.steps + 1):
-      batch = sharding.spread(next(batches), mesh)
-      state, metrics = step_fn(state, batch)
-      pending.append(metrics)
-      if len(pending) > 1:
-        # Wait for the step before, not for this one: the device always has work.
-        jax.block_until_ready(pending[-2]["loss"])
-      if step == start + 1:
-        jax.block_until_ready(metrics["loss"])
-        report(f"{phase}: first step, with compilation, {time.monotonic() - began:.0f} s")
-        compiled = time.monotonic()
-      if step % config.log_every == 0 or step == config.steps:
-        values = _means(pending)
-        pending = []
-        if not math.isfinite(values["loss"]):
-          last = checkpoints.latest()
-          raise UserError(
-            f"{run.path}: the {phase}'s loss is not finite at step {step}; lower "
-            f"{phase}.optimizer.learning_rate or check the data "
-            f"(last good checkpoint: {last if last else 'none'})"
-          )
-        rate = (step - start - 1) / max(time.monotonic() - compiled, 1e-6)
-        left = (config.steps - step) / max(rate, 1e-6)
-        run.log(phase, step, values | {"steps_per_second": round(rate, 3)})
-        if step > start + 1:
+    batches = batches_from(start)
+    watch = _Watch(phase, run, checkpoints, cases)
+    with contextlib.ExitStack() as stack:
+      stopping = stack.enter_context(listening())
+      stack.enter_context(stopping.deferred())
+      telemetry: Telemetry | None = None
+      for step in range(start + 1, config.steps + 1):
+        batch = dict(next(batches))
+        drawn = batch.pop("case")
+        placed = place_batch(batch, mesh)
+        if telemetry is None:
+          began = time.monotonic()
+          compiled = step_fn.lower(state, placed).compile()
+          report(f"{phase}: compiled in {time.monotonic() - began:.0f} s")
+          telemetry = stack.enter_context(contextlib.closing(Telemetry(
+            run.path, phase, run.writes, samples, flops_of(compiled), profile
+          )))
+          began = time.monotonic()
+        telemetry.before(step - start - 1)
+        state, metrics = compiled(state, placed)
+        telemetry.after(step - start - 1, metrics)
+        watch.add(step, metrics, drawn)
+        # Waits for the step before, not for this one: the device always has work.
+        watch.check(step - 1)
+        if step % config.log_every == 0 or step == config.steps:
+          watch.check(step)
+          values = watch.means()
+          rate = (step - start) / max(time.monotonic() - began, 1e-6)
+          values |= {"steps_per_second": round(rate, 3)} | telemetry.measured(rate)
+          run.log(phase, step, values)
+          telemetry.scalars(step, values)
           report(
-            f"{phase}: step {step}/{config.steps}  loss {values['loss']:.4f}  "
-            f"{rate:.2f} steps/s  {duration(left)} left"
+            f"{phase}: step {step}/{config.steps}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
+            f"{duration((config.steps - step) / max(rate, 1e-6))} left"
           )
-      if validate and config.validate_every and step % config.validate_every == 0:
-        scores = validate(state)
-        run.log(phase, step, {f"validation/{name}": value for name, value in scores.items()})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        report(f"{phase}: validation at step {step}: {shown}")
-      if step % config.checkpoint_every == 0 or step == config.steps:
-        checkpoints.save(step, state, batches)
+        score = None
+        if validate and config.validate_every and step % config.validate_every == 0:
+          watch.check(step)
+          scores, picture = validate(state, step)
+          score = list(scores.values())[-1]
+          named = {f"validation/{name}": value for name, value in scores.items()}
+          run.log(phase, step, named)
+          telemetry.scalars(step, named)
+          if picture is not None:
+            telemetry.picture(step, "validation", picture)
+          shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+          report(f"{phase}: validation at step {step}: {shown}")
+        asked = stopping.asked(step)
+        if asked or score is not None or step % config.checkpoint_every == 0 or (
+          step == config.steps
+        ):
+          watch.check(step)
+          checkpoints.save(step, state, score)
+        if asked and step < config.steps:
+          checkpoints.wait()
+          raise Stopped(
+            f"{run.path}: stopped by SIGTERM; the {phase} is saved at step {step} of "
+            f"{config.steps}, go on with --resume"
+          )
     return state
   finally:
     checkpoints.close()
 
 
-def _means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-  fetched = jax.device_get(pending)
-  return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
+class _Watch:
+  """Metrics of the steps since the last line of the log, and what they were computed from."""
+
+  def __init__(self, phase: str, run: RunFolder, checkpoints: Checkpoints, cases: Sequence[str]):
+    self._phase, self._run, self._checkpoints, self._cases = phase, run, checkpoints, cases
+    self._pending: list[dict[str, jax.Array]] = []
+    self._drawn: dict[int, np.ndarray] = {}
+    self._steps: list[int] = []
+
+  def add(self, step: int, metrics: dict[str, jax.Array], drawn: np.ndarray) -> None:
+    self._pending.append(metrics)
+    self._steps.append(step)
+    self._drawn[step] = drawn
+
+  def check(self, step: int) -> None:
+    """Waits for the steps up to `step`.
+
+    Raises:
+      UserError: the loss of one of them is not finite; names its cases and the last checkpoint.
+    """
+    for done in sorted(number for number in self._drawn if number <= step):
+      loss = float(self._pending[self._steps.index(done)]["loss"])
+      if not math.isfinite(loss):
+        self._fail(done)
+      del self._drawn[done]
+
+  def means(self) -> dict[str, float]:
+    fetched = jax.device_get(self._pending)
+    self._pending, self._steps = [], []
+    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
+
+  def _fail(self, step: int) -> None:
+    names = sorted({self._cases[i] for i in self._drawn[step].ravel()})
+    # The loss is the same in every process, so that all of them come here.
+    names = sorted({name for some in hosts.gather(names) for name in some})
+    last = self._checkpoints.latest()
+    good = self._run.checkpoints(self._phase) / str(last) if last else "none"
+    raise UserError(
+      f"{self._run.path}: the {self._phase}'s loss is not finite at step {step} (cases "
+      f"{', '.join(names)}); look at these cases or lower {self._phase}.optimizer.learning_rate, "
+      f"and go on with --resume (last good checkpoint: {good})"
+    )

@@ -70,6 +70,22 @@ def merge(first: Params, second: Params) -> Params:
   return traverse_util.unflatten_dict(flat)
 
 
+def with_frozen_as(dtype: str, params: Params, patterns: Sequence[str]) -> Params:
+  """Parameters whose frozen weights are held in another dtype; the trained ones are float32.
+
+  Only kernels, which are all but a percent of the parameters. Gains, biases, embeddings and buffers
+  stay float32: they weigh nothing, and what is added or turned by them would be moved as a whole.
+  Rounding is for good: weights.orbax saves float32, but the values are the rounded ones.
+
+  Args:
+    patterns: of what is trained, see `partition`.
+  """
+  trained, frozen = partition(params, patterns)
+  flat = traverse_util.flatten_dict(frozen)
+  held = {path: x.astype(dtype) if path[-1] == "kernel" else x for path, x in flat.items()}
+  return merge(trained, traverse_util.unflatten_dict(held))
+
+
 def silenced_decoder(params: Params) -> Params:
   """SAM 2's parameters with a mask decoder that decodes zero logits for masks and presence.
 

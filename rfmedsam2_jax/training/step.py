@@ -1,5 +1,6 @@
 """One training step of the generator and of the refiner: pure functions of (state, batch)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from rfmedsam2_jax.losses import generator_loss, refiner_loss
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
+from rfmedsam2_jax.parallel.rules import over_mesh, shardings
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.prompts import CellPrompts, next_prompts
 from rfmedsam2_jax.refinement.stages import all_stages_on_grid
@@ -19,27 +23,56 @@ from rfmedsam2_jax.training.state import Params, TrainState, ema_update, merge
 
 Array = jax.Array
 Batch = dict[str, Array]
-Loss = Callable[[Params, Batch, Array], tuple[Array, dict[str, Array]]]
+# (params, batch, key, axes): a batch that is spread over devices comes with the axes of the mesh.
+Loss = Callable[[Params, Batch, Array, tuple[str, ...]], tuple[Array, dict[str, Array]]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: OptimizerConfig) -> Step:
+def make_step(
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  config: OptimizerConfig,
+  mesh: Mesh | None = None,
+  microbatches: int = 1,
+) -> Step:
   """A step (state, batch) -> (state, metrics), to be compiled.
 
   Args:
-    loss: (params, batch, key) -> (scalar, metrics).
+    mesh: that states and batches are spread over; None: one device.
+    microbatches: equal parts of a batch whose gradients are computed one after the other and
+      averaged; row r belongs to part r % microbatches, however many devices share the batch.
   """
+  spread: Callable[..., Any] = loss if mesh is None else over_mesh(loss, mesh)
+
+  def gradient(state: TrainState, batch: Batch, key: Array):
+    def of_trained(trained: Params):
+      return spread(merge(trained, state.frozen), batch, key)
+
+    (value, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(state.trained)
+    return gradients, metrics | {"loss": value}
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(state.key, state.step)
+    if microbatches == 1:
+      gradients, metrics = gradient(state, batch, key)
+    else:
+      parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch
+      )
+      keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(microbatches))
 
-    def of_trained(trained: Params):
-      return loss(merge(trained, state.frozen), batch, key)
+      def add(total: Any, part: tuple[Batch, Array]):
+        return jax.tree.map(jnp.add, total, gradient(state, *part)), None
 
-    (value, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(state.trained)
+      zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradient, state, jax.tree.map(lambda x: x[0], parts), key),
+      )
+      total, _ = jax.lax.scan(add, zero, (parts, keys))
+      gradients, metrics = jax.tree.map(lambda x: x / microbatches, total)
     updates, opt_state = optimizer.update(gradients, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = metrics | {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+    metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
     new = state.replace(
       step=state.step + 1,
       trained=trained,
@@ -57,18 +90,26 @@ def generator_loss_fn(
   """Deeply supervised loss of a batch of patches, see data.pipeline.generator_batches."""
   member = jnp.asarray(membership)
 
-  def loss(params: Params, batch: Batch, key: Array):
+  def loss(params: Params, batch: Batch, key: Array, axes: tuple[str, ...] = ()):
     del key
     logits: Any = model.apply({"params": params}, batch["image"], deep_supervision=True)
-    return generator_loss(logits, batch["target"], member, regions, config.loss)
+    return generator_loss(logits, batch["target"], member, regions, config.loss, axes)
 
   return loss
 
 
-def jittered(boxes: Array, amount: float, side: int, key: Array) -> Array:
+def jittered(
+  boxes: Array, amount: float, side: int, key: Array, axes: tuple[str, ...] = ()
+) -> Array:
   """Boxes [N, 4] with every edge moved by up to `amount` of the box's size, inside the image."""
   size = jnp.concatenate([boxes[:, 2:] - boxes[:, :2]] * 2, axis=1) + 1.0
-  moved = boxes + size * amount * jax.random.uniform(key, boxes.shape, minval=-1.0, maxval=1.0)
+  # Drawn for the whole batch, so that a box is moved alike on however many devices.
+  count = len(boxes)
+  devices = jax.lax.axis_size(axes) if axes else 1
+  drawn = jax.random.uniform(key, (devices * count, 4), minval=-1.0, maxval=1.0)
+  if axes:
+    drawn = jax.lax.dynamic_slice_in_dim(drawn, jax.lax.axis_index(axes) * count, count)
+  moved = boxes + size * amount * drawn
   moved = jnp.clip(moved, 0.0, side - 1.0)
   return jnp.concatenate(
     [jnp.minimum(moved[:, :2], moved[:, 2:]), jnp.maximum(moved[:, :2], moved[:, 2:])], axis=1
@@ -85,11 +126,11 @@ def stage0_cells(batch: Batch, refinement: RefinementConfig, side: int) -> CellP
 def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementConfig) -> Loss:
   """Sum over stages of the weighted losses of all live cells, see data.pipeline.refiner_batches."""
 
-  def loss(params: Params, batch: Batch, key: Array):
+  def loss(params: Params, batch: Batch, key: Array, axes: tuple[str, ...] = ()):
     runs, tracks, length, height, width = batch["logits"].shape
     side = model.config.image_size
     cells = stage0_cells(batch, refinement, side)
-    cells = cells._replace(boxes=jittered(cells.boxes, config.box_jitter, side, key))
+    cells = cells._replace(boxes=jittered(cells.boxes, config.box_jitter, side, key, axes))
     slices = batch["images"].reshape(runs * length, side, side, 3)
     results = all_stages_on_grid(
       model, params, refinement, slices, cells, batch["inside"], batch["depth"]
@@ -107,7 +148,7 @@ def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementCo
     ):
       counts = (live | present) & inside & certain
       value, parts = refiner_loss(
-        out.logits, out.iou, out.presence, target, known, present, counts, config.loss
+        out.logits, out.iou, out.presence, target, known, present, counts, config.loss, axes
       )
       total = total + stage.loss_weight * value
       metrics |= {f"stage{number}/{name}": part for name, part in parts.items()}
@@ -116,6 +157,12 @@ def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementCo
   return loss
 
 
-def compile_step(step: Step) -> Callable[..., Any]:
-  """The step, compiled; the state that goes in is donated."""
-  return jax.jit(step, donate_argnums=0)
+def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+  """The step, to be compiled for states that lie as `state`'s shapes do by the rules.
+
+  The state that goes in is donated.
+  """
+  where = shardings(state, mesh)
+  return jax.jit(
+    step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler_options()
+  )

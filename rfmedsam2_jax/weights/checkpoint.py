@@ -21,7 +21,7 @@ from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.weights.orbax import Params, load_params, save_params
 
 # Fields that change what is computed, but not which parameters there are.
-_FREE = ("image_size", "dtype", "adapters")
+_FREE = ("image_size", "dtype", "remat", "adapters")
 
 
 class Checkpoint(NamedTuple):
@@ -41,7 +41,9 @@ def save_checkpoint(
 
 def config_json(config: SAM2Config) -> dict[str, Any]:
   """What a checkpoint says of its network, under "sam2"."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  tree = json.loads(json.dumps(dataclasses.asdict(config)))
+  del tree["remat"]  # how a gradient was once computed says nothing of the network
+  return tree
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:

@@ -16,7 +16,11 @@ Params = dict[str, Any]
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
-  """Writes params and a JSON-serialisable description; replaces what was there."""
+  """Writes params and a JSON-serialisable description; replaces what was there.
+
+  Weights that training held in bfloat16 become float32, so that every checkpoint is read alike.
+  """
+  params = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, params)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     checkpointer.save(
       Path(folder).absolute(),

@@ -116,12 +116,18 @@ def test_restored_iterator_goes_on_exactly_where_it_was(store, make, tmp_path):
 @pytest.mark.parametrize("make", [patches, runs])
 def test_processes_together_see_the_batches_of_one(store, make):
   whole = make(store, batch_size=4)
-  parts = [make(store, batch_size=4, shard=(i, 2)) for i in range(2)]
+  parts = [make(store, batch_size=4, rows=(2 * i, 2 * i + 1)) for i in range(2)]
   for _ in range(3):
     batches = [next(part) for part in parts]
     assert_same(next(whole), {k: np.concatenate([b[k] for b in batches]) for k in batches[0]})
-  with pytest.raises(UserError, match="batch_size 3"):
-    make(store, batch_size=3, shard=(0, 2))
+
+
+@pytest.mark.parametrize("make", [patches, runs])
+def test_an_iterator_may_start_at_any_batch(store, make):
+  whole = make(store, batch_size=2)
+  for _ in range(3):
+    next(whole)
+  assert_same(next(whole), next(make(store, batch_size=2, start=3)))
 
 
 @pytest.mark.slow

@@ -1,0 +1,34 @@
+"""What devices can do at most, and how full they are."""
+
+import resource
+
+import jax
+
+# Products of dense matrices in bfloat16, FLOP/s of one device, from the vendors' data sheets; the
+# names begin as JAX's device_kind does. Cloud TPU: cloud.google.com/tpu/docs/system-architecture.
+PEAK_FLOPS = (
+  ("NVIDIA B200", 2250e12),
+  ("NVIDIA H200 NVL", 835e12),
+  ("NVIDIA H200", 989e12),
+  ("NVIDIA H100 NVL", 835e12),
+  ("NVIDIA H100 PCIe", 756e12),
+  ("NVIDIA H100", 989e12),
+  ("NVIDIA A100", 312e12),
+  ("NVIDIA L4", 121e12),
+  ("TPU v6 lite", 918e12),
+  ("TPU v5 lite", 197e12),
+  ("TPU v5", 459e12),
+  ("TPU v4", 275e12),
+)
+
+
+def peak_flops(kind: str) -> float | None:
+  """FLOP/s that a kind of device is sold with, or None where that is not known (all CPUs)."""
+  return next((peak for name, peak in PEAK_FLOPS if kind.startswith(name)), None)
+
+
+def peak_memory() -> float:
+  """Bytes that the fullest device of this process has held at once; of a CPU, the process."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peak = max(float(found.get("peak_bytes_in_use", 0)) for found in stats)
+  return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,176 @@
+"""Several processes of one run: how they find each other, and how they share work on the host.
+
+Every process runs the same program on its own devices. Process 0 writes what is written once; all
+see the run's folder and the data set under the same paths.
+"""
+
+import contextlib
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from rfmedsam2_jax.errors import UserError
+
+T = TypeVar("T")
+
+LEFT_BEHIND = 75  # exit status: as after SIGTERM, the same command with --resume goes on
+
+_KEY = "rfmedsam2/alive/"
+_DONE, _FAILED = "done", "failed: "
+_BEAT = 1.0  # seconds between counts
+_SILENCE = 30.0  # seconds after which a process that does not count is gone
+
+# Set where a launcher has started several processes, to their number or to their hosts.
+_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+
+
+def initialise(how: str) -> None:
+  """Joins this process to the others; to be called before JAX looks at any device.
+
+  Args:
+    how: "auto" asks the environment (TPU pods, SLURM, Open MPI); "off"; or
+      "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0.
+
+  Raises:
+    UserError: none of these, or the others cannot be reached.
+  """
+  if how == "off" or (how == "auto" and not _launched()):
+    return
+  given: dict[str, Any] = {}
+  if how != "auto":
+    parts = how.split(",")
+    try:
+      address, count, index = parts[0], *(int(part) for part in parts[1:])
+    except (ValueError, TypeError):
+      address, count, index = "", 0, 0
+    if ":" not in address or not 0 <= index < count:
+      raise UserError(f"--distributed {how}: is neither auto, off nor HOST:PORT,PROCESSES,INDEX")
+    given = {"coordinator_address": address, "num_processes": count, "process_id": index}
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    jax.distributed.initialize(**given, shutdown_timeout_seconds=30)
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).strip().split("\n")[0][:200]
+    raise UserError(f"--distributed {how}: the processes cannot be joined ({reason})") from None
+
+
+def _launched() -> bool:
+  values = [os.environ.get(name, "") for name in _LAUNCHERS]
+  return any("," in value or (value.isdigit() and int(value) > 1) for value in values)
+
+
+def is_main() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+  """Those of a list that this process works on."""
+  return items[jax.process_index() :: jax.process_count()]
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+  """Ends this process, with one line, soon after another one of the run has ended.
+
+  A collective operation waits for a process that is gone, for minutes or for ever, and JAX's own
+  heartbeats end in an abort. So every process counts in the coordination service's store, and reads
+  how far the others have counted.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  # When process 0 is gone, JAX aborts the others at once: this adds the last line to its trace.
+  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+  ended = threading.Event()
+  watcher = threading.Thread(target=_watch, args=(ended,), daemon=True)
+  watcher.start()
+  try:
+    yield
+    _say(_DONE)
+  except BaseException as error:
+    _say(f"{_FAILED}{error}")
+    raise
+  finally:
+    ended.set()
+    watcher.join()
+
+
+def _say(value: str) -> None:
+  # No public part of JAX reaches the store; Orbax goes the same way.
+  client: Any = distributed.global_state.client
+  with contextlib.suppress(Exception):  # the coordinator may be what is gone
+    client.key_value_set(f"{_KEY}{jax.process_index()}", value, allow_overwrite=True)
+
+
+def _watch(ended: threading.Event) -> None:
+  client: Any = distributed.global_state.client
+  seen: dict[str, tuple[str, float]] = {}
+  count = 0
+  while not ended.wait(_BEAT):
+    count += 1
+    try:
+      client.key_value_set(f"{_KEY}{jax.process_index()}", str(count), allow_overwrite=True)
+      found = dict(client.key_value_dir_get(_KEY))
+    except Exception:
+      _leave("process 0 is gone")
+    now = time.monotonic()
+    for key, value in found.items():
+      if seen.get(key, ("", 0.0))[0] != value:
+        seen[key] = value, now
+      name = f"process {key.removeprefix(_KEY)} of {jax.process_count()}"
+      if value.startswith(_FAILED):
+        # Often it is the same failure here, and the main thread is about to say so itself.
+        if not ended.wait(5.0):
+          _leave(f"{name} has {value}", 2)
+        return
+      if value != _DONE and now - seen[key][1] > _SILENCE:
+        _leave(f"{name} has not been heard of for {_SILENCE:.0f} s")
+
+
+def _leave(why: str, status: int = LEFT_BEHIND) -> NoReturn:
+  """The main thread may be inside a collective that never ends, so nothing is waited for."""
+  print(f"rfmedsam2: {why}; start all processes again with --resume", file=sys.stderr, flush=True)
+  os._exit(status)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+  _leave("process 0 is gone, or this one has failed as said above")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Work at whose end processes wait for each other; a UserError of one is raised by all."""
+  error: UserError | None = None
+  try:
+    yield
+  except UserError as raised:
+    error = raised
+  messages = [m for m in gather(None if error is None else str(error)) if m]
+  if error is not None:
+    raise error
+  if messages:
+    raise UserError(messages[0])
+
+
+def gather(value: T) -> list[T]:
+  """What every process has, in their order."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data)))).ravel()
+  padded = np.pad(data, (0, int(sizes.max()) - len(data)))
+  rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+  return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

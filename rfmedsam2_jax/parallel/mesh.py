@@ -1,0 +1,96 @@
+"""The mesh: how many devices share the batch, the parameters, and the width of layers.
+
+A batch is spread over the axes `data` and `fsdp` together; parameters and optimizer state are
+spread over `fsdp` (parallel.rules), and gathered where they are used. Processes hold the rows of a
+batch that lie on their devices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rfmedsam2_jax.errors import UserError
+
+AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis; their product is the number of devices. One may be -1: the rest."""
+
+  data: int = -1  # copies of the parameters, each with its share of the batch
+  fsdp: int = 1   # parts of parameters and optimizer state; memory falls, traffic rises
+  model: int = 1  # parts of the widths of attention and MLPs, for networks too large otherwise
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+      raise ValueError(f"mesh is {sizes}; give sizes from 1 on, and -1 (the rest) at most once")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh over all devices of all processes.
+
+  Raises:
+    UserError: so many devices do not exist, or are left over.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = list(dataclasses.astuple(config))
+  known = math.prod(size for size in sizes if size != -1)
+  wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
+  if -1 in sizes:
+    if len(devices) % known:
+      raise UserError(
+        f"{wanted}: {len(devices)} devices are no multiple of {known}; change the sizes"
+      )
+    sizes[sizes.index(-1)] = len(devices) // known
+  count = math.prod(sizes)
+  if count > len(devices):
+    raise UserError(f"{wanted}: needs {count} devices, but there are {len(devices)}; "
+                    "make it smaller, or let one size be -1")
+  if count < len(devices) and jax.process_count() > 1:
+    raise UserError(f"{wanted}: uses {count} of {len(devices)} devices; with several processes "
+                    "all have to be used, let one size be -1")
+  return jax.make_mesh(
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count]
+  )
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Number of parts that a batch is cut into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(mesh: Mesh, batch_size: int, microbatches: int, name: str) -> None:
+  """Raises UserError unless every device has the same share of every microbatch."""
+  parts = batch_shards(mesh) * microbatches
+  if batch_size % parts:
+    what = f"{batch_shards(mesh)} devices (mesh.data x mesh.fsdp)"
+    if microbatches > 1:
+      what += f" times {microbatches} microbatches"
+    raise UserError(
+      f"{name}.batch_size is {batch_size}: cannot be spread over {what}; use a multiple of {parts}"
+    )
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+  """Rows of a global batch that lie on devices of this process, ascending."""
+  places = _batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  rows = {row for place in places.values() for row in np.arange(batch_size)[place]}
+  return sorted(int(row) for row in rows)
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+  """Puts this process's rows (see `local_rows`) of a batch on the devices."""
+  sharding = _batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

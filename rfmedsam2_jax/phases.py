@@ -1,0 +1,89 @@
+"""The two phases of training as data: which network, what of it is trained, on what batches.
+
+In: a config and a plan. Used where they are trained (experiment) and where only their shapes are
+looked at (the `shard` command).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax.config import Config
+from rfmedsam2_jax.data.plan import Plan
+from rfmedsam2_jax.inference.segmenter import unet_for
+from rfmedsam2_jax.nn import SAM2, init_params
+from rfmedsam2_jax.nn.unet import UNet
+from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
+from rfmedsam2_jax.training.state import Params, with_frozen_as
+from rfmedsam2_jax.training.step import Loss, generator_loss_fn, refiner_loss_fn
+
+
+class Phase(NamedTuple):
+  """What is trained.
+
+  init: random parameters from a key. patterns: of the paths that are trained.
+  batch: shapes of a whole batch, see data.pipeline.
+  """
+
+  name: Literal["generator", "refiner"]
+  settings: GeneratorConfig | RefinerConfig
+  init: Callable[[jax.Array], Params]
+  patterns: Sequence[str]
+  loss: Loss
+  batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def generator_network(config: Config, plan: Plan) -> UNet:
+  g = config.generator
+  return unet_for(plan, g.features, g.convs_per_stage, g.dtype, g.remat)
+
+
+def generator_phase(config: Config, plan: Plan) -> Phase:
+  settings, labels = config.generator, plan.labels
+  unet = generator_network(config, plan)
+  size = (settings.batch_size, *plan.patch_size)
+  return Phase(
+    "generator",
+    settings,
+    functools.partial(init_generator, unet, len(plan.channels)),
+    ("*",),
+    generator_loss_fn(unet, settings, labels.membership, labels.regions),
+    {
+      "image": jax.ShapeDtypeStruct((*size, len(plan.channels)), jnp.float32),
+      "target": jax.ShapeDtypeStruct(size, jnp.uint8),
+    },
+  )
+
+
+def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
+  # Fully convolutional: the smallest patch will do.
+  image = jnp.zeros((1, *unet.config.divisor, channels))
+  return unet.init(key, image, deep_supervision=True)["params"]
+
+
+def refiner_phase(config: Config, plan: Plan) -> Phase:
+  settings, side = config.refiner, config.sam2.image_size
+  structures = min(settings.structures, len(plan.labels.structures))
+  runs, length = settings.batch_size, settings.slices
+  masks = jax.ShapeDtypeStruct((runs, structures, length, side // 4, side // 4), jnp.float32)
+  return Phase(
+    "refiner",
+    settings,
+    lambda key: with_frozen_as(
+      settings.frozen_dtype, init_params(config.sam2, key), settings.trainable
+    ),
+    settings.trainable,
+    refiner_loss_fn(SAM2(config.sam2), settings, config.refinement),
+    {
+      "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
+      "masks": masks,
+      "known": masks,
+      "logits": masks,
+      "inside": jax.ShapeDtypeStruct((runs, length), jnp.bool_),
+      "depth": jax.ShapeDtypeStruct((runs,), jnp.int32),
+      "structures": jax.ShapeDtypeStruct((runs, structures), jnp.int32),
+    },
+  )

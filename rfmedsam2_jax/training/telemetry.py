@@ -1,0 +1,93 @@
+"""What a person watches while a phase trains: TensorBoard, throughput, arithmetic, a profile."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.image
+from tensorboardX import SummaryWriter
+
+from rfmedsam2_jax.parallel.devices import peak_flops, peak_memory
+
+# Steps that a profile covers, counted from the first of this process; compilation is behind them.
+PROFILED = range(4, 7)
+
+
+class Telemetry:
+  """Numbers of a phase, in `tensorboard/PHASE` of the run, and its profile.
+
+  Args:
+    folder: of the run. writes: whether this process writes.
+    samples: what a step goes through, by name: volumes (crops of one each), slices, cells.
+    flops: of a step, on one device.
+    profile: leave a trace of a few steps in `profile/PHASE`.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    phase: str,
+    writes: bool,
+    samples: dict[str, int],
+    flops: float,
+    profile: bool,
+  ):
+    self._writer = SummaryWriter(str(folder / "tensorboard" / phase)) if writes else None
+    self._samples, self._flops = samples, flops
+    self._profile = folder / "profile" / phase if profile else None
+    self._tracing = False
+
+  def measured(self, steps_per_second: float) -> dict[str, float]:
+    """Throughput, share of the devices' arithmetic (where their peak is known) and memory."""
+    found = {
+      f"{name}_per_second": count * steps_per_second for name, count in self._samples.items()
+    }
+    if self._flops:
+      found["tflops_per_device"] = self._flops * steps_per_second / 1e12
+      peak = peak_flops(jax.local_devices()[0].device_kind)
+      if peak:
+        found["mfu"] = self._flops * steps_per_second / peak
+    found["peak_gib"] = peak_memory() / 2**30
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    if self._writer:
+      for name, value in values.items():
+        if math.isfinite(value):
+          self._writer.add_scalar(name, value, step)
+      self._writer.flush()
+
+  def picture(self, step: int, name: str, path: Path) -> None:
+    """A PNG."""
+    if self._writer:
+      self._writer.add_image(name, matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
+      self._writer.flush()
+
+  def before(self, done: int) -> None:
+    """To be called before each step, with the number of those that this process has done."""
+    if self._profile and done == PROFILED.start:
+      jax.profiler.start_trace(str(self._profile))
+      self._tracing = True
+
+  def after(self, done: int, outputs: Any) -> None:
+    """To be called after each step, with what it gave."""
+    if self._tracing and done + 1 == PROFILED.stop:
+      jax.block_until_ready(outputs)
+      self.close_profile()
+
+  def close_profile(self) -> None:
+    if self._tracing:
+      jax.profiler.stop_trace()
+      self._tracing = False
+
+  def close(self) -> None:
+    self.close_profile()
+    if self._writer:
+      self._writer.close()
+
+
+def flops_of(compiled: Any) -> float:
+  """FLOP of one step on one device, by XLA's count; bodies of loops count once. 0 if not known."""
+  cost = compiled.cost_analysis() or {}
+  return max(float(cost.get("flops", 0.0)), 0.0)
