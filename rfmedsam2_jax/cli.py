@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfmedsam2_jax.errors import Stopped, UserError
+from rfmedsam2_jax.errors import RESUME, Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
   except Stopped as stopped:
     print(f"rfmedsam2: {stopped}", file=sys.stderr)
-    return 75
+    return RESUME
   except KeyboardInterrupt:
     print("rfmedsam2: interrupted; what was finished is kept", file=sys.stderr)
     return 130
@@ -190,8 +190,7 @@ def _train(options: argparse.Namespace) -> None:
   config = load_config(options.config, options.overrides)
   if not config.data.dataset:
     raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
-  train(config, options.out, options.resume, options.overwrite, _report,
-        options.profile)
+  train(config, options.out, options.resume, options.overwrite, _report, options.profile)
 
 
 def _shard(options: argparse.Namespace) -> None:

@@ -11,5 +11,9 @@ class UserError(Exception):
 class Stopped(Exception):
   """The machine is taken away (SIGTERM); everything is saved.
 
-  Commands print it as a line and exit with status 75, for schedulers that start a run again.
+  Commands print it as a line and exit with `RESUME`.
   """
+
+
+# Exit status for schedulers that start a run again with --resume: EX_TEMPFAIL of sysexits.h.
+RESUME = 75

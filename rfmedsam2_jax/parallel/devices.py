@@ -1,6 +1,7 @@
-"""What devices can do at most, and how full they are."""
+"""What devices can do at most, how full they are, and what a program asks of one."""
 
 import resource
+from typing import Any
 
 import jax
 
@@ -32,3 +33,9 @@ def peak_memory() -> float:
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peak = max(float(found.get("peak_bytes_in_use", 0)) for found in stats)
   return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def flops_of(compiled: Any) -> float:
+  """FLOP on one device by XLA's count, which takes the body of a loop once; 0 if not known."""
+  cost = compiled.cost_analysis() or {}
+  return max(float(cost.get("flops", 0.0)), 0.0)

@@ -20,11 +20,9 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.errors import RESUME, UserError
 
 T = TypeVar("T")
-
-LEFT_BEHIND = 75  # exit status: as after SIGTERM, the same command with --resume goes on
 
 _KEY = "rfmedsam2/alive/"
 _DONE, _FAILED = "done", "failed: "
@@ -139,7 +137,7 @@ def _watch(ended: threading.Event) -> None:
         _leave(f"{name} has not been heard of for {_SILENCE:.0f} s")
 
 
-def _leave(why: str, status: int = LEFT_BEHIND) -> NoReturn:
+def _leave(why: str, status: int = RESUME) -> NoReturn:
   """The main thread may be inside a collective that never ends, so nothing is waited for."""
   print(f"rfmedsam2: {why}; start all processes again with --resume", file=sys.stderr, flush=True)
   os._exit(status)

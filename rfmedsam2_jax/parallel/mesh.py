@@ -81,16 +81,17 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int, name: str) -> No
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   """Rows of a global batch that lie on devices of this process, ascending."""
-  places = _batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   rows = {row for place in places.values() for row in np.arange(batch_size)[place]}
   return sorted(int(row) for row in rows)
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts this process's rows (see `local_rows`) of a batch on the devices."""
-  sharding = _batch_sharding(mesh)
+  sharding = batch_sharding(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def _batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of every array of a batch: its first axis over `BATCH_AXES`."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from rfmedsam2_jax.parallel.collectives import KINDS, collectives_of
-from rfmedsam2_jax.parallel.mesh import BATCH_AXES
+from rfmedsam2_jax.parallel.devices import flops_of
+from rfmedsam2_jax.parallel.mesh import batch_sharding, batch_shards
 from rfmedsam2_jax.parallel.rules import path_of, placements, shardings, specs
 
 GIB = 2**30
@@ -53,7 +54,7 @@ def report_step(
   report(f"  {'per device':22s} {'GiB':>9s} {'of':>9s}")
   for name, tree in held.items():
     report(f"  {name:22s} {bytes_per_device(tree, mesh) / GIB:9.4f} {_bytes(tree) / GIB:9.4f}")
-  parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  parts = batch_shards(mesh)
   report(f"  {'batch':22s} {_bytes(batch) / parts / GIB:9.4f} {_bytes(batch) / GIB:9.4f}")
   if not compiles:
     return
@@ -62,9 +63,9 @@ def report_step(
   if memory is not None:
     report(f"  {'activations, others':22s} {memory.temp_size_in_bytes / GIB:9.4f}   (as compiled "
            "for a CPU)")
-  cost = compiled.cost_analysis() or {}
-  if cost.get("flops"):
-    report(f"  arithmetic: {cost['flops'] / 1e12:.3f} TFLOP per device and step (bodies of loops "
+  flops = flops_of(compiled)
+  if flops:
+    report(f"  arithmetic: {flops / 1e12:.3f} TFLOP per device and step (bodies of loops "
            "are counted once)")
   found = collectives_of(compiled.as_text())
   for kind in KINDS:
@@ -93,15 +94,8 @@ def decisions(tree: Any, name: str, mesh: Mesh) -> Iterator[str]:
 
 def bytes_per_device(tree: Any, mesh: Mesh) -> int:
   """Of the arrays of a tree, what one device holds."""
-  total = 0
-  leaves = zip(
-    jax.tree.leaves(tree),
-    jax.tree.leaves(specs(tree, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec)),
-    strict=True,
-  )
-  for x, spec in leaves:
-    total += _size(x) // math.prod(mesh.shape[axis] for axis in spec if axis)
-  return total
+  leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(specs(tree, mesh)), strict=True)
+  return sum(_size(x) // math.prod(mesh.shape[a] for a in spec if a) for x, spec in leaves)
 
 
 def _bytes(tree: Any) -> int:
@@ -122,7 +116,7 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def _spread(batch: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> Any:
-  where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  where = batch_sharding(mesh)
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in batch.items()
   }

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rfmedsam2_jax.parallel.mesh import BATCH_AXES, batch_shards
+from rfmedsam2_jax.parallel.mesh import BATCH_AXES
 
 # Axes of dense kernels [in, out] whose width is divided over `model`: layers that open a block by
 # their columns, those that close it by their rows, so that only the end of a block is summed.
@@ -77,9 +77,7 @@ def specs(tree: Any, mesh: Mesh) -> Any:
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
   """NamedShardings, as the tree."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: NamedSharding(mesh, placement(path_of(path), x.shape, mesh).spec), tree
-  )
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh))
 
 
 def path_of(path: Sequence[Any]) -> str:
@@ -121,7 +119,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   Returns:
     (params, batch, key) -> (scalar, metrics).
   """
-  if batch_shards(mesh) == 1 and _size(mesh) == 1:
+  if _size(mesh) == 1:
     return lambda params, batch, key: loss(params, batch, key, ())
   manual = set(BATCH_AXES)
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from rfmedsam2_jax.errors import Stopped, UserError
 from rfmedsam2_jax.parallel import hosts
+from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import place_batch
 from rfmedsam2_jax.progress import duration
 from rfmedsam2_jax.training.checkpoints import Checkpoints
@@ -20,7 +21,7 @@ from rfmedsam2_jax.training.config import LoopConfig
 from rfmedsam2_jax.training.folder import RunFolder
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
-from rfmedsam2_jax.training.telemetry import Telemetry, flops_of
+from rfmedsam2_jax.training.telemetry import Telemetry
 
 Report = Callable[[str], None]
 
@@ -68,7 +69,6 @@ def train_phase(
     watch = _Watch(phase, run, checkpoints, cases)
     with contextlib.ExitStack() as stack:
       stopping = stack.enter_context(listening())
-      stack.enter_context(stopping.deferred())
       telemetry: Telemetry | None = None
       for step in range(start + 1, config.steps + 1):
         batch = dict(next(batches))
@@ -133,14 +133,11 @@ class _Watch:
 
   def __init__(self, phase: str, run: RunFolder, checkpoints: Checkpoints, cases: Sequence[str]):
     self._phase, self._run, self._checkpoints, self._cases = phase, run, checkpoints, cases
-    self._pending: list[dict[str, jax.Array]] = []
-    self._drawn: dict[int, np.ndarray] = {}
-    self._steps: list[int] = []
+    self._steps: list[tuple[int, dict[str, jax.Array], np.ndarray]] = []
+    self._checked = 0
 
   def add(self, step: int, metrics: dict[str, jax.Array], drawn: np.ndarray) -> None:
-    self._pending.append(metrics)
-    self._steps.append(step)
-    self._drawn[step] = drawn
+    self._steps.append((step, metrics, drawn))
 
   def check(self, step: int) -> None:
     """Waits for the steps up to `step`.
@@ -148,19 +145,20 @@ class _Watch:
     Raises:
       UserError: the loss of one of them is not finite; names its cases and the last checkpoint.
     """
-    for done in sorted(number for number in self._drawn if number <= step):
-      loss = float(self._pending[self._steps.index(done)]["loss"])
-      if not math.isfinite(loss):
-        self._fail(done)
-      del self._drawn[done]
+    while self._checked < len(self._steps) and self._steps[self._checked][0] <= step:
+      number, metrics, drawn = self._steps[self._checked]
+      if not math.isfinite(float(metrics["loss"])):
+        self._fail(number, drawn)
+      self._checked += 1
 
   def means(self) -> dict[str, float]:
-    fetched = jax.device_get(self._pending)
-    self._pending, self._steps = [], []
+    """Means over the steps, all of them checked, which are then forgotten."""
+    fetched = jax.device_get([metrics for _, metrics, _ in self._steps])
+    self._steps, self._checked = [], 0
     return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
 
-  def _fail(self, step: int) -> None:
-    names = sorted({self._cases[i] for i in self._drawn[step].ravel()})
+  def _fail(self, step: int, drawn: np.ndarray) -> None:
+    names = sorted({self._cases[i] for i in drawn})
     # The loss is the same in every process, so that all of them come here.
     names = sorted({name for some in hosts.gather(names) for name in some})
     last = self._checkpoints.latest()

@@ -4,33 +4,21 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from rfmedsam2_jax.errors import Stopped
-
 
 class Stopping:
-  """Whether the run has been asked to stop."""
+  """Whether the run has been asked to stop; what cannot be left halfway is finished first."""
 
   def __init__(self):
     self._asked = False
-    self._deferred = False
 
-  def _handle(self, number: int, _) -> None:
+  def ask(self, *_: Any) -> None:
+    """Takes the signal."""
     self._asked = True
-    if not self._deferred:
-      raise Stopped("stopped by SIGTERM; what was finished is kept, go on with --resume")
-
-  @contextlib.contextmanager
-  def deferred(self) -> Iterator[None]:
-    """Here the signal only sets `asked`; what cannot be finished halfway is finished first."""
-    before, self._deferred = self._deferred, True
-    try:
-      yield
-    finally:
-      self._deferred = before
 
   def asked(self, step: int) -> bool:
     """Whether to stop after `step`: the same answer, at the same step, in every process."""
@@ -47,7 +35,7 @@ def listening() -> Iterator[Stopping]:
     # Signals come to main threads only; several processes agree through JAX's own listener.
     yield stopping
     return
-  before = signal.signal(signal.SIGTERM, stopping._handle)
+  before = signal.signal(signal.SIGTERM, stopping.ask)
   try:
     yield stopping
   finally:

@@ -85,9 +85,3 @@ class Telemetry:
     self.close_profile()
     if self._writer:
       self._writer.close()
-
-
-def flops_of(compiled: Any) -> float:
-  """FLOP of one step on one device, by XLA's count; bodies of loops count once. 0 if not known."""
-  cost = compiled.cost_analysis() or {}
-  return max(float(cost.get("flops", 0.0)), 0.0)
