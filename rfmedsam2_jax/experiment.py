@@ -167,8 +167,13 @@ def load_run(path: str | Path) -> Segmenter:
 def _check_same_config(run: RunFolder, config: Config) -> None:
   # Where and how fast it is computed may change; what is computed may not.
   before = load_config(run.config)
-  before = dataclasses.replace(
-    before, mesh=config.mesh, data=dataclasses.replace(before.data, loader=config.data.loader)
+  replace = dataclasses.replace
+  before = replace(
+    before,
+    mesh=config.mesh,
+    data=replace(before.data, loader=config.data.loader),
+    generator=replace(before.generator, remat=config.generator.remat),
+    sam2=replace(before.sam2, remat=config.sam2.remat),
   )
   if before != config:
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))

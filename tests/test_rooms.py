@@ -20,8 +20,8 @@ ALLOWED = {
   "weights": {"nn"},
   "memory": {"nn"},
   "tracking": {"nn", "memory"},
-  "refinement": {"nn", "memory", "tracking"},
-  "inference": {"nn", "data", "metrics", "memory", "tracking", "refinement"},
+  "refinement": {"nn", "parallel", "memory", "tracking"},
+  "inference": {"nn", "data", "metrics", "parallel", "memory", "tracking", "refinement"},
   "training": {
     "nn", "data", "losses", "metrics", "parallel", "weights", "memory", "tracking", "refinement",
     "inference",

@@ -25,6 +25,7 @@ from rfmedsam2_jax.inference.sliding_window import predict_slabs
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.remat import Remat
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
 from rfmedsam2_jax.refinement import RefinementConfig, StageResult, blended, fuse, refine_volume
 from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes, stage0_logits
 from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given, with_oracle
@@ -164,11 +165,11 @@ def run_generator(segmenter: Segmenter, prepared: Prepared) -> Generated:
   boxes = np.zeros((organs, depth, 4), np.float32)
   present = np.zeros((organs, depth), bool)
   slabs = predict_slabs(
-    functools.partial(_unet_forward, segmenter.unet, segmenter.generator),
+    functools.partial(_unet_forward, segmenter.unet, everywhere(segmenter.generator)),
     prepared.image,
     plan.patch_size,
     config.overlap,
-    config.batch_size,
+    config.batch_size * device_count(),
     config.mirror_axes,
   )
   for where, slab in slabs:
@@ -225,9 +226,11 @@ def label_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _unet_forward(unet: UNet, params: Params, patches: jax.Array) -> Any:
+def _apply_unet(unet: UNet, params: Params, patches: jax.Array) -> Any:
   return unet.apply({"params": params}, patches)
+
+
+_unet_forward = spread(_apply_unet, static=[0], whole=[1])
 
 
 @functools.partial(jax.jit, static_argnums=1)

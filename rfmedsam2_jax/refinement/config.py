@@ -36,8 +36,8 @@ class RefinementConfig:
   stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig(pointers=True))
   live_margin: int = 3  # slices beyond a structure that are still run; more is slower
   box_margin: float = 2.0  # added to boxes on every side, in pixels of the SAM image
-  cells_per_batch: int = 32  # (organ, slice) cells per compiled call; memory grows with it
-  slices_per_batch: int = 8  # slices per call of the image encoder
+  cells_per_batch: int = 32  # (organ, slice) cells per call and device; memory grows with it
+  slices_per_batch: int = 8  # slices per call of the image encoder and device
   threshold: float = 0.5  # foreground probability above which a voxel belongs to an organ
   generator_weight: float = 0.0  # share of the generator's vote in the fused probability, 0 to 1
 

@@ -1,12 +1,12 @@
 """All stages over one volume: live cells only, gathered into batches of fixed size.
 
 Cost follows the organs and not D x K. Slices are encoded once, the memory of a cell is made once
-per stage, and everything that is compiled has shapes that many volumes share.
+per stage, and everything that is compiled has shapes that many volumes share. Slices and cells of
+a batch are spread over the devices of the host.
 
 In: slices and the stage-0 `VolumePrompts`. Out: one `StageResult` per stage, for refinement.fusion.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from rfmedsam2_jax import tracking
 from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, apply
+from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
@@ -79,24 +80,35 @@ def bucket(count: int, size: int) -> int:
   return total
 
 
-# Compiled once per (model, stage): both are hashable and static.
-_encode = jax.jit(stages_lib.encode_slices, static_argnums=0)
-_refine = jax.jit(stages_lib.refine_cells, static_argnums=(0, 2))
-_decode = jax.jit(stages_lib.decode_cells, static_argnums=(0, 2))
+def _rows(store: Any, rows: Any) -> Any:
+  return jax.tree.map(lambda x: x[rows], store)
+
+
+def _remember_rows(model, params, embedding, rows, cells):
+  return stages_lib.remember_cells(model, params, embedding[rows], cells)
+
+
+def _refine_rows(model, params, stage, features, maps, pointers, rows, cells, slots):
+  here = _rows(features, rows)
+  return stages_lib.refine_cells(model, params, stage, here, cells, maps, pointers, slots)
+
+
+def _decode_rows(model, params, stage, features, rows, cells):
+  here = _rows(features, rows)
+  conditioned = apply(model.config, params, here.embedding, method="unconditioned")
+  return stages_lib.decode_cells(model, params, stage, conditioned, here.high_res, cells)
+
+
+# Compiled once per (model, stage): both are hashable and static. Parameters and stores, of features
+# and of memories, lie on every device.
+_encode = spread(stages_lib.encode_slices, static=[0], whole=[1])
+_remember = spread(_remember_rows, static=[0], whole=[1, 2])
+_refine = spread(_refine_rows, static=[0, 2], whole=[1, 3, 4, 5])
+_decode = spread(_decode_rows, static=[0, 2], whole=[1, 3])
 _track = jax.jit(tracking.track, static_argnums=0)
 _next = jax.jit(next_prompts, static_argnums=(2, 3))
 _score = jax.jit(anchor_score)
 _slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unconditioned(model, params, embedding):
-  return apply(model.config, params, embedding, method="unconditioned")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _remember(model, params, embedding, cell_slice, cells):
-  return stages_lib.remember_cells(model, params, embedding[cell_slice], cells)
 
 
 def _padded(array: np.ndarray, count: int) -> np.ndarray:
@@ -130,9 +142,10 @@ def refine_volume(
   """
   side = model.config.image_size
   prompts = prompts._replace(logits=prompts.logits.copy())
-  encoded = _Features(model, params, slices, config.slices_per_batch)
-  organs, depth = prompts.presence.shape
   absent = np.asarray(params["no_obj_ptr"], np.float32).reshape(-1)
+  params = everywhere(params)
+  encoded = _Features(model, params, slices, config.slices_per_batch * device_count())
+  organs, depth = prompts.presence.shape
   pointers = np.broadcast_to(absent, (organs, depth, model.config.d_model))
   result = _nothing(model)
   results = []
@@ -207,9 +220,9 @@ def _host(tree: Any, count: int) -> Any:
 
 
 def _joined(parts: list[Any], total: int) -> Any:
-  """Rows of several trees one after the other, padded to `total`, on the device."""
+  """Rows of several trees one after the other, padded to `total`, on every device."""
   # On the host, since every number of parts would be compiled anew on the device.
-  return jax.tree.map(lambda *xs: jnp.asarray(_padded(np.concatenate(xs), total)), *parts)
+  return everywhere(jax.tree.map(lambda *xs: _padded(np.concatenate(xs), total), *parts))
 
 
 class _Features:
@@ -269,7 +282,7 @@ def _run_cells(
   model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells
 ) -> stages_lib.CellOutputs:
   """`neighbours` and `none`: every cell for itself, given the previous stage."""
-  size = config.cells_per_batch
+  size = config.cells_per_batch * device_count()
   organ, at = cells.T
   depth = live.shape[1]
   rows = encoded.rows(at)
@@ -291,19 +304,19 @@ def _run_cells(
       remembered = _remember(model, params, encoded.store.embedding, rows[index], batch)
       maps.append(_host(remembered, where.stop - where.start))
     store = _joined(maps, total)
-    pointer_store = _padded(pointers[organ, at], total)
+    pointer_store = everywhere(_padded(pointers[organ, at], total))
   for where, index in _batches(len(cells), size):
-    features = jax.tree.map(lambda x, i=rows[index]: x[i], encoded.store)
     batch = _gather(prompts, organ[index], at[index])
     if stage.memory == "neighbours":
       o, z = organ[index], at[index]
       valid = table.valid[o, z]
       row = np.where(valid, place[o[:, None], np.minimum(table.slices[o, z], depth - 1)], 0)
       slots = stages_lib.CellSlots(row, table.rows[o, z], valid, positions[o, z])
-      out = _refine(model, params, stage, features, batch, store, pointer_store, slots)
+      out = _refine(
+        model, params, stage, encoded.store, store, pointer_store, rows[index], batch, slots
+      )
     else:
-      conditioned = _unconditioned(model, params, features.embedding)
-      out = _decode(model, params, stage, conditioned, features.high_res, batch)
+      out = _decode(model, params, stage, encoded.store, rows[index], batch)
     outputs.append(_host(out, where.stop - where.start))
   return stages_lib.CellOutputs(*(np.concatenate(parts) for parts in zip(*outputs, strict=True)))
 
@@ -313,8 +326,8 @@ def _run_stream(
 ) -> stages_lib.CellOutputs:
   """`stream`: SAM 2's recurrence outward from each organ's anchor, one organ after the other.
 
-  One track at a time keeps the memory small; slices between its first and its last live one that
-  are not live are skipped, not remembered.
+  One track at a time keeps the memory small, on one device; slices between its first and its last
+  live one that are not live are skipped, not remembered.
   """
   del pointers  # the recurrence makes its own
   scores = _scores(prompts, live, cells, config.cells_per_batch)
@@ -331,7 +344,7 @@ def _run_stream(
     batch = sam_prompts(cell, stage.box, stage.mask)
     mask_bias, presence_bias = residual_of(cell, stage)
     store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
-    features = jax.tree.map(lambda x, i=store_rows: x[i], encoded.store)
+    features = _rows(encoded.store, store_rows)
     start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))
     out = _track(
       model,

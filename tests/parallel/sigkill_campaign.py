@@ -45,8 +45,15 @@ def start(config: Path, run: Path) -> subprocess.Popen:
   command = [sys.executable, "-m", "rfmedsam2_jax", "train", str(config), "--out", str(run)]
   if (run / "config.yaml").exists():
     command.append("--resume")
+  # Compiled once, so that kills meet training and saving rather than the compiler.
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
   with open(run.with_suffix(".log"), "a") as log:
-    return subprocess.Popen(command, stdout=log, stderr=log, cwd=TESTS.parent)
+    return subprocess.Popen(
+      command, stdout=log, stderr=log, cwd=TESTS.parent, env=os.environ | cache
+    )
 
 
 def lost_steps(run: Path) -> int:
