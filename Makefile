@@ -35,5 +35,13 @@ $(VENV)/.installed-for-tests: $(VENV)/.installed
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation sam2==1.1.0
 	touch $@
 
+# For benchmarks/accuracy: nnU-Net does not need the torchvision that it asks for, and one that does
+# not fit the torch keeps it from starting.
+.venv-nnunet/.installed:
+	$(PYTHON) -m venv .venv-nnunet
+	.venv-nnunet/bin/python -m pip install -q nnunetv2==2.8.1 $(TORCH)
+	.venv-nnunet/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+
 clean:
 	rm -rf $(VENV) demo build *.egg-info

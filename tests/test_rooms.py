@@ -1,6 +1,7 @@
 """The rooms of the package and the way through them: who may import whom (docs/architecture.md)."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def imports_of(path: Path) -> set[str]:
 
 def room_of(path: Path) -> str:
   return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_room_is_part_of_the_wheel():
+  settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+  rooms = {f"rfmedsam2_jax.{p.parent.name}" for p in PACKAGE.glob("*/__init__.py")}
+  listed = set(settings["tool"]["setuptools"]["packages"])
+  assert listed == rooms | {"rfmedsam2_jax", "rfmedsam2_jax.configs"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)

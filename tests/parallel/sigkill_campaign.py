@@ -2,9 +2,10 @@
 
 python tests/parallel/sigkill_campaign.py [--kills 20] [--seed 0] [--folder FOLDER]
 
-A tiny run is trained once undisturbed, then again with SIGKILLs. After each kill the folder must be
-one that `--resume` takes, with no more lost than the steps since the last save; in the end the
-parameters must be those of the undisturbed run, bit for bit. Exits with 1 otherwise.
+A tiny run is trained once undisturbed, then again and again with SIGKILLs. After each kill the
+folder must be one that `--resume` takes, with no more lost than the steps since the last finished
+save; in the end the parameters must be those of the undisturbed run, bit for bit. Exits with 1
+otherwise.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import yaml
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 EVERY = 5  # steps between saves
+KILLS_PER_RUN = 5
+LONGER = 6  # a step of the generator takes so much less time than one of the refiner
 
 
 def write_config(folder: Path, steps: int) -> Path:
@@ -32,9 +35,10 @@ def write_config(folder: Path, steps: int) -> Path:
 
   size = PhantomConfig(cases=4, test_cases=0, slice_spacing=(9.0, 10.0), pixel_spacing=(5.0, 6.0))
   loop = {"steps": steps, "log_every": 1, "checkpoint_every": EVERY}
+  longer = loop | {"steps": LONGER * steps}
   tree = TINY | {
     "data": TINY["data"] | {"dataset": str(write_phantom(folder / "phantoms", size))},
-    "generator": TINY["generator"] | {"loop": loop},
+    "generator": TINY["generator"] | {"loop": longer},
     "refiner": TINY["refiner"] | {"loop": loop},
   }
   (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
@@ -83,7 +87,9 @@ def params_of(run: Path, phase: str) -> list[np.ndarray]:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--kills", type=int, default=20)
-  parser.add_argument("--steps", type=int, default=60, help="of each phase")
+  parser.add_argument(
+    "--steps", type=int, default=60, help=f"of the refiner; the generator has {LONGER} times these"
+  )
   parser.add_argument("--longest", type=float, default=30, help="seconds before a kill")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--folder", type=Path)
@@ -98,15 +104,16 @@ def main() -> int:
   kills, runs, worst, by_phase = 0, 0, 0, {"before": 0, "generator": 0, "refiner": 0}
   while kills < options.kills or runs == 0:
     run = folder / f"killed{runs}"
+    left = min(KILLS_PER_RUN, options.kills - kills)
     while True:
       process = start(config, run)
       moment = rng.uniform(1, options.longest)
       try:
-        status = process.wait(moment if kills < options.kills else None)
+        status = process.wait(moment if left else None)
       except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        kills += 1
+        kills, left = kills + 1, left - 1
         lost = lost_steps(run)
         worst = max(worst, lost)
         phase = "refiner" if (run / "refiner").is_dir() else (
