@@ -136,6 +136,7 @@ def main() -> None:
     if alike in results:
       result["difference"] = difference(result["params"], results[alike]["params"])
   for result in results.values():
+    result["moved"] = difference(result["params"], params)
     result["checksum"] = [float(np.abs(x).sum()) for x in jax.tree.leaves(result.pop("params"))]
   print(json.dumps(results))
 

@@ -48,7 +48,7 @@ def assert_equal_and_spread(results):
     assert found["difference"] < 1e-5, label
     expected = results["1x1/2" if "/" in label else "1x1"]["losses"]
     assert found["losses"] == pytest.approx(expected, rel=1e-5), label
-    assert found["losses"][-1] < found["losses"][0]
+    assert found["moved"] > 1e-3, "nothing was trained"
     fsdp = int(label.split("/")[0].split("x")[1])
     # Single biases and norms of the small networks stay whole.
     assert found["bytes"] / whole["bytes"] < 1.2 / fsdp + 0.02, label

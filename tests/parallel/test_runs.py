@@ -81,8 +81,9 @@ def assert_same_parameters(run, other):
       jax.tree.leaves(getattr(a, phase)), jax.tree.leaves(getattr(b, phase)), strict=True
     )
     for x, y in pairs:
-      # The tolerance of test_mesh: float32 sums in another order.
-      np.testing.assert_allclose(x, y, atol=1e-5 * max(float(np.abs(y).max()), 1e-3))
+      # Float32 sums in another order, over twelve steps with momentum. Arrays that start at zero
+      # are still below 1e-4 then: what they got are sums of larger terms, so 1e-7 is their limit.
+      np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(float(np.abs(y).max()), 1e-2))
 
 
 @pytest.mark.parametrize("phase", ["generator", "refiner"])

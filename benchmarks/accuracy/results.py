@@ -1,0 +1,128 @@
+"""Results of accuracy runs as small JSON files, and tables that compare them case by case.
+
+python benchmarks/accuracy/results.py score WORK DATASET --out FILE.json    a run of nnunet.py
+python benchmarks/accuracy/results.py table FILE.json ... [--against NAME]
+
+A file holds what was run, seconds by part, and the scores of every stage (rfmedsam2_jax's
+`evaluate`, the same for all). `table` prints means over the cases and, against one of them, the
+mean paired difference of the Dice with its 95 % interval: 10,000 resamplings of the cases, seed 0.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfmedsam2_jax.data.datasets import read_dataset
+from rfmedsam2_jax.inference.evaluate import as_dict, evaluate_folders
+
+RESAMPLINGS = 10_000
+METRICS = ("dice", "surface_dice", "hd95")
+
+
+def shorter(scores: dict[str, Any]) -> dict[str, Any]:
+  """The metrics of every case, rounded: what a comparison needs."""
+  return {
+    case: {
+      name: {m: None if found[m] is None else round(found[m], 5) for m in METRICS}
+      for name, found in structures.items()
+    }
+    for case, structures in scores["cases"].items()
+  }
+
+
+def save(path: Path, about: dict[str, Any], stages: dict[str, dict[str, Any]]) -> None:
+  """Writes one file; `stages` by name, each what `as_dict` gives."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  content = about | {"stages": {name: shorter(scores) for name, scores in stages.items()}}
+  path.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
+
+
+def score_nnunet(work: Path, dataset: Path, out: Path) -> None:
+  found = read_dataset(dataset)
+  with tempfile.TemporaryDirectory() as folder:
+    # Predictions alone: nnU-Net writes its own JSON files beside them.
+    for path in (work / "predictions").glob("*.nii.gz"):
+      shutil.copy(path, folder)
+    scores = evaluate_folders(folder, dataset / "labelsTr", found.labels, partial=True)
+  save(out, json.loads((work / "about.json").read_text()), {"nnU-Net": as_dict(scores)})
+
+
+def dice_of(stage: dict[str, Any]) -> dict[str, float]:
+  """Mean Dice over the structures of each case."""
+  return {
+    case: float(np.mean([s["dice"] for s in structures.values()]))
+    for case, structures in stage.items()
+  }
+
+
+def mean_of(stage: dict[str, Any], metric: str) -> float:
+  names = next(iter(stage.values()))
+  means = [
+    np.mean([case[name][metric] for case in stage.values() if case[name][metric] is not None])
+    for name in names
+  ]
+  return float(np.mean(means))
+
+
+def difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, float]:
+  """Mean of a - b over the cases, and its 95 % interval."""
+  of_a, of_b = dice_of(a), dice_of(b)
+  if of_a.keys() != of_b.keys():
+    raise SystemExit("the files have scores of different cases")
+  paired = np.array([of_a[case] - of_b[case] for case in sorted(of_a)])
+  rng = np.random.default_rng(0)
+  means = paired[rng.integers(len(paired), size=(RESAMPLINGS, len(paired)))].mean(1)
+  low, high = np.quantile(means, [0.025, 0.975])
+  return float(paired.mean()), float(low), float(high)
+
+
+def table(paths: list[Path], against: str | None) -> str:
+  rows = {}
+  for path in paths:
+    content = json.loads(path.read_text())
+    minutes = sum(
+      content["seconds"].get(part, 0) for part in ("preprocessing", "training")
+    ) / 60
+    for name, stage in content["stages"].items():
+      rows[f"{path.stem}: {name}"] = (stage, minutes)
+  reference = rows[against][0] if against else None
+  lines = [
+    "| | minutes | Dice | surface Dice 1 mm | HD95 mm | difference of Dice |",
+    "|---|---|---|---|---|---|",
+  ]
+  for name, (stage, minutes) in rows.items():
+    dice, surface, distance = (mean_of(stage, metric) for metric in METRICS)
+    shown = ""
+    if reference is not None and name != against:
+      mean, low, high = difference(stage, reference)
+      shown = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    time = "" if math.isclose(minutes, 0) else f"{minutes:.1f}"
+    lines.append(f"| {name} | {time} | {dice:.4f} | {surface:.4f} | {distance:.2f} | {shown} |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  commands = parser.add_subparsers(dest="command", required=True)
+  one = commands.add_parser("score", help="predictions of nnunet.py")
+  one.add_argument("work", type=Path)
+  one.add_argument("dataset", type=Path)
+  one.add_argument("--out", type=Path, required=True)
+  all_of = commands.add_parser("table")
+  all_of.add_argument("files", type=Path, nargs="+")
+  all_of.add_argument("--against", help="a row, as it is printed")
+  options = parser.parse_args()
+  if options.command == "score":
+    score_nnunet(options.work, options.dataset, options.out)
+  else:
+    print(table(options.files, options.against))
+
+
+if __name__ == "__main__":
+  main()
