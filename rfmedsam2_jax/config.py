@@ -34,6 +34,9 @@ class DataConfig:
   dataset: str = ""  # folder in Decathlon or nnU-Net v2 layout, relative to the working directory
   structures: tuple[str, ...] | None = None  # names to segment, others are background; None: all
   sam_channels: tuple[int, ...] = (0,)  # the image channel that SAM 2 sees, or three of them
+  sam_context: bool = False
+  # Instead of one slice in three equal colours SAM 2 sees the slices before, at and behind it.
+  # Official weights know equal colours only.
   split: SplitConfig = SplitConfig()
   loader: LoaderConfig = LoaderConfig()
 
@@ -55,6 +58,8 @@ class Config:
   def __post_init__(self):
     if len(self.data.sam_channels) not in (1, 3):
       raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
+    if self.data.sam_context and len(self.data.sam_channels) == 3:
+      raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

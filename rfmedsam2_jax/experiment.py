@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from rfmedsam2_jax.config import Config, config_yaml, load_config
-from rfmedsam2_jax.data.datasets import IGNORED, Case, Dataset, read_case, read_dataset
+from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
 from rfmedsam2_jax.data.files import replacing, save_json
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.pipeline import RunConfig, generator_batches, refiner_batches
@@ -33,16 +33,11 @@ from rfmedsam2_jax.data.preprocessing import (
   stored_cases,
 )
 from rfmedsam2_jax.data.splits import Split, load_split, make_split, save_split
-from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.evaluate import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.inference.segmenter import (
   Segmenter,
-  label_maps,
   run_generator,
-  segment_volume,
 )
-from rfmedsam2_jax.metrics import dice
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.mesh import check_batch, local_rows, make_mesh
@@ -55,7 +50,7 @@ from rfmedsam2_jax.phases import (
   refiner_phase,
 )
 from rfmedsam2_jax.progress import Progress, duration
-from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.checkpoints import has_checkpoint
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
@@ -70,6 +65,7 @@ from rfmedsam2_jax.training.state import (
   with_frozen_as,
 )
 from rfmedsam2_jax.training.step import compile_step, make_step
+from rfmedsam2_jax.validation import quick_scores, validate_run
 from rfmedsam2_jax.weights.checkpoint import (
   check_starting_point,
   config_json,
@@ -122,7 +118,7 @@ def train(
     segmenter = _refiner(run, config, segmenter, split, held_out, report, profile)
     if run.writes:
       save_curves(run.path / "log.jsonl", run.path / "curves.png")
-    result = _validate(run, segmenter, held_out, report)
+    result = validate_run(run, segmenter, held_out, report)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
     return result
 
@@ -258,6 +254,7 @@ def _untrained(config: Config, plan: Plan) -> Segmenter:
     refinement=config.refinement,
     inference=config.inference,
     sam_channels=config.data.sam_channels,
+    sam_context=config.data.sam_context,
   )
 
 
@@ -319,7 +316,7 @@ def _train_network(
   def validate(state: TrainState, step: int) -> tuple[dict[str, float], Path | None]:
     trained: dict[str, Any] = {phase.name: final(state)}
     some = held_out[: settings.loop.validation_cases]
-    scores, shown = _quick_scores(dataclasses.replace(segmenter, **trained), some)
+    scores, shown = quick_scores(dataclasses.replace(segmenter, **trained), some)
     if not run.writes or shown is None:
       return scores, None
     path = run / "pictures" / f"{phase.name}-{step:06d}.png"
@@ -443,6 +440,7 @@ def _refiner(
           slices=settings.slices,
           structures=min(settings.structures, len(plan.labels.structures)),
           channels=config.data.sam_channels,
+          context=config.data.sam_context,
           oversample_foreground=settings.oversample_foreground,
         ),
         plan.labels.membership,
@@ -464,79 +462,9 @@ def _refiner(
   return dataclasses.replace(segmenter, refiner=params)
 
 
-def _stage_maps(segmenter: Segmenter, case: Case) -> tuple[Volume, np.ndarray, list[np.ndarray]]:
-  """A labelled case: its image, its true label map, and the label map of every stage."""
-  labels = segmenter.plan.labels
-  volume, atoms = read_case(case, len(segmenter.plan.channels), labels)
-  assert atoms is not None, "validation cases have labels"
-  truth = np.array(labels.atom_values)[np.where(atoms == IGNORED, 0, atoms)]
-  if labels.ignore is not None:
-    truth[atoms == IGNORED] = labels.ignore
-  return volume, truth, label_maps([segment_volume(segmenter, volume)])
-
-
 def _samples(phase: Phase) -> dict[str, int]:
   """What one step goes through: volumes are crops of one each."""
   if phase.name == "generator":
     return {"volumes": phase.batch["image"].shape[0]}
   runs, structures, slices = phase.batch["masks"].shape[:3]
   return {"volumes": runs, "slices": runs * slices, "cells": runs * structures * slices}
-
-
-def _quick_scores(
-  segmenter: Segmenter, cases: Sequence[Case]
-) -> tuple[dict[str, float], SheetCase | None]:
-  """Mean Dice of every stage over a few cases, and the first of this process's to be looked at."""
-  found: list[list[float]] = [[] for _ in range(segmenter.stages)]
-  shown: SheetCase | None = None
-  with hosts.together():
-    for case in hosts.share(cases):
-      volume, truth, maps = _stage_maps(segmenter, case)
-      if shown is None:
-        stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
-        shown = SheetCase(
-          case.identifier, volume.array[0], truth, stages, volume.geometry.spacing,
-          slice_axis=segmenter.plan.slice_axis,
-        )
-      for stage, guess in enumerate(maps):
-        for structure in segmenter.plan.labels.structures:
-          mask, true_mask = np.isin(guess, structure.values), np.isin(truth, structure.values)
-          found[stage].append(dice(mask, true_mask))
-  # One list per stage, of all processes.
-  found = [sum(parts, []) for parts in zip(*hosts.gather(found), strict=True)]
-  scores = {f"stage{stage} Dice": float(np.nanmean(values)) for stage, values in enumerate(found)}
-  return scores, shown
-
-
-def _validate(
-  run: RunFolder, segmenter: Segmenter, cases: Sequence[Case], report: Report
-) -> dict[str, Any]:
-  """Scores every stage on all held-out cases and writes validation.json."""
-  if not cases:
-    report("no validation cases: nothing is scored")
-    return {}
-  labels = segmenter.plan.labels
-  found: list[dict[str, Any]] = [{} for _ in range(segmenter.stages)]
-  progress = Progress("validation, cases", report)
-  with hosts.together():
-    mine = hosts.share(cases)
-    for done, case in enumerate(mine, 1):
-      volume, truth, maps = _stage_maps(segmenter, case)
-      for stage, guess in enumerate(maps):
-        found[stage][case.identifier] = evaluate_arrays(
-          guess, truth, volume.geometry.spacing, labels.structures, labels.ignore
-        )
-      progress(done, len(mine))
-  of_case = [
-    {name: scores for part in parts for name, scores in part.items()}
-    for parts in zip(*hosts.gather(found), strict=True)
-  ]
-  found = [{case.identifier: stage[case.identifier] for case in cases} for stage in of_case]
-  stages = [Scores(labels.names, 1.0, scores) for scores in found]
-  result = {f"stage{stage}": as_dict(scores) for stage, scores in enumerate(stages)}
-  run.write("validation.json", json.dumps(result, indent=1) + "\n")
-  for stage, scores in enumerate(stages):
-    each = "  ".join(f"{name} {scores.of_structure(name).dice:.4f}" for name in scores.structures)
-    report(f"validation stage {stage}: mean Dice {scores.mean.dice:.4f}, "
-           f"HD95 {scores.mean.hd95:.2f} mm  ({each})")
-  return result

@@ -58,6 +58,23 @@ def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
   np.testing.assert_allclose(blended(odds, None, 0, 0.0, None), vote, atol=1e-4)
 
 
+def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator():
+  """What no stage changed is the generator's, to the voxel; absence and large changes win."""
+  rng = np.random.default_rng(0)
+  odds = (6 * rng.standard_normal((4, 12, 12))).astype(np.float16)
+  seen = resize_linear(odds, 8).astype(np.float16)
+  changed = seen.copy()
+  changed[1], changed[2, 2:6, 2:6] = -1024, 20
+  cells = np.array([[0, 0], [0, 1], [0, 2]])
+  result = StageResult(cells, changed[:3], np.ones(3, np.float32), np.ones(3, np.float32))
+  resize = lambda x, shape: resize_linear(x, shape[0])  # noqa: E731
+  labels = blended(odds, result, 0, 0.0, resize, seen) > 0.5
+  np.testing.assert_array_equal(labels[[0, 3]], odds[[0, 3]] > 0)
+  assert not labels[1].any() and labels[2, 4:8, 4:8].all()
+  replaced = blended(odds, result, 0, 0.0, resize) > 0.5
+  assert (replaced[0] != (odds[0] > 0)).any(), "the mask grid alone is too coarse for this"
+
+
 def prompts_of_a_generator():
   """Two organs, three slices, 16 x 16 masks of a 64 x 64 image; the second slice has organ 0."""
   logits = np.full((2, 3, 16, 16), -5, np.float16)

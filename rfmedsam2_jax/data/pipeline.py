@@ -51,6 +51,7 @@ class RunConfig:
   slices: int = 8  # consecutive slices of a run; memory and time grow with it
   structures: int = 2  # tracks of a run, at most as many as there are structures
   channels: tuple[int, ...] = (0,)  # the image channel that SAM sees, or three of them
+  context: bool = False  # of one channel: the slices before, at and behind are its three colours
   oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
 
 
@@ -236,13 +237,16 @@ class _RunSample:
       # Anywhere in the run, so that runs also hold the structure's ends and what lies beyond.
       first = int(found[1][0]) - int(rng.integers(length))
       first = min(max(first, 0), max(depth - length, 0))
-    rows = np.arange(first, first + length)
+    beside = int(self.run.context)
+    rows = np.arange(first - beside, first + length + beside)
     inside = rows < depth
-    rows = np.minimum(rows, depth - 1)
+    rows = np.clip(rows, 0, depth - 1)
 
     matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
     if matrix is not None and matrix[0, 0] < 0:
       rows, inside = rows[::-1], inside[::-1]
+    seen, run = rows, slice(beside, beside + length)
+    rows, inside = rows[run], inside[run]
 
     if prompts is not None:
       expected = (self.membership.shape[1], depth, mask_side, mask_side)
@@ -252,10 +256,12 @@ class _RunSample:
           f"expected {expected}; they belong to another plan or image size, predict them again"
         )
     image = augment_intensity(
-      rng, case.image[:, rows], self.augmentation, in_plane=is_anisotropic(case.spacing)
+      rng, case.image[:, seen], self.augmentation, in_plane=is_anisotropic(case.spacing)
     )
     image = window_slices(image, case.window, self.run.channels)
     image = resize_linear(transform_slices(image, matrix, order=1, fill=0), side)
+    if self.run.context:
+      image = np.concatenate([image[:, :-2], image[:, 1:-1], image[:, 2:]])
 
     atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
     ignored = np.isin(atoms, IGNORED)
@@ -349,6 +355,8 @@ def refiner_batches(
   """
   if len(run.channels) not in (1, 3):
     raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")
+  if run.context and len(run.channels) != 1:
+    raise UserError(f"channels {run.channels}: with context SAM sees one channel; name one")
   cases = _Cases(Path(folder), identifiers, seed, None if prompts is None else Path(prompts))
   sample = _RunSample(cases, run, np.asarray(membership, bool), augmentation, corruption)
   return _batches(sample, batch_size, rows, start, loader or LoaderConfig())

@@ -78,3 +78,8 @@ def as_rgb(channels_first: np.ndarray) -> np.ndarray:
   """[1 or 3, ..., H, W] as a view [..., H, W, 3]; a single channel is seen three times."""
   rgb = np.moveaxis(channels_first, 0, -1)
   return np.broadcast_to(rgb, (*rgb.shape[:-1], 3))
+
+
+def with_neighbours(slices: np.ndarray, depth: int) -> np.ndarray:
+  """The slices before, at and behind slices [n] of a volume, int [3, n]; the ends repeat."""
+  return np.clip(slices + np.array([[-1], [0], [1]]), 0, depth - 1)

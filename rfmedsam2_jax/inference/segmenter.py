@@ -17,7 +17,7 @@ import numpy as np
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.preprocessing import Prepared, prepare_atoms, preprocess
 from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
-from rfmedsam2_jax.data.squash import as_rgb, resize_linear, window_slices
+from rfmedsam2_jax.data.squash import as_rgb, resize_linear, window_slices, with_neighbours
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.config import InferenceConfig
@@ -42,7 +42,7 @@ class Segmenter:
   """All that prediction needs of one run; networks and configs are static, parameters plain dicts.
 
   refiner: parameters of `sam2`, or None for the generator alone.
-  sam_channels: the image channel that SAM 2 sees, or three of them.
+  sam_channels, sam_context: what SAM 2 sees in its three colours, see config.DataConfig.
   """
 
   plan: Plan
@@ -53,6 +53,7 @@ class Segmenter:
   refinement: RefinementConfig
   inference: InferenceConfig = InferenceConfig()
   sam_channels: tuple[int, ...] = (0,)
+  sam_context: bool = False
 
   @property
   def stages(self) -> int:
@@ -86,12 +87,14 @@ class Segmentation:
     On the canonical native grid (z, y, x), or on the prepared one.
     """
     result = self.results[stage - 1] if stage else None
+    refinement = self.segmenter.refinement
     probability = blended(
       self.generated.log_odds[organ],
       result,
       organ,
-      self.segmenter.refinement.generator_weight,
+      refinement.generator_weight,
       _resize_plane,
+      self.generated.prompts.logits[organ] if refinement.fusion == "changes" else None,
     )
     if prepared_grid:
       return probability
@@ -198,8 +201,11 @@ def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np
 
 def sam_slices(segmenter: Segmenter, prepared: Prepared, slices: np.ndarray) -> np.ndarray:
   """Slices [n] of a prepared volume as SAM 2 sees them, float32 [n, S, S, 3] in [0, 1]."""
+  if segmenter.sam_context:
+    slices = with_neighbours(slices, prepared.image.shape[1])
   windowed = window_slices(prepared.image[:, slices], prepared.window, segmenter.sam_channels)
-  return as_rgb(resize_linear(windowed, segmenter.sam2.config.image_size))
+  resized = resize_linear(windowed, segmenter.sam2.config.image_size)
+  return as_rgb(resized[0] if segmenter.sam_context else resized)
 
 
 def label_maps(segmentations: Sequence[Segmentation]) -> list[np.ndarray]:

@@ -38,6 +38,10 @@ class RefinementConfig:
   box_margin: float = 2.0  # added to boxes on every side, in pixels of the SAM image
   cells_per_batch: int = 32  # (organ, slice) cells per call and device; memory grows with it
   slices_per_batch: int = 8  # slices per call of the image encoder and device
+  fusion: Literal["masks", "changes"] = "masks"
+  # masks: the last stage's masks, resized to the volume's grid. changes: the generator's own logits
+  # plus what the stages changed of them on the mask grid, so that its detail between the pixels of
+  # that grid is kept; for stages that are `residual`.
   threshold: float = 0.5  # foreground probability above which a voxel belongs to an organ
   generator_weight: float = 0.0  # share of the generator's vote in the fused probability, 0 to 1
 

@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rfmedsam2_jax.refinement.prompts import RESIDUAL_LIMIT
 from rfmedsam2_jax.refinement.volume import StageResult, sigmoid
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
 Source = Callable[[int], np.ndarray]
 
 
-def cell_masks(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray]:
-  """Slices [n] that the stage ran for an organ, and their probabilities float32 [n, 4G, 4G]."""
+def cell_logits(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray]:
+  """Slices [n] that the stage ran for an organ, and their logits float32 [n, 4G, 4G]."""
   mine = result.cells[:, 0] == organ
-  return result.cells[mine, 1], sigmoid(result.logits[mine])
+  return result.cells[mine, 1], result.logits[mine].astype(np.float32)
 
 
 def blended(
@@ -28,6 +29,7 @@ def blended(
   organ: int,
   weight: float,
   resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+  seen: np.ndarray | None = None,
 ) -> np.ndarray:
   """Probability of one organ on the prepared grid.
 
@@ -36,6 +38,8 @@ def blended(
     result: of a stage, or None for the generator alone.
     weight: share of the generator where a cell was run.
     resize: linear resize of [n, h, w] to [n, H, W], half-pixel centres.
+    seen: [D, 4G, 4G], the generator's log-odds as the first stage saw them. If given, what the
+      stages changed of them is added to the generator's own, instead of the masks replacing them.
 
   Returns:
     float32 [D, H, W].
@@ -43,11 +47,21 @@ def blended(
   probability = sigmoid(generator)
   if result is None:
     return probability
-  slices, masks = cell_masks(result, organ)
+  slices, logits = cell_logits(result, organ)
   if len(slices):
-    refined = resize(masks, generator.shape[1:])
+    if seen is None:
+      refined = resize(sigmoid(logits), generator.shape[1:])
+    else:
+      # Absence (-1024) still outweighs any vote for presence after this.
+      change = np.maximum(logits, -2.5 * RESIDUAL_LIMIT) - _limited(seen[slices])
+      refined = sigmoid(_limited(generator[slices]) + resize(change, generator.shape[1:]))
     probability[slices] = weight * probability[slices] + (1 - weight) * refined
   return probability
+
+
+def _limited(logits: np.ndarray) -> np.ndarray:
+  # As far as a residual stage sees them.
+  return np.clip(logits.astype(np.float32), -RESIDUAL_LIMIT, RESIDUAL_LIMIT)
 
 
 def fuse(

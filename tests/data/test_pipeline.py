@@ -268,6 +268,23 @@ def test_untransformed_run_is_the_plain_resize_of_consecutive_slices(store):
     np.testing.assert_allclose(batch["logits"][0, track], logits_of_truth(mask), atol=1e-5)
 
 
+def test_context_shows_the_slices_before_and_behind_also_in_a_reversed_run(store):
+  run = dataclasses.replace(RUN, context=True)
+  mirrored = dataclasses.replace(NO_AUGMENTATION, flips=(0,))
+  wanted = resize_linear(np.load(store / "case1_image.npy")[0], 64)
+  directions = set()
+  iterator = runs(store, mirrored, run=run, cases=["case1"], batch_size=1)
+  for batch in itertools.islice(iterator, 8):
+    middle = batch["images"][0, ..., 1]
+    at = [int(np.abs(wanted - image).max((1, 2)).argmin()) for image in middle]
+    step = at[1] - at[0]
+    directions.add(step)
+    for colour, offset in enumerate((-step, 0, step)):
+      beside = np.clip(np.array(at) + offset, 0, len(wanted) - 1)
+      np.testing.assert_allclose(batch["images"][0, ..., colour], wanted[beside], atol=1e-5)
+  assert directions == {-1, 1}
+
+
 def test_slices_beyond_a_short_volume_and_ignored_voxels_are_not_known(store):
   folder = store / "ignored"
   atoms = np.full((3, 32, 32), 1)
