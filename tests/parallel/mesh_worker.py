@@ -3,7 +3,8 @@
 A process of its own, because the number of devices is fixed when JAX starts.
 python tests/parallel/mesh_worker.py generator|refiner MESH...
 
-With DISTRIBUTED=HOST:PORT,PROCESSES,INDEX the devices are those of several processes.
+With DISTRIBUTED=HOST:PORT,PROCESSES,INDEX, or "auto" and PROCESSES, the devices are those of
+several processes.
 """
 
 import json
@@ -13,7 +14,8 @@ import time
 from pathlib import Path
 
 DISTRIBUTED = os.environ.get("DISTRIBUTED", "off")
-DEVICES = 8 // int(DISTRIBUTED.split(",")[1]) if "," in DISTRIBUTED else 8
+PROCESSES = DISTRIBUTED.split(",")[1] if "," in DISTRIBUTED else os.environ.get("PROCESSES", "1")
+DEVICES = 8 // int(PROCESSES)
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path[:0] = [str(Path(__file__).parents[1])]
