@@ -270,8 +270,9 @@ def test_a_batch_of_cells_equals_one_cell_at_a_time():
   for i in range(0, DEPTH, 3):
     one = lambda tree: jax.tree.map(lambda x: x[i : i + 1], tree)  # noqa: E731,B023
     alone = run(MODEL, params, POINTERS, one(features), one(cells), maps, pointers, one(slots))
-    for ours, theirs in zip(one(batch), alone, strict=True):
-      assert relative(ours, theirs) < 1e-5
+    for ours, theirs, everything in zip(one(batch), alone, batch, strict=True):
+      # One cell's number may be a small sum of large terms: the scale is that of all cells.
+      assert np.abs(ours - theirs).max() < 1e-5 * np.abs(everything).max()
 
 
 def test_gradients_through_empty_slots_are_finite():
