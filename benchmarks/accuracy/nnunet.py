@@ -79,13 +79,7 @@ def make_trainer(folder: Path, epochs: int):
     """Some epochs of few steps, saved after each."""
 
     clock: Clock | None = None
-
-    def __init__(self, *arguments):
-      super().__init__(*arguments)
-      self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = STEPS_PER_EPOCH, 1
-      self.num_epochs, self.save_every = epochs, 1
-      self.logger.plot_progress_png = lambda folder: None
-      self.began = time.monotonic()
+    began = 0.0
 
     def on_epoch_end(self):
       super().on_epoch_end()
@@ -97,7 +91,12 @@ def make_trainer(folder: Path, epochs: int):
 
   plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
   description = json.loads((folder / "dataset.json").read_text())
-  return Trainer(plans, "3d_fullres", "all", description, torch.device("cpu"))
+  trainer = Trainer(plans, "3d_fullres", "all", description, torch.device("cpu"))
+  # Here and not in a constructor, whose arguments nnU-Net wants to have its own names.
+  trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = STEPS_PER_EPOCH, 1
+  trainer.num_epochs, trainer.save_every = epochs, 1
+  trainer.logger.plot_progress_png = lambda folder: None
+  return trainer
 
 
 def seconds_per_step(folder: Path) -> float:
