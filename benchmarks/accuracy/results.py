@@ -11,8 +11,6 @@ mean paired difference of the Dice with its 95 % interval: 10,000 resamplings of
 import argparse
 import json
 import math
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +43,9 @@ def save(path: Path, about: dict[str, Any], stages: dict[str, dict[str, Any]]) -
 
 def score_nnunet(work: Path, dataset: Path, out: Path) -> None:
   found = read_dataset(dataset)
-  with tempfile.TemporaryDirectory() as folder:
-    # Predictions alone: nnU-Net writes its own JSON files beside them.
-    for path in (work / "predictions").glob("*.nii.gz"):
-      shutil.copy(path, folder)
-    scores = evaluate_folders(folder, dataset / "labelsTr", found.labels, partial=True)
+  scores = evaluate_folders(
+    work / "predictions", dataset / "labelsTr", found.labels, partial=True
+  )
   save(out, json.loads((work / "about.json").read_text()), {"nnU-Net": as_dict(scores)})
 
 

@@ -39,7 +39,7 @@ def report_step(
     compiles: False leaves out what only the compiled step tells.
   """
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  report(f"{phase}: {math.prod(mesh.shape.values())} devices, {shape}")
+  report(f"{phase}: {mesh.size} devices, {shape}")
   for line in decisions(state.trained, "trained", mesh):
     report(line)
   for line in decisions(state.frozen, "frozen", mesh):
@@ -58,7 +58,10 @@ def report_step(
   report(f"  {'batch':22s} {_bytes(batch) / parts / GIB:9.4f} {_bytes(batch) / GIB:9.4f}")
   if not compiles:
     return
-  compiled = step.lower(_placed(state, mesh), _spread(batch, mesh)).compile()
+  compiled = step.lower(
+    _placed(state, shardings(state, mesh)),
+    _placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
+  ).compile()
   memory = compiled.memory_analysis()
   if memory is not None:
     report(f"  {'activations, others':22s} {memory.temp_size_in_bytes / GIB:9.4f}   (as compiled "
@@ -108,15 +111,7 @@ def _size(x: Any) -> int:
   return math.prod(x.shape) * x.dtype.itemsize
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
+def _placed(tree: Any, where: Any) -> Any:
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    tree, shardings(tree, mesh),
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where
   )
-
-
-def _spread(batch: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> Any:
-  where = batch_sharding(mesh)
-  return {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in batch.items()
-  }

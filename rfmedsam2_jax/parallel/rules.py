@@ -50,7 +50,7 @@ def placement(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
         axis if axis and size % mesh.shape[axis] == 0 and mesh.shape[axis] > 1 else None
         for axis, size in zip(axes, shape, strict=True)
       ]
-      if any(fits) or _size(mesh) == 1:
+      if any(fits) or mesh.size == 1:
         return Placement(PartitionSpec(*fits), f"rule {pattern}")
   parts = mesh.shape["fsdp"]
   if parts == 1:
@@ -119,7 +119,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   Returns:
     (params, batch, key) -> (scalar, metrics).
   """
-  if _size(mesh) == 1:
+  if mesh.size == 1:
     return lambda params, batch, key: loss(params, batch, key, ())
   manual = set(BATCH_AXES)
 
@@ -147,7 +147,3 @@ def _gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   if "fsdp" not in tuple(spec):
     return x
   return jax.lax.all_gather(x, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
-
-
-def _size(mesh: Mesh) -> int:
-  return math.prod(mesh.shape.values())

@@ -158,9 +158,9 @@ class _Watch:
     return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
 
   def _fail(self, step: int, drawn: np.ndarray) -> None:
-    names = sorted({self._cases[i] for i in drawn})
+    mine = {self._cases[i] for i in drawn}
     # The loss is the same in every process, so that all of them come here.
-    names = sorted({name for some in hosts.gather(names) for name in some})
+    names = sorted({name for some in hosts.gather(mine) for name in some})
     last = self._checkpoints.latest()
     good = self._run.checkpoints(self._phase) / str(last) if last else "none"
     raise UserError(
