@@ -44,13 +44,16 @@ class Clock:
     temporary.write_text(json.dumps(self.seconds))
     temporary.replace(self.path)
 
+  def add(self, part: str, seconds: float) -> None:
+    self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+    self.save()
+
   @contextlib.contextmanager
   def runs(self, part: str) -> Iterator[None]:
     """Does not count what is stopped by an exception."""
     began = time.monotonic()
     yield
-    self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
-    self.save()
+    self.add(part, time.monotonic() - began)
 
 
 def link_dataset(source: Path, train: list[str], folder: Path) -> None:
@@ -85,8 +88,7 @@ def make_trainer(folder: Path, epochs: int):
       super().on_epoch_end()
       if self.clock is not None:
         now = time.monotonic()
-        self.clock.seconds["training"] = self.clock.seconds.get("training", 0.0) + now - self.began
-        self.clock.save()
+        self.clock.add("training", now - self.began)
         self.began = now
 
   plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}

@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 
+from nnunet import Clock
 from results import save
 
 from rfmedsam2_jax.config import config_yaml, load_config
@@ -54,27 +55,21 @@ def main() -> None:
   parser.add_argument("--run", type=Path, required=True)
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--from", dest="source", type=Path)
-  options = parser.parse_args()
-  run, clock = options.run, options.run.with_suffix(".clock.json")
+  options = parser.parse_intermixed_args()
+  run = options.run
+  run.parent.mkdir(parents=True, exist_ok=True)
+  clock = Clock(run.with_suffix(".clock.json"))
   if options.source and not run.exists():
     try:
       take_generator(options.source, run, options.config, options.overrides)
     except UserError as error:
       raise SystemExit(str(error)) from None
-  before = json.loads(clock.read_text()) if clock.exists() else {}
   command = [sys.executable, "-m", "rfmedsam2_jax", "train", str(options.config), "--out", str(run),
              *options.overrides]
   if (run / "config.yaml").exists():
     command.append("--resume")
   trained = run / "refiner" / "params"
-  began = time.monotonic()
-  part, since = "preprocessing", began
-  seconds = dict(before)
-
-  def close(now: float) -> None:
-    seconds[part] = before.get(part, 0.0) + now - since
-    clock.write_text(json.dumps(seconds))
-
+  part, since = "preprocessing", time.monotonic()
   with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
     assert process.stdout is not None
     try:
@@ -83,21 +78,21 @@ def main() -> None:
         # Everything after the preparation is training, prompts of the training cases included.
         now = time.monotonic()
         if part == "preprocessing" and " prepared " in line:
-          close(now)
+          clock.add(part, now - since)
           part, since = "training", now
         elif part == "training" and trained.is_dir():
-          close(now)
+          clock.add(part, now - since)
           part, since = "scoring", now
     except KeyboardInterrupt:
       process.send_signal(signal.SIGTERM)
-  close(time.monotonic())
+  clock.add(part, time.monotonic() - since)
   if process.returncode:
     raise SystemExit(process.returncode)
   result = json.loads((run / "validation.json").read_text())
   about = {
     "what": "rfmedsam2_jax", "config": str(options.config), "overrides": options.overrides,
     "from": str(options.source) if options.source else None,
-    "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    "seconds": {name: round(value, 1) for name, value in clock.seconds.items()},
     "machine": platform.machine(), "cores": os.cpu_count(),
     "versions": json.loads((run / "versions.json").read_text()),
   }
