@@ -15,6 +15,17 @@ from pathlib import Path
 
 from rfmedsam2_jax.errors import RESUME, Stopped, UserError
 
+# glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
+# call, and walks through it: page faults and misses of the address cache are what it waits for.
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def _with_huge_pages() -> None:
+  """Starts this process again, once, with a setting that glibc reads at the start only."""
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = _HUGE_PAGES
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status."""
@@ -25,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error(f"unknown arguments: {' '.join(rest)}")
   if rest:
     options.overrides += rest
+  if arguments is None:
+    _with_huge_pages()
   _set_up_jax()
   try:
     options.run(options)
