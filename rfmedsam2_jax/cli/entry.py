@@ -1,0 +1,98 @@
+"""The command `rfmedsam2`: finds the module of a command, runs it, says what went wrong.
+
+Exit status: 0 done, 2 something that the user can mend (one line says what), 75 stopped by SIGTERM
+and saved (start it again with --resume), 130 interrupted.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfmedsam2_jax.cli.console import Console
+from rfmedsam2_jax.errors import RESUME, Stopped, UserError
+
+COMMANDS = ("train", "shard", "predict", "evaluate", "track", "quickstart")
+
+# glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
+# call, and walks through it: page faults and misses of the address cache are what it waits for.
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def _with_huge_pages() -> None:
+  """Starts this process again, once, with a setting that glibc reads at the start only."""
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = _HUGE_PAGES
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status."""
+  parser = make_parser()
+  options, rest = parser.parse_known_args(arguments)
+  # argparse takes positional arguments in one block only; overrides may also follow the options.
+  if rest and not (hasattr(options, "overrides") and all("=" in a and a[0] != "-" for a in rest)):
+    parser.error(f"unknown arguments: {' '.join(rest)}")
+  if rest:
+    options.overrides += rest
+  if arguments is None:
+    _with_huge_pages()
+  _set_up_jax()
+  console = Console(options.quiet, options.as_json)
+  message, status = _run(options, console)
+  if status:
+    console.error(message, status)
+  return status
+
+
+def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
+  """Why the command failed, and its exit status."""
+  try:
+    options.run(options, console)
+  except UserError as error:
+    return str(error), 2
+  except Stopped as stopped:
+    return str(stopped), RESUME
+  except KeyboardInterrupt:
+    return "interrupted; what was finished is kept", 130
+  except OSError as error:
+    if error.filename is None:
+      raise
+    return f"{error.filename}: {error.strerror}; free it or choose another place", 2
+  return "", 0
+
+
+def _set_up_jax() -> None:
+  import jax
+
+  # Compiled programs are kept between commands; set JAX_COMPILATION_CACHE_DIR to move them.
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "rfmedsam2_jax"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  for name in ("absl", "orbax", "jax"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The parser of all commands; importing their modules does not import JAX."""
+  parser = argparse.ArgumentParser(
+    prog="rfmedsam2",
+    description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.",
+  )
+  of_all = argparse.ArgumentParser(add_help=False)
+  said = of_all.add_argument_group("what is said")
+  said.add_argument("--quiet", action="store_true", help="no lines of progress")
+  said.add_argument(
+    "--json", dest="as_json", action="store_true", help="lines of JSON, for programs"
+  )
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  for name in COMMANDS:
+    module = importlib.import_module(f"rfmedsam2_jax.cli.{name}")
+    command = commands.add_parser(name, help=module.HELP, parents=[of_all])
+    module.arguments(command)
+    command.set_defaults(run=module.run)
+  return parser

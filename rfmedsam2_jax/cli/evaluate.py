@@ -1,0 +1,42 @@
+"""`rfmedsam2 evaluate`: label maps scored against references."""
+
+import argparse
+from pathlib import Path
+
+from rfmedsam2_jax.cli.console import Console
+
+HELP = "score label maps against references"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("predictions", type=Path, help="folder or file")
+  parser.add_argument("references", type=Path, help="folder or file")
+  parser.add_argument(
+    "--labels",
+    type=Path,
+    help="data set folder, or run, that names the structures; default: label values are the names",
+  )
+  parser.add_argument("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
+  parser.add_argument("--partial", action="store_true", help="not all references are predicted")
+  parser.add_argument(
+    "--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)"
+  )
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.data.datasets import Labels, read_dataset
+  from rfmedsam2_jax.data.plan import load_plan
+  from rfmedsam2_jax.inference.evaluate import as_dict, evaluate_folders, save_scores, table
+
+  labels: Labels | None = None
+  if options.labels:
+    # A run may have been trained on a few of its data set's structures: those are scored.
+    plan = options.labels / "plan.json"
+    labels = load_plan(plan).labels if plan.is_file() else read_dataset(options.labels).labels
+  scores = evaluate_folders(
+    options.predictions, options.references, labels, options.tolerance, options.partial
+  )
+  folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
+  target = options.scores or folder / "scores.json"
+  save_scores(target, scores)
+  console.result(f"{table(scores)}\n\nall scores: {target}", as_dict(scores))

@@ -1,0 +1,55 @@
+"""`rfmedsam2 predict`: label maps of volumes by trained runs."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfmedsam2_jax.cli.console import Console
+from rfmedsam2_jax.errors import UserError
+
+HELP = "segment volumes with a trained run"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "paths", nargs="+", type=Path, metavar="RUN... INPUT...",
+    help="one run folder, or several to be averaged, then NIfTI files or folders",
+  )
+  parser.add_argument("--out", type=Path, required=True, help="folder of the label maps")
+  parser.add_argument(
+    "--prompts", choices=("generated", "oracle", "given"), default="generated",
+    help="automatic (default), boxes from true labels (upper limit), or a person's",
+  )
+  parser.add_argument("--labels", type=Path, help="folder of label maps for oracle or given")
+  parser.add_argument("--given", type=Path, help="JSON of boxes and points for --prompts given")
+  parser.add_argument("--save-stages", action="store_true", help="also write every stage")
+  parser.add_argument("--overwrite", action="store_true", help="replace label maps that exist")
+
+
+def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+  """Leading run folders, and the inputs behind them."""
+  count = 0
+  while count < len(paths) and (paths[count] / "config.yaml").is_file():
+    count += 1
+  runs, inputs = list(paths[: max(count, 1)]), list(paths[max(count, 1) :])
+  if not inputs:
+    raise UserError(f"{paths[-1]}: no input given behind the run; name NIfTI files or folders")
+  return runs, inputs
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.api import load, predict
+
+  runs, inputs = _split_runs(options.paths)
+  models = [load(run) for run in runs]
+  began = time.monotonic()
+  written = predict(
+    models, inputs, options.out, options.prompts, options.labels, options.given,
+    options.save_stages, options.overwrite, console.line,
+  )
+  seconds = time.monotonic() - began
+  console.result(
+    f"{len(written)} label maps in {options.out}, {seconds:.0f} s",
+    {"written": written, "seconds": round(seconds, 1)},
+  )

@@ -1,0 +1,88 @@
+"""`rfmedsam2 track`: prompted structures followed through a volume."""
+
+import argparse
+from pathlib import Path
+
+from rfmedsam2_jax.cli.console import Console
+
+HELP = "follow prompted structures through a volume with a checkpoint of SAM 2"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("image", type=Path, help="NIfTI file")
+  parser.add_argument(
+    "--checkpoint", type=Path, required=True, help="folder made by python -m convert"
+  )
+  parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+  parser.add_argument(
+    "--box", action="append", default=[], metavar="LABEL:z,x0,y0,x1,y1",
+    help="a box on slice z, in voxels of the file from 0; repeat for more (coronal slices: "
+    "LABEL:y,x0,z0,x1,z1, sagittal ones: LABEL:x,y0,z0,y1,z1)",
+  )
+  parser.add_argument(
+    "--point", action="append", default=[], metavar="LABEL:z,x,y,+|-",
+    help="a point inside (+) or outside (-) of a structure",
+  )
+  parser.add_argument(
+    "--prompts", type=Path, action="append", default=[], metavar="FILE.json",
+    help="boxes and points, in rounds if some correct what others found",
+  )
+  parser.add_argument(
+    "--masks", type=Path, action="append", default=[], metavar="LABELS.nii.gz",
+    help="label map with masks on some slices",
+  )
+  parser.add_argument("--world", action="store_true", help="coordinates are millimetres, RAS+")
+  parser.add_argument(
+    "--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="of the slices"
+  )
+  parser.add_argument(
+    "--window", default="percentiles", metavar="NAME|CENTRE,WIDTH",
+    help="what SAM sees: soft-tissue, liver, lung, bone, brain, 40,400, or percentiles (default)",
+  )
+  parser.add_argument("--image-size", type=int, help="side of the square (the checkpoint's)")
+  parser.add_argument(
+    "--single-mask", action="store_true",
+    help="one mask per slice instead of the best of three, for networks trained so",
+  )
+  parser.add_argument(
+    "--no-cache", action="store_true",
+    help="encode slices again for corrections instead of keeping their features in memory",
+  )
+  parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.data.volumes import load_image
+  from rfmedsam2_jax.inference.tracked import parse_window
+  from rfmedsam2_jax.progress import Progress
+  from rfmedsam2_jax.prompting import (
+    check_prompts,
+    open_volume,
+    prompts_of_options,
+    result_paths,
+    write_tracked,
+  )
+  from rfmedsam2_jax.tracking import TrackingConfig
+
+  # Everything that can be wrong is looked at before anything that takes long.
+  window = parse_window(options.window)
+  volume = load_image(options.image)
+  prompts = prompts_of_options(
+    volume, options.box, options.point, options.prompts, options.masks, options.plane,
+    options.world,
+  )
+  check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)
+  result_paths(options.out, options.image, options.overwrite)
+  config = TrackingConfig(
+    multimask=not options.single_mask,
+    dynamic_multimask=not options.single_mask,
+    cache="none" if options.no_cache else "bfloat16",
+  )
+  prompted = open_volume(
+    options.checkpoint, volume, options.plane, window, options.image_size, config,
+    Progress("slices", console.line),
+  )
+  found = prompted.track(prompts)
+  about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
+  written = write_tracked(options.out, volume, found, about, options.overwrite)
+  console.result("\n".join(f"written: {path}" for path in written), {"written": written})

@@ -1,0 +1,38 @@
+"""`rfmedsam2 train`: generator and refiner from a config, with everything a run needs."""
+
+import argparse
+from pathlib import Path
+
+from rfmedsam2_jax.cli.console import Console
+from rfmedsam2_jax.errors import UserError
+
+HELP = "train generator and refiner on a data set"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("config", type=Path, help="YAML file, see configs/")
+  parser.add_argument("overrides", nargs="*", help="values by path, generator.loop.steps=500")
+  parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+  parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+  parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+  parser.add_argument("--profile", action="store_true", help="leave a trace of some steps in --out")
+  parser.add_argument(
+    "--distributed", default="auto", metavar="HOW",
+    help="auto (TPU pods, SLURM, Open MPI), off, or HOST:PORT,PROCESSES,INDEX",
+  )
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.config import load_config
+  from rfmedsam2_jax.experiment import train
+  from rfmedsam2_jax.parallel import hosts
+
+  hosts.initialise(options.distributed)
+  config = load_config(options.config, options.overrides)
+  if not config.data.dataset:
+    raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
+  scores = train(
+    config, options.out, options.resume, options.overwrite, console.line, options.profile
+  )
+  if hosts.is_main():
+    console.result(f"the run: {options.out}", {"run": options.out, "stages": scores})
