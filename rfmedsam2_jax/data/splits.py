@@ -18,6 +18,7 @@ class SplitConfig:
   fold: int | None = None  # this fold of `folds` validates, the same cases as in nnU-Net's fold
   folds: int = 5           # number of folds, when `fold` is given
   seed: int = 12345        # another seed is another split; nnU-Net's is the default
+  train_cases: int | None = None  # train on so many of the others only; what does less data cost?
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,12 @@ def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
   if not train:
     raise UserError(f"split: no training case is left of {count}; add cases or lower the fraction "
                     f"(0 trains on all and validates on none)")
+  if config.train_cases is not None:
+    if not 1 <= config.train_cases <= len(train):
+      raise UserError(f"split.train_cases: is {config.train_cases}; give 1 to {len(train)}")
+    # A smaller number takes a part of what a larger one takes.
+    drawn = np.random.default_rng(config.seed).permutation(len(train))[: config.train_cases]
+    train = tuple(train[i] for i in sorted(drawn))
   return Split(train, tuple(name for name in ordered if name in validation), config)
 
 

@@ -149,6 +149,15 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
     find_inputs(folders)
 
 
+def test_fewer_training_cases_are_nested_and_leave_the_validation_alone():
+  names = [f"case_{i:03d}" for i in range(40)]
+  whole, some, few = (make_split(names, SplitConfig(train_cases=n)) for n in (None, 20, 5))
+  assert set(few.train) < set(some.train) < set(whole.train)
+  assert len(some.train) == 20 and few.validation == some.validation == whole.validation
+  with pytest.raises(UserError, match="train_cases"):
+    make_split(names, SplitConfig(train_cases=33))
+
+
 def test_split_is_by_case_seeded_and_kept(tmp_path):
   names = [f"case_{i:03d}" for i in range(200)]
   split = make_split(names, SplitConfig())

@@ -1,0 +1,82 @@
+"""The ablations and the weak-generator study: one resumable run per row, one small file per result.
+
+python benchmarks/accuracy/study.py CONFIG --generator RUN --work FOLDER --results FOLDER
+    [--only NAME ...] [--list]
+
+Every row of `ROWS` trains a refiner of its own on the generator of RUN (ours.py --from) and is
+scored by it; rows of `SCORED` score the first row's run in another way (score_run.py). Rows whose
+file is there are skipped, a row that was stopped goes on: give the same command again. Rows of
+`WEAK` train a generator on a few cases first.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def stages(first: str, second: str = "") -> str:
+  """The override of both stages, residual as in configs/hippocampus.yaml."""
+  common = "residual: true"
+  one, two = (", ".join(filter(None, [common, more])) for more in (first, second or first))
+  return f"refinement.stages=[{{{one}}}, {{{two}, pointers: true}}]"
+
+
+# What is trained differently; the first row is the config as it is.
+ROWS: dict[str, list[str]] = {
+  "both-stages": [],
+  "stage-1-alone": ["refinement.stages=[{residual: true}]"],
+  "no-memory": ["refinement.stages=[{residual: true, memory: none}, "
+                "{residual: true, memory: none}]"],
+  "no-dwconv-adapter": ["sam2.adapters.dwconv=false"],
+  "no-cnn-adapter": ["sam2.adapters.cnn=false"],
+  "no-adapters": ["sam2.adapters.dwconv=false", "sam2.adapters.cnn=false"],
+  "box-alone": [stages("mask: false")],
+  "mask-alone": [stages("box: false")],
+}
+# The first row's run, scored in other ways: options and overrides of score_run.py.
+SCORED: dict[str, list[str]] = {
+  "stream": [stages("memory: stream", "memory: stream")],
+  "oracle-boxes": ["--prompts", "oracle"],
+  "no-generator-vote": ["refinement.generator_weight=0"],
+  "erosion": ["--corrupt", "erosion"],
+  "dilation": ["--corrupt", "dilation"],
+  "gaps": ["--corrupt", "gaps"],
+  "islands": ["--corrupt", "islands"],
+}
+# Whole runs on some of the training cases.
+WEAK = {"cases-5": 5, "cases-20": 20}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("config", type=Path)
+  parser.add_argument("--generator", type=Path, required=True, help="a finished run")
+  parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+  parser.add_argument("--results", type=Path, required=True, help="folder of the JSON files")
+  parser.add_argument("--only", nargs="+", choices=[*ROWS, *SCORED, *WEAK])
+  parser.add_argument("--list", action="store_true", help="say what is there and what is not")
+  options = parser.parse_args()
+  reference = options.work / next(iter(ROWS))
+  for name in options.only or [*ROWS, *SCORED, *WEAK]:
+    out = options.results / f"{name}.json"
+    if options.list or out.exists():
+      print(f"{name}: {'done' if out.exists() else 'to do'}")
+      continue
+    if name in SCORED:
+      command = ["score_run.py", str(reference), "--out", str(out), *SCORED[name]]
+    else:
+      run = ["--run", str(options.work / name), "--out", str(out)]
+      more = (
+        [f"data.split.train_cases={WEAK[name]}"] if name in WEAK
+        else ["--from", str(options.generator), *ROWS[name]]
+      )
+      command = ["ours.py", str(options.config), *run, *more]
+    print(f"{name}: {' '.join(command)}", flush=True)
+    subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
+
+
+if __name__ == "__main__":
+  main()
