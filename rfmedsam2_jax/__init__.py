@@ -13,7 +13,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from rfmedsam2_jax.api import load, predict, segment, segment_file
+  from rfmedsam2_jax.api import load, predict, segment, segment_details, segment_file
   from rfmedsam2_jax.errors import UserError
   from rfmedsam2_jax.inference.slice_frame import VoxelPrompt
   from rfmedsam2_jax.nn import PRESETS, SAM2, SAM2Config, apply, init
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
   from rfmedsam2_jax.tracking import TrackingConfig
 
 _HOMES = {
-  "load": "api", "predict": "api", "segment": "api", "segment_file": "api",
+  "load": "api", "predict": "api", "segment": "api", "segment_details": "api",
+  "segment_file": "api",
   "UserError": "errors",
   "VoxelPrompt": "inference.slice_frame", "TrackingConfig": "tracking",
   "open_volume": "prompting", "write_tracked": "prompting",
@@ -29,7 +30,8 @@ _HOMES = {
 }
 __all__ = [
   "PRESETS", "SAM2", "SAM2Config", "TrackingConfig", "UserError", "VoxelPrompt", "apply", "init",
-  "load", "open_volume", "predict", "segment", "segment_file", "write_tracked",
+  "load", "open_volume", "predict", "segment", "segment_details", "segment_file",
+  "write_tracked",
 ]
 
 

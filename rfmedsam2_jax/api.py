@@ -3,9 +3,12 @@
     model = rfmedsam2_jax.load("runs/hippocampus")
     rfmedsam2_jax.segment_file(model, "scan.nii.gz", "labels.nii.gz")
     labels = rfmedsam2_jax.segment(model, array, spacing=(3.0, 1.0, 1.0))
+    details = rfmedsam2_jax.segment_details(model, "scan.nii.gz")   # and how sure it is
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +16,24 @@ import nibabel as nib
 import numpy as np
 
 from rfmedsam2_jax.data.datasets import Case, find_inputs, read_case, with_labels
-from rfmedsam2_jax.data.files import claim, read_json
+from rfmedsam2_jax.data.files import claim, replacing
 from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image, load_label_map, write_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
-from rfmedsam2_jax.inference.segmenter import Segmenter, label_maps, segment_volume
+from rfmedsam2_jax.inference.case_details import Details, examine
+from rfmedsam2_jax.inference.given import prompts_of_file, prompts_of_labels, read_given
+from rfmedsam2_jax.inference.segmenter import Segmenter, label_map, segment_volume
 from rfmedsam2_jax.refinement.sources import GivenPrompt
+
+_logger = logging.getLogger(__name__)
 
 Models = Segmenter | Sequence[Segmenter]
 Prompts = Literal["generated", "oracle", "given"]
+
+
+def _log_warning(case: str, message: str) -> None:
+  _logger.warning("%s: %s", case, message)
 
 
 def load(run: str | Path) -> Segmenter:
@@ -43,21 +54,7 @@ def segment(model: Models, array: np.ndarray, spacing: tuple[float, float, float
   Returns:
     Label map uint8 or uint16 [D, H, W].
   """
-  array = np.asarray(array, np.float32)
-  if array.ndim == 3:
-    array = array[None]
-  if array.ndim != 4 or 0 in array.shape:
-    raise UserError(f"array: has shape {array.shape}; give [D, H, W] or [C, D, H, W]")
-  if not np.isfinite(array).all():
-    raise UserError("array: has voxels that are NaN or infinite; replace them")
-  if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-    raise UserError(f"spacing: is {tuple(spacing)}; give three sizes in mm above 0")
-  affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
-  shape = (array.shape[3], array.shape[2], array.shape[1])
-  header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header
-  geometry = Geometry(Path("array"), header, affine, shape, (2, 1, 0), (False, False, False))
-  a, b, c = (float(size) for size in spacing)
-  return _label_maps(_models(model), Volume(array, (a, b, c), geometry))[-1]
+  return _last_labels(_models(model), _volume_of(array, spacing))
 
 
 def segment_file(
@@ -73,10 +70,33 @@ def segment_file(
   """
   models = _models(model)
   volume = load_image(image, len(models[0].plan.channels))
-  labels = _label_maps(models, volume)[-1]
+  labels = _last_labels(models, volume)
   if out is not None:
     write_label_map(out, labels, volume.geometry)
   return volume.geometry.to_native(labels)
+
+
+def segment_details(
+  model: Models,
+  image: np.ndarray | str | Path | Sequence[str | Path],
+  spacing: tuple[float, float, float] | None = None,
+) -> Details:
+  """Segments an array or a file, and tells how sure each structure is and what is unusual.
+
+  Args:
+    image: an array as for `segment`, with its `spacing`; or a NIfTI file (or one per channel).
+
+  Returns:
+    Label maps, probabilities, predicted IoU, presence, volumes in ml and warnings.
+  """
+  models = _models(model)
+  if isinstance(image, np.ndarray):
+    if spacing is None:
+      raise UserError("spacing: is missing; give three sizes in mm with an array")
+    volume = _volume_of(image, spacing)
+  else:
+    volume = load_image(image, len(models[0].plan.channels))
+  return examine([segment_volume(m, volume) for m in models], volume.geometry)
 
 
 def predict(
@@ -89,8 +109,9 @@ def predict(
   save_stages: bool = False,
   overwrite: bool = False,
   progress: Callable[[str], None] = lambda line: None,
+  warn: Callable[[str, str], None] = _log_warning,
 ) -> list[Path]:
-  """Segments files and folders into `out`/CASE.nii.gz.
+  """Segments files and folders into `out`/CASE.nii.gz, with `out`/CASE.json of details.
 
   Args:
     prompts: "generated" (automatic), "oracle" (boxes from the truth in `labels`) or "given"
@@ -98,7 +119,8 @@ def predict(
     labels: folder of label maps, CASE.nii.gz; as given prompts, only slices with a label count.
     given: JSON of boxes and points, see `read_given`.
     save_stages: also write `out`/stage0, stage1, ...
-    overwrite: replace label maps that exist.
+    overwrite: replace results that exist.
+    warn: takes a case and what is unusual about it.
 
   Returns:
     The label maps written.
@@ -120,47 +142,27 @@ def predict(
     cases = with_labels(cases, labels)
   out = Path(out)
   targets = [out / f"{case.identifier}.nii.gz" for case in cases]
-  claim(out, targets, overwrite)
+  claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
   for number, (case, target) in enumerate(zip(cases, targets, strict=True), 1):
     progress(f"{number}/{len(cases)} {case.identifier}")
-    volume, maps = _predict_case(models, case, prompts, by_case, progress)
+    found = _predict_case(models, case, prompts, by_case, progress)
+    files: dict[str, Any] = {"labels": target.name, "stages": [], "probabilities": None}
     if save_stages:
-      for stage, found in enumerate(maps):
-        write_label_map(out / f"stage{stage}" / target.name, found, volume.geometry)
-    write_label_map(target, maps[-1], volume.geometry)
+      for stage, labels_of_stage in enumerate(found.maps):
+        files["stages"].append(f"stage{stage}/{target.name}")
+        write_label_map(out / files["stages"][-1], labels_of_stage, found.geometry)
+    for notice in found.warnings:
+      warn(case.identifier, notice.message)
+    about = {
+      "case": case.identifier,
+      "inputs": [image.name for image in case.images],
+      "runs": [m.name for m in models],
+    }
+    with replacing(out / f"{case.identifier}.json") as temporary:
+      text = json.dumps({**about, **found.as_dict(), "files": files}, indent=1, allow_nan=False)
+      temporary.write_text(text + "\n", encoding="utf-8")
+    write_label_map(target, found.maps[-1], found.geometry)
   return targets
-
-
-def read_given(path: str | Path, model: Segmenter) -> dict[str, list[dict[str, Any]]]:
-  """A person's boxes and points from a JSON file.
-
-      {"CASE": [{"structure": "liver", "box": [[i, j, k], [i, j, k]]},
-                {"structure": "liver", "points": [[i, j, k, 1], [i, j, k, 0]]}]}
-
-  Coordinates are voxels of the input file; both corners of a box, and all points of an entry, lie
-  on one slice. The last number of a point says whether it lies inside.
-  """
-  names = model.plan.labels.names
-  content = read_json(path)
-  if not isinstance(content, dict):
-    raise UserError(f"{path}: must map case names to lists of prompts; correct the file")
-  for case, entries in content.items():
-    for entry in entries if isinstance(entries, list) else [entries]:
-      where = f"{path}: case {case}"
-      if not isinstance(entry, dict) or entry.get("structure") not in names:
-        raise UserError(f"{where}: every prompt needs a structure, one of {', '.join(names)}")
-      box, points = entry.get("box"), entry.get("points")
-      if (box is None) == (points is None):
-        raise UserError(f"{where}: every prompt needs either a box or points; correct it")
-      rows: Any = box if box is not None else points
-      width = 3 if box is not None else 4
-      right = isinstance(rows, list) and len(rows) > 0 and all(
-        isinstance(row, list) and len(row) == width
-        and all(isinstance(v, int | float) for v in row) for row in rows
-      )
-      if not right or (box is not None and len(rows) != 2):
-        raise UserError(f"{where}: a box is two corners [i, j, k], points are [i, j, k, 1 or 0]")
-  return content
 
 
 def _models(model: Models) -> list[Segmenter]:
@@ -174,81 +176,51 @@ def _models(model: Models) -> list[Segmenter]:
   return models
 
 
-def _label_maps(models: list[Segmenter], volume: Volume, **options: Any) -> list[np.ndarray]:
-  """Label maps [z, y, x] of every stage, averaged over models."""
-  return label_maps([segment_volume(model, volume, **options) for model in models])
+def _volume_of(array: np.ndarray, spacing: Sequence[float]) -> Volume:
+  """An array as a volume whose own axes are the canonical ones."""
+  array = np.asarray(array, np.float32)
+  if array.ndim == 3:
+    array = array[None]
+  if array.ndim != 4 or 0 in array.shape:
+    raise UserError(f"array: has shape {array.shape}; give [D, H, W] or [C, D, H, W]")
+  if not np.isfinite(array).all():
+    raise UserError("array: has voxels that are NaN or infinite; replace them")
+  if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+    raise UserError(f"spacing: is {tuple(spacing)}; give three sizes in mm above 0")
+  a, b, c = (float(size) for size in spacing)
+  affine = np.zeros((4, 4))  # from (z, y, x) of LPS+ to (x, y, z) of RAS+
+  affine[[2, 1, 0, 3], range(4)] = a, -b, -c, 1.0
+  header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header
+  depth, height, width = array.shape[1:]
+  none = (False, False, False)
+  geometry = Geometry(Path("array"), header, affine, (depth, height, width), (0, 1, 2), none)
+  return Volume(array, (a, b, c), geometry)
+
+
+def _last_labels(models: list[Segmenter], volume: Volume) -> np.ndarray:
+  """The label map [z, y, x] after the last stage, averaged over models."""
+  return label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
 
 
 def _predict_case(
   models: list[Segmenter], case: Case, prompts: Prompts, by_case: dict, progress
-) -> tuple[Volume, list[np.ndarray]]:
+) -> Details:
   labels = models[0].plan.labels
   channels = len(models[0].plan.channels)
+  options: dict[str, Any] = {"progress": progress}
   if prompts == "oracle":
-    volume, atoms = read_case(case, channels, labels)
-    return volume, _label_maps(models, volume, truth_atoms=atoms, progress=progress)
-  volume = load_image(case.images, channels)
-  if prompts == "generated":
-    return volume, _label_maps(models, volume, progress=progress)
-  sparse = None
-  if case.label is not None:
-    sparse = load_label_map(case.label, volume.geometry)
-    labels.to_atoms(sparse, case.label)  # says so if a value is unknown
+    volume, options["truth_atoms"] = read_case(case, channels, labels)
+  else:
+    volume = load_image(case.images, channels)
+  if prompts == "given":
+    sparse = None
+    if case.label is not None:
+      sparse = load_label_map(case.label, volume.geometry)
+      labels.to_atoms(sparse, case.label)  # says so if a value is unknown
 
-  def given(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
-    found = list(_prompts_of_file(model, volume, prepared, by_case.get(case.identifier, [])))
-    return found + list(_prompts_of_labels(model, prepared, sparse))
+    def given(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
+      found = list(prompts_of_file(model, volume, prepared, by_case.get(case.identifier, [])))
+      return found + list(prompts_of_labels(model, prepared, sparse))
 
-  return volume, _label_maps(models, volume, given=given, progress=progress)
-
-
-def _prompts_of_file(
-  model: Segmenter, volume: Volume, prepared: Prepared, entries: list[dict[str, Any]]
-) -> Iterator[GivenPrompt]:
-  """Boxes and points of a file's voxels, on the prepared grid and in pixels of SAM's square."""
-  side = model.sam2.config.image_size
-  depth, height, width = prepared.restore.prepared_shape
-  geometry = volume.geometry
-  to_canonical = np.linalg.inv(geometry.canonical_affine) @ geometry.affine
-  for entry in entries:
-    rows = np.array(entry.get("box") or entry["points"], float)
-    voxels = rows[:, :3]
-    if (voxels < 0).any() or (voxels > np.array(geometry.shape) - 1).any():
-      raise UserError(
-        f"{geometry.path}: a prompt for {entry['structure']} lies outside of its "
-        f"{' x '.join(map(str, geometry.shape))} voxels; correct its coordinates"
-      )
-    canonical = voxels @ to_canonical[:3, :3].T + to_canonical[:3, 3]
-    places = prepared.restore.native_to_prepared(canonical)
-    slices = np.unique(np.clip(np.rint(places[:, 0]).astype(int), 0, depth - 1))
-    if len(slices) > 1:
-      raise UserError(
-        f"{geometry.path}: a prompt for {entry['structure']} spans several slices; give one "
-        "prompt per slice"
-      )
-    xy = places[:, 2:0:-1] * np.array([side / width, side / height])
-    organ = model.plan.labels.names.index(entry["structure"])
-    if "box" in entry:
-      (x0, y0), (x1, y1) = xy.min(axis=0), xy.max(axis=0)
-      yield GivenPrompt(organ, int(slices[0]), box=(x0, y0, x1, y1))
-    else:
-      points = tuple((x, y, bool(row[3])) for (x, y), row in zip(xy, rows, strict=True))
-      yield GivenPrompt(organ, int(slices[0]), points=points)
-
-
-def _prompts_of_labels(
-  model: Segmenter, prepared: Prepared, sparse: np.ndarray | None
-) -> Iterator[GivenPrompt]:
-  """Masks of the slices that a sparse label map has labels on."""
-  if sparse is None:
-    return
-  restore = prepared.restore
-  # Sparse slices would be lost in resampling, so each is brought over by itself.
-  moved = sparse[tuple(map(slice, restore.lower, restore.upper))].transpose(restore.order)
-  for native in np.flatnonzero(moved.any(axis=(1, 2))):
-    place = (native + 0.5) * restore.prepared_shape[0] / moved.shape[0] - 0.5
-    at = int(np.clip(np.rint(place), 0, restore.prepared_shape[0] - 1))
-    for organ, structure in enumerate(model.plan.labels.structures):
-      mask = np.isin(moved[native], structure.values)
-      if mask.any():
-        yield GivenPrompt(organ, at, mask=mask)
+    options["given"] = given
+  return examine([segment_volume(m, volume, **options) for m in models], volume.geometry)

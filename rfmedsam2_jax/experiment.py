@@ -20,8 +20,8 @@ import numpy as np
 
 from rfmedsam2_jax.config import Config, config_yaml, load_config
 from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
-from rfmedsam2_jax.data.files import replacing, save_json
-from rfmedsam2_jax.data.fingerprint import make_fingerprint
+from rfmedsam2_jax.data.files import load_json, replacing, save_json
+from rfmedsam2_jax.data.fingerprint import Fingerprint, make_fingerprint
 from rfmedsam2_jax.data.pipeline import RunConfig, generator_batches, refiner_batches
 from rfmedsam2_jax.data.plan import Plan, load_plan, make_plan, save_plan
 from rfmedsam2_jax.data.preprocessing import (
@@ -157,7 +157,14 @@ def load_run(path: str | Path) -> Segmenter:
   segmenter = _untrained(config, plan)
   generator = load_params(run.params("generator"), _generator_shapes(segmenter))
   refiner = load_params(run.params("refiner"), _refiner_shapes(segmenter))
-  return dataclasses.replace(segmenter, generator=generator, refiner=refiner)
+  known = run / "fingerprint.json"
+  return dataclasses.replace(
+    segmenter,
+    generator=generator,
+    refiner=refiner,
+    name=run.path.resolve().name,
+    fingerprint=load_json(known, Fingerprint) if known.exists() else None,
+  )
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:

@@ -7,6 +7,8 @@ from rfmedsam2_jax.refinement import StageResult, blended, fuse
 from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given, with_oracle
 
 SHAPE = (1, 1, 4)
+# What fusion does not look at, of three cells: predicted IoU, presence, boxes.
+UNUSED = np.ones(3), np.ones(3), np.zeros((3, 4)), np.ones(3, bool)
 
 
 def source(*organs):
@@ -17,21 +19,21 @@ def source(*organs):
 
 def test_background_where_no_organ_is_above_the_threshold_else_the_likeliest():
   given = source([0.4, 0.6, 0.7, 0.5], [0.45, 0.55, 0.8, 0.1])
-  assert fuse([given], (3, 7), SHAPE).ravel().tolist() == [0, 3, 7, 0]
-  assert fuse([given], (3, 7), SHAPE, threshold=0.42).ravel().tolist() == [7, 3, 7, 3]
-  assert fuse([given], (3, 7), SHAPE).dtype == np.uint8
-  assert fuse([given], (3, 700), SHAPE).ravel().tolist() == [0, 3, 700, 0]
+  assert fuse([given], (3, 7), SHAPE).labels.ravel().tolist() == [0, 3, 7, 0]
+  assert fuse([given], (3, 7), SHAPE, threshold=0.42).labels.ravel().tolist() == [7, 3, 7, 3]
+  assert fuse([given], (3, 7), SHAPE).labels.dtype == np.uint8
+  assert fuse([given], (3, 700), SHAPE).labels.ravel().tolist() == [0, 3, 700, 0]
 
 
 def test_later_regions_are_written_over_earlier_ones():
   given = source([0.9, 0.9, 0.4, 0.6], [0.1, 0.6, 0.6, 0.5])
-  assert fuse([given], (1, 2), SHAPE, regions=True).ravel().tolist() == [1, 2, 2, 1]
+  assert fuse([given], (1, 2), SHAPE, regions=True).labels.ravel().tolist() == [1, 2, 2, 1]
 
 
 def test_runs_are_averaged_and_their_arrays_left_alone():
   first, second = source([0.9, 0.2, 0.6, 0.0]), source([0.3, 0.6, 0.6, 0.9])
   before = first(0).copy()
-  assert fuse([first, second], (1,), SHAPE).ravel().tolist() == [1, 0, 1, 0]
+  assert fuse([first, second], (1,), SHAPE).labels.ravel().tolist() == [1, 0, 1, 0]
   np.testing.assert_array_equal(first(0), before)
 
 
@@ -40,7 +42,7 @@ def test_the_generator_alone_is_the_arg_max_of_its_softmax():
   softmax = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
   labels = fuse(
     [lambda organ: softmax[..., organ + 1]], (1, 2), softmax.shape[:-1], exclusive=True
-  )
+  ).labels
   np.testing.assert_array_equal(labels, logits.argmax(axis=-1))
   assert (softmax.max(axis=-1) < 0.5).any()
 
@@ -49,7 +51,7 @@ def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
   odds = np.full((3, 2, 2), 2.0, np.float16)
   logits = np.stack([np.full((2, 2), x, np.float16) for x in (-1024, 1, 3)])
   cells = np.array([[0, 0], [0, 2], [1, 1]])
-  result = StageResult(cells, logits, np.ones(3, np.float32), np.ones(3, np.float32))
+  result = StageResult(cells, logits, *UNUSED)
   vote = 1 / (1 + np.exp(-2.0))
   mine = lambda weight: blended(odds, result, 0, weight, lambda x, _: x)[:, 0, 0]  # noqa: E731
   np.testing.assert_allclose(mine(0.0), [0, vote, 1 / (1 + np.exp(-1))], atol=1e-4)
@@ -66,7 +68,7 @@ def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator():
   changed = seen.copy()
   changed[1], changed[2, 2:6, 2:6] = -1024, 20
   cells = np.array([[0, 0], [0, 1], [0, 2]])
-  result = StageResult(cells, changed[:3], np.ones(3, np.float32), np.ones(3, np.float32))
+  result = StageResult(cells, changed[:3], *UNUSED)
   resize = lambda x, shape: resize_linear(x, shape[0])  # noqa: E731
   labels = blended(odds, result, 0, 0.0, resize, seen) > 0.5
   np.testing.assert_array_equal(labels[[0, 3]], odds[[0, 3]] > 0)

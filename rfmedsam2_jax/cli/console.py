@@ -11,7 +11,8 @@ class Console:
 
   Args:
     quiet: leave out the lines of progress.
-    as_json: every line is a JSON object with one of the keys "progress", "result" and "error".
+    as_json: every line is a JSON object with one of the keys "progress", "warning", "result" and
+      "error".
   """
 
   def __init__(self, quiet: bool = False, as_json: bool = False):
@@ -27,6 +28,13 @@ class Console:
   def result(self, text: str, values: dict[str, Any]) -> None:
     """What the command was for: `text` for a person, `values` for a program."""
     self._print({"result": values} if self._json else text)
+
+  def warning(self, text: str) -> None:
+    """What a person should know before trusting the result; said under --quiet too."""
+    if self._json:
+      self._print({"warning": text})
+    else:
+      print(f"rfmedsam2: warning: {text}", file=sys.stderr)
 
   def error(self, message: str, status: int) -> None:
     """Why the command did not do it, on standard error; to a program on standard output too."""

@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     "paths", nargs="+", type=Path, metavar="RUN... INPUT...",
     help="one run folder, or several to be averaged, then NIfTI files or folders",
   )
-  parser.add_argument("--out", type=Path, required=True, help="folder of the label maps")
+  parser.add_argument("--out", type=Path, required=True, help="folder of label maps and CASE.json")
   parser.add_argument(
     "--prompts", choices=("generated", "oracle", "given"), default="generated",
     help="automatic (default), boxes from true labels (upper limit), or a person's",
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--labels", type=Path, help="folder of label maps for oracle or given")
   parser.add_argument("--given", type=Path, help="JSON of boxes and points for --prompts given")
   parser.add_argument("--save-stages", action="store_true", help="also write every stage")
-  parser.add_argument("--overwrite", action="store_true", help="replace label maps that exist")
+  parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
 
 
 def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -44,12 +44,19 @@ def run(options: argparse.Namespace, console: Console) -> None:
   runs, inputs = _split_runs(options.paths)
   models = [load(run) for run in runs]
   began = time.monotonic()
+  warnings: list[dict[str, str]] = []
+
+  def warn(case: str, message: str) -> None:
+    warnings.append({"case": case, "message": message})
+    console.warning(f"{case}: {message}")
+
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
-    options.save_stages, options.overwrite, console.line,
+    options.save_stages, options.overwrite, console.line, warn,
   )
   seconds = time.monotonic() - began
+  unusual = f"; {len(warnings)} warnings, see above" if warnings else ""
   console.result(
-    f"{len(written)} label maps in {options.out}, {seconds:.0f} s",
-    {"written": written, "seconds": round(seconds, 1)},
+    f"{len(written)} label maps in {options.out}, {seconds:.0f} s{unusual}",
+    {"written": written, "seconds": round(seconds, 1), "warnings": warnings},
   )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rfmedsam2_jax.data.fingerprint import Fingerprint
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.preprocessing import Prepared, prepare_atoms, preprocess
 from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
@@ -26,7 +27,14 @@ from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.remat import Remat
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
-from rfmedsam2_jax.refinement import RefinementConfig, StageResult, blended, fuse, refine_volume
+from rfmedsam2_jax.refinement import (
+  Fused,
+  RefinementConfig,
+  StageResult,
+  blended,
+  fuse,
+  refine_volume,
+)
 from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes, stage0_logits
 from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given, with_oracle
 from rfmedsam2_jax.refinement.volume import VolumePrompts
@@ -43,6 +51,7 @@ class Segmenter:
 
   refiner: parameters of `sam2`, or None for the generator alone.
   sam_channels, sam_context: what SAM 2 sees in its three colours, see config.DataConfig.
+  name: of the run's folder. fingerprint: of the cases that were trained on, if it is known.
   """
 
   plan: Plan
@@ -54,6 +63,8 @@ class Segmenter:
   inference: InferenceConfig = InferenceConfig()
   sam_channels: tuple[int, ...] = (0,)
   sam_context: bool = False
+  name: str = ""
+  fingerprint: Fingerprint | None = None
 
   @property
   def stages(self) -> int:
@@ -219,6 +230,15 @@ def label_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
   Returns:
     uint8 or uint16 [z, y, x] on the canonical native grid.
   """
+  return fused(segmentations, stage).labels
+
+
+def fused(
+  segmentations: Sequence[Segmentation],
+  stage: int,
+  watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
+) -> Fused:
+  """As `label_map`, with the winning probability; `watch` takes every organ's own, see `fuse`."""
   first = segmentations[0].segmenter
   labels = first.plan.labels
   sources = [functools.partial(found.probability, stage) for found in segmentations]
@@ -229,6 +249,7 @@ def label_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
     threshold=first.refinement.threshold,
     exclusive=stage == 0,
     regions=labels.regions,
+    watch=watch,
   )
 
 

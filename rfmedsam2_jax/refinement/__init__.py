@@ -1,10 +1,11 @@
 """Refinement: prompts from masks, the stages over slices, and fusion to a label map."""
 
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
-from rfmedsam2_jax.refinement.fusion import blended, fuse
+from rfmedsam2_jax.refinement.fusion import Fused, blended, fuse
 from rfmedsam2_jax.refinement.volume import StageResult, VolumePrompts, refine_volume
 
 __all__ = [
+  "Fused",
   "RefinementConfig",
   "StageConfig",
   "StageResult",

@@ -7,6 +7,7 @@ In: the generator's log-odds and `StageResult`s. Out: a label map on the grid of
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,14 @@ from rfmedsam2_jax.refinement.volume import StageResult, sigmoid
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
 Source = Callable[[int], np.ndarray]
+
+
+class Fused(NamedTuple):
+  """labels: uint8 or uint16 [D, H, W]. winning: float32 [D, H, W], the probability of the organ
+  whose label a voxel has; without meaning on background."""
+
+  labels: np.ndarray
+  winning: np.ndarray
 
 
 def cell_logits(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +80,8 @@ def fuse(
   threshold: float = 0.5,
   exclusive: bool = False,
   regions: bool = False,
-) -> np.ndarray:
+  watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
+) -> Fused:
   """Label map from per-organ probabilities.
 
   Args:
@@ -82,9 +92,7 @@ def fuse(
       share wins even below the threshold.
     regions: structures may overlap; later ones are written over earlier ones (nnU-Net's
       regions_class_order).
-
-  Returns:
-    uint8 or uint16 [D, H, W].
+    watch: takes every organ and its averaged probability, float32 [D, H, W], one after the other.
   """
   largest = max(output_values, default=0)
   labels = np.zeros(shape, np.uint8 if largest < 256 else np.uint16)
@@ -96,8 +104,11 @@ def fuse(
       probability = probability + source(organ)  # a source keeps what it gave
     if len(sources) > 1:
       probability = probability / np.float32(len(sources))
+    watch(organ, probability)
     if regions:
-      labels[probability > threshold] = value
+      inside = probability > threshold
+      labels[inside] = value
+      np.copyto(best, probability, where=inside)
       continue
     if total is not None:
       total += probability
@@ -106,4 +117,4 @@ def fuse(
     np.copyto(best, probability, where=better)
   if total is not None:
     labels[best <= 1.0 - total] = 0
-  return labels
+  return Fused(labels, best)

@@ -57,13 +57,16 @@ class StageResult(NamedTuple):
   """What is known after a stage: of cells that it ran, then of those that only earlier ones ran.
 
   cells: int [N, 2], organ and slice. logits: float16 [N, 4G, 4G], -1024 where the organ is absent.
-  iou, presence (a probability): float32 [N].
+  iou, presence (a probability): float32 [N]. boxes: float32 [N, 4], x0 y0 x1 y1 in pixels of the
+  S x S image, what the cell was prompted with; has_box: bool [N].
   """
 
   cells: np.ndarray
   logits: np.ndarray
   iou: np.ndarray
   presence: np.ndarray
+  boxes: np.ndarray
+  has_box: np.ndarray
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -160,11 +163,14 @@ def refine_volume(
     run = _run_stream if stage.memory == "stream" else _run_cells
     outputs = run(model, params, stage, config, encoded, prompts, pointers, live, cells)
     shown = (outputs.presence > 0)[:, None, None]
+    organ, at = cells.T
     new = StageResult(
       cells.astype(np.int32),
       np.where(shown, outputs.logits, ABSENT_LOGIT).astype(np.float16),
       outputs.iou,
       sigmoid(outputs.presence),
+      prompts.boxes[organ, at],
+      prompts.has_box[organ, at],
     )
     # Where an earlier stage found nothing and this one did not look again, nothing is there: the
     # generator's vote, which stands where no stage ever ran, must not come back.
@@ -172,7 +178,6 @@ def refine_volume(
     pairs = zip(new, result, strict=True)
     result = StageResult(*(np.concatenate([now, before[earlier]]) for now, before in pairs))
     results.append(result)
-    organ, at = cells.T
     pointers = np.broadcast_to(absent, pointers.shape).copy()
     pointers[organ, at] = outputs.pointer
     prompts = _carry_on(prompts, cells, outputs, side, config)
@@ -183,7 +188,8 @@ def _nothing(model: SAM2) -> StageResult:
   side = 4 * model.config.grid
   none = np.zeros(0, np.float32)
   return StageResult(
-    np.zeros((0, 2), np.int32), np.zeros((0, side, side), np.float16), none, none
+    np.zeros((0, 2), np.int32), np.zeros((0, side, side), np.float16), none, none,
+    np.zeros((0, 4), np.float32), np.zeros(0, bool),
   )
 
 

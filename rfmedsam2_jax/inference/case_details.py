@@ -1,0 +1,108 @@
+"""A segmented volume with all that is known of it: label maps, details, warnings, probabilities.
+
+In: `Segmentation`s of one volume, one per run. Out: `Details`, for Python and for CASE.json.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rfmedsam2_jax.data.volumes import Geometry
+from rfmedsam2_jax.inference.details import StructureDetails, structure_details
+from rfmedsam2_jax.inference.segmenter import Segmentation, fused, label_map
+from rfmedsam2_jax.inference.unusual import Notice, unusual_input, unusual_stages
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Details:
+  """What was found in a volume and how sure it is. Arrays have the input's own axes.
+
+  Attributes:
+    maps: label map of every stage, generator first, uint8 or uint16, canonical [z, y, x].
+    structures: by name, in the order of the plan.
+    warnings: what is unusual; empty if nothing is.
+  """
+
+  segmentations: Sequence[Segmentation]
+  geometry: Geometry
+  maps: tuple[np.ndarray, ...]
+  structures: dict[str, StructureDetails]
+  warnings: tuple[Notice, ...]
+
+  @property
+  def labels(self) -> np.ndarray:
+    """The label map, uint8 or uint16."""
+    return self.stage(-1)
+
+  def stage(self, number: int) -> np.ndarray:
+    """The label map after a stage, 0 for the generator's."""
+    return self.geometry.to_native(self.maps[number])
+
+  def probability(self, structure: str) -> np.ndarray:
+    """Foreground probability of a structure after the last stage, float32.
+
+    The mean over the runs, from which the label map is made.
+    """
+    organ = list(self.structures).index(structure)
+    last = len(self.maps) - 1
+    total = self.segmentations[0].probability(last, organ)
+    for found in self.segmentations[1:]:
+      total = total + found.probability(last, organ)
+    return self.geometry.to_native(total / np.float32(len(self.segmentations)))
+
+  @property
+  def slice_axis(self) -> int:
+    """The input's axis along which slices were refined; with several runs, the first one's."""
+    return self.geometry.axes[self.segmentations[0].segmenter.plan.slice_axis]
+
+  def as_dict(self) -> dict[str, Any]:
+    """For JSON: numbers rounded to six digits, None where there is no statement."""
+    spacing = np.empty(3)
+    spacing[list(self.geometry.axes)] = self.geometry.spacing
+    return _rounded({
+      "shape": list(self.geometry.shape),
+      "spacing_mm": spacing.tolist(),
+      "slice_axis": self.slice_axis,
+      "warnings": [dataclasses.asdict(notice) for notice in self.warnings],
+      "stages": len(self.maps),
+      "structures": {k: dataclasses.asdict(found) for k, found in self.structures.items()},
+    })
+
+
+def examine(
+  segmentations: Sequence[Segmentation],
+  geometry: Geometry,
+  watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
+) -> Details:
+  """Label maps of every stage and all that is known of them.
+
+  Args:
+    segmentations: of the volume that `geometry` belongs to.
+    watch: takes the probability of every organ after the last stage, see `fuse`.
+  """
+  stages = range(segmentations[0].segmenter.stages)
+  maps = [label_map(segmentations, stage) for stage in stages[:-1]]
+  last = fused(segmentations, stages[-1], watch)
+  maps.append(last.labels)
+  structures = structure_details(segmentations, maps, last, geometry)
+  notices = [
+    *(n for found in segmentations for n in unusual_input(found.segmenter, found.prepared.restore)),
+    *unusual_stages(structures, segmentations[0].segmenter.inference.warnings),
+  ]
+  # Runs that were trained on the same cases say the same.
+  return Details(
+    segmentations, geometry, tuple(maps), structures, tuple(dict.fromkeys(notices))
+  )
+
+
+def _rounded(tree: Any) -> Any:
+  if isinstance(tree, dict):
+    return {key: _rounded(value) for key, value in tree.items()}
+  if isinstance(tree, list | tuple):
+    return [_rounded(value) for value in tree]
+  if isinstance(tree, float):
+    return float(f"{tree:.6g}") if math.isfinite(tree) else None
+  return tree

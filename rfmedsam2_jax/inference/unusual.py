@@ -1,0 +1,79 @@
+"""What a person should know before trusting a segmentation: each notice is one sentence.
+
+In: a volume and the fingerprint of the training cases, or the details of a segmentation. Out:
+`Notice`s, which say what is unusual, compared to what, and what to do.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+
+from rfmedsam2_jax.data.preprocessing import Restore
+from rfmedsam2_jax.inference.config import WarningConfig
+from rfmedsam2_jax.inference.details import StructureDetails
+from rfmedsam2_jax.inference.segmenter import Segmenter
+
+_AXES = ("head-foot", "front-back", "left-right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+  """kind: of what it warns. message: one sentence for a person."""
+
+  kind: Literal["stages", "spacing", "extent"]
+  message: str
+
+
+def unusual_input(segmenter: Segmenter, restore: Restore) -> Iterator[Notice]:
+  """Where an input is far from the cases that were trained on; nothing if they are not known.
+
+  Args:
+    restore: of the prepared input.
+  """
+  if segmenter.fingerprint is None:
+    return
+  config, cases = segmenter.inference.warnings, segmenter.fingerprint.cases
+  spacings = np.array([case.spacing for case in cases])
+  cropped = segmenter.plan.crops_to_nonzero
+  shapes = np.array([case.nonzero_shape if cropped else case.shape for case in cases])
+  spacing = np.array(restore.native_spacing)
+  size = spacing * (np.array(restore.upper) - np.array(restore.lower))
+  yield from _outside(
+    "spacing", "voxel size", spacing, spacings, config.spacing_factor,
+    "check the header; if it is right, expect worse results or train with such volumes",
+  )
+  yield from _outside(
+    "extent", "field of view", size, shapes * spacings, config.extent_factor,
+    "check that it shows what was trained on, and look at structures near its border",
+  )
+
+
+def _outside(
+  kind: Literal["spacing", "extent"], what: str, values: np.ndarray, known: np.ndarray,
+  factor: float, advice: str,
+) -> Iterator[Notice]:
+  """A notice per axis (z, y, x) on which mm lie beyond those of all cases [n, 3]."""
+  for name, value, low, high in zip(_AXES, values, known.min(axis=0), known.max(axis=0),
+                                    strict=True):
+    if value > factor * high or value * factor < low:
+      yield Notice(kind, f"the {what} along {name} is {value:.3g} mm, that of the {len(known)} "
+                         f"training cases {low:.3g} to {high:.3g} mm; {advice}")
+
+
+def unusual_stages(
+  structures: Mapping[str, StructureDetails], config: WarningConfig
+) -> Iterator[Notice]:
+  """Structures that a stage saw otherwise than the last one."""
+  for name, found in structures.items():
+    apart = [stage for stage in found.stages if stage.dice_with_last is not None]
+    worst = min(apart, key=lambda stage: stage.dice_with_last or 0.0, default=None)
+    if worst is None or (worst.dice_with_last or 0.0) >= config.stage_dice:
+      continue
+    stage = f"stage {worst.stage}" if worst.stage else "the generator"
+    yield Notice("stages", (
+      f"{name}: {stage} found {worst.volume_ml:.3g} ml and the last stage {found.volume_ml:.3g} "
+      f"ml with a Dice of {worst.dice_with_last:.2f}, where stages usually agree by "
+      f"{config.stage_dice:.2f} or more; look at this structure in every stage (--save-stages)"
+    ))

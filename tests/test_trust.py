@@ -1,0 +1,157 @@
+"""What a prediction says of itself: CASE.json, warnings, and that it is the same every time."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tests_data import reoriented
+
+import rfmedsam2_jax
+from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.inference.config import WarningConfig
+from rfmedsam2_jax.inference.details import StageDetails, StructureDetails
+from rfmedsam2_jax.inference.unusual import unusual_stages
+
+
+@pytest.fixture(scope="module")
+def unseen(phantoms) -> Path:
+  return sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
+
+
+def predict(*arguments) -> None:
+  assert main(["predict", *map(str, arguments)]) == 0
+
+
+def details_of(path: Path) -> dict:
+  def refuse(constant: str):
+    raise AssertionError(f"{constant} is no JSON")
+
+  return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def voxels(path: Path) -> np.ndarray:
+  return np.asarray(nib.load(path).dataobj)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float | None:
+  total = a.sum() + b.sum()
+  return 2 * (a & b).sum() / total if total else None
+
+
+def close(a: float | None, b: float | None) -> bool:
+  """Both without a statement, or equal to the digits that are written."""
+  return a == b or (None not in (a, b) and bool(np.isclose(a, b, rtol=1e-4)))
+
+
+def test_details_say_what_the_label_maps_say(tiny_run, unseen, tmp_path):
+  predict(tiny_run, unseen, "--out", tmp_path, "--save-stages")
+  name = unseen.name.replace("_0000.nii.gz", "")
+  found, image = details_of(tmp_path / f"{name}.json"), nib.load(unseen)
+  assert (found["case"], found["inputs"], found["runs"]) == (name, [unseen.name], ["tiny"])
+  assert found["shape"] == list(image.shape) and found["stages"] == 3
+  np.testing.assert_allclose(found["spacing_mm"], image.header.get_zooms(), rtol=1e-5)
+  maps = [voxels(tmp_path / path) for path in found["files"]["stages"]]
+  last = voxels(tmp_path / found["files"]["labels"])
+  np.testing.assert_array_equal(maps[-1], last)
+  ml = np.prod(image.header.get_zooms()) / 1000
+  assert any(s["volume_ml"] for s in found["structures"].values()), "nothing was segmented"
+  for structure in found["structures"].values():
+    mine = last == structure["label"]
+    assert structure["volume_ml"] == pytest.approx(mine.sum() * ml, rel=1e-4)
+    assert (structure["probability"] is None) == (not mine.any())
+    for stage, before in zip(structure["stages"], maps, strict=True):
+      here = before == structure["label"]
+      assert stage["volume_ml"] == pytest.approx(here.sum() * ml, rel=1e-4)
+      assert close(stage["dice_with_last"], dice(here, mine))
+    assert structure["predicted_iou"] == structure["stages"][-1]["predicted_iou"]
+
+
+@pytest.mark.parametrize("orientation", [((0, 1, 2), (1, 1, 1)), ((2, 0, 1), (-1, 1, -1))])
+def test_boxes_lie_where_the_prompts_were(tiny_run, phantoms, unseen, tmp_path, orientation):
+  """Oracle boxes, read from the details of a turned file, are the truth's on that file's slices."""
+  name = unseen.name.replace("_0000.nii.gz", "")
+  (tmp_path / "labels").mkdir()
+  truth = reoriented(nib.load(phantoms / "labelsTs" / f"{name}.nii.gz"), orientation)
+  nib.save(truth, tmp_path / "labels" / f"{name}.nii.gz")
+  nib.save(reoriented(nib.load(unseen), orientation), tmp_path / unseen.name)
+  predict(tiny_run, tmp_path / unseen.name, "--out", tmp_path / "out", "--prompts", "oracle",
+          "--labels", tmp_path / "labels")
+  found = details_of(tmp_path / "out" / f"{name}.json")
+  liver = found["structures"]["liver"]
+  mine = np.moveaxis(np.asarray(truth.dataobj) == liver["label"], found["slice_axis"], 0)
+  there = np.flatnonzero(mine.any(axis=(1, 2)))
+  assert {box["slice"] for box in liver["boxes"]} >= set(there[1:-1].tolist())
+  for box in liver["boxes"]:
+    if mine[box["slice"]].any():
+      places = np.argwhere(mine[box["slice"]])
+      expected = [*places.min(axis=0), *places.max(axis=0)]
+      np.testing.assert_allclose(box["box"], expected, atol=1.5)
+    assert 0 <= box["presence"] <= 1
+
+
+def test_two_predictions_are_the_same_bytes(tiny_run, unseen, tmp_path):
+  for out in ("one", "two"):
+    predict(tiny_run, unseen, "--out", tmp_path / out, "--save-stages")
+  files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
+  assert len(files) == 5
+  for file in files:
+    assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+  "kind, says", [("spacing", "voxel size along head-foot"), ("extent", "field of view along")]
+)
+def test_an_input_far_from_the_training_cases_is_named(
+  tiny_run, unseen, tmp_path, capsys, kind, says
+):
+  image = nib.load(unseen)
+  axial = int(np.flatnonzero(nib.io_orientation(image.affine)[:, 0] == 2)[0])
+  scale = np.ones(4)
+  scale[axial] = 4.0 if kind == "spacing" else 1.0
+  data = np.asarray(image.dataobj)
+  if kind == "extent":
+    data = np.take(data, range(data.shape[axial] // 3), axis=axial)
+  nib.save(nib.Nifti1Image(data, image.affine @ np.diag(scale)), tmp_path / "scan.nii.gz")
+  predict(tiny_run, tmp_path / "scan.nii.gz", "--out", tmp_path / "out", "--quiet")
+  found = details_of(tmp_path / "out" / "scan.json")["warnings"]
+  (notice,) = [n["message"] for n in found if n["kind"] == kind]
+  assert says in notice and "training cases" in notice
+  assert f"warning: scan: {notice}" in capsys.readouterr().err
+
+
+def structure(*dices: float | None) -> StructureDetails:
+  stages = tuple(StageDetails(i, 10.0, None, None, d) for i, d in enumerate(dices))
+  return StructureDetails(1, 12.0, None, None, None, stages, ())
+
+
+def test_stages_that_disagree_are_named_once_and_others_not():
+  found = {"liver": structure(0.95, 0.97, 1.0), "spleen": structure(0.6, 0.5, 1.0),
+           "aorta": structure(None, None, None), "kidney": structure(0.0, 1.0)}
+  notices = list(unusual_stages(found, WarningConfig(stage_dice=0.8)))
+  assert [n.kind for n in notices] == ["stages"] * 2
+  assert notices[0].message.startswith("spleen: stage 1 found 10 ml")
+  assert notices[1].message.startswith("kidney: the generator found 10 ml")
+
+
+def test_python_gives_the_same_details_and_probabilities(tiny_run, unseen):
+  model = rfmedsam2_jax.load(tiny_run)
+  image = nib.as_closest_canonical(nib.load(unseen))
+  # RAS (x, y, z) to LPS (z, y, x)
+  array = np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0)
+  spacing = tuple(float(s) for s in image.header.get_zooms()[::-1])
+  of_array = rfmedsam2_jax.segment_details(model, array, spacing)
+  of_file = rfmedsam2_jax.segment_details(model, unseen)
+  np.testing.assert_array_equal(of_array.labels, rfmedsam2_jax.segment(model, array, spacing))
+  np.testing.assert_array_equal(of_file.labels, rfmedsam2_jax.segment_file(model, unseen))
+  assert of_array.slice_axis == 0 and of_array.labels.shape == array.shape
+  names = list(of_array.structures)
+  for found in (of_array, of_file):
+    shares = np.stack([found.probability(name) for name in names])
+    values = np.array([s.label for s in found.structures.values()])
+    expected = np.where(shares.max(axis=0) > 0.5, values[shares.argmax(axis=0)], 0)
+    np.testing.assert_array_equal(found.labels, expected)
+  for name in names:
+    a, b = of_array.structures[name], of_file.structures[name]
+    assert close(a.volume_ml, b.volume_ml) and close(a.predicted_iou, b.predicted_iou)
