@@ -18,12 +18,13 @@ import numpy as np
 from rfmedsam2_jax.data.datasets import Case, find_inputs, read_case, with_labels
 from rfmedsam2_jax.data.files import claim, replacing
 from rfmedsam2_jax.data.preprocessing import Prepared
+from rfmedsam2_jax.data.probabilities import probability_paths, write_probability
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image, load_label_map, write_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.inference.case_details import Details, examine
 from rfmedsam2_jax.inference.given import prompts_of_file, prompts_of_labels, read_given
-from rfmedsam2_jax.inference.segmenter import Segmenter, label_map, segment_volume
+from rfmedsam2_jax.inference.segmenter import Segmentation, Segmenter, label_map, segment_volume
 from rfmedsam2_jax.refinement.sources import GivenPrompt
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def segment_details(
     volume = _volume_of(image, spacing)
   else:
     volume = load_image(image, len(models[0].plan.channels))
-  return examine([segment_volume(m, volume) for m in models], volume.geometry)
+  return examine([segment_volume(m, volume) for m in models], volume)
 
 
 def predict(
@@ -109,6 +110,7 @@ def predict(
   save_stages: bool = False,
   overwrite: bool = False,
   progress: Callable[[str], None] = lambda line: None,
+  probabilities: bool = False,
   warn: Callable[[str, str], None] = _log_warning,
 ) -> list[Path]:
   """Segments files and folders into `out`/CASE.nii.gz, with `out`/CASE.json of details.
@@ -120,6 +122,7 @@ def predict(
     given: JSON of boxes and points, see `read_given`.
     save_stages: also write `out`/stage0, stage1, ...
     overwrite: replace results that exist.
+    probabilities: also write `out`/probabilities/CASE, a file per structure.
     warn: takes a case and what is unusual about it.
 
   Returns:
@@ -145,8 +148,17 @@ def predict(
   claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
   for number, (case, target) in enumerate(zip(cases, targets, strict=True), 1):
     progress(f"{number}/{len(cases)} {case.identifier}")
-    found = _predict_case(models, case, prompts, by_case, progress)
     files: dict[str, Any] = {"labels": target.name, "stages": [], "probabilities": None}
+    segmentations, volume = _predict_case(models, case, prompts, by_case, progress)
+    if probabilities:
+      files["probabilities"] = probability_paths(case.identifier, models[0].plan.labels)
+    paths = list((files["probabilities"] or {}).values())
+
+    def keep(organ: int, probability: np.ndarray, paths=paths, geometry=volume.geometry) -> None:
+      if paths:
+        write_probability(out / paths[organ], probability, geometry)
+
+    found = examine(segmentations, volume, keep)
     if save_stages:
       for stage, labels_of_stage in enumerate(found.maps):
         files["stages"].append(f"stage{stage}/{target.name}")
@@ -204,7 +216,7 @@ def _last_labels(models: list[Segmenter], volume: Volume) -> np.ndarray:
 
 def _predict_case(
   models: list[Segmenter], case: Case, prompts: Prompts, by_case: dict, progress
-) -> Details:
+) -> tuple[list[Segmentation], Volume]:
   labels = models[0].plan.labels
   channels = len(models[0].plan.channels)
   options: dict[str, Any] = {"progress": progress}
@@ -223,4 +235,4 @@ def _predict_case(
       return found + list(prompts_of_labels(model, prepared, sparse))
 
     options["given"] = given
-  return examine([segment_volume(m, volume, **options) for m in models], volume.geometry)
+  return [segment_volume(m, volume, **options) for m in models], volume

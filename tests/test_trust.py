@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from tests_data import reoriented
 
 import rfmedsam2_jax
@@ -91,17 +92,42 @@ def test_boxes_lie_where_the_prompts_were(tiny_run, phantoms, unseen, tmp_path, 
     assert 0 <= box["presence"] <= 1
 
 
+def test_probabilities_are_what_the_label_map_was_made_from(tiny_run, unseen, tmp_path):
+  predict(tiny_run, unseen, "--out", tmp_path, "--probabilities")
+  name = unseen.name.replace("_0000.nii.gz", "")
+  found = details_of(tmp_path / f"{name}.json")
+  files = [tmp_path / path for path in found["files"]["probabilities"].values()]
+  labels = voxels(tmp_path / f"{name}.nii.gz")
+  assert labels.any() and len(files) == len(found["structures"])
+  shares = np.stack([nib.load(file).get_fdata() for file in files])
+  values = np.array([s["label"] for s in found["structures"].values()])
+  winner = np.choose(np.searchsorted(values, labels).clip(0, len(values) - 1), shares)
+  assert (winner[labels > 0] > 0.5).all() and (shares[:, labels == 0] <= 0.5).all()
+  assert (winner == shares.max(axis=0))[labels > 0].all()
+  exact = rfmedsam2_jax.segment_details(rfmedsam2_jax.load(tiny_run), unseen)
+  for share, structure in zip(shares, found["structures"], strict=True):
+    np.testing.assert_allclose(share, exact.probability(structure), atol=0.51 / 255)
+  np.testing.assert_array_equal(nib.load(files[0]).affine, nib.load(unseen).affine)
+  assert sitk.GetArrayFromImage(sitk.ReadImage(str(files[0]))).max() <= 1.001
+  assert nib.load(files[0]).get_data_dtype() == np.uint8
+
+
 def test_two_predictions_are_the_same_bytes(tiny_run, unseen, tmp_path):
   for out in ("one", "two"):
-    predict(tiny_run, unseen, "--out", tmp_path / out, "--save-stages")
+    predict(tiny_run, unseen, "--out", tmp_path / out, "--save-stages", "--probabilities")
   files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
-  assert len(files) == 5
+  assert len(files) == 5 + 5  # label maps of four kinds, details, a probability per structure
   for file in files:
     assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
 @pytest.mark.parametrize(
-  "kind, says", [("spacing", "voxel size along head-foot"), ("extent", "field of view along")]
+  "kind, says",
+  [
+    ("spacing", "voxel size along head-foot"),
+    ("extent", "field of view along"),
+    ("intensities", "intensities of CT are"),
+  ],
 )
 def test_an_input_far_from_the_training_cases_is_named(
   tiny_run, unseen, tmp_path, capsys, kind, says
@@ -113,6 +139,8 @@ def test_an_input_far_from_the_training_cases_is_named(
   data = np.asarray(image.dataobj)
   if kind == "extent":
     data = np.take(data, range(data.shape[axial] // 3), axis=axial)
+  if kind == "intensities":  # stored from 0, its rescale intercept forgotten
+    data = data + 1024
   nib.save(nib.Nifti1Image(data, image.affine @ np.diag(scale)), tmp_path / "scan.nii.gz")
   predict(tiny_run, tmp_path / "scan.nii.gz", "--out", tmp_path / "out", "--quiet")
   found = details_of(tmp_path / "out" / "scan.json")["warnings"]

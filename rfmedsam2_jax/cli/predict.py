@@ -24,6 +24,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--labels", type=Path, help="folder of label maps for oracle or given")
   parser.add_argument("--given", type=Path, help="JSON of boxes and points for --prompts given")
   parser.add_argument("--save-stages", action="store_true", help="also write every stage")
+  parser.add_argument(
+    "--probabilities", action="store_true", help="also write a probability map per structure"
+  )
   parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
 
 
@@ -52,7 +55,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
-    options.save_stages, options.overwrite, console.line, warn,
+    options.save_stages, options.overwrite, console.line,
+    options.probabilities, warn,
   )
   seconds = time.monotonic() - began
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""

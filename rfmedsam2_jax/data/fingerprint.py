@@ -16,6 +16,10 @@ from rfmedsam2_jax.data.volumes import Volume
 # Foreground voxels drawn from all cases together; enough for percentiles, and it fits in memory.
 SAMPLED_VOXELS = 20_000_000
 
+# Per cent, of a whole image's intensities; not quite to the ends, which single voxels decide.
+QUANTILES = (0.5, *range(5, 100, 5), 99.5)
+_DRAWN_FOR_QUANTILES = 1_000_000  # voxels
+
 
 @dataclasses.dataclass(frozen=True)
 class ChannelStatistics:
@@ -41,6 +45,7 @@ class CaseFingerprint:
     shape: voxels.
     nonzero_shape: voxels of the box around the voxels that are not 0 in any channel.
     structure_voxels: number of voxels of each structure.
+    quantiles: per channel, of the whole image, see `image_quantiles`; None in older runs.
   """
 
   __pydantic_config__ = STRICT
@@ -50,6 +55,7 @@ class CaseFingerprint:
   shape: tuple[int, int, int]
   nonzero_shape: tuple[int, int, int]
   structure_voxels: tuple[int, ...]
+  quantiles: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +108,26 @@ def fingerprint_case(identifier: str, volume: Volume, atoms: np.ndarray,
   return CaseFingerprint(
     identifier, volume.spacing, (shape[0], shape[1], shape[2]),
     (upper[0] - lower[0], upper[1] - lower[1], upper[2] - lower[2]),
-    tuple(int(n) for n in counts @ labels.membership))
+    tuple(int(n) for n in counts @ labels.membership), image_quantiles(volume.array))
+
+
+def image_quantiles(image: np.ndarray) -> tuple[tuple[float, ...], ...]:
+  """`QUANTILES` of every channel's voxels that are not 0 (of all, where there are no others).
+
+  Of large volumes they are estimated from voxels that are drawn, always the same ones.
+
+  Args:
+    image: float32 [C, D, H, W].
+  """
+  rows = []
+  for values in image.reshape(len(image), -1):
+    if values.size > _DRAWN_FOR_QUANTILES:
+      drawn = np.random.default_rng(0).integers(0, values.size, _DRAWN_FOR_QUANTILES)
+      values = values[drawn]
+    known = values[values != 0]
+    found = np.percentile(known if known.size else values, QUANTILES)
+    rows.append(tuple(float(f"{value:.6g}") for value in found))
+  return tuple(rows)
 
 
 def sample_foreground(image: np.ndarray, atoms: np.ndarray, limit: int,

@@ -183,18 +183,30 @@ def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) ->
   if labels.shape != geometry.canonical_shape:
     raise ValueError(f"labels have shape {labels.shape}, the grid {geometry.canonical_shape}")
   kind = np.min_scalar_type(int(labels.max(initial=0)))
+  write_on_grid(path, labels.astype(kind, copy=False), geometry)
+
+
+def write_on_grid(
+  path: str | Path, canonical: np.ndarray, geometry: Geometry, slope: float = 1.0
+) -> None:
+  """Writes voxels on exactly the grid of a file; it appears whole or not at all.
+
+  Args:
+    canonical: [D, H, W], of the type that is stored. slope: what a stored 1 means.
+  """
   header = geometry.header.copy()
   header.extensions.clear()  # they may hold another file's or a patient's particulars
-  header.set_data_dtype(kind)
+  header.set_data_dtype(canonical.dtype)
   header.set_data_shape(geometry.shape)
-  header.set_slope_inter(1, 0)
   header.set_intent("none")
   header["cal_min"] = header["cal_max"] = 0
-  native = np.ascontiguousarray(geometry.to_native(labels), dtype=kind)
+  native = np.ascontiguousarray(geometry.to_native(canonical))
   image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+  # Without an affine, nibabel leaves qform and sform as they are; it would choose a slope itself.
+  image = image_class(native, None, header)
+  image.header.set_slope_inter(slope, 0)
   with replacing(path) as temporary:
-    # Without an affine, nibabel leaves qform and sform as they are.
-    nib.save(image_class(native, None, header), temporary)
+    nib.save(image, temporary)
 
 
 def is_nifti_name(path: str | Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rfmedsam2_jax.data.volumes import Geometry
+from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.inference.details import StructureDetails, structure_details
 from rfmedsam2_jax.inference.segmenter import Segmentation, fused, label_map
 from rfmedsam2_jax.inference.unusual import Notice, unusual_input, unusual_stages
@@ -74,27 +74,30 @@ class Details:
 
 def examine(
   segmentations: Sequence[Segmentation],
-  geometry: Geometry,
+  volume: Volume,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
 ) -> Details:
   """Label maps of every stage and all that is known of them.
 
   Args:
-    segmentations: of the volume that `geometry` belongs to.
+    segmentations: of `volume`.
     watch: takes the probability of every organ after the last stage, see `fuse`.
   """
   stages = range(segmentations[0].segmenter.stages)
   maps = [label_map(segmentations, stage) for stage in stages[:-1]]
   last = fused(segmentations, stages[-1], watch)
   maps.append(last.labels)
-  structures = structure_details(segmentations, maps, last, geometry)
+  structures = structure_details(segmentations, maps, last, volume.geometry)
   notices = [
-    *(n for found in segmentations for n in unusual_input(found.segmenter, found.prepared.restore)),
+    *(
+      notice for found in segmentations
+      for notice in unusual_input(found.segmenter, found.prepared.restore, volume.array)
+    ),
     *unusual_stages(structures, segmentations[0].segmenter.inference.warnings),
   ]
   # Runs that were trained on the same cases say the same.
   return Details(
-    segmentations, geometry, tuple(maps), structures, tuple(dict.fromkeys(notices))
+    segmentations, volume.geometry, tuple(maps), structures, tuple(dict.fromkeys(notices))
   )
 
 

@@ -7,12 +7,17 @@ import dataclasses
 class WarningConfig:
   """When a prediction is called unusual; docs/trust.md has the figures behind these values."""
 
-  stage_dice: float = 0.8  # of a structure after a stage and after the last one; below, they differ
+  stage_dice: float = 0.85  # of a structure after a stage and after the last one; less is unusual
   spacing_factor: float = 1.5  # beyond the smallest and largest voxel size of the training cases
-  extent_factor: float = 1.5  # beyond their smallest and largest field of view, along each axis
+  extent_factor: float = 1.3  # beyond their smallest and largest field of view, along each axis
+
+  intensity_factor: float = 2.0
+  # Of the distance between an image's intensities and those of the nearest training case, to the
+  # largest such distance within the training cases; both in standard deviations, normalised.
+  intensity_distance: float = 0.1  # what is nearer is never called unusual
 
   def __post_init__(self):
-    for name in ("spacing_factor", "extent_factor"):
+    for name in ("spacing_factor", "extent_factor", "intensity_factor"):
       if not getattr(self, name) >= 1.0:
         raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
 

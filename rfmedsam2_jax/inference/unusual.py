@@ -10,11 +10,14 @@ from typing import Literal
 
 import numpy as np
 
+from rfmedsam2_jax.data.fingerprint import image_quantiles
+from rfmedsam2_jax.data.intensities import distances
 from rfmedsam2_jax.data.preprocessing import Restore
 from rfmedsam2_jax.inference.config import WarningConfig
 from rfmedsam2_jax.inference.details import StructureDetails
 from rfmedsam2_jax.inference.segmenter import Segmenter
 
+_FEWEST = 3  # training cases, below which their distances say nothing about the next one's
 _AXES = ("head-foot", "front-back", "left-right")
 
 
@@ -22,15 +25,17 @@ _AXES = ("head-foot", "front-back", "left-right")
 class Notice:
   """kind: of what it warns. message: one sentence for a person."""
 
-  kind: Literal["stages", "spacing", "extent"]
+  kind: Literal["stages", "spacing", "extent", "intensities"]
   message: str
 
 
-def unusual_input(segmenter: Segmenter, restore: Restore) -> Iterator[Notice]:
+def unusual_input(
+  segmenter: Segmenter, restore: Restore, image: np.ndarray
+) -> Iterator[Notice]:
   """Where an input is far from the cases that were trained on; nothing if they are not known.
 
   Args:
-    restore: of the prepared input.
+    restore: of the prepared input. image: float32 [C, D, H, W], before it was prepared.
   """
   if segmenter.fingerprint is None:
     return
@@ -48,6 +53,20 @@ def unusual_input(segmenter: Segmenter, restore: Restore) -> Iterator[Notice]:
     "extent", "field of view", size, shapes * spacings, config.extent_factor,
     "check that it shows what was trained on, and look at structures near its border",
   )
+  known = [case.quantiles for case in cases if case.quantiles is not None]
+  if len(known) < _FEWEST:
+    return
+  for channel, (rule, mine) in enumerate(
+    zip(segmenter.plan.channels, image_quantiles(image), strict=True)
+  ):
+    apart, among = distances(mine, [quantiles[channel] for quantiles in known], rule)
+    if apart > max(config.intensity_factor * among, config.intensity_distance):
+      yield Notice("intensities", (
+        f"the intensities of {rule.name} are {apart:.2f} standard deviations from those of the "
+        f"nearest training case, where the {len(known)} training cases are at most {among:.2f} "
+        "from each other; check modality, units (Hounsfield for CT) and contrast phase, or train "
+        "with such images"
+      ))
 
 
 def _outside(
