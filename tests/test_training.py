@@ -133,6 +133,8 @@ def test_a_run_that_broke_off_resumes_to_the_same_parameters_bit_for_bit(
   assert main(["train", str(tiny_config), "--out", str(run), "--resume"]) == 0
   for one, other in zip(final_params(tiny_run), final_params(run), strict=True):
     np.testing.assert_array_equal(one, other)
+  for name in ("splits.json", "fingerprint.json", "plan.json", "validation.json"):
+    assert (tiny_run / name).read_bytes() == (run / name).read_bytes()
   steps = [(line["phase"], line["step"]) for line in map(json.loads, (run / "log.jsonl").open())]
   assert steps == [(p, s) for p in ("generator", "refiner") for s in (2, 4, 6)]
 
