@@ -30,6 +30,15 @@ def test_later_regions_are_written_over_earlier_ones():
   assert fuse([given], (1, 2), SHAPE, regions=True).labels.ravel().tolist() == [1, 2, 2, 1]
 
 
+def test_the_winning_probability_is_that_of_the_label_that_was_written():
+  given, seen = source([0.9, 0.6, 0.2, 0.6], [0.1, 0.7, 0.3, 0.8]), {}
+  for regions in (False, True):
+    found = fuse([given], (3, 7), SHAPE, regions=regions, watch=seen.__setitem__)
+    assert found.labels.ravel().tolist() == [3, 7, 0, 7]
+    np.testing.assert_allclose(found.winning.ravel()[[0, 1, 3]], [0.9, 0.7, 0.8])
+    assert list(seen) == [0, 1] and np.array_equal(seen[1], given(1))
+
+
 def test_runs_are_averaged_and_their_arrays_left_alone():
   first, second = source([0.9, 0.2, 0.6, 0.0]), source([0.3, 0.6, 0.6, 0.9])
   before = first(0).copy()

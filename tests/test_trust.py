@@ -1,7 +1,9 @@
 """What a prediction says of itself: CASE.json, warnings, and that it is the same every time."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -11,9 +13,15 @@ from tests_data import reoriented
 
 import rfmedsam2_jax
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.data.datasets import Labels, Structure
+from rfmedsam2_jax.data.files import load_json
+from rfmedsam2_jax.data.fingerprint import Fingerprint
+from rfmedsam2_jax.data.preprocessing import Restore, preprocess
+from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.inference.config import WarningConfig
-from rfmedsam2_jax.inference.details import StageDetails, StructureDetails
-from rfmedsam2_jax.inference.unusual import unusual_stages
+from rfmedsam2_jax.inference.details import StageDetails, StructureDetails, structure_details
+from rfmedsam2_jax.inference.unusual import unusual_input, unusual_stages
+from rfmedsam2_jax.refinement import Fused, StageResult
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +155,47 @@ def test_an_input_far_from_the_training_cases_is_named(
   (notice,) = [n["message"] for n in found if n["kind"] == kind]
   assert says in notice and "training cases" in notice
   assert f"warning: scan: {notice}" in capsys.readouterr().err
+
+
+def test_runs_of_older_versions_say_what_they_can(tiny_run, unseen, tmp_path):
+  """Their fingerprint has no quantiles, or is not there at all."""
+  model = rfmedsam2_jax.load(tiny_run)
+  volume = load_image(unseen)
+  shifted = volume.array + 1024
+  restore = dataclasses.replace(preprocess(volume, model.plan).restore, native_spacing=(99, 5, 5))
+  kinds = lambda m: {n.kind for n in unusual_input(m, restore, shifted)}  # noqa: E731
+  assert kinds(model) == {"spacing", "extent", "intensities"}
+  content = json.loads((tiny_run / "fingerprint.json").read_text())
+  for case in content["cases"]:
+    del case["quantiles"]
+  (tmp_path / "old.json").write_text(json.dumps(content))
+  old = dataclasses.replace(model, fingerprint=load_json(tmp_path / "old.json", Fingerprint))
+  assert kinds(old) == {"spacing", "extent"}
+  assert kinds(dataclasses.replace(model, fingerprint=None)) == set()
+
+
+def test_slices_count_by_the_area_of_their_masks_and_regions_by_their_values():
+  """Two regions, `whole` of the labels 1 and 2 and `core` of 2; four voxels of 2 ml."""
+  labels = Labels((Structure("whole", (1, 2)), Structure("core", (2,))), True, (1, 2))
+  logits = np.full((3, 2, 2), -9, np.float16)
+  logits[0, 0, 0] = logits[1, :, 0] = logits[1, 0, 1] = 9
+  cells = np.array([[0, 0], [0, 1], [1, 0]])
+  said = np.array([0.4, 0.8, 0.9], np.float32), np.array([0.6, 1.0, 0.3], np.float32)
+  result = StageResult(cells, logits, *said, np.zeros((3, 4), np.float32), np.zeros(3, bool))
+  prepared = SimpleNamespace(restore=Restore((1, 2, 2), (1.0, 1.0, 1.0), (0, 0, 0), (1, 2, 2),
+                                             (0, 1, 2), (1, 2, 2)))
+  plan = SimpleNamespace(labels=labels, slice_axis=0)
+  found = SimpleNamespace(segmenter=SimpleNamespace(plan=plan), prepared=prepared, results=[result])
+  before, after = (np.array(x, np.uint8).reshape(1, 2, 2) for x in ([1, 1, 1, 0], [1, 2, 0, 0]))
+  geometry = SimpleNamespace(spacing=(2.0, 10.0, 100.0), axes=(0, 1, 2))
+  winning = np.array([0.5, 0.9, 0.0, 0.0], np.float32).reshape(1, 2, 2)
+  details = structure_details([found], [before, after], Fused(after, winning), geometry)
+  whole, core = details["whole"], details["core"]
+  assert (whole.volume_ml, core.volume_ml) == (4.0, 2.0)
+  assert (whole.stages[0].volume_ml, whole.stages[0].dice_with_last) == (6.0, 0.8)
+  assert core.stages[0].dice_with_last == 0.0 and whole.probability == pytest.approx(0.7)
+  assert whole.predicted_iou == pytest.approx(0.7) and whole.presence == pytest.approx(0.9)
+  assert core.predicted_iou is None and core.presence == pytest.approx(0.3)
 
 
 def structure(*dices: float | None) -> StructureDetails:
