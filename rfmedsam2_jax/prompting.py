@@ -15,6 +15,7 @@ import numpy as np
 
 from rfmedsam2_jax.data.datasets import Structure
 from rfmedsam2_jax.data.files import claim, replacing
+from rfmedsam2_jax.data.measures import volumes_ml
 from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image, write_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference import prompt_files
@@ -117,7 +118,7 @@ def result_paths(out: str | Path, image: Path, overwrite: bool) -> list[Path]:
 
 def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
   """Per structure: volume, and on every slice where it is, presence and predicted IoU."""
-  voxel_ml = float(np.prod(volume.spacing)) / 1000
+  ml = volumes_ml(found.labels, volume.spacing)
   numbers = _file_numbers(volume.geometry, found.slice_axis)
   prompted = set(found.tracks.prompted)
   result = {}
@@ -131,8 +132,7 @@ def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
       }
       for z in np.flatnonzero(found.presence[track] > 0.5)
     ]
-    count = int((found.labels == value).sum())
-    result[str(value)] = {"volume_ml": round(count * voxel_ml, 3), "slices": slices}
+    result[str(value)] = {"volume_ml": round(ml.get(value, 0.0), 3), "slices": slices}
   return {"structures": result}
 
 
