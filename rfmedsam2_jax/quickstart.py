@@ -54,7 +54,8 @@ def quickstart(
   model = load(run)
   predictions = out / "predictions"
   predict(
-    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True, progress=report
+    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True, progress=report,
+    warn=lambda case, message: report(f"warning: {case}: {message}"),
   )
   stages: list[Scores] = []
   for stage in range(model.stages):

@@ -222,6 +222,8 @@ def test_python_gives_the_same_details_and_probabilities(tiny_run, unseen):
   of_file = rfmedsam2_jax.segment_details(model, unseen)
   np.testing.assert_array_equal(of_array.labels, rfmedsam2_jax.segment(model, array, spacing))
   np.testing.assert_array_equal(of_file.labels, rfmedsam2_jax.segment_file(model, unseen))
+  with pytest.raises(rfmedsam2_jax.UserError, match="hart: is no structure .* liver"):
+    of_array.probability("hart")
   assert of_array.slice_axis == 0 and of_array.labels.shape == array.shape
   names = list(of_array.structures)
   for found in (of_array, of_file):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.data.volumes import Geometry, Volume
+from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.details import StructureDetails, structure_details
 from rfmedsam2_jax.inference.segmenter import Segmentation, fused, label_map
 from rfmedsam2_jax.inference.unusual import Notice, unusual_input, unusual_stages
@@ -45,7 +46,13 @@ class Details:
     """Foreground probability of a structure after the last stage, float32.
 
     The mean over the runs, from which the label map is made.
+
+    Raises:
+      UserError: no structure of that name.
     """
+    if structure not in self.structures:
+      names = ", ".join(self.structures)
+      raise UserError(f"{structure}: is no structure of this model; choose from {names}")
     organ = list(self.structures).index(structure)
     last = len(self.maps) - 1
     total = self.segmentations[0].probability(last, organ)

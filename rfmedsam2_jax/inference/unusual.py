@@ -63,9 +63,9 @@ def unusual_input(
     if apart > max(config.intensity_factor * among, config.intensity_distance):
       yield Notice("intensities", (
         f"the intensities of {rule.name} are {apart:.2f} standard deviations from those of the "
-        f"nearest training case, where the {len(known)} training cases are at most {among:.2f} "
-        "from each other; check modality, units (Hounsfield for CT) and contrast phase, or train "
-        "with such images"
+        f"nearest training case, where each of the {len(known)} training cases is within "
+        f"{among:.2f} of another; check modality, units (Hounsfield for CT) and contrast phase, or "
+        "train with such images"
       ))
 
 
