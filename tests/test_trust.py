@@ -199,7 +199,7 @@ def test_slices_count_by_the_area_of_their_masks_and_regions_by_their_values():
 
 
 def structure(*dices: float | None) -> StructureDetails:
-  stages = tuple(StageDetails(i, 10.0, None, None, d) for i, d in enumerate(dices))
+  stages = tuple(StageDetails(i, 1234.0, None, None, d) for i, d in enumerate(dices))
   return StructureDetails(1, 12.0, None, None, None, stages, ())
 
 
@@ -208,8 +208,8 @@ def test_stages_that_disagree_are_named_once_and_others_not():
            "aorta": structure(None, None, None), "kidney": structure(0.0, 1.0)}
   notices = list(unusual_stages(found, WarningConfig(stage_dice=0.8)))
   assert [n.kind for n in notices] == ["stages"] * 2
-  assert notices[0].message.startswith("spleen: stage 1 found 10 ml")
-  assert notices[1].message.startswith("kidney: the generator found 10 ml")
+  assert notices[0].message.startswith("spleen: stage 1 found 1230 ml")
+  assert notices[1].message.startswith("kidney: the generator found 1230 ml and the last")
 
 
 def test_python_gives_the_same_details_and_probabilities(tiny_run, unseen):

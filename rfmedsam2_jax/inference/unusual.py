@@ -77,8 +77,13 @@ def _outside(
   for name, value, low, high in zip(_AXES, values, known.min(axis=0), known.max(axis=0),
                                     strict=True):
     if value > factor * high or value * factor < low:
-      yield Notice(kind, f"the {what} along {name} is {value:.3g} mm, that of the {len(known)} "
-                         f"training cases {low:.3g} to {high:.3g} mm; {advice}")
+      yield Notice(kind, f"the {what} along {name} is {_short(value)} mm, that of the {len(known)} "
+                         f"training cases {_short(low)} to {_short(high)} mm; {advice}")
+
+
+def _short(number: float) -> str:
+  """Three digits, without an exponent."""
+  return f"{float(f'{number:.3g}'):g}"
 
 
 def unusual_stages(
@@ -92,7 +97,8 @@ def unusual_stages(
       continue
     stage = f"stage {worst.stage}" if worst.stage else "the generator"
     yield Notice("stages", (
-      f"{name}: {stage} found {worst.volume_ml:.3g} ml and the last stage {found.volume_ml:.3g} "
-      f"ml with a Dice of {worst.dice_with_last:.2f}, where stages usually agree by "
-      f"{config.stage_dice:.2f} or more; look at this structure in every stage (--save-stages)"
+      f"{name}: {stage} found {_short(worst.volume_ml)} ml and the last stage "
+      f"{_short(found.volume_ml)} ml with a Dice of {worst.dice_with_last:.2f}, where stages "
+      f"usually agree by {config.stage_dice:.2f} or more; look at this structure in every "
+      "stage (--save-stages)"
     ))
