@@ -33,6 +33,8 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-for-tests: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e ".[test]" $(TORCH) setuptools wheel
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation sam2==1.1.0
+	# nnU-Net's own U-Net, as a witness; what else it asks for brings torchvision.
+	$(BIN)/python -m pip install -q --no-deps "dynamic-network-architectures>=0.4.4"
 	touch $@
 
 # For benchmarks/accuracy: nnU-Net does not need the torchvision that it asks for, and one that does

@@ -1,4 +1,4 @@
-"""Checkpoints of SAM 2 into this program and back: `python -m convert`, from a clone.
+"""Checkpoints of SAM 2 and nnU-Net into this program: `python -m convert`, from a clone.
 
 The only place besides the tests that may import PyTorch, and it does so late: safetensors are read
 without it.

@@ -1,5 +1,7 @@
 """`python -m convert SOURCE OUT` and back, `python -m convert --to-torch CHECKPOINT OUT.pt`.
 
+`python -m convert nnunet MODEL OUT` brings a trained nnU-Net.
+
 Exit status: 0 done, 2 something that the user can mend (one line says what), 130 interrupted. In
 the last two cases nothing was written.
 """
@@ -16,7 +18,13 @@ from rfmedsam2_jax.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Converts one checkpoint; returns the exit status."""
-  options = _parser().parse_args(arguments)
+  given = list(sys.argv[1:] if arguments is None else arguments)
+  if given[:1] == ["nnunet"]:
+    from convert.nnunet import parser as nnunet_parser
+
+    options = nnunet_parser().parse_args(given[1:], argparse.Namespace(nnunet=True))
+  else:
+    options = _parser().parse_args(given, argparse.Namespace(nnunet=False))
   with interruptible() as interrupted:
     try:
       _convert(options)
@@ -41,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> None:
   for name in ("absl", "orbax", "jax"):
     logging.getLogger(name).setLevel(logging.ERROR)
-  if options.to_torch:
+  if options.nnunet:
+    from convert.nnunet import convert_nnunet
+
+    convert_nnunet(options, _report)
+  elif options.to_torch:
     from convert.to_torch import to_torch
 
     to_torch(options.source, options.out, options.overwrite, _report)

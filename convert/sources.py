@@ -56,7 +56,7 @@ def read_source(path: Path) -> Source:
   tree: dict[Any, Any] = {}
   for file in files:
     is_safetensors = file.suffix == ".safetensors"
-    tree |= _read_safetensors(file) if is_safetensors else _read_torch(file)
+    tree |= _read_safetensors(file) if is_safetensors else read_torch(file)
   place, hugging_face, tensors = _find_network(tree, path)
   return Source(
     path=path,
@@ -102,7 +102,8 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     ) from None
 
 
-def _read_torch(file: Path) -> dict[Any, Any]:
+def read_torch(file: Path) -> dict[Any, Any]:
+  """The dict in a file of PyTorch, tensors mapped; UserError where it would run code."""
   try:
     import torch
   except ImportError:

@@ -72,6 +72,7 @@ from rfmedsam2_jax.weights.checkpoint import (
   read_config,
   starting_params,
 )
+from rfmedsam2_jax.weights.generator import check_generator_start, generator_json
 from rfmedsam2_jax.weights.orbax import load_params, save_params
 
 Report = Callable[[str], None]
@@ -109,6 +110,7 @@ def train(
       run.write("versions.json", json.dumps(versions(), indent=1) + "\n")
     began = time.monotonic()
     split, plan = _plan(run, dataset, config, report)
+    _check_generator(run, config, plan)
     cases = {case.identifier: case for case in dataset.cases}
     _preprocess(run, [cases[name] for name in split.train], dataset, plan, config, report)
     held_out = [cases[name] for name in split.validation]
@@ -278,6 +280,11 @@ def _count(params: Any) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
+def _describe(config: Config, plan: Plan) -> dict[str, Any]:
+  structures = [[structure.name, structure.values] for structure in plan.labels.structures]
+  return generator_json(generator_network(config, plan), len(plan.channels), structures)
+
+
 def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
   about = {
     "phase": phase,
@@ -285,7 +292,25 @@ def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
     "labels": json.loads(json.dumps(dataclasses.asdict(plan.labels))),
     "versions": versions(),
   }
-  return about | ({"sam2": config_json(config.sam2)} if phase == "refiner" else {})
+  if phase == "refiner":
+    return about | {"sam2": config_json(config.sam2)}
+  return about | {"generator": _describe(config, plan)}
+
+
+def _check_generator(run: RunFolder, config: Config, plan: Plan) -> None:
+  """Sees to it that the generator can start as the config says, without reading parameters.
+
+  Raises:
+    UserError: no checkpoint, one of another network or of other labels, or no steps from scratch.
+  """
+  settings = config.generator
+  if run.params("generator").is_dir() or has_checkpoint(run.checkpoints("generator")):
+    return
+  if settings.init_from:
+    check_generator_start(settings.init_from, _describe(config, plan))
+  elif not settings.loop.steps:
+    raise UserError("generator.loop.steps: is 0, which leaves a generator from scratch untrained; "
+                    "give steps, or a trained one with generator.init_from")
 
 
 def _train_network(
@@ -365,6 +390,13 @@ def _generator(
   if not run.params("generator").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     params = jax.jit(phase.init)(init_key)
+    if settings.init_from and not has_checkpoint(run.checkpoints("generator")):
+      params = load_params(settings.init_from, params)
+      report(f"generator: starts from {settings.init_from}")
+    if not settings.loop.steps:
+      save_params(run.params("generator"), params, _about(config, plan, "generator"))
+      report("generator: used as it is, no steps")
+      return dataclasses.replace(segmenter, generator=params)
 
     def batches_from(rows: Sequence[int], start: int) -> Any:
       return generator_batches(

@@ -141,9 +141,7 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
       cases = _decathlon_cases(folder, content)
     elif "channel_names" in content:
       channels = _numbered(content["channel_names"])
-      labels = _labels(path, {name: tuple(map(int, v)) if isinstance(v, list) else int(v)
-                              for name, v in content["labels"].items()},
-                       content.get("regions_class_order"))
+      labels = read_labels(content, path)
       cases = _nnunet_cases(folder, content, len(channels))
     else:
       raise UserError(f"{path}: has neither 'modality' (Decathlon) nor 'channel_names' (nnU-Net "
@@ -163,6 +161,18 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
   if structures is not None:
     labels = _select(path, labels, structures)
   return Dataset(str(content.get("name", folder.name)), channels, labels, tuple(cases))
+
+
+def read_labels(content: Mapping[str, Any], path: Path) -> Labels:
+  """The labels of nnU-Net's dataset.json; `path` is named in errors.
+
+  Raises:
+    UserError: labels that contradict each other.
+    KeyError, TypeError, ValueError: entries that are missing or of another kind.
+  """
+  named = {name: tuple(map(int, value)) if isinstance(value, list) else int(value)
+           for name, value in content["labels"].items()}
+  return _labels(path, named, content.get("regions_class_order"))
 
 
 def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:

@@ -31,19 +31,6 @@ Triple = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanConfig:
-  """What of the plan is fixed by hand; None leaves it to the rules."""
-
-  plane: Literal["axial", "coronal", "sagittal"] | None = None  # of the slices; None: across the
-                                                                # coarsest axis, axial if tied
-  spacing: tuple[float, float, float] | None = None  # mm, slice axis first; None: the median
-  patch_size: Triple | None = None  # voxels, slice axis first; rounded up to what pooling divides
-  voxel_budget: int = 128**3        # largest patch in voxels; the generator's memory grows with it
-  poolings: int | None = None       # at most so many halvings per axis; fewer see less context
-  intensity: tuple[Literal["ct", "zscore"], ...] | None = None  # per channel; None: by its name
-
-
-@dataclasses.dataclass(frozen=True)
 class ChannelRule:
   """How one channel's intensities are normalised.
 
@@ -65,6 +52,22 @@ class ChannelRule:
   mean: float = 0.0
   std: float = 1.0
   masked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+  """What of the plan is fixed by hand; None leaves it to the rules."""
+
+  plane: Literal["axial", "coronal", "sagittal"] | None = None  # of the slices; None: across the
+                                                                # coarsest axis, axial if tied
+  spacing: tuple[float, float, float] | None = None  # mm, slice axis first; None: the median
+  patch_size: Triple | None = None  # voxels, slice axis first; rounded up to what pooling divides
+  voxel_budget: int = 128**3        # largest patch in voxels; the generator's memory grows with it
+  poolings: int | None = None       # at most so many halvings per axis; fewer see less context
+  intensity: tuple[Literal["ct", "zscore"], ...] | None = None  # per channel; None: by its name
+  channels: tuple[ChannelRule, ...] | None = None  # whole rules, as another data set gave them
+  strides: tuple[Triple, ...] | None = None  # of each U-Net stage, together with kernels
+  kernels: tuple[Triple, ...] | None = None  # what python -m convert nnunet takes over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,10 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig | None = None) -> Pla
     patch = np.array(config.patch_size)
   else:
     raise UserError(f"plan.patch_size: is {config.patch_size}; give three sizes above 0")
-  strides, kernels, patch = pooling(spacing, patch, config.poolings)
+  if config.strides is None and config.kernels is None:
+    strides, kernels, patch = pooling(spacing, patch, config.poolings)
+  else:
+    strides, kernels = _given_stages(config, patch)
   return Plan(fingerprint.name, slice_axis, _floats(spacing), _ints(median_shape), channels,
               _ints(patch), strides, kernels, fingerprint.labels)
 
@@ -238,6 +244,12 @@ def _divisor(strides: tuple[Triple, ...]) -> np.ndarray:
 
 
 def _channel_rules(fingerprint: Fingerprint, config: PlanConfig) -> tuple[ChannelRule, ...]:
+  if config.channels is not None:
+    names = tuple(rule.name for rule in config.channels)
+    if names != fingerprint.channels:
+      raise UserError(f"plan.channels: is of {', '.join(names)}, the data set has "
+                      f"{', '.join(fingerprint.channels)}; give one rule for each, by its name")
+    return config.channels
   kinds: tuple[Literal["ct", "zscore"], ...] = config.intensity or tuple(
     "ct" if name.casefold() == "ct" else "zscore" for name in fingerprint.channels)
   if len(kinds) != len(fingerprint.channels):
@@ -257,6 +269,20 @@ def _channel_rules(fingerprint: Fingerprint, config: PlanConfig) -> tuple[Channe
     rules.append(ChannelRule(name, kind, found.percentile_00_5, found.percentile_99_5, found.mean,
                              max(found.std, 1e-8)))
   return tuple(rules)
+
+
+def _given_stages(config: PlanConfig, patch: np.ndarray
+                  ) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+  strides, kernels = config.strides or (), config.kernels or ()
+  if len(strides) != len(kernels) or len(strides) < 2 or strides[0] != (1, 1, 1):
+    raise UserError("plan.strides: needs as many entries as plan.kernels, two at least, and the "
+                    "first one is [1, 1, 1]")
+  if min(map(min, strides)) < 1 or any(n < 1 or n % 2 == 0 for k in kernels for n in k):
+    raise UserError("plan.strides: must be 1 or more, and plan.kernels odd")
+  if config.patch_size is None or (patch % _divisor(strides)).any():
+    raise UserError(f"plan.patch_size: is {config.patch_size}; with plan.strides it must be given "
+                    f"and divisible by {_ints(_divisor(strides))}")
+  return strides, kernels
 
 
 def _ints(values: np.ndarray) -> Triple:

@@ -114,7 +114,7 @@ class Segmentation:
 
 def unet_for(
   plan: Plan, features: Sequence[int] | None, convs_per_stage: int, dtype: str,
-  remat: Remat = "none",
+  remat: Remat = "none", decoder_convs: int | None = None,
 ) -> UNet:
   """The generator that a plan asks for; by default nnU-Net's widths, 32 doubling up to 320."""
   stages = len(plan.strides)
@@ -126,7 +126,9 @@ def unet_for(
       "give one width per stage or set plan.poolings"
     )
   outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
-  config = UNetConfig(tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype, remat)
+  config = UNetConfig(
+    tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype, remat, decoder_convs
+  )
   return UNet(config, outputs)
 
 

@@ -25,9 +25,10 @@ class UNetConfig:
   features: tuple[int, ...] = (32, 64, 128, 256)  # cost grows with the square of the first
   strides: tuple[Triple, ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))  # on entering a stage
   kernels: tuple[Triple, ...] = ((3, 3, 3),) * 4  # (1, 3, 3) where slices are far apart
-  convs_per_stage: int = 2  # in the encoder and in the decoder
+  convs_per_stage: int = 2  # in the encoder, and in the decoder unless that has its own number
   dtype: str = "float32"  # of the arithmetic; bfloat16 halves memory on GPU and TPU
   remat: Remat = "none"  # what training keeps of a convolution's block for the backward pass
+  decoder_convs: int | None = None  # per stage of the decoder; None: as in the encoder
 
   def __post_init__(self):
     if not len(self.features) == len(self.strides) == len(self.kernels):
@@ -159,7 +160,8 @@ class Decoder(nn.Module):
       x = jnp.concatenate([up(x), skips[level]], axis=-1)
       kernel = c.kernels[level]
       stage = Stage(
-        c.features[level], kernel, (1, 1, 1), c.convs_per_stage, dtype, c.remat, name=f"stages_{i}"
+        c.features[level], kernel, (1, 1, 1), c.decoder_convs or c.convs_per_stage, dtype, c.remat,
+        name=f"stages_{i}",
       )
       x = stage(x)
       # All heads are made at initialisation, so that the tree does not depend on the call.

@@ -39,8 +39,12 @@ class LoopConfig:
 class GeneratorConfig:
   """The prompt generator (3D U-Net) and its training."""
 
+  init_from: str = ""  # checkpoint folder of a generator to start from; "" starts from scratch
+  # Made by `python -m convert nnunet`; relative to the working directory. Network and labels must
+  # be the checkpoint's. With loop.steps=0 it is used as it is.
   features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
   convs_per_stage: int = 2
+  decoder_convs: int | None = None  # per stage of the decoder; None: as many as convs_per_stage
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
   remat: Remat = "none"
   # What is kept of a convolution with its norm for the backward pass. "none": all. "block": its

@@ -1,0 +1,211 @@
+"""nnU-Net's plans and dataset.json as a plan, labels and network of this program.
+
+What cannot be represented is an error in one line; what is done in another way is a line in
+`Converted.differs`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rfmedsam2_jax.data.datasets import Labels, read_labels
+from rfmedsam2_jax.data.plan import PLANES, ChannelRule, PlanConfig, Triple
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.nn.unet import UNetConfig
+
+
+class Converted(NamedTuple):
+  """What nnU-Net's files say, in this program's words.
+
+  head_order: nnU-Net's output for each of ours.
+  taken, differs: lines for people.
+  """
+
+  plan: PlanConfig
+  rules: tuple[ChannelRule, ...]
+  labels: Labels
+  network: UNetConfig
+  head_order: tuple[int, ...]
+  mirror_axes: tuple[int, ...]
+  taken: tuple[str, ...]
+  differs: tuple[str, ...]
+
+
+def read_plans(
+  plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str,
+  mirrored: Sequence[int] | None, source: str,
+) -> Converted:
+  """Judges plans and dataset.json.
+
+  Args:
+    mirrored: axes that nnU-Net mirrors in prediction, its order.
+    source: named in errors.
+
+  Raises:
+    UserError: what cannot be represented, or entries that are missing.
+  """
+  try:
+    return _read_plans(plans, dataset, configuration, mirrored, source)
+  except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    raise UserError(f"{source}: its plans have a missing or wrong entry ({type(error).__name__}: "
+                    f"{error}); nnU-Net v2 wrote other ones, copy them again") from None
+
+
+def _read_plans(plans, dataset, configuration, mirrored, source) -> Converted:
+  c = _configuration(plans, configuration, source)
+  if len(c["patch_size"]) != 3:
+    raise UserError(f"{source}: {configuration} is a 2D network; the generator is 3D, convert "
+                    "3d_fullres")
+  if c.get("previous_stage") is not None or configuration == "3d_cascade_fullres":
+    raise UserError(f"{source}: {configuration} is the second network of a cascade, which also "
+                    "sees the first one's result; convert 3d_fullres or 3d_lowres")
+  forward = tuple(int(axis) for axis in plans["transpose_forward"])
+  if list(forward[1:]) != sorted(forward[1:]):
+    raise UserError(f"{source}: transpose_forward is {list(forward)}; only the first axis may be "
+                    "chosen here, the other two keep their order")
+  names = dataset["channel_names"] if "channel_names" in dataset else dataset["modality"]
+  channels = tuple(str(names[key]) for key in sorted(names, key=int))
+  rules = _rules(plans, c, channels, source)
+  labels = read_labels(dataset, Path(source))
+  heads = _head_order(labels, source)
+  network = _network(c, source)
+  plane = next(name for name, axis in PLANES.items() if axis == forward[0])
+  plan = PlanConfig(
+    plane=plane,  # type: ignore[arg-type]
+    spacing=_floats(c["spacing"]), patch_size=_triple(c["patch_size"]), channels=rules,
+    strides=network.strides, kernels=network.kernels,
+  )
+  mirror_axes = tuple(sorted(int(axis) for axis in mirrored or ()))
+  taken = (
+    f"spacing {list(plan.spacing or ())} mm, patch {list(plan.patch_size or ())}, {plane} slices "
+    f"first (transpose_forward {list(forward)})",
+    "intensities: " + ", ".join(
+      f"{rule.name} {rule.kind}{' inside the object' if rule.masked else ''}" for rule in rules),
+    f"mirrored axes of prediction: {list(mirror_axes)}",
+  )
+  differs = ["nnU-Net takes the axes as they lie in a file, this program turns volumes to RAS+ "
+             "first; the same where files are stored so"]
+  if any(rule.kind == "ct" for rule in rules):
+    differs.append("volumes with a CT channel are not cropped to their nonzero box")
+  for key in ("resampling_fn_data", "resampling_fn_probabilities"):
+    name = c.get(key, "resample_data_or_seg_to_shape")
+    expected = {"order": 3 if key.endswith("data") else 1, "order_z": 0, "force_separate_z": None}
+    given = {k: v for k, v in c.get(f"{key}_kwargs", expected).items() if k in expected}
+    if name != "resample_data_or_seg_to_shape" or given != expected:
+      differs.append(f"{key} is {name} with {given}; here it is nnU-Net's default, {expected}")
+  differs.append("an axis that shrinks by more than 1.5 is averaged instead of sampled by a spline")
+  return Converted(plan, rules, labels, network, heads, mirror_axes, taken, tuple(differs))
+
+
+def _configuration(plans, name: str, source: str) -> dict[str, Any]:
+  """A configuration with what it inherits."""
+  every = plans["configurations"]
+  if name not in every:
+    raise UserError(f"{source}: its plans have no configuration {name}; choose from "
+                    f"{', '.join(every)}")
+  merged: dict[str, Any] = {}
+  seen: list[str] = []
+  while name is not None and name not in seen:
+    seen.append(name)
+    merged = {**every[name], **merged}
+    name = every[name].get("inherits_from")
+  return merged
+
+
+def _rules(plans, c, channels, source) -> tuple[ChannelRule, ...]:
+  schemes, masked = c["normalization_schemes"], c["use_mask_for_norm"]
+  if not len(schemes) == len(masked) == len(channels):
+    raise UserError(f"{source}: has {len(schemes)} normalisations for {len(channels)} channels; "
+                    "plans and dataset.json do not belong together")
+  rules = []
+  for index, (name, scheme, inside) in enumerate(zip(channels, schemes, masked, strict=True)):
+    if scheme == "ZScoreNormalization":
+      rules.append(ChannelRule(name, "zscore", masked=bool(inside)))
+    elif scheme == "CTNormalization":
+      p = plans["foreground_intensity_properties_per_channel"][str(index)]
+      rules.append(ChannelRule(
+        name, "ct", float(p["percentile_00_5"]), float(p["percentile_99_5"]), float(p["mean"]),
+        max(float(p["std"]), 1e-8)))
+    else:
+      raise UserError(f"{source}: channel {name} is normalised by {scheme}; this program has "
+                      "CTNormalization and ZScoreNormalization")
+  return tuple(rules)
+
+
+def _head_order(labels: Labels, source: str) -> tuple[int, ...]:
+  """nnU-Net orders outputs by label value, this program as dataset.json does."""
+  if labels.regions:
+    return tuple(range(len(labels.structures)))
+  if sorted(labels.output_values) != list(range(1, len(labels.output_values) + 1)):
+    raise UserError(f"{source}: label values {sorted(labels.output_values)} are not consecutive, "
+                    "which nnU-Net demands; check dataset.json")
+  return (0, *labels.output_values)
+
+
+def _network(c, source: str) -> UNetConfig:
+  a = c.get("architecture")
+  if a is None:  # plans of nnU-Net before 2.3
+    kind, k = str(c["UNet_class_name"]), {
+      "kernel_sizes": c["conv_kernel_sizes"], "strides": c["pool_op_kernel_sizes"],
+      "n_conv_per_stage": c["n_conv_per_stage_encoder"],
+      "n_conv_per_stage_decoder": c["n_conv_per_stage_decoder"],
+      "features_per_stage": [
+        min(int(c["UNet_base_num_features"]) * 2**i, int(c["unet_max_num_features"]))
+        for i in range(len(c["conv_kernel_sizes"]))],
+    }
+  else:
+    kind, k = str(a["network_class_name"]).rpartition(".")[2], a["arch_kwargs"]
+  if kind != "PlainConvUNet":
+    raise UserError(f"{source}: the network is a {kind}; only PlainConvUNet can be converted")
+  norm, leaky = k.get("norm_op_kwargs") or {}, k.get("nonlin_kwargs") or {}
+  for what, value, wanted in (
+    ("conv_op", _last(k.get("conv_op", "Conv3d")), "Conv3d"),
+    ("norm_op", _last(k.get("norm_op", "InstanceNorm3d")), "InstanceNorm3d"),
+    ("norm_op_kwargs.eps", norm.get("eps", 1e-5), 1e-5),
+    ("norm_op_kwargs.affine", norm.get("affine", True), True),
+    ("dropout_op", k.get("dropout_op"), None),
+    ("nonlin", _last(k.get("nonlin", "LeakyReLU")), "LeakyReLU"),
+    ("nonlin_kwargs.negative_slope", leaky.get("negative_slope", 0.01), 0.01),
+    ("nonlin_first", k.get("nonlin_first", False), False),
+  ):
+    if value != wanted:
+      raise UserError(f"{source}: the network has {what}={value}; the generator has {wanted}")
+  strides, kernels = _triples(k["strides"]), _triples(k["kernel_sizes"])
+  if strides[0] != (1, 1, 1) or any(n % 2 == 0 for kernel in kernels for n in kernel):
+    raise UserError(f"{source}: strides {strides} or kernels {kernels}; the first stage must keep "
+                    "the resolution, and kernels be odd")
+  if "n_stages" in k and int(k["n_stages"]) != len(strides):
+    raise ValueError(f"n_stages is {k['n_stages']} with {len(strides)} strides")
+  return UNetConfig(
+    tuple(int(n) for n in k["features_per_stage"]), strides, kernels,
+    _same(k["n_conv_per_stage"], "n_conv_per_stage", source),
+    decoder_convs=_same(k["n_conv_per_stage_decoder"], "n_conv_per_stage_decoder", source),
+  )
+
+
+def _same(value: Any, name: str, source: str) -> int:
+  numbers = {int(n) for n in (value if isinstance(value, list | tuple) else [value])}
+  if len(numbers) != 1:
+    raise UserError(f"{source}: {name} is {value}; the generator has the same number of "
+                    "convolutions in every stage")
+  return numbers.pop()
+
+
+def _last(name: Any) -> str:
+  return str(name).rpartition(".")[2]
+
+
+def _triple(values: Any) -> Triple:
+  a, b, c = (int(n) for n in ([values] * 3 if isinstance(values, int) else values))
+  return a, b, c
+
+
+def _triples(values: Any) -> tuple[Triple, ...]:
+  return tuple(_triple(value) for value in values)
+
+
+def _floats(values: Any) -> tuple[float, float, float]:
+  a, b, c = (float(n) for n in values)
+  return a, b, c
+
+

@@ -1,0 +1,124 @@
+"""Tensors of a PlainConvUNet (dynamic-network-architectures) as parameters of nn.unet."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from convert.sources import read_torch
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.nn.unet import UNet
+from rfmedsam2_jax.phases import init_generator
+
+# Where each kind of tensor goes, and the order of its axes there.
+_RULES = (
+  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.conv\.weight",
+   r"encoder/stages_\1/convs_\2/conv/kernel", (2, 3, 4, 1, 0)),
+  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.conv\.weight",
+   r"decoder/stages_\1/convs_\2/conv/kernel", (2, 3, 4, 1, 0)),
+  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.conv\.bias",
+   r"encoder/stages_\1/convs_\2/conv/bias", (0,)),
+  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.conv\.bias",
+   r"decoder/stages_\1/convs_\2/conv/bias", (0,)),
+  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.norm\.weight",
+   r"encoder/stages_\1/convs_\2/norm/scale", (0,)),
+  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.norm\.weight",
+   r"decoder/stages_\1/convs_\2/norm/scale", (0,)),
+  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.norm\.bias",
+   r"encoder/stages_\1/convs_\2/norm/bias", (0,)),
+  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.norm\.bias",
+   r"decoder/stages_\1/convs_\2/norm/bias", (0,)),
+  (r"decoder\.transpconvs\.(\d+)\.weight", r"decoder/transpconvs_\1/kernel", (0, 2, 3, 4, 1)),
+  (r"decoder\.transpconvs\.(\d+)\.bias", r"decoder/transpconvs_\1/bias", (0,)),
+  (r"decoder\.seg_layers\.(\d+)\.weight", r"decoder/seg_layers_\1/kernel", (2, 3, 4, 1, 0)),
+  (r"decoder\.seg_layers\.(\d+)\.bias", r"decoder/seg_layers_\1/bias", (0,)),
+)
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+  """A checkpoint of nnU-Net, read as data only.
+
+  Raises:
+    UserError: it cannot be read, or is none of nnU-Net.
+  """
+  try:
+    import torch
+  except ImportError:
+    raise UserError("reading .pth needs PyTorch: pip install torch") from None
+  # nnU-Net's log has numpy numbers; these three build them and run nothing.
+  kinds: list[Any] = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
+           (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+           np.float64(0).__reduce__()[0]]
+  with torch.serialization.safe_globals(kinds):
+    stored = read_torch(file)
+  if not isinstance(stored.get("network_weights"), Mapping):
+    raise UserError(f"{file}: is no checkpoint of nnU-Net v2 (it has no network_weights); give "
+                    "fold_X/checkpoint_final.pth")
+  return stored
+
+
+def network_params(
+  weights: Mapping[str, Any], unet: UNet, channels: int, head_order: Sequence[int], source: str,
+) -> tuple[dict[str, Any], list[str]]:
+  """Parameters of `unet` from a state dict, every tensor of which is accounted for.
+
+  Args:
+    head_order: nnU-Net's output for each of ours.
+    source: named in errors.
+
+  Returns:
+    float32 parameters, and lines for people.
+
+  Raises:
+    UserError: tensors that are missing, left over or of another shape.
+  """
+  expected = flatten_dict(jax.eval_shape(
+    lambda key: init_generator(unet, channels, key), jax.random.key(0)), sep="/")
+  found: dict[str, np.ndarray] = {}
+  for full, tensor in weights.items():
+    # The decoder holds the encoder again, a block its layers again under all_modules.
+    name = full.removeprefix("module.").removeprefix("_orig_mod.")
+    name = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
+    name = re.sub(r"\.all_modules\.0\.", ".conv.", name)
+    name = re.sub(r"\.all_modules\.1\.", ".norm.", name)
+    path, x = _placed(name, tensor.detach().float().numpy())
+    if path is None:
+      raise UserError(f"{source}: tensor {full} has no place in a plain conv U-Net; only "
+                      "PlainConvUNet without changes can be converted")
+    if "/seg_layers_" in path and x.shape[-1] == len(head_order):
+      x = x[..., list(head_order)]
+      x = x[0, 0, 0] if path.endswith("kernel") else x
+    if path in found and not np.array_equal(found[path], x):
+      raise UserError(f"{source}: tensor {full} differs from its second copy; check the file")
+    found[path] = x
+  without_bias = [p for p in expected if p not in found and re.search(
+    r"(conv|transpconvs_\d+)/bias$", p)]
+  every = [p for p in expected if re.search(r"(conv|transpconvs_\d+)/bias$", p)]
+  if without_bias == every:
+    found |= {path: np.zeros(expected[path].shape, np.float32) for path in every}
+  if missing := sorted(expected.keys() - found.keys()):
+    raise UserError(f"{source}: lacks {missing[0]} (and {len(missing) - 1} more tensors) of the "
+                    "network in its plans; they do not belong together")
+  for path, x in found.items():
+    if path not in expected or expected[path].shape != x.shape:
+      raise UserError(f"{source}: {path} has shape {x.shape}, the network in its plans "
+                      f"{expected[path].shape if path in expected else 'has no such tensor'}; they "
+                      "do not belong together")
+  facts = [f"{len(found)} tensors, {sum(x.size for x in found.values()) / 1e6:.2f} M values"]
+  if without_bias:
+    facts.append("convolutions without bias (conv_bias false) get biases of zero")
+  if list(head_order) != sorted(head_order):
+    facts.append(f"outputs are put in the order of dataset.json: {list(head_order)}")
+  return unflatten_dict(found, sep="/"), facts
+
+
+def _placed(name: str, x: np.ndarray) -> tuple[str | None, np.ndarray]:
+  for pattern, target, axes in _RULES:
+    match = re.fullmatch(pattern, name)
+    if match and x.ndim == len(axes):
+      return match.expand(target), np.ascontiguousarray(x.transpose(axes))
+  return None, x

@@ -1,0 +1,69 @@
+"""What a checkpoint of the generator says of itself, and whether training may start from it.
+
+Made by `python -m convert nnunet` from other people's files, and by training (`generator/params`
+of a run).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.nn.unet import UNet
+
+
+def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]:
+  """The description under "generator" in a checkpoint.
+
+  Args:
+    channels: of the images.
+    structures: pairs of a structure's name and its label values, in the order of the outputs.
+  """
+  c = unet.config
+  # As JSON gives it back, so that descriptions can be compared.
+  return json.loads(json.dumps({
+    "features": c.features,
+    "strides": c.strides,
+    "kernels": c.kernels,
+    "convs_per_stage": c.convs_per_stage,
+    "decoder_convs": c.decoder_convs or c.convs_per_stage,
+    "channels": channels,
+    "outputs": unet.num_outputs,
+    "structures": structures,
+  }))
+
+
+def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
+  """Sees to it that a checkpoint is of the generator that `expected` (generator_json) describes.
+
+  Raises:
+    UserError: no checkpoint, a damaged one, or one of another generator.
+  """
+  path = Path(folder).absolute()
+  if not (path / "about").is_dir():
+    raise UserError(f"{folder}: is no checkpoint of a generator; make one with python -m convert "
+                    "nnunet, or give generator/params of a run")
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
+      about = checkpointer.restore(path, args=wanted)["about"]
+  # Orbax raises many kinds for a damaged folder.
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0][:200]
+    raise UserError(f"{folder}: is damaged ({reason}); copy or make it anew") from error
+  found = about.get("generator")
+  if not isinstance(found, dict):
+    raise UserError(f"{folder}: is a checkpoint, but does not say of which generator; give one "
+                    "made by python -m convert nnunet or by a run of this version")
+  for key, value in expected.items():
+    if found.get(key) != value:
+      raise UserError(
+        f"{folder}: its generator has {key}={_short(found.get(key))}, the config and data set give "
+        f"{_short(value)}; train with the config.yaml that lies in the checkpoint's folder"
+      )
+
+
+def _short(value: Any) -> str:
+  return str(value).replace(" ", "")

@@ -1,0 +1,172 @@
+"""`python -m convert nnunet`: networks of dynamic-network-architectures, plans, a run from them."""
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from convert.__main__ import main
+from rfmedsam2_jax.cli import main as rfmedsam2
+from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.data.datasets import read_dataset
+from rfmedsam2_jax.data.plan import load_plan
+from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+from rfmedsam2_jax.phases import init_generator
+from rfmedsam2_jax.weights.orbax import load_params
+
+torch = pytest.importorskip("torch")
+unet_module = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+
+ISOTROPIC = dict(
+  n_stages=3, features_per_stage=[4, 6, 8], kernel_sizes=[[3, 3, 3]] * 3,
+  strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2]], n_conv_per_stage=[2, 2, 2],
+  n_conv_per_stage_decoder=[1, 1],
+)
+ANISOTROPIC = dict(
+  n_stages=4, features_per_stage=[4, 6, 8, 8],
+  kernel_sizes=[[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]],
+  strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 2, 2]], n_conv_per_stage=[2] * 4,
+  n_conv_per_stage_decoder=[2] * 3,
+)
+LABELS = {"background": 0, "b": 2, "a": 1}  # not in the order of the values
+
+
+def write_model(folder, network_kwargs, channels, labels=LABELS, bias=True, **changes):
+  """A model folder as nnU-Net leaves it, with random weights; gives the network too."""
+  torch.manual_seed(0)
+  network = unet_module.PlainConvUNet(
+    channels, conv_op=torch.nn.Conv3d, num_classes=len(labels), conv_bias=bias,
+    norm_op=torch.nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
+    nonlin=torch.nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True,
+    **network_kwargs)
+  for parameter in network.parameters():  # nothing stays at its neutral element
+    parameter.data += 0.1 * torch.randn_like(parameter)
+  kwargs = network_kwargs | {
+    "conv_op": "torch.nn.modules.conv.Conv3d", "conv_bias": bias, "dropout_op": None,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+  }
+  configuration = {
+    "patch_size": [16, 32, 32], "spacing": [3.0, 1.0, 1.5],
+    "normalization_schemes": ["CTNormalization", "ZScoreNormalization"][:channels],
+    "use_mask_for_norm": [False, True][:channels],
+    "resampling_fn_data": "resample_data_or_seg_to_shape",
+    "resampling_fn_data_kwargs": {"order": 3, "order_z": 0, "force_separate_z": None},
+    "architecture": {
+      "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+      "arch_kwargs": kwargs,
+    },
+  } | changes
+  statistics = {"percentile_00_5": -50.0, "percentile_99_5": 200.0, "mean": 60.0, "std": 25.0}
+  plans = {
+    "dataset_name": "Dataset001_Test", "transpose_forward": [0, 1, 2],
+    "configurations": {"3d_fullres": configuration},
+    "foreground_intensity_properties_per_channel": {"0": statistics},
+  }
+  dataset = {"channel_names": {str(i): name for i, name in enumerate(["CT", "T2"][:channels])},
+             "labels": labels, "file_ending": ".nii.gz"}
+  (folder / "fold_0").mkdir(parents=True)
+  torch.save({
+    "network_weights": network.state_dict(), "trainer_name": "nnUNetTrainer",
+    "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": 0,
+                  "dataset_json": dataset, "device": torch.device("cpu")},
+    "inference_allowed_mirroring_axes": (0, 1, 2), "_best_ema": np.float64(0.5),
+    "logging": {"train_losses": [np.float32(1)], "dice": [[np.float64(0.5)]]},
+    "grad_scaler_state": None,
+  }, folder / "fold_0" / "checkpoint_final.pth")
+  return network.eval()
+
+
+@pytest.mark.parametrize("architecture, channels, bias", [
+  (ISOTROPIC, 1, True), (ANISOTROPIC, 2, True), (ANISOTROPIC, 1, False)])
+def test_every_output_is_pytorchs(tmp_path, architecture, channels, bias):
+  network = write_model(tmp_path / "model", architecture, channels, bias=bias)
+  assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+  config = load_config(tmp_path / "out" / "config.yaml")
+  assert config.plan.strides is not None and config.plan.kernels is not None
+  assert config.generator.features is not None
+  unet = UNet(UNetConfig(
+    config.generator.features, config.plan.strides, config.plan.kernels,
+    config.generator.convs_per_stage, decoder_convs=config.generator.decoder_convs), 3)
+  shapes = jax.eval_shape(lambda key: init_generator(unet, channels, key), jax.random.key(0))
+  params = load_params(tmp_path / "out", shapes)
+  x = np.random.default_rng(0).standard_normal((1, 8, 16, 24, channels)).astype(np.float32)
+  ours = jax.jit(lambda p, x: unet.apply({"params": p}, x, deep_supervision=True))(params, x)
+  with torch.inference_mode():
+    theirs = network(torch.tensor(x.transpose(0, 4, 1, 2, 3).copy()))
+  assert len(ours) == len(theirs) == len(architecture["strides"]) - 1
+  for a, b in zip(ours, theirs, strict=True):
+    b = b.numpy().transpose(0, 2, 3, 4, 1)[..., [0, 2, 1]]  # dataset.json names b before a
+    np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
+def test_the_plan_is_nnunets(tmp_path):
+  write_model(tmp_path / "model", ANISOTROPIC, 2)
+  assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+  config = load_config(tmp_path / "out" / "config.yaml")
+  assert config.plan.spacing == (3.0, 1.0, 1.5) and config.plan.patch_size == (16, 32, 32)
+  assert config.plan.plane == "axial" and config.inference.mirror_axes == (0, 1, 2)
+  assert config.plan.channels is not None
+  ct, t2 = config.plan.channels
+  assert (ct.kind, ct.lower, ct.upper, ct.mean, ct.std) == ("ct", -50.0, 200.0, 60.0, 25.0)
+  assert (t2.name, t2.kind, t2.masked) == ("T2", "zscore", True)
+
+
+@pytest.mark.parametrize("changes, says", [
+  ({"patch_size": [32, 32]}, "is a 2D network"),
+  ({"previous_stage": "3d_lowres"}, "second network of a cascade"),
+  ({"normalization_schemes": ["NoNormalization"]}, "channel CT is normalised by NoNormalization"),
+  ({"architecture": {"network_class_name": "a.ResidualEncoderUNet", "arch_kwargs": {}}},
+   "the network is a ResidualEncoderUNet"),
+  ({"architecture": {"network_class_name": "PlainConvUNet",
+                     "arch_kwargs": ISOTROPIC | {"features_per_stage": [4, 6, 9]}}},
+   "do not belong together"),
+  ({"architecture": {"network_class_name": "PlainConvUNet",
+                     "arch_kwargs": ISOTROPIC | {"nonlin_kwargs": {"negative_slope": 0.1}}}},
+   "nonlin_kwargs.negative_slope=0.1; the generator has 0.01"),
+  ({"architecture": {}}, "missing or wrong entry"),
+])
+def test_what_cannot_be_represented_is_one_line(tmp_path, capsys, changes, says):
+  write_model(tmp_path / "model", ISOTROPIC, 1, **changes)
+  assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
+  error = capsys.readouterr().err
+  assert says in error and error.count("\n") == 1
+  assert not (tmp_path / "out").exists()
+
+
+def test_no_checkpoint_of_nnunet_is_one_line(tmp_path, capsys):
+  torch.save({"model": {}}, tmp_path / "x.pth")
+  for source, says in ((tmp_path / "x.pth", "no network_weights"), (tmp_path, "no such file")):
+    assert main(["nnunet", str(source), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_converted_network_is_the_generator_of_a_run_without_steps(tmp_path, capsys, tiny_config):
+  tree = yaml.safe_load(tiny_config.read_text())
+  data = read_dataset(tree["data"]["dataset"])
+  labels = {"background": 0} | {s.name: s.values[0] for s in data.labels.structures}
+  write_model(tmp_path / "model", ISOTROPIC, 1, labels)
+  assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+  made = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+  # The rest of the tiny config, so that the refiner is quick; the phantoms' channel has its name.
+  made["plan"]["channels"][0]["name"] = data.channels[0]
+  tree |= {"plan": made["plan"], "generator": made["generator"]}
+  config = tmp_path / "config.yaml"
+  tree["refiner"]["loop"] |= {"steps": 2}
+  config.write_text(yaml.safe_dump(tree))
+  run = tmp_path / "run"
+  other = ["generator.features=[4,6,10]"]
+  assert rfmedsam2(["train", str(config), "--out", str(run), *other]) == 2
+  assert "its generator has features=[4,6,8]" in capsys.readouterr().err
+  assert rfmedsam2(["train", str(config), "--out", str(run), "--overwrite"]) == 0
+  assert load_plan(run / "plan.json").patch_size == (16, 32, 32)
+  unet = UNet(UNetConfig((4, 6, 8), tuple(map(tuple, ISOTROPIC["strides"])), ((3, 3, 3),) * 3, 2,
+                         decoder_convs=1), len(labels))
+  shapes = jax.eval_shape(lambda key: init_generator(unet, 1, key), jax.random.key(0))
+  folders = (run / "generator" / "params", tmp_path / "out")
+  a, b = (load_params(folder, shapes) for folder in folders)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert (run / "refiner" / "params").is_dir()
