@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("--checkpoint", choices=("final", "best"), default="final",
                       help="of a model's folder")
   result.add_argument("--configuration", help="of the plans; that of the checkpoint unless given")
+  result.add_argument("--like", type=Path, metavar="VOLUME",
+                      help="a volume that it was trained on: its orientation is the network's")
   result.add_argument("--overwrite", action="store_true", help="replace OUT")
   return result
 
@@ -59,7 +61,7 @@ def convert_nnunet(options: argparse.Namespace, report: Callable[[str], None]) -
     raise UserError(f"{file}: is of configuration {init['configuration']}, not {configuration}; "
                     "leave --configuration out")
   mirrored = stored.get("inference_allowed_mirroring_axes")
-  found = read_plans(plans, dataset, configuration, mirrored, str(file))
+  found = read_plans(plans, dataset, configuration, mirrored, options.like, str(file))
   outputs = len(found.labels.structures) + (0 if found.labels.regions else 1)
   unet = UNet(found.network, outputs)
   params, facts = network_params(
@@ -91,7 +93,7 @@ def _config(found: Converted, out: Path) -> dict[str, Any]:
   plan = {key: value for key, value in dataclasses.asdict(found.plan).items() if value is not None}
   n = found.network
   generator = {"init_from": str(out), "features": n.features, "convs_per_stage": n.convs_per_stage,
-               "decoder_convs": n.decoder_convs, "loop": {"steps": 0}}
+               "decoder_convs": n.decoder_convs, "mirrored": n.mirrored, "loop": {"steps": 0}}
   return _plain({"plan": plan, "generator": generator,
                  "inference": {"mirror_axes": found.mirror_axes}})
 

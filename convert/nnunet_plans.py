@@ -4,12 +4,14 @@ What cannot be represented is an error in one line; what is done in another way 
 `Converted.differs`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rfmedsam2_jax.data.datasets import Labels, read_labels
 from rfmedsam2_jax.data.plan import PLANES, ChannelRule, PlanConfig, Triple
+from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.unet import UNetConfig
 
@@ -33,25 +35,26 @@ class Converted(NamedTuple):
 
 def read_plans(
   plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str,
-  mirrored: Sequence[int] | None, source: str,
+  mirrored: Sequence[int] | None, like: Path | None, source: str,
 ) -> Converted:
   """Judges plans and dataset.json.
 
   Args:
     mirrored: axes that nnU-Net mirrors in prediction, its order.
+    like: a volume that nnU-Net was trained on, whose orientation its network knows.
     source: named in errors.
 
   Raises:
     UserError: what cannot be represented, or entries that are missing.
   """
   try:
-    return _read_plans(plans, dataset, configuration, mirrored, source)
+    return _read_plans(plans, dataset, configuration, mirrored, like, source)
   except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
     raise UserError(f"{source}: its plans have a missing or wrong entry ({type(error).__name__}: "
                     f"{error}); nnU-Net v2 wrote other ones, copy them again") from None
 
 
-def _read_plans(plans, dataset, configuration, mirrored, source) -> Converted:
+def _read_plans(plans, dataset, configuration, mirrored, like, source) -> Converted:
   c = _configuration(plans, configuration, source)
   if len(c["patch_size"]) != 3:
     raise UserError(f"{source}: {configuration} is a 2D network; the generator is 3D, convert "
@@ -59,7 +62,7 @@ def _read_plans(plans, dataset, configuration, mirrored, source) -> Converted:
   if c.get("previous_stage") is not None or configuration == "3d_cascade_fullres":
     raise UserError(f"{source}: {configuration} is the second network of a cascade, which also "
                     "sees the first one's result; convert 3d_fullres or 3d_lowres")
-  forward = tuple(int(axis) for axis in plans["transpose_forward"])
+  forward = _triple(plans["transpose_forward"])
   if list(forward[1:]) != sorted(forward[1:]):
     raise UserError(f"{source}: transpose_forward is {list(forward)}; only the first axis may be "
                     "chosen here, the other two keep their order")
@@ -76,15 +79,21 @@ def _read_plans(plans, dataset, configuration, mirrored, source) -> Converted:
     strides=network.strides, kernels=network.kernels,
   )
   mirror_axes = tuple(sorted(int(axis) for axis in mirrored or ()))
-  taken = (
+  taken = [
     f"spacing {list(plan.spacing or ())} mm, patch {list(plan.patch_size or ())}, {plane} slices "
     f"first (transpose_forward {list(forward)})",
     "intensities: " + ", ".join(
       f"{rule.name} {rule.kind}{' inside the object' if rule.masked else ''}" for rule in rules),
     f"mirrored axes of prediction: {list(mirror_axes)}",
-  )
-  differs = ["nnU-Net takes the axes as they lie in a file, this program turns volumes to RAS+ "
-             "first; the same where files are stored so"]
+  ]
+  differs = []
+  if like is None:
+    differs.append("nnU-Net takes the axes as they lie in a file, this program turns volumes to "
+                   "LPS first; name a training volume with --like, else files must be LPS")
+  else:
+    seen = _mirrored(like, forward)
+    network = dataclasses.replace(network, mirrored=seen)
+    taken.append(f"the network sees axes {list(seen)} mirrored, as in {like.name}")
   if any(rule.kind == "ct" for rule in rules):
     differs.append("volumes with a CT channel are not cropped to their nonzero box")
   for key in ("resampling_fn_data", "resampling_fn_probabilities"):
@@ -94,7 +103,16 @@ def _read_plans(plans, dataset, configuration, mirrored, source) -> Converted:
     if name != "resample_data_or_seg_to_shape" or given != expected:
       differs.append(f"{key} is {name} with {given}; here it is nnU-Net's default, {expected}")
   differs.append("an axis that shrinks by more than 1.5 is averaged instead of sampled by a spline")
-  return Converted(plan, rules, labels, network, heads, mirror_axes, taken, tuple(differs))
+  return Converted(plan, rules, labels, network, heads, mirror_axes, tuple(taken), tuple(differs))
+
+
+def _mirrored(like: Path, forward: Triple) -> tuple[int, ...]:
+  """Axes of prepared volumes that run against those of a file."""
+  geometry = load_image(like).geometry
+  if geometry.axes != (2, 1, 0):
+    raise UserError(f"{like}: its axes are not in the order x, y, z (they are {geometry.axes} of "
+                    "z, y, x), in which nnU-Net sees other slices than this program; not possible")
+  return tuple(i for i, axis in enumerate(forward) if geometry.flipped[axis])
 
 
 def _configuration(plans, name: str, source: str) -> dict[str, Any]:

@@ -38,7 +38,9 @@ class Phase(NamedTuple):
 
 def generator_network(config: Config, plan: Plan) -> UNet:
   g = config.generator
-  return unet_for(plan, g.features, g.convs_per_stage, g.dtype, g.remat, g.decoder_convs)
+  return unet_for(
+    plan, g.features, g.convs_per_stage, g.dtype, g.remat, g.decoder_convs, g.mirrored
+  )
 
 
 def generator_phase(config: Config, plan: Plan) -> Phase:

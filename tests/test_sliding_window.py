@@ -70,3 +70,22 @@ def test_windows_start_where_those_of_nnunet_do():
   assert window_starts(162, 30, 0.5) == [0, 15, 29, 44, 59, 73, 88, 103, 117, 132]
   assert window_starts(529, 224, 0.5) == [0, 102, 203, 305]
   assert window_starts(224, 224, 0.5) == [0]
+
+
+@pytest.mark.parametrize("shape", [(9, 13, 6), (5, 5, 3)])
+def test_reversed_axes_are_the_mirrored_volumes_windows(shape):
+  image = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
+
+  def place(x):  # depends on where the window lies, also on where it is padded
+    return np.cumsum(np.cumsum(np.cumsum(x, 1), 2), 3)
+
+  def mirrored(x):
+    return np.flip(place(np.flip(x, (1, 2))), (1, 2))
+
+  def joined(*arguments):
+    return np.concatenate([slab for _, slab in predict_slabs(*arguments)])
+
+  patch = (6, 6, 4)
+  expected = joined(place, np.flip(image, (1, 2)), patch)
+  ours = joined(mirrored, image, patch, 0.5, 1, (), (0, 1))
+  np.testing.assert_allclose(ours, np.flip(expected, (0, 1)), atol=1e-5)

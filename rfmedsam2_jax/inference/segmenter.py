@@ -115,6 +115,7 @@ class Segmentation:
 def unet_for(
   plan: Plan, features: Sequence[int] | None, convs_per_stage: int, dtype: str,
   remat: Remat = "none", decoder_convs: int | None = None,
+  mirrored: tuple[int, ...] = (),
 ) -> UNet:
   """The generator that a plan asks for; by default nnU-Net's widths, 32 doubling up to 320."""
   stages = len(plan.strides)
@@ -127,7 +128,8 @@ def unet_for(
     )
   outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
   config = UNetConfig(
-    tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype, remat, decoder_convs
+    tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype, remat, decoder_convs,
+    mirrored,
   )
   return UNet(config, outputs)
 
@@ -187,6 +189,7 @@ def run_generator(segmenter: Segmenter, prepared: Prepared) -> Generated:
     config.overlap,
     config.batch_size * device_count(),
     config.mirror_axes,
+    segmenter.unet.config.mirrored,
   )
   for where, slab in slabs:
     odds = _log_odds(slab, regions)

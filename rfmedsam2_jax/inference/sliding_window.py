@@ -45,6 +45,7 @@ def predict_slabs(
   overlap: float = 0.5,
   batch_size: int = 1,
   mirror_axes: Sequence[int] = (),
+  reversed_axes: Sequence[int] = (),
 ) -> Iterator[tuple[slice, np.ndarray]]:
   """Logits of a volume of any size, in slabs along D.
 
@@ -58,6 +59,8 @@ def predict_slabs(
     batch_size: windows per call.
     mirror_axes: axes (0 = D, 1 = H, 2 = W) along which predictions of mirrored windows are
       averaged in; every one of them doubles the time.
+    reversed_axes: axes along which windows and padding lie as they would in the mirrored volume;
+      of odd sizes that is one voxel away.
 
   Yields:
     (slice along D, float32 [d, H, W, K]), in order and without gaps. The array is the receiver's.
@@ -65,10 +68,13 @@ def predict_slabs(
   shape = image.shape[1:]
   pads = [max(p - size, 0) for p, size in zip(patch, shape, strict=True)]
   margins = [(pad // 2, pad - pad // 2) for pad in pads]
+  margins = [m[::-1] if axis in reversed_axes else m for axis, m in enumerate(margins)]
   if any(pads):
     image = np.pad(image, [(0, 0), *margins])
   depth, height, width = image.shape[1:]
   starts = [window_starts(size, p, overlap) for size, p in zip(image.shape[1:], patch, strict=True)]
+  for axis in reversed_axes:
+    starts[axis] = [image.shape[1 + axis] - patch[axis] - s for s in reversed(starts[axis])]
   weight_d, weight_h, weight_w = (importance(p) for p in patch)
   weight = weight_d[:, None, None] * weight_h[:, None] * weight_w
   # Windows form a grid, so the sum of their weights is a product of sums along the axes.

@@ -29,6 +29,7 @@ class UNetConfig:
   dtype: str = "float32"  # of the arithmetic; bfloat16 halves memory on GPU and TPU
   remat: Remat = "none"  # what training keeps of a convolution's block for the backward pass
   decoder_convs: int | None = None  # per stage of the decoder; None: as in the encoder
+  mirrored: tuple[int, ...] = ()  # axes (0 D, 1 H, 2 W) along which it sees its input mirrored
 
   def __post_init__(self):
     if not len(self.features) == len(self.strides) == len(self.kernels):
@@ -200,7 +201,10 @@ class UNet(nn.Module):
     shape, divisor = x_BDHWC.shape[1:4], self.config.divisor
     if any(size % d for size, d in zip(shape, divisor, strict=True)):
       raise ValueError(f"patch {shape} is not divisible by {divisor}")
+    axes = tuple(axis + 1 for axis in self.config.mirrored)
+    x_BDHWC = jnp.flip(x_BDHWC, axes) if axes else x_BDHWC
     skips = Encoder(self.config, name="encoder")(x_BDHWC.astype(self.config.dtype))
     decoder = Decoder(self.config, self.num_outputs, name="decoder")
     outputs = decoder(skips, deep_supervision)
+    outputs = tuple(jnp.flip(y, axes) for y in outputs) if axes else outputs
     return outputs if deep_supervision else outputs[0]

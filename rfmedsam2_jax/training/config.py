@@ -45,6 +45,9 @@ class GeneratorConfig:
   features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
   convs_per_stage: int = 2
   decoder_convs: int | None = None  # per stage of the decoder; None: as many as convs_per_stage
+  mirrored: tuple[int, ...] = ()
+  # Axes (0 slices, 1 rows, 2 columns) along which the network sees volumes mirrored: one that was
+  # trained on files that are not stored as LPS, see docs/convert.md.
   dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
   remat: Remat = "none"
   # What is kept of a convolution with its norm for the backward pass. "none": all. "block": its

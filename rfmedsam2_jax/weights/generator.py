@@ -29,6 +29,7 @@ def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]
     "kernels": c.kernels,
     "convs_per_stage": c.convs_per_stage,
     "decoder_convs": c.decoder_convs or c.convs_per_stage,
+    "mirrored": c.mirrored,
     "channels": channels,
     "outputs": unet.num_outputs,
     "structures": structures,

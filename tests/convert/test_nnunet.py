@@ -1,6 +1,7 @@
 """`python -m convert nnunet`: networks of dynamic-network-architectures, plans, a run from them."""
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
 import yaml
@@ -111,6 +112,25 @@ def test_the_plan_is_nnunets(tmp_path):
   ct, t2 = config.plan.channels
   assert (ct.kind, ct.lower, ct.upper, ct.mean, ct.std) == ("ct", -50.0, 200.0, 60.0, 25.0)
   assert (t2.name, t2.kind, t2.masked) == ("T2", "zscore", True)
+
+
+def test_a_network_of_files_that_are_not_ras_sees_them_as_it_knows_them(tmp_path):
+  network = write_model(tmp_path / "model", ISOTROPIC, 1)
+  like = nib.Nifti1Image(np.zeros((6, 5, 4), np.float32), np.diag([-1.0, 1, -3, 1]))
+  nib.save(like, tmp_path / "like.nii.gz")  # x to the left as here, y and z against ours
+  assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out"), "--like",
+               str(tmp_path / "like.nii.gz")]) == 0
+  assert load_config(tmp_path / "out" / "config.yaml").generator.mirrored == (0, 1)
+  config = UNetConfig((4, 6, 8), ((1, 1, 1), (2, 2, 2), (2, 2, 2)), ((3, 3, 3),) * 3, 2,
+                      decoder_convs=1, mirrored=(0, 1))
+  unet = UNet(config, 3)
+  shapes = jax.eval_shape(lambda key: init_generator(unet, 1, key), jax.random.key(0))
+  x = np.random.default_rng(0).standard_normal((1, 8, 16, 24, 1)).astype(np.float32)
+  ours = jax.jit(unet.apply)({"params": load_params(tmp_path / "out", shapes)}, x)
+  with torch.inference_mode():
+    theirs = network(torch.tensor(np.flip(x, (1, 2)).transpose(0, 4, 1, 2, 3).copy()))[0].numpy()
+  theirs = np.flip(theirs.transpose(0, 2, 3, 4, 1), (1, 2))[..., [0, 2, 1]]
+  np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("changes, says", [

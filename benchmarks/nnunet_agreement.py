@@ -1,0 +1,67 @@
+"""nnU-Net's own label maps beside those of its converted network, on cases that it never saw.
+
+.venv-nnunet/bin/python benchmarks/accuracy/nnunet.py DATASET --splits splits.json --minutes 3
+    --epochs 2 --work runs/nnunet
+python -m convert nnunet runs/nnunet/results/Dataset004_Benchmark/Trainer__nnUNetPlans__3d_fullres
+    ckpt/nnunet --fold all --like DATASET/imagesTr/CASE.nii.gz
+python benchmarks/nnunet_agreement.py ckpt/nnunet DATASET runs/nnunet/predictions
+
+Both mirror and use windows of half a patch. Prints, for every case and in all, the share of equal
+voxels and the Dice of the two label maps per structure.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.data.datasets import read_case, read_dataset
+from rfmedsam2_jax.data.fingerprint import make_fingerprint
+from rfmedsam2_jax.data.plan import make_plan
+from rfmedsam2_jax.data.volumes import load_label_map
+from rfmedsam2_jax.inference.segmenter import Segmenter, label_map, segment_volume
+from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.phases import generator_network, init_generator
+from rfmedsam2_jax.weights.orbax import load_params
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("checkpoint", type=Path, help="made by python -m convert nnunet")
+  parser.add_argument("dataset", type=Path)
+  parser.add_argument("predictions", type=Path, help="nnU-Net's label maps of cases of DATASET")
+  options = parser.parse_args()
+  config = load_config(options.checkpoint / "config.yaml")
+  dataset = read_dataset(options.dataset)
+  named = {file.name.removesuffix(".nii.gz"): file for file in options.predictions.glob("*.nii.gz")}
+  cases = [case for case in dataset.cases if case.identifier in named]
+  plan = make_plan(make_fingerprint(dataset, cases), config.plan)  # its rules are all given
+  unet = generator_network(config, plan)
+  shapes = jax.eval_shape(
+    lambda key: init_generator(unet, len(plan.channels), key), jax.random.key(0))
+  segmenter = Segmenter(
+    plan, unet, load_params(options.checkpoint, shapes), SAM2(config.sam2), None,
+    config.refinement, config.inference)
+  values = dict(zip(plan.labels.names, plan.labels.output_values, strict=True))
+  equal, total = 0, 0
+  both = {name: np.zeros(2) for name in values}
+  for case in cases:
+    volume, _ = read_case(case, len(dataset.channels), dataset.labels)
+    ours = label_map([segment_volume(segmenter, volume)], 0)
+    theirs = load_label_map(named[case.identifier], volume.geometry)
+    equal, total = equal + int((ours == theirs).sum()), total + ours.size
+    for name, value in values.items():
+      a, b = ours == value, theirs == value
+      both[name] += 2 * int((a & b).sum()), int(a.sum()) + int(b.sum())
+    print(f"{case.identifier}: {100 * float((ours == theirs).mean()):.3f} % of voxels equal, "
+          f"{int((ours != theirs).sum())} differ")
+  dice = ", ".join(
+    f"{name} {pair[0] / pair[1]:.4f}" if pair[1] else f"{name} in neither"
+    for name, pair in both.items())
+  print(f"{len(cases)} cases: {100 * equal / total:.4f} % of voxels equal; Dice of the two: {dice}")
+
+
+if __name__ == "__main__":
+  main()
