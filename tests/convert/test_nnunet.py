@@ -190,3 +190,20 @@ def test_a_converted_network_is_the_generator_of_a_run_without_steps(tmp_path, c
   a, b = (load_params(folder, shapes) for folder in folders)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert (run / "refiner" / "params").is_dir()
+
+
+def test_a_generator_without_steps_needs_a_start_of_the_same_kind(
+  tmp_path, capsys, tiny_config
+):
+  write_model(tmp_path / "model", ISOTROPIC, 1)
+  assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+  (tmp_path / "empty").mkdir()
+  for source, says in (
+    ("''", "leaves a generator from scratch untrained"),
+    (tmp_path / "out", "its generator has features=[4,6,8]"),
+    (tmp_path / "empty", "is no checkpoint of a generator"),
+  ):
+    assert rfmedsam2(["train", str(tiny_config), "--out", str(tmp_path / "run"), "--overwrite",
+                      "generator.loop.steps=0", f"generator.init_from={source}"]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
