@@ -17,9 +17,17 @@ import numpy as np
 
 from rfmedsam2_jax.data.datasets import Case, find_inputs, read_case, with_labels
 from rfmedsam2_jax.data.files import claim, replacing
+from rfmedsam2_jax.data.itk import simpleitk
 from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.probabilities import probability_paths, write_probability
-from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image, load_label_map, write_label_map
+from rfmedsam2_jax.data.segmentations import (
+  FORMAT_ENDINGS,
+  ITKSNAP_NAME,
+  Format,
+  write_itksnap_labels,
+  write_segmentation,
+)
+from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image, load_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.inference.case_details import Details, examine
@@ -61,10 +69,11 @@ def segment(model: Models, array: np.ndarray, spacing: tuple[float, float, float
 def segment_file(
   model: Models, image: str | Path | Sequence[str | Path], out: str | Path | None = None
 ) -> np.ndarray:
-  """Segments a NIfTI file (or one per channel).
+  """Segments a file or a folder with a DICOM series (or one per channel).
 
   Args:
-    out: where to write the label map on the file's own grid; None writes nothing.
+    out: where to write the label map on the file's own grid, .nii.gz, .nii or .seg.nrrd; None
+      writes nothing.
 
   Returns:
     Label map in the file's own axis order.
@@ -73,7 +82,7 @@ def segment_file(
   volume = load_image(image, len(models[0].plan.channels))
   labels = _last_labels(models, volume)
   if out is not None:
-    write_label_map(out, labels, volume.geometry)
+    write_segmentation(out, labels, volume.geometry, models[0].plan.labels.value_names)
   return volume.geometry.to_native(labels)
 
 
@@ -112,8 +121,11 @@ def predict(
   progress: Callable[[str], None] = lambda line: None,
   probabilities: bool = False,
   warn: Callable[[str, str], None] = _log_warning,
+  format: Format = "nifti",
 ) -> list[Path]:
   """Segments files and folders into `out`/CASE.nii.gz, with `out`/CASE.json of details.
+
+  `out`/itksnap_labels.txt names the values, with colours, for ITK-SNAP.
 
   Args:
     prompts: "generated" (automatic), "oracle" (boxes from the truth in `labels`) or "given"
@@ -124,6 +136,7 @@ def predict(
     overwrite: replace results that exist.
     probabilities: also write `out`/probabilities/CASE, a file per structure.
     warn: takes a case and what is unusual about it.
+    format: of label maps; "nrrd" writes CASE.seg.nrrd, a segmentation of 3D Slicer.
 
   Returns:
     The label maps written.
@@ -144,7 +157,10 @@ def predict(
   if labels is not None:
     cases = with_labels(cases, labels)
   out = Path(out)
-  targets = [out / f"{case.identifier}.nii.gz" for case in cases]
+  targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
+  if format == "nrrd":
+    simpleitk("--format nrrd")  # said now if it is missing
+  names = models[0].plan.labels.value_names
   claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
   for number, (case, target) in enumerate(zip(cases, targets, strict=True), 1):
     progress(f"{number}/{len(cases)} {case.identifier}")
@@ -162,7 +178,7 @@ def predict(
     if save_stages:
       for stage, labels_of_stage in enumerate(found.maps):
         files["stages"].append(f"stage{stage}/{target.name}")
-        write_label_map(out / files["stages"][-1], labels_of_stage, found.geometry)
+        write_segmentation(out / files["stages"][-1], labels_of_stage, found.geometry, names)
     for notice in found.warnings:
       warn(case.identifier, notice.message)
     about = {
@@ -173,7 +189,8 @@ def predict(
     with replacing(out / f"{case.identifier}.json") as temporary:
       text = json.dumps({**about, **found.as_dict(), "files": files}, indent=1, allow_nan=False)
       temporary.write_text(text + "\n", encoding="utf-8")
-    write_label_map(target, found.maps[-1], found.geometry)
+    write_segmentation(target, found.maps[-1], found.geometry, names)
+  write_itksnap_labels(out / ITKSNAP_NAME, names)
   return targets
 
 

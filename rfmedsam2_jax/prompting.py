@@ -15,8 +15,10 @@ import numpy as np
 
 from rfmedsam2_jax.data.datasets import Structure
 from rfmedsam2_jax.data.files import claim, replacing
+from rfmedsam2_jax.data.itk import simpleitk
 from rfmedsam2_jax.data.measures import volumes_ml
-from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image, write_label_map
+from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format, write_segmentation
+from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference import prompt_files
 from rfmedsam2_jax.inference.slice_frame import Plane, SliceFrame, VoxelPrompt
@@ -83,33 +85,42 @@ def write_tracked(
   found: TrackedVolume,
   about: dict[str, Any] | None = None,
   overwrite: bool = False,
+  format: Format = "nifti",
 ) -> list[Path]:
   """Writes NAME.nii.gz on the input's grid, NAME.json of scores and NAME.png, a contact sheet.
+
+  Args:
+    format: of the label map; "nrrd" makes it NAME.seg.nrrd, a segmentation of 3D Slicer.
 
   Raises:
     UserError: results that exist already, unless `overwrite`; a folder that cannot be made.
   """
-  targets = result_paths(out, volume.geometry.path, overwrite)
+  targets = result_paths(out, volume.geometry.path, overwrite, format)
   label_map, scores, picture = targets
   structures = tuple(Structure(f"label {value}", (value,)) for value in found.structures)
   case = SheetCase(
-    label_map.name.removesuffix(".nii.gz"), volume.array[0], None, {"tracked": found.labels},
-    volume.spacing, found.window, found.slice_axis,
+    label_map.name.removesuffix(FORMAT_ENDINGS[format]), volume.array[0], None,
+    {"tracked": found.labels}, volume.spacing, found.window, found.slice_axis,
   )
   save_contact_sheet(picture, [case], structures, crop=False)
   with replacing(scores) as temporary:
     text = json.dumps({**(about or {}), **_scores(volume, found)}, indent=1)
     temporary.write_text(text + "\n")
-  write_label_map(label_map, found.labels, volume.geometry)
+  names = {structure.values[0]: structure.name for structure in structures}
+  write_segmentation(label_map, found.labels, volume.geometry, names)
   return targets
 
 
-def result_paths(out: str | Path, image: Path, overwrite: bool) -> list[Path]:
+def result_paths(
+  out: str | Path, image: Path, overwrite: bool, format: Format = "nifti"
+) -> list[Path]:
   """The files that `write_tracked` writes; makes their folder, and refuses what exists."""
-  name = image.name
-  for ending in ENDINGS:
-    name = name.removesuffix(ending)
-  targets = [Path(out) / f"{name}{ending}" for ending in (".nii.gz", ".json", ".png")]
+  if format == "nrrd":
+    simpleitk("--format nrrd")  # said now if it is missing
+  name = image.resolve().name
+  ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
+  name = name.removesuffix(ending)
+  targets = [Path(out) / f"{name}{ending}" for ending in (FORMAT_ENDINGS[format], ".json", ".png")]
   if image.exists() and any(path.exists() and path.samefile(image) for path in targets):
     raise UserError(f"{image}: would be replaced by its own result; choose another --out")
   claim(out, targets, overwrite)

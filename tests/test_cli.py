@@ -12,10 +12,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from tests_data import ORIENTATIONS, reoriented
+from tests_data import ORIENTATIONS, reoriented, save_series
 
 import rfmedsam2_jax
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.data.volumes import load_image, load_label_map
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def damaged(kind: str, unseen: Path, folder: Path) -> Path:
     ("NaN", "NaN"),
     ("empty file", ""),
     ("not NIfTI", ""),
-    ("empty folder", "has no .nii.gz"),
+    ("empty folder", "has no volumes"),
   ],
 )
 def test_a_bad_input_is_one_line_and_leaves_nothing(tiny_run, unseen, tmp_path, capsys, kind, says):
@@ -305,3 +306,25 @@ def test_help_answers_without_loading_jax():
 def test_there_are_48_orientations():
   assert len(ORIENTATIONS) == len(set(ORIENTATIONS)) == 6 * 8
   assert {order for order, _ in ORIENTATIONS} == set(itertools.permutations(range(3)))
+
+
+def test_other_formats_get_the_same_label_map(tiny_run, phantoms, tmp_path, capsys):
+  scan = sorted((phantoms / "imagesTs").glob("*.nii.gz"))[0]
+  image = sitk.ReadImage(str(scan))
+  inputs = tmp_path / "in"
+  inputs.mkdir()
+  shutil.copy(scan, inputs / "nifti.nii.gz")
+  sitk.WriteImage(image, str(inputs / "nrrd.nrrd"))
+  save_series(inputs / "series", image)
+  like = load_image(scan).geometry
+  for form, ending in (("nifti", ".nii.gz"), ("nrrd", ".seg.nrrd")):
+    out = tmp_path / form
+    assert main(["predict", str(tiny_run), str(inputs), "--out", str(out), "--format", form]) == 0
+    maps = [load_label_map(out / f"{name}{ending}", like) for name in ("nifti", "nrrd", "series")]
+    for other in maps[1:]:
+      np.testing.assert_array_equal(other, maps[0])
+    assert maps[0].any(), "nothing was segmented"
+  names = (out / "itksnap_labels.txt").read_text()
+  assert '"liver"' in names
+  status, said, _ = run(capsys, "evaluate", tmp_path / "nrrd", tmp_path / "nifti")
+  assert status == 0 and "1.0000" in said

@@ -14,7 +14,7 @@ HELP = "segment volumes with a trained run"
 def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "paths", nargs="+", type=Path, metavar="RUN... INPUT...",
-    help="one run folder, or several to be averaged, then NIfTI files or folders",
+    help="one run folder, or several to be averaged, then volumes, DICOM series or folders of them",
   )
   parser.add_argument("--out", type=Path, required=True, help="folder of label maps and CASE.json")
   parser.add_argument(
@@ -23,6 +23,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--labels", type=Path, help="folder of label maps for oracle or given")
   parser.add_argument("--given", type=Path, help="JSON of boxes and points for --prompts given")
+  parser.add_argument(
+    "--format", choices=("nifti", "nrrd"), default="nifti",
+    help="of label maps; nrrd: with names and colours, for 3D Slicer",
+  )
   parser.add_argument("--save-stages", action="store_true", help="also write every stage")
   parser.add_argument(
     "--probabilities", action="store_true", help="also write a probability map per structure"
@@ -37,7 +41,7 @@ def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     count += 1
   runs, inputs = list(paths[: max(count, 1)]), list(paths[max(count, 1) :])
   if not inputs:
-    raise UserError(f"{paths[-1]}: no input given behind the run; name NIfTI files or folders")
+    raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
   return runs, inputs
 
 
@@ -56,7 +60,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
     options.save_stages, options.overwrite, console.line,
-    options.probabilities, warn,
+    options.probabilities, warn, options.format,
   )
   seconds = time.monotonic() - began
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""

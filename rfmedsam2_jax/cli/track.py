@@ -9,7 +9,7 @@ HELP = "follow prompted structures through a volume with a checkpoint of SAM 2"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("image", type=Path, help="NIfTI file")
+  parser.add_argument("image", type=Path, help="volume, or folder with a DICOM series")
   parser.add_argument(
     "--checkpoint", type=Path, required=True, help="folder made by python -m convert"
   )
@@ -30,6 +30,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--masks", type=Path, action="append", default=[], metavar="LABELS.nii.gz",
     help="label map with masks on some slices",
+  )
+  parser.add_argument(
+    "--format", choices=("nifti", "nrrd"), default="nifti",
+    help="of the label map; nrrd: with names and colours, for 3D Slicer",
   )
   parser.add_argument("--world", action="store_true", help="coordinates are millimetres, RAS+")
   parser.add_argument(
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     options.world,
   )
   check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)
-  result_paths(options.out, options.image, options.overwrite)
+  result_paths(options.out, options.image, options.overwrite, options.format)
   config = TrackingConfig(
     multimask=not options.single_mask,
     dynamic_multimask=not options.single_mask,
@@ -84,5 +88,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   )
   found = prompted.track(prompts)
   about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
-  written = write_tracked(options.out, volume, found, about, options.overwrite)
+  written = write_tracked(
+    options.out, volume, found, about, options.overwrite, options.format
+  )
   console.result("\n".join(f"written: {path}" for path in written), {"written": written})

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.data.files import STRICT, read_json
+from rfmedsam2_jax.data.itk import is_series
 from rfmedsam2_jax.data.volumes import (
   ENDINGS,
   Volume,
-  is_nifti_name,
+  is_volume_name,
   load_image,
   load_label_map,
 )
@@ -63,6 +64,11 @@ class Labels:
   @property
   def names(self) -> tuple[str, ...]:
     return tuple(structure.name for structure in self.structures)
+
+  @property
+  def value_names(self) -> dict[int, str]:
+    """What each value of a written label map is called, in the structures' order."""
+    return dict(zip(self.output_values, self.names, strict=True))
 
   @property
   def atom_values(self) -> tuple[int, ...]:
@@ -179,7 +185,8 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
   """Finds the cases of a prediction in files and folders.
 
   `CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ... are the channels of one case (nnU-Net); any other
-  name is a case of its own: a 3D file, or a 4D file with all channels.
+  name is a case of its own: a 3D file, or a 4D file with all channels. A folder with a DICOM series
+  counts as a file of the folder's name.
 
   Raises:
     UserError: nothing there, a missing channel, two cases of one name.
@@ -187,12 +194,17 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
   cases: dict[Path, Case] = {}  # by the first file: a channel may be met several times
   for path in map(Path, paths):
     if path.is_dir():
-      files = sorted(file for file in path.iterdir() if is_nifti_name(file))
+      files = [path] if is_series(path) else sorted(
+        file for file in path.iterdir()
+        if (is_series(file) if file.is_dir() else is_volume_name(file))
+      )
       if not files:
-        raise UserError(f"{path}: has no .nii.gz or .nii files; give a folder with volumes")
+        raise UserError(f"{path}: has no volumes (files that end in {', '.join(ENDINGS)}, or "
+                        f"folders with a DICOM series); give a folder that has some")
     elif path.exists():
       if not path.name.endswith(ENDINGS):
-        raise UserError(f"{path}: is not a NIfTI file; give .nii or .nii.gz files or a folder")
+        raise UserError(f"{path}: is not a volume; give files that end in {', '.join(ENDINGS)}, "
+                        f"or folders")
       files = [path]
     else:
       raise UserError(f"{path}: no such file or folder; check the path")
@@ -200,13 +212,13 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
       case = _input_case(file, channels)
       cases[case.images[0].resolve()] = case
   if not cases:
-    raise UserError("no input given; name NIfTI files or folders")
+    raise UserError("no input given; name volumes or folders")
   _check_unique(list(cases.values()))
   return list(cases.values())
 
 
 def with_labels(cases: Sequence[Case], folder: str | Path) -> list[Case]:
-  """The same cases with the label maps `IDENTIFIER.nii.gz` (or .nii) of a folder."""
+  """The same cases with the label maps `IDENTIFIER` + one of `ENDINGS` of a folder."""
   labelled = []
   for case in cases:
     files = [Path(folder) / (case.identifier + ending) for ending in ENDINGS]
@@ -293,7 +305,7 @@ def _stem(path: Path) -> str:
   for ending in ENDINGS:
     if path.name.endswith(ending):
       return path.name.removesuffix(ending)
-  raise UserError(f"{path}: is not a .nii.gz or .nii file; convert it")
+  raise UserError(f"{path}: does not end in {', '.join(ENDINGS)}; convert it")
 
 
 def _decathlon_cases(folder: Path, content: Mapping[str, Any]) -> list[Case]:
@@ -309,10 +321,10 @@ def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> li
   ending = content["file_ending"]
   if ending not in ENDINGS:
     raise UserError(f"{folder / 'dataset.json'}: file_ending is {ending}; convert the volumes to "
-                    f".nii.gz")
+                    f"one of {', '.join(ENDINGS)}")
   files = sorted((folder / "imagesTr").glob(f"*_[0-9][0-9][0-9][0-9]{ending}"))
   identifiers = dict.fromkeys(file.name.removesuffix(ending)[:-5] for file in files
-                              if is_nifti_name(file))
+                              if is_volume_name(file))
   return [Case(name,
                tuple(folder / "imagesTr" / f"{name}_{c:04d}{ending}" for c in range(channels)),
                folder / "labelsTr" / f"{name}{ending}")
@@ -320,14 +332,14 @@ def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> li
 
 
 def _input_case(file: Path, channels: int) -> Case:
-  stem = _stem(file)
+  stem = file.resolve().name if file.is_dir() else _stem(file)
   numbered = re.fullmatch(r"(.+)_(\d{4})", stem)
   if numbered is None or int(numbered[2]) >= channels:
     return Case(stem, (file,))
   ending = file.name.removeprefix(stem)
   images = tuple(file.with_name(f"{numbered[1]}_{c:04d}{ending}") for c in range(channels))
   for image in images:
-    if not image.is_file():
+    if not image.exists():
       raise UserError(f"{image}: does not exist, but {file.name} is one of {channels} channels of "
                       f"case {numbered[1]}; add it")
   return Case(numbered[1], images)

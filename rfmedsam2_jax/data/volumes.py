@@ -1,4 +1,4 @@
-"""NIfTI volumes in and label maps out: any axis order and flip comes in, the same grid goes out.
+"""Volumes in and label maps out: any axis order and flip comes in, the same grid goes out.
 
 First and last station of the data's way. Everything behind it works in one orientation, LPS+ with
 axes (z, y, x), which is SimpleITK's array order; `Geometry` remembers how to go back.
@@ -13,10 +13,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.errors import UserError
 
-ENDINGS = (".nii.gz", ".nii")
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
 
 # Largest distance of the same corner voxel in image and label, in units of the smallest spacing.
 # Rounded headers stay far below; a shift by a voxel stays far above.
@@ -31,7 +33,8 @@ class Geometry:
 
   Attributes:
     path: the file it was read from, for messages.
-    header: the file's NIfTI header: units, qform and sform with their codes.
+    header: the file's NIfTI header: units, qform and sform with their codes. Of another format:
+      one in mm with both forms.
     affine: float64 [4, 4], native voxel index (i, j, k) to world (RAS+), in the file's units.
     shape: native (i, j, k).
     axes: the native axis that runs along canonical z, y and x.
@@ -62,10 +65,18 @@ class Geometry:
     return self.affine @ to_native
 
   @property
+  def affine_mm(self) -> np.ndarray:
+    """`affine` in mm, whatever the file's units."""
+    return np.diag([*[self._millimetres] * 3, 1.0]) @ self.affine
+
+  @property
+  def _millimetres(self) -> float:
+    return _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
+
+  @property
   def spacing(self) -> tuple[float, float, float]:
     """Voxel size in mm along canonical (z, y, x), to the six digits that float32 headers carry."""
-    scale = _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
-    sizes = np.linalg.norm(self.affine[:3, :3], axis=0) * scale
+    sizes = np.linalg.norm(self.affine_mm[:3, :3], axis=0)
     z, y, x = (float(f"{sizes[axis]:.6g}") for axis in self.axes)
     return z, y, x
 
@@ -102,7 +113,7 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
 
   Args:
     paths: one 3D file per channel, all on one grid; or one 4D file whose fourth axis is the
-      channels (Medical Segmentation Decathlon).
+      channels (Medical Segmentation Decathlon). A folder is a DICOM series.
     channels: how many are expected.
 
   Raises:
@@ -209,8 +220,8 @@ def write_on_grid(
     nib.save(image, temporary)
 
 
-def is_nifti_name(path: str | Path) -> bool:
-  """Whether the name ends as a NIfTI file's does and is not hidden."""
+def is_volume_name(path: str | Path) -> bool:
+  """Whether the name ends as a volume's does (`ENDINGS`) and is not hidden."""
   name = Path(path).name
   return name.endswith(ENDINGS) and not name.startswith(".")
 
@@ -223,8 +234,13 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   """The voxels in native order, cast to `kind` if given, and the geometry of three axes."""
   if not path.exists():
     raise UserError(f"{path}: does not exist; check the path")
-  if not path.is_file() or not path.name.endswith(ENDINGS):
-    raise UserError(f"{path}: is not a NIfTI file; give a .nii or .nii.gz file")
+  if path.is_dir() or path.name.endswith(itk.ENDINGS):
+    native, affine = itk.read_series(path) if path.is_dir() else itk.read_file(path)
+    geometry = _geometry(path, native.shape, affine)
+    return native if kind is None else native.astype(kind, copy=False), geometry
+  if not path.is_file() or not path.name.endswith(NIFTI_ENDINGS):
+    raise UserError(f"{path}: is not a volume; give a file that ends in {', '.join(ENDINGS)}, "
+                    f"or a folder with a DICOM series")
   try:
     image = nib.load(path)
     if not isinstance(image, nib.Nifti1Image):
@@ -232,7 +248,7 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
     if image.get_data_dtype().kind not in "buif":
       raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
                       f"convert the file to whole or real numbers")
-    geometry = _geometry(path, image)
+    geometry = _geometry(path, image.shape, image.affine, image.header)
     if kind is None:
       native = np.asanyarray(image.dataobj)
     else:
@@ -245,22 +261,34 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   return native, geometry
 
 
-def _geometry(path: Path, image: nib.Nifti1Image) -> Geometry:
-  if len(image.shape) < 3 or 0 in image.shape:
-    size = "x".join(str(n) for n in image.shape)
+def _geometry(
+  path: Path, shape: tuple[int, ...], affine: np.ndarray, header: nib.Nifti1Header | None = None
+) -> Geometry:
+  if len(shape) < 3 or 0 in shape:
+    size = "x".join(str(n) for n in shape)
     raise UserError(f"{path}: has the size {size}; a volume with three axes is expected")
-  affine = np.asarray(image.affine, np.float64)
+  affine = np.asarray(affine, np.float64)
   sizes = np.linalg.norm(affine[:3, :3], axis=0)
   if not np.isfinite(affine).all() or not (sizes > 0).all():
     raise UserError(f"{path}: its affine is not finite or has an axis without length; "
-                    f"correct the header's qform or sform")
+                    f"correct the file's header")
   directions = affine[:3, :3] / sizes
   if abs(np.linalg.det(directions)) < 1e-3:
     raise UserError(f"{path}: its affine is singular (axes that coincide); "
-                    f"correct the header's qform or sform")
+                    f"correct the file's header")
   axes, flipped = _orientation(directions)
-  i, j, k = image.shape[:3]
-  return Geometry(path, image.header.copy(), affine, (i, j, k), axes, flipped)
+  i, j, k = shape[:3]
+  header = _scanner_header(affine) if header is None else header.copy()
+  return Geometry(path, header, affine, (i, j, k), axes, flipped)
+
+
+def _scanner_header(affine: np.ndarray) -> nib.Nifti1Header:
+  """A NIfTI header for a grid of another format: mm, both forms in the scanner's coordinates."""
+  header = nib.Nifti1Header()
+  header.set_xyzt_units("mm")
+  header.set_qform(affine, code=1)
+  header.set_sform(affine, code=1)
+  return header
 
 
 def _orientation(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.data.volumes import ENDINGS, is_nifti_name, load_image, load_label_map
+from rfmedsam2_jax.data.volumes import ENDINGS, is_volume_name, load_image, load_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.metrics import Score, mean_score, score
 
@@ -123,9 +123,10 @@ def _score_case(
 def _label_maps(path: Path) -> dict[str, Path]:
   """Label maps by case identifier."""
   if path.is_dir():
-    files = sorted(file for file in path.iterdir() if is_nifti_name(file))
+    files = sorted(file for file in path.iterdir() if is_volume_name(file))
     if not files:
-      raise UserError(f"{path}: has no .nii.gz or .nii files; give a folder with label maps")
+      raise UserError(f"{path}: has no label maps (files that end in {', '.join(ENDINGS)}); "
+                      f"give a folder that has some")
   elif path.exists():
     files = [path]
   else:
@@ -133,7 +134,10 @@ def _label_maps(path: Path) -> dict[str, Path]:
   names: dict[str, Path] = {}
   for file in files:
     ending = next((e for e in ENDINGS if file.name.endswith(e)), "")
-    names[file.name.removesuffix(ending)] = file
+    name = file.name.removesuffix(ending)
+    if name in names:
+      raise UserError(f"{file}: is the case {name}, and so is {names[name].name}; remove one")
+    names[name] = file
   return names
 
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.datasets import Structure
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.metrics import dice
@@ -79,7 +79,7 @@ def save_contact_sheet(
     len(panels), len(columns), height_ratios=heights, wspace=0.03, hspace=0.03,
     left=0.4 / width, right=1 - 0.02 / width, top=1 - title / height, bottom=legend / height,
   )
-  colours = _colours(len(structures))
+  colours: list[Any] = [tuple(c / 255 for c in colour(i)) for i in range(len(structures))]
   for number, row in enumerate(panels):
     for column, name in enumerate(columns):
       axes = figure.add_subplot(grid[number, column])
@@ -89,8 +89,8 @@ def save_contact_sheet(
       if column == 0:
         axes.set_ylabel(row["title"], color="white", fontsize=7)
   handles: list[Any] = [
-    Line2D([], [], color=colour, label=s.name)
-    for s, colour in zip(structures, colours, strict=True)
+    Line2D([], [], color=shown, label=s.name)
+    for s, shown in zip(structures, colours, strict=True)
   ]
   if "reference" in columns:
     handles.append(Line2D([], [], color="white", linestyle=":", label="reference"))
@@ -102,13 +102,6 @@ def save_contact_sheet(
   with replacing(path) as temporary:
     figure.savefig(temporary, format="png", facecolor="black")
   return path
-
-
-def _colours(count: int) -> list[Any]:
-  if count <= 10:
-    # Without tab10's grey, which vanishes on an image.
-    return [matplotlib.colormaps["tab10"](i) for i in (3, 2, 0, 1, 4, 9, 6, 8, 5, 7)][:count]
-  return [matplotlib.colormaps["gist_rainbow"](i / count) for i in range(count)]
 
 
 def _rows(
@@ -187,9 +180,9 @@ def _panel(
     return
   labels, truth = row["maps"][name], row["maps"].get("reference")
   scores = []
-  for structure, colour in zip(structures, colours, strict=True):
+  for structure, shown in zip(structures, colours, strict=True):
     mask = np.isin(labels, structure.values)
-    _contour(axes, mask, colors=[colour], linewidths=1.1)
+    _contour(axes, mask, colors=[shown], linewidths=1.1)
     if truth is not None and name != "reference":
       true_mask = np.isin(truth, structure.values)
       _contour(axes, true_mask, colors="white", linewidths=0.6, linestyles=":")

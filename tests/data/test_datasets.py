@@ -96,7 +96,7 @@ def test_large_label_values_become_small_atoms(tmp_path):
   (lambda f: write_nnunet(f, {"background": 0, "a": 1, "b": 1}), "same value"),
   (lambda f: write_nnunet(f, {"background": 0, "a": [1, 2]}), "regions_class_order"),
   (lambda f: write_nnunet(f, {"background": 0, "a": 1, "ignore": 1}), "ignore label 1"),
-  (lambda f: write_nnunet(f, {"background": 0, "a": 1}, file_ending=".mha"), "file_ending"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": 1}, file_ending=".png"), "file_ending"),
   (lambda f: (f / "labelsTr" / "b.nii.gz").unlink(), "b.nii.gz: does not exist but case b"),
   (lambda f: (f / "imagesTr" / "b_0001.nii.gz").unlink(), "b_0001.nii.gz: does not exist"),
   (lambda f: [file.unlink() for file in (f / "imagesTr").iterdir()], "has no training cases"),
@@ -129,8 +129,8 @@ def test_inputs_are_grouped_by_nnunets_channel_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "channels", "says"), [
-  ((), 1, "has no .nii.gz or .nii files"),
-  (("readme.txt",), 1, "has no .nii.gz or .nii files"),
+  ((), 1, "has no volumes"),
+  (("readme.txt",), 1, "has no volumes"),
   (("a_0000.nii.gz",), 2, "a_0001.nii.gz: does not exist"),
   (("a.nii.gz", "a.nii"), 1, "second case named a"),
 ])
@@ -139,7 +139,7 @@ def test_folders_without_usable_inputs_are_refused(tmp_path, names, channels, sa
     find_inputs([touch(tmp_path / "in", *names)], channels)
   with pytest.raises(UserError, match="no such file or folder"):
     find_inputs([tmp_path / "elsewhere"])
-  with pytest.raises(UserError, match="is not a NIfTI file"):
+  with pytest.raises(UserError, match="is not a volume"):
     find_inputs([touch(tmp_path, "image.png") / "image.png"])
 
 

@@ -181,7 +181,7 @@ def _shaped(*shape):
   (_truncated, "perhaps truncated"),
   (lambda path, voxels: path.write_bytes(b""), "cannot be read"),
   (lambda path, voxels: path.write_bytes(b"not a volume"), "cannot be read"),
-  (lambda path, voxels: path.mkdir(), "is not a NIfTI file"),
+  (lambda path, voxels: path.mkdir(), "is a folder without DICOM files"),
   (_shaped(4, 5, 6, 3), "has 4 axes (4x5x6x3) where a 3D image is expected"),
   (_shaped(4, 5), "three axes"),
   (_with_voxel(np.nan), "1 of 210 voxels are NaN or infinite"),

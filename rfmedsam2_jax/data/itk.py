@@ -1,0 +1,175 @@
+"""Volumes in the formats of ITK (NRRD, MetaImage, DICOM series), read through SimpleITK.
+
+In: a file, or a folder with one DICOM series. Out: voxels by native index and an affine in RAS+, as
+data.volumes has them of a NIfTI file; everything behind is the same. SimpleITK is an extra.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfmedsam2_jax.errors import UserError
+
+ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+_WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
+# Deflate makes nothing smaller than by this factor; a header that claims more is wrong.
+_DEFLATE = 1032
+
+# What two slices of a series may differ in, as a part of their distance, and by how much its axis
+# may lean. Rounded positions stay below; a missing slice and a tilted gantry stay above.
+SPACING_TOLERANCE = 0.05
+TILT_TOLERANCE = 0.5  # degrees
+
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+
+
+def simpleitk(path: str | Path) -> Any:
+  """The module SimpleITK; UserError that names `path` and the extra where it is missing."""
+  try:
+    import SimpleITK
+  except ImportError:
+    raise UserError(f"{path}: needs SimpleITK; install it: pip install 'rfmedsam2-jax[dicom]'"
+                    ) from None
+  SimpleITK.ProcessObject.GlobalWarningDisplayOff()  # they go to standard error, unasked
+  return SimpleITK
+
+
+def is_series(folder: Path) -> bool:
+  """Whether a folder has a file of DICOM's file format (`DICM` after 128 bytes)."""
+  with os.scandir(folder) as entries:
+    return any(entry.is_file() and _is_dicom(entry.path) for entry in entries)
+
+
+def _is_dicom(path: str) -> bool:
+  try:
+    with open(path, "rb") as file:
+      return file.read(132)[128:] == b"DICM"
+  except OSError:
+    return False
+
+
+def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
+  """Reads NRRD or MetaImage.
+
+  Returns:
+    voxels [i, j, k] or, with several components or a fourth axis, [i, j, k, C]; and the affine,
+    float64 [4, 4], to RAS+ in mm.
+
+  Raises:
+    UserError: unreadable or truncated, not three axes, voxels that are no real numbers.
+  """
+  sitk = simpleitk(path)
+  reader = sitk.ImageFileReader()
+  reader.SetFileName(str(path))
+  try:
+    reader.ReadImageInformation()
+    _check_header(sitk, path, reader)
+    image = reader.Execute()
+  except RuntimeError as error:
+    raise _unreadable(path, error) from None
+  return _as_native(sitk, image)
+
+
+def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+  """Reads the DICOM series of a folder, as `read_file`; intensities are rescaled as it says.
+
+  Raises:
+    UserError: no series or several; one slice; several frames in a file; slices that are missing,
+      doubled or unevenly spaced; a tilted gantry; colour.
+  """
+  sitk = simpleitk(folder)
+  if not is_series(folder):
+    raise UserError(f"{folder}: is a folder without DICOM files; give a volume or a folder with "
+                    f"one DICOM series")
+  names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+  if not names:
+    raise UserError(f"{folder}: has DICOM files but no series of images; copy the series again")
+  files = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in names]
+  if len(files) > 1:
+    sizes = ", ".join(str(len(group)) for group in files)
+    raise UserError(f"{folder}: has {len(files)} series (of {sizes} files); move the one that is "
+                    f"meant into a folder of its own")
+  try:
+    _check_slices(sitk, folder, files[0])
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(files[0])
+    image = reader.Execute()
+  except RuntimeError as error:
+    raise _unreadable(folder, error) from None
+  return _as_native(sitk, image)
+
+
+def _check_header(sitk: Any, path: Path, reader: Any) -> None:
+  size = "x".join(str(n) for n in reader.GetSize())
+  if reader.GetDimension() not in (3, 4):
+    raise UserError(f"{path}: has the size {size}; a volume with three axes is expected")
+  kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+  if "complex" in kind:
+    raise UserError(f"{path}: voxels are of type {kind}; "
+                    f"convert the file to whole or real numbers")
+  voxels = int(np.prod([int(n) for n in reader.GetSize()], dtype=object))
+  stored = path.stat().st_size
+  if path.name.endswith(_WITH_VOXELS) and voxels > _DEFLATE * stored:  # of a byte at least
+    raise UserError(f"{path}: cannot be read, its header claims {size} voxels in {stored} bytes; "
+                    f"copy or convert the file again")
+
+
+def _check_slices(sitk: Any, folder: Path, files: Sequence[str]) -> None:
+  """UserError unless the files are the evenly spaced slices of one volume."""
+  if len(files) == 1:
+    raise UserError(f"{folder}: its series has one file, a single slice or several frames; "
+                    f"convert it to NIfTI, for example by dcm2niix")
+  positions, normals = [], []
+  reader = sitk.ImageFileReader()
+  for file in files:
+    reader.SetFileName(file)
+    reader.ReadImageInformation()
+    if reader.GetSize()[2:] not in ((), (1,)):
+      raise UserError(f"{file}: has {reader.GetSize()[2]} frames; convert the series to NIfTI, "
+                      f"for example by dcm2niix")
+    if reader.GetNumberOfComponents() != 1:
+      raise UserError(f"{file}: is a colour image; give a series of one intensity per voxel")
+    positions.append(reader.GetOrigin())
+    normals.append(np.asarray(reader.GetDirection()).reshape(3, 3)[:, 2])
+  normal = normals[0]
+  if not np.allclose(normals, normal, atol=1e-3):
+    raise UserError(f"{folder}: its slices are turned against each other, as those of a localizer "
+                    f"are; give a series of parallel slices")
+  steps = np.diff(np.asarray(positions), axis=0)
+  distances = steps @ normal
+  usual = float(np.median(distances))
+  if abs(usual) < 1e-4:
+    raise UserError(f"{folder}: several slices have the same position (phases, echoes?); "
+                    f"give a folder with one volume")
+  odd = int(np.abs(distances / usual - 1).argmax())
+  if abs(distances[odd] / usual - 1) > SPACING_TOLERANCE:
+    raise UserError(f"{folder}: slices {odd + 1} and {odd + 2} are {abs(distances[odd]):.4g} mm "
+                    f"apart, others {abs(usual):.4g} mm; add what is missing or resample it")
+  whole = steps.sum(axis=0)
+  tilt = float(np.degrees(np.arccos(min(1.0, abs(whole @ normal) / np.linalg.norm(whole)))))
+  if tilt > TILT_TOLERANCE:
+    raise UserError(f"{folder}: its slices are tilted by {tilt:.1f} degrees against their stack "
+                    f"(gantry tilt); correct it, for example by dcm2niix")
+
+
+def _as_native(sitk: Any, image: Any) -> tuple[np.ndarray, np.ndarray]:
+  channels = image.GetNumberOfComponentsPerPixel() > 1
+  array = sitk.GetArrayFromImage(image)  # [(t,) z, y, x (, C)]
+  native = array.transpose(2, 1, 0, 3) if channels and array.ndim == 4 else array.T
+  size = image.GetDimension()
+  direction = np.asarray(image.GetDirection()).reshape(size, size)[:3, :3]
+  affine = np.eye(4)
+  affine[:3, :3] = _LPS_TO_RAS @ direction @ np.diag(image.GetSpacing()[:3])
+  affine[:3, 3] = _LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])
+  return native, affine
+
+
+def _unreadable(path: Path, error: RuntimeError) -> UserError:
+  """What ITK said, without its file names and line numbers."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  reason = lines[-1].removeprefix("sitk::ERROR: ") if lines else "no reason given"
+  return UserError(f"{path}: cannot be read, perhaps truncated ({reason[:200]}); "
+                   f"copy or convert the file again")
