@@ -1,8 +1,4 @@
-"""The command `rfmedsam2`: finds the module of a command, runs it, says what went wrong.
-
-Exit status: 0 done, 2 something that the user can mend (one line says what), 75 stopped by SIGTERM
-and saved (start it again with --resume), 130 interrupted.
-"""
+"""The command `rfmedsam2`: finds the module of a command, runs it, says what went wrong."""
 
 import argparse
 import importlib
@@ -10,12 +6,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.errors import RESUME, Stopped, UserError
 
 COMMANDS = ("train", "shard", "predict", "evaluate", "track", "quickstart")
+
+STATUSES = """exit status:
+  0    done
+  2    something that you can mend; one line says what
+  75   stopped by SIGTERM and saved, or another process is gone: start again with --resume
+  130  interrupted with Ctrl-C"""
 
 # glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
 # call, and walks through it: page faults and misses of the address cache are what it waits for.
@@ -82,6 +85,11 @@ def make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="rfmedsam2",
     description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.",
+    epilog=STATUSES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--version", action="version", version=f"rfmedsam2 {version('rfmedsam2-jax')}"
   )
   of_all = argparse.ArgumentParser(add_help=False)
   said = of_all.add_argument_group("what is said")
