@@ -426,7 +426,8 @@ def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch)
   plan = types.SimpleNamespace(
     labels=types.SimpleNamespace(structures=("a", "b"), regions=False), patch_size=(3, 40, 52)
   )
-  owner = segmenter_lib.Segmenter(plan, None, {}, MODEL, None, RefinementConfig(box_margin=0.0))
+  unet = types.SimpleNamespace(config=types.SimpleNamespace(mirrored=()))
+  owner = segmenter_lib.Segmenter(plan, unet, {}, MODEL, None, RefinementConfig(box_margin=0.0))
   image = np.zeros((2, 3, height, width), np.float32)
   made = segmenter_lib.run_generator(owner, types.SimpleNamespace(image=image))
   assert seen[0] is image
