@@ -54,7 +54,7 @@ def open_volume(
     UserError: no checkpoint, no volume, a side that is not divisible by 32.
   """
   found = load_checkpoint(checkpoint)
-  sam2 = _at_side(found.config, image_size)
+  sam2 = at_side(found.config, image_size)
   volume = image if isinstance(image, Volume) else load_image(image)
   return PromptedVolume(SAM2(sam2), found.params, volume, config, plane, window, progress)
 
@@ -67,11 +67,12 @@ def check_prompts(
   image_size: int | None = None,
 ) -> None:
   """Raises what `open_volume` and the first `track` would, before the network is loaded."""
-  sam2 = _at_side(read_config(checkpoint)[0], image_size)
+  sam2 = at_side(read_config(checkpoint)[0], image_size)
   SliceFrame(volume, plane, sam2.image_size).rounds(prompts)
 
 
-def _at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
+def at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
+  """The network at another side than the checkpoint's; UserError unless divisible by 32."""
   if image_size is None:
     return sam2
   if image_size < 64 or image_size % 32:

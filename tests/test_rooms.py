@@ -30,8 +30,8 @@ ALLOWED = {
   "report": {"nn", "data", "losses", "metrics", "inference", "training"},
 }
 LAST = {
-  "config", "phases", "experiment", "shard", "api", "prompting", "cli", "quickstart", "validation",
-  "__init__", "__main__",
+  "config", "phases", "experiment", "shard", "api", "prompting", "serve", "cli", "quickstart",
+  "validation", "__init__", "__main__",
 }
 
 

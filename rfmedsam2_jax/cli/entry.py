@@ -12,7 +12,7 @@ from pathlib import Path
 from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.errors import RESUME, Stopped, UserError
 
-COMMANDS = ("train", "shard", "predict", "evaluate", "track", "quickstart")
+COMMANDS = ("train", "shard", "predict", "evaluate", "track", "serve", "quickstart")
 
 STATUSES = """exit status:
   0    done

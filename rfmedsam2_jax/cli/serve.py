@@ -1,0 +1,102 @@
+"""`rfmedsam2 serve`: a local page for prompted segmentation."""
+
+import argparse
+import secrets
+import socket
+from pathlib import Path
+
+from rfmedsam2_jax.cli.console import Console
+from rfmedsam2_jax.errors import UserError
+
+HELP = "a local web page: prompt a volume with boxes and points, track, correct, save"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("checkpoint", type=Path, help="folder made by python -m convert")
+  parser.add_argument("--folder", type=Path, help="whose NIfTI files the page can open")
+  parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
+  parser.add_argument(
+    "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"
+  )
+  parser.add_argument("--image-size", type=int, help="side of the square (the checkpoint's)")
+  parser.add_argument(
+    "--single-mask", action="store_true",
+    help="one mask per slice instead of the best of three, for networks trained so",
+  )
+  parser.add_argument("--keep", type=int, default=3, help="volumes that stay open (3)")
+  parser.add_argument("--max-upload", type=int, default=1024, help="MiB of an upload (1024)")
+  parser.add_argument(
+    "--max-voxels", type=int, default=500, help="millions of voxels of a volume (500)"
+  )
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+  try:
+    import starlette  # noqa: F401
+    import uvicorn
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f"serve needs {error.name}; install it: pip install 'rfmedsam2-jax[serve]'"
+    ) from None
+  from rfmedsam2_jax.nn import SAM2
+  from rfmedsam2_jax.prompting import at_side
+  from rfmedsam2_jax.serve.app import Pages, make_app
+  from rfmedsam2_jax.serve.guard import LOOPBACK
+  from rfmedsam2_jax.serve.studio import Studio
+  from rfmedsam2_jax.tracking import TrackingConfig
+  from rfmedsam2_jax.weights.checkpoint import load_checkpoint
+
+  if options.folder is not None and not options.folder.is_dir():
+    raise UserError(f"--folder {options.folder}: is no folder; name one that holds volumes")
+  for name in ("keep", "max_upload", "max_voxels"):
+    if getattr(options, name) < 1:
+      raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
+  listening = _listen(options.host, options.port)
+  with listening:
+    checkpoint = load_checkpoint(options.checkpoint)
+    config = TrackingConfig(
+      multimask=not options.single_mask, dynamic_multimask=not options.single_mask
+    )
+    model = SAM2(at_side(checkpoint.config, options.image_size))
+    studio = Studio(model, checkpoint.params, config, options.keep, options.max_voxels * 10**6)
+    token = secrets.token_urlsafe(24)
+    pages = Pages(
+      studio, options.folder.resolve() if options.folder else None,
+      options.max_upload << 20, options.checkpoint.resolve().name,
+    )
+    app = make_app(pages, options.host, token)
+    if options.host not in LOOPBACK:
+      console.line(
+        f"WARNING: {options.host} can be reached by other machines. Whoever has the address below "
+        "sees the folder's volumes, and everything travels unencrypted."
+      )
+    port = listening.getsockname()[1]
+    name = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{name}:{port}/#{token}"
+    console.result(f"{address}\nopen it in a browser; Ctrl-C ends", {"address": address})
+    server = uvicorn.Server(uvicorn.Config(
+      app, log_level="warning", access_log=False, server_header=False, lifespan="off",
+      timeout_graceful_shutdown=1,
+    ))
+    server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  """A bound socket; UserError if the port is taken or the address is none of this machine."""
+  if not 0 <= port <= 65535:
+    raise UserError(f"--port {port}: give 0 to 65535")
+  listening = None
+  try:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(address)
+    listening.listen()  # SO_REUSEADDR lets two bind; the second cannot listen
+  except (OSError, OverflowError) as error:
+    if listening:
+      listening.close()
+    raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); "
+                    "choose another port, or 0 for a free one") from None
+  return listening

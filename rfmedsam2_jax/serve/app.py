@@ -1,0 +1,225 @@
+"""What the page asks over HTTP, and what is answered. Only names are said, never places."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pydantic
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from rfmedsam2_jax.data.volumes import ENDINGS, is_nifti_name, write_label_map
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
+from rfmedsam2_jax.inference.tracked import parse_window
+from rfmedsam2_jax.serve.folder import find_below, volumes_below
+from rfmedsam2_jax.serve.guard import Guard
+from rfmedsam2_jax.serve.studio import Job, Opened, Studio, Unknown
+
+BODY = 1 << 18  # bytes of a request that is no upload
+
+_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+_Corner = tuple[float, float, float]
+
+
+class _Open(pydantic.BaseModel):
+  model_config = _STRICT
+  file: str = pydantic.Field(max_length=1000)
+  plane: Plane = "axial"
+  window: str = pydantic.Field("percentiles", max_length=100)
+
+
+class _Prompt(pydantic.BaseModel):
+  """As `VoxelPrompt`: coordinates are canonical (z, y, x)."""
+
+  model_config = _STRICT
+  label: Annotated[int, pydantic.Field(ge=1, le=255)]  # the page draws bytes
+  round: Annotated[int, pydantic.Field(ge=0)] = 0
+  box: tuple[_Corner, _Corner] | None = None
+  points: tuple[tuple[float, float, float, bool], ...] = ()
+
+
+class _Track(pydantic.BaseModel):
+  model_config = _STRICT
+  prompts: Annotated[list[_Prompt], pydantic.Field(max_length=1000)]
+
+
+class Pages:
+  """The requests of one server.
+
+  Args:
+    folder: whose volumes can be opened, resolved; None: uploads only.
+    upload: bytes that an upload may have.
+    about: said on the page of the checkpoint.
+  """
+
+  def __init__(self, studio: Studio, folder: Path | None, upload: int, about: str):
+    self._studio, self._folder, self._upload, self._about = studio, folder, upload, about
+
+  async def start(self, request: Request) -> Response:
+    names = await run_in_threadpool(volumes_below, self._folder) if self._folder else []
+    return JSONResponse({
+      "checkpoint": self._about, "files": names, "upload_limit": self._upload,
+    })
+
+  async def open(self, request: Request) -> Response:
+    asked = _Open.model_validate_json(await _body(request))
+    if self._folder is None:
+      raise UserError("no folder was named; upload a volume, or start with --folder")
+    path = find_below(self._folder, asked.file)
+    return await self._opened(path, asked.file, asked.plane, asked.window, self._folder)
+
+  async def upload(self, request: Request) -> Response:
+    query = dict(request.query_params)
+    asked = _Open.model_validate({"file": query.pop("name", ""), **query})
+    if not is_nifti_name(asked.file) or Path(asked.file).name != asked.file:
+      raise UserError(f"{asked.file}: is no name of a NIfTI file; upload a .nii or .nii.gz file")
+    limit = self._upload
+    too_large = UserError(f"{asked.file}: is larger than {limit} bytes; start with a larger "
+                          "--max-upload or put it into the folder")
+    if int(request.headers.get("content-length", "0")) > limit:
+      raise too_large
+    with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
+      # The name is the page's; the file has one of ours, and the ending that readers go by.
+      ending = next(e for e in ENDINGS if asked.file.endswith(e))
+      path = Path(place).resolve() / f"upload{ending}"
+      size = 0
+      with path.open("wb") as file:
+        async for chunk in request.stream():
+          size += len(chunk)
+          if size > limit:
+            raise too_large
+          file.write(chunk)
+      return await self._opened(path, asked.file, asked.plane, asked.window, path.parent)
+
+  async def _opened(
+    self, path: Path, name: str, plane: Plane, window: str, place: Path
+  ) -> Response:
+    try:
+      chosen = parse_window(window)
+      key, opened = await run_in_threadpool(self._studio.open, path, name, plane, chosen)
+    except (UserError, OSError) as error:
+      told = str(error).replace(str(path), name).replace(f"{place}/", "")
+      raise UserError(told.replace("--window ", "window ")) from None
+    depth, height, width = opened.slices
+    spacing = dict(zip(("axial", "coronal", "sagittal"), opened.volume.spacing, strict=True))
+    return JSONResponse({
+      "volume": key, "name": name, "plane": plane, "slices": depth, "rows": height,
+      "columns": width,
+      "row_mm": spacing["coronal" if plane == "axial" else "axial"],
+      "column_mm": spacing["coronal" if plane == "sagittal" else "sagittal"],
+    })
+
+  async def image(self, request: Request) -> Response:
+    opened, number = self._slice(request)
+    shown = await run_in_threadpool(opened.prompted.shown, np.array([number]))
+    return _bytes(np.rint(shown[0] * 255).astype(np.uint8))
+
+  async def labels(self, request: Request) -> Response:
+    opened, number = self._slice(request)
+    return _bytes(opened.labels_of(number))
+
+  def _slice(self, request: Request) -> tuple[Opened, int]:
+    opened = self._studio.volume(request.path_params["volume"])
+    number = request.path_params["slice"]
+    if number >= opened.slices[0]:
+      raise Unknown(f"slice {number}: {opened.name} has {opened.slices[0]}, counted from 0")
+    return opened, number
+
+  async def track(self, request: Request) -> Response:
+    asked = _Track.model_validate_json(await _body(request))
+    prompts = tuple(
+      VoxelPrompt(p.label, p.box, p.points, round=p.round, source=f"label {p.label}")
+      for p in asked.prompts
+    )
+    if not prompts:
+      raise UserError("no prompt: draw a box or set a point first")
+    name, job = self._studio.track(request.path_params["volume"], prompts)
+    return JSONResponse({"job": name, **_of(job)}, 202)
+
+  async def job(self, request: Request) -> Response:
+    return JSONResponse(_of(self._studio.job(request.path_params["job"])))
+
+  async def cancel(self, request: Request) -> Response:
+    job = self._studio.job(request.path_params["job"])
+    job.cancel.set()
+    return JSONResponse(_of(job))
+
+  async def save(self, request: Request) -> Response:
+    opened = self._studio.volume(request.path_params["volume"])
+    if opened.found is None:
+      raise UserError(f"{opened.name}: nothing was tracked yet; draw a box and track")
+    content = await run_in_threadpool(_nifti, opened.found.labels, opened.volume.geometry)
+    return Response(content, media_type="application/gzip")
+
+
+def make_app(pages: Pages, host: str, token: str) -> Starlette:
+  """The whole server; see `Guard` for host and token."""
+  volume = "/api/volumes/{volume}"
+  routes = [
+    Route("/api/start", pages.start),
+    Route("/api/volumes", pages.open, methods=["POST"]),
+    Route("/api/uploads", pages.upload, methods=["POST"]),
+    Route(f"{volume}/image/{{slice:int}}", pages.image),
+    Route(f"{volume}/labels/{{slice:int}}", pages.labels),
+    Route(f"{volume}/track", pages.track, methods=["POST"]),
+    Route(f"{volume}/{ENDINGS[0][1:]}", pages.save),
+    Route("/api/jobs/{job}", pages.job),
+    Route("/api/jobs/{job}", pages.cancel, methods=["DELETE"]),
+    Mount("/", StaticFiles(directory=Path(__file__).parent / "static", html=True)),
+  ]
+  return Starlette(
+    routes=routes,
+    middleware=[Middleware(Guard, host=host, token=token)],
+    exception_handlers={
+      UserError: lambda request, error: _error(str(error), 400),
+      Unknown: lambda request, error: _error(str(error), 404),
+      pydantic.ValidationError: _invalid,
+      Exception: _broken,
+    },
+  )
+
+
+async def _body(request: Request) -> bytes:
+  content = bytearray()
+  async for chunk in request.stream():
+    content += chunk
+    if len(content) > BODY:
+      raise UserError(f"the request has more than {BODY} bytes; give fewer prompts")
+  return bytes(content)
+
+
+def _of(job: Job) -> dict[str, str | int | float]:
+  return {"state": job.state, "done": job.done, "total": job.total, "error": job.error,
+          "seconds": round(job.seconds, 3)}
+
+
+def _bytes(content: np.ndarray) -> Response:
+  return Response(content.tobytes(), media_type="application/octet-stream")
+
+
+def _nifti(labels: np.ndarray, geometry) -> bytes:
+  with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
+    path = Path(place, "labels.nii.gz")
+    write_label_map(path, labels, geometry)
+    return path.read_bytes()
+
+
+def _error(message: str, status: int) -> Response:
+  return JSONResponse({"error": " ".join(message.split())}, status)
+
+
+def _invalid(request: Request, error: Exception) -> Response:
+  assert isinstance(error, pydantic.ValidationError)
+  first = error.errors()[0]
+  return _error(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}", 400)
+
+
+def _broken(request: Request, error: Exception) -> Response:
+  return _error("failed; the terminal of the command says why", 500)

@@ -1,0 +1,38 @@
+// What the server is asked. The token lies behind # in the address.
+
+const token = location.hash.slice(1);
+
+async function ask(path, options = {}) {
+  let answer;
+  try {
+    answer = await fetch(`api/${path}`, {
+      ...options, headers: { Authorization: `Bearer ${token}`, ...options.headers },
+    });
+  } catch {
+    throw new Error("the command has ended; start it again");
+  }
+  if (!answer.ok) {
+    const text = await answer.text();
+    let message = text;
+    try { message = JSON.parse(text).error; } catch { /* a line of text */ }
+    throw new Error(message);
+  }
+  return answer;
+}
+
+const json = async (path, options) => (await ask(path, options)).json();
+const post = (path, value) => json(path, { method: "POST", body: JSON.stringify(value) });
+const bytes = async (path) => new Uint8Array(await (await ask(path)).arrayBuffer());
+
+export const start = () => json("start");
+export const open = (file, plane, window) => post("volumes", { file, plane, window });
+export const upload = (file, plane, window) => json(
+  `uploads?${new URLSearchParams({ name: file.name, plane, window })}`,
+  { method: "POST", body: file },
+);
+export const image = (volume, slice) => bytes(`volumes/${volume}/image/${slice}`);
+export const labels = (volume, slice) => bytes(`volumes/${volume}/labels/${slice}`);
+export const track = (volume, prompts) => post(`volumes/${volume}/track`, { prompts });
+export const job = (name) => json(`jobs/${name}`);
+export const cancel = (name) => json(`jobs/${name}`, { method: "DELETE" });
+export const save = async (volume) => (await ask(`volumes/${volume}/nii.gz`)).blob();

@@ -1,0 +1,301 @@
+"""`rfmedsam2 serve` over HTTP: what it answers, and what it refuses to whom."""
+
+import gzip
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nibabel as nib
+import numpy as np
+import pytest
+from small_sam2 import MODEL, SMALL, drawn
+
+from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.data.volumes import load_image
+from rfmedsam2_jax.inference.slice_frame import VoxelPrompt
+from rfmedsam2_jax.inference.tracked import PromptedVolume
+from rfmedsam2_jax.tracking import TrackingConfig
+from rfmedsam2_jax.tracking import volume as tracking_volume
+from rfmedsam2_jax.weights.checkpoint import save_checkpoint
+
+pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
+pytest.importorskip("httpx", reason="pip install 'rfmedsam2-jax[test]'")
+
+from starlette.testclient import TestClient  # noqa: E402
+
+from rfmedsam2_jax.serve.app import Pages, make_app  # noqa: E402
+from rfmedsam2_jax.serve.studio import Studio  # noqa: E402
+
+TOKEN = "t0ken"
+UPLOAD = 20_000
+BOX = {"label": 2, "box": [[5, 6, 4], [5, 13, 11]]}
+POINTS = {"label": 2, "round": 1, "points": [[8, 10, 8, True], [8, 20, 25, False]]}
+
+
+def scan(path, shape=(30, 26, 11)):
+  rng = np.random.default_rng(0)
+  voxels = rng.normal(0, 30, shape)
+  voxels[4:12, 6:14, 2:9] += 200
+  image = nib.Nifti1Image(voxels.astype(np.int16), np.diag([2.0, 2.5, 4.0, 1.0]))
+  image.set_sform(np.diag([-2.0, 2.5, 4.0, 1.0]), code=2)
+  image.set_qform(np.diag([-2.0, 2.5, 4.0, 1.0]), code=1)
+  nib.save(image, path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """secret/ besides folder/, which has good and bad volumes and links."""
+  place = tmp_path_factory.mktemp("machine")
+  folder = place / "folder"
+  (folder / "sub").mkdir(parents=True)
+  (place / "secret").mkdir()
+  scan(folder / "sub" / "scan.nii.gz")
+  scan(place / "secret" / "other.nii.gz")
+  scan(folder / "large.nii", (50, 50, 10))
+  (folder / "cut.nii.gz").write_bytes((folder / "sub" / "scan.nii.gz").read_bytes()[:4000])
+  (folder / "text.nii.gz").write_text("text")
+  (folder / "notes.txt").write_text("notes")
+  (folder / "link.nii.gz").symlink_to(place / "secret" / "other.nii.gz")
+  (folder / "out").symlink_to(place / "secret")
+  (folder / "circle.nii.gz").symlink_to(folder / "circle.nii.gz")
+  return place
+
+
+@pytest.fixture
+def studio():
+  return Studio(MODEL, drawn(), TrackingConfig(), keep=2, max_voxels=20_000)
+
+
+@pytest.fixture
+def client(studio, place):
+  pages = Pages(studio, place / "folder", UPLOAD, "small")
+  client = TestClient(
+    make_app(pages, "127.0.0.1", TOKEN), "http://127.0.0.1:8765",
+    headers={"Authorization": f"Bearer {TOKEN}"},
+  )
+  answered = []
+  client.event_hooks["response"].append(answered.append)
+  yield client
+  for response in answered:  # whatever was asked: no place of the machine is told
+    told = response.read() + str(response.headers).encode()
+    assert b"machine" not in told and b"/tmp" not in told and b"Traceback" not in told
+
+
+def opened(client, **more):
+  response = client.post("/api/volumes", json={"file": "sub/scan.nii.gz", **more})
+  assert response.status_code == 200, response.text
+  return response.json()
+
+
+def track(client, volume, *prompts):
+  response = client.post(f"/api/volumes/{volume}/track", json={"prompts": prompts})
+  assert response.status_code == 202, response.text
+  return ended(client, response.json()["job"])
+
+
+def ended(client, job):
+  until = time.monotonic() + 120
+  while time.monotonic() < until:
+    answer = client.get(f"/api/jobs/{job}").json()
+    if answer["state"] not in ("queued", "running"):
+      return answer
+    time.sleep(0.02)
+  raise AssertionError(f"still {answer}")
+
+
+def saved(client, volume):
+  response = client.get(f"/api/volumes/{volume}/nii.gz")
+  assert response.status_code == 200, response.text
+  return nib.Nifti1Image.from_bytes(gzip.decompress(response.content))
+
+
+def test_what_is_saved_is_what_track_gives_and_corrections_encode_nothing(
+  client, place, monkeypatch
+):
+  encoded = []
+  encode = tracking_volume._encode
+  monkeypatch.setattr(
+    tracking_volume, "_encode", lambda *args: encoded.append(len(args[2])) or encode(*args)
+  )
+  volume = opened(client)["volume"]
+  assert client.get(f"/api/volumes/{volume}/nii.gz").status_code == 400  # nothing is there yet
+  first = track(client, volume, BOX)
+  assert first["state"] == "done", first
+  calls, before = len(encoded), np.asarray(saved(client, volume).dataobj)
+  assert calls and track(client, volume, BOX, POINTS)["state"] == "done"
+  assert len(encoded) == calls
+  ours = saved(client, volume)
+
+  path = place / "folder" / "sub" / "scan.nii.gz"
+  image, read = nib.load(path), load_image(path)
+  found = PromptedVolume(MODEL, drawn(), read).track([
+    VoxelPrompt(2, box=((5, 6, 4), (5, 13, 11))),
+    VoxelPrompt(2, points=((8, 10, 8, True), (8, 20, 25, False)), round=1),
+  ])
+  labels = np.asarray(ours.dataobj)
+  np.testing.assert_array_equal(labels, read.geometry.to_native(found.labels))
+  assert (labels != before).any() and set(np.unique(labels)) == {0, 2}
+  for form in ("get_sform", "get_qform"):
+    (theirs, code), (affine, its) = (getattr(i, form)(coded=True) for i in (image, ours))
+    np.testing.assert_array_equal(affine, theirs)
+    assert its == code
+  for number in (5, 8):
+    shown = client.get(f"/api/volumes/{volume}/labels/{number}").content
+    assert shown == found.labels[number].astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("plane, shape", [("axial", (11, 26, 30)), ("coronal", (26, 11, 30))])
+def test_slices_are_windowed_bytes(client, place, plane, shape):
+  answer = opened(client, plane=plane, window="100,200")
+  assert (answer["slices"], answer["rows"], answer["columns"]) == shape
+  image = client.get(f"/api/volumes/{answer['volume']}/image/5").content
+  array = load_image(place / "folder" / "sub" / "scan.nii.gz").array[0]
+  theirs = array[5] if plane == "axial" else array[:, 5]
+  ours = np.frombuffer(image, np.uint8).reshape(shape[1:])
+  np.testing.assert_allclose(ours, np.clip(theirs / 200, 0, 1) * 255, atol=0.51)
+  assert client.get(f"/api/volumes/{answer['volume']}/image/{shape[0]}").status_code == 404
+
+
+def test_only_volumes_of_the_folder_are_listed_and_opened(client):
+  listed = client.get("/api/start").json()["files"]
+  assert listed == ["cut.nii.gz", "large.nii", "text.nii.gz", "sub/scan.nii.gz"]
+  for name in (
+    "../secret/other.nii.gz", "sub/../../secret/other.nii.gz", "link.nii.gz",
+    "out/other.nii.gz", "circle.nii.gz", "notes.txt", "", ".", "a\0.nii.gz", "x" * 900 + ".nii",
+    "no.nii.gz", "/etc/passwd",
+  ):
+    response = client.post("/api/volumes", json={"file": name})
+    assert response.status_code == 400 and "is no NIfTI volume" in response.json()["error"], name
+  for path in ("/../app.py", "/%2e%2e/app.py", "/..%2f..%2fapp.py"):
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("asked, says", [
+  ({"file": "cut.nii.gz"}, "cut.nii.gz: cannot be read"),
+  ({"file": "text.nii.gz"}, "text.nii.gz: "),
+  ({"file": "large.nii"}, "25000 voxels where 20000"),
+  ({"file": "sub/scan.nii.gz", "window": "pink"}, "window pink"),
+  ({"file": "sub/scan.nii.gz", "plane": "oblique"}, "plane"),
+  ({"file": 3}, "file"),
+  ({}, "file"),
+])
+def test_a_bad_volume_is_one_line(client, asked, says):
+  response = client.post("/api/volumes", json=asked)
+  error = response.json()["error"]
+  assert response.status_code == 400 and says in error and "\n" not in error
+
+
+def test_uploads_are_bounded_and_leave_nothing(client, tmp_path, monkeypatch):
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+  good = scan(tmp_path / "up.nii.gz", (12, 11, 10)).read_bytes()
+  answer = client.post("/api/uploads?name=up.nii.gz&plane=sagittal", content=good)
+  assert answer.status_code == 200 and answer.json()["slices"] == 12
+  for name, content, says in (
+    ("up.nii.gz", b"0" * (UPLOAD + 1), "larger than 20000 bytes"),
+    ("up.nii.gz", iter([b"0" * UPLOAD, b"0"]), "larger than 20000 bytes"),  # no length is said
+    ("up.nii.gz", good[:300], "up.nii.gz: cannot be read"),
+    ("up.nii.gz", b"", "up.nii.gz: "),
+    ("../up.nii.gz", good, "is no name of a NIfTI file"),
+    ("up.txt", good, "is no name of a NIfTI file"),
+  ):
+    response = client.post("/api/uploads", params={"name": name}, content=content)
+    assert response.status_code == 400 and says in response.json()["error"], response.text
+  assert [p.name for p in tmp_path.iterdir()] == ["up.nii.gz"]
+
+
+def test_other_sites_names_and_users_are_refused(client):
+  def status(path="/api/start", **headers):
+    return client.get(path, headers=headers).status_code
+
+  assert status() == status(origin="http://127.0.0.1:8765") == status(host="localhost:1") == 200
+  assert status(host="evil.example") == status("/", host="evil.example:8765") == 421
+  assert status(host="10.0.0.7:8765") == status(host="127.0.0.1.evil.example") == 421
+  assert status(origin="http://evil.example") == status(origin="null") == 403
+  assert status(authorization="Bearer other") == status(authorization="") == 401
+  assert "default-src 'none'" in client.get("/api/start").headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("prompts, says", [
+  ([], "no prompt"),
+  ([{"label": 0, "box": BOX["box"]}], "label"),
+  ([{"label": 256, "box": BOX["box"]}], "label"),
+  ([{"label": 1}], "no coordinates"),
+  ([{"label": 1, "box": [[5, 6, 4], [6, 13, 11]]}], "spans"),
+  ([{"label": 1, "points": [[5, 6, 400, True]]}], "outside"),
+  ([BOX, BOX], "two boxes"),
+  ([POINTS, {**BOX, "label": 3}], "first round"),
+  ([{**BOX, "mask": 1}], "mask"),
+  ([BOX] * 1001, "prompts"),
+  ([{"label": 1, "points": [[5, 6, 7, True]] * 40_000}], "bytes"),
+])
+def test_bad_prompts_are_one_line(client, prompts, says):
+  volume = opened(client)["volume"]
+  response = client.post(f"/api/volumes/{volume}/track", json={"prompts": prompts})
+  assert response.status_code == 400 and says in response.json()["error"], response.text
+  for content in (b"{", b"[NaN]", b'{"prompts": [{"label": 1, "points": [[NaN, 1, 1, true]]}]}'):
+    answer = client.post(f"/api/volumes/{volume}/track", content=content)
+    assert answer.status_code == 400
+
+
+def test_a_tracking_is_cancelled_and_the_next_one_runs(client):
+  volume = opened(client)["volume"]
+  ask = {"prompts": [BOX]}
+  jobs = [client.post(f"/api/volumes/{volume}/track", json=ask).json()["job"] for _ in range(2)]
+  client.delete(f"/api/jobs/{jobs[1]}")
+  assert ended(client, jobs[0])["state"] == "done"
+  assert ended(client, jobs[1])["state"] == "cancelled"
+  assert track(client, volume, BOX, POINTS)["state"] == "done"
+  assert client.get("/api/jobs/none").status_code == 404
+
+
+def test_the_oldest_volume_goes_and_a_fault_is_no_traceback(client, studio, monkeypatch):
+  first, second, _ = (opened(client)["volume"] for _ in range(3))
+  assert client.get(f"/api/volumes/{first}/image/0").status_code == 404
+  monkeypatch.setattr(PromptedVolume, "track", lambda *args: 1 / 0)
+  ended_so = track(client, second, BOX)
+  assert ended_so["state"] == "failed" and "terminal" in ended_so["error"]
+
+
+def started(checkpoint, *arguments):
+  return subprocess.Popen(
+    [sys.executable, "-m", "rfmedsam2_jax", "serve", str(checkpoint), "--json", *arguments],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )
+
+
+@pytest.mark.slow
+def test_the_command_prints_its_address_and_ends_at_once(tmp_path):
+  save_checkpoint(tmp_path / "small", SMALL, drawn(), {"source": "drawn"})
+  process = started(tmp_path / "small", "--port", "0")
+  try:
+    address = json.loads(process.stdout.readline())["result"]["address"]
+    site, token = address.split("#")
+    with urllib.request.urlopen(site, timeout=20) as page:
+      assert b"<html" in page.read()
+    request = urllib.request.Request(
+      f"{site}api/start", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+      assert json.load(answer) == {"checkpoint": "small", "files": [], "upload_limit": 1 << 30}
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and time.monotonic() - began < 5
+    assert "interrupted" in error and "Traceback" not in error
+  finally:
+    process.kill()
+
+
+def test_a_port_in_use_is_one_line(tmp_path, capsys):
+  with socket.create_server(("127.0.0.1", 0)) as other:
+    port = other.getsockname()[1]
+    assert main(["serve", str(tmp_path), "--port", str(port)]) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "cannot listen" in error
+  assert main(["serve", str(tmp_path), "--port", "0", "--folder", str(tmp_path / "no")]) == 2
+  assert "is no folder" in capsys.readouterr().err
