@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from rfmedsam2_jax.data.volumes import ENDINGS, is_nifti_name, write_label_map
+from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS, write_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
 from rfmedsam2_jax.inference.tracked import parse_window
-from rfmedsam2_jax.serve.folder import find_below, volumes_below
+from rfmedsam2_jax.serve.folder import find_below, is_nifti_name, volumes_below
 from rfmedsam2_jax.serve.guard import Guard
 from rfmedsam2_jax.serve.studio import Job, Opened, Studio, Unknown
 
@@ -87,7 +87,7 @@ class Pages:
       raise too_large
     with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
       # The name is the page's; the file has one of ours, and the ending that readers go by.
-      ending = next(e for e in ENDINGS if asked.file.endswith(e))
+      ending = next(e for e in NIFTI_ENDINGS if asked.file.endswith(e))
       path = Path(place).resolve() / f"upload{ending}"
       size = 0
       with path.open("wb") as file:
@@ -169,7 +169,7 @@ def make_app(pages: Pages, host: str, token: str) -> Starlette:
     Route(f"{volume}/image/{{slice:int}}", pages.image),
     Route(f"{volume}/labels/{{slice:int}}", pages.labels),
     Route(f"{volume}/track", pages.track, methods=["POST"]),
-    Route(f"{volume}/{ENDINGS[0][1:]}", pages.save),
+    Route(f"{volume}/{NIFTI_ENDINGS[0][1:]}", pages.save),
     Route("/api/jobs/{job}", pages.job),
     Route("/api/jobs/{job}", pages.cancel, methods=["DELETE"]),
     Mount("/", StaticFiles(directory=Path(__file__).parent / "static", html=True)),

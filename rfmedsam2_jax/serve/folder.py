@@ -5,10 +5,15 @@ from pathlib import Path
 
 import nibabel as nib
 
-from rfmedsam2_jax.data.volumes import is_nifti_name
+from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS
 from rfmedsam2_jax.errors import UserError
 
 LISTED = 2000  # files; a page of more helps nobody
+
+
+def is_nifti_name(name: str) -> bool:
+  """Whether a file may be opened: headers of other formats (.mhd) can name a file elsewhere."""
+  return name.endswith(NIFTI_ENDINGS) and not Path(name).name.startswith(".")
 
 
 def volumes_below(folder: Path) -> list[str]:
