@@ -33,6 +33,18 @@ def test_the_citation_has_what_its_format_asks_for():
       assert set(author) in ({"name"}, {"family-names", "given-names"})
 
 
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+  def full(options, console):
+    with open("/dev/full", "w") as file:
+      file.write("x")
+
+  monkeypatch.setattr("rfmedsam2_jax.cli.evaluate.run", full)
+  assert main(["evaluate", str(tmp_path), str(tmp_path)]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("rfmedsam2: a result could not be written: No space left on device")
+  assert error.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_wheel_runs_from_another_folder(tmp_path):
   pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]

@@ -1,6 +1,7 @@
 """The command `rfmedsam2`: finds the module of a command, runs it, says what went wrong."""
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -19,6 +20,8 @@ STATUSES = """exit status:
   2    something that you can mend; one line says what
   75   stopped by SIGTERM and saved, or another process is gone: start again with --resume
   130  interrupted with Ctrl-C"""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
 # call, and walks through it: page faults and misses of the address cache are what it waits for.
@@ -62,6 +65,8 @@ def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
   except KeyboardInterrupt:
     return "interrupted; what was finished is kept", 130
   except OSError as error:
+    if error.errno in _FULL and error.filename is None:  # of a write to a file that was open
+      return f"a result could not be written: {error.strerror}; free it or choose another place", 2
     if error.filename is None:
       raise
     return f"{error.filename}: {error.strerror}; free it or choose another place", 2
