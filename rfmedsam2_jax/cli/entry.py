@@ -65,11 +65,10 @@ def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
   except KeyboardInterrupt:
     return "interrupted; what was finished is kept", 130
   except OSError as error:
-    if error.errno in _FULL and error.filename is None:  # of a write to a file that was open
-      return f"a result could not be written: {error.strerror}; free it or choose another place", 2
-    if error.filename is None:
+    if error.filename is None and error.errno not in _FULL:
       raise
-    return f"{error.filename}: {error.strerror}; free it or choose another place", 2
+    place = error.filename or "a result could not be written"  # a write to an open file names none
+    return f"{place}: {error.strerror}; free it or choose another place", 2
   return "", 0
 
 

@@ -20,7 +20,7 @@ def probability_paths(case: str, labels: Labels) -> dict[str, str]:
   # A name of dataset.json may hold what no file name can.
   return {
     name: f"probabilities/{case}/{value}_{re.sub('[^A-Za-z0-9.-]+', '_', name)}.nii.gz"
-    for name, value in zip(labels.names, labels.output_values, strict=True)
+    for value, name in labels.value_names.items()
   }
 
 

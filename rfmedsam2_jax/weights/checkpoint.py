@@ -66,14 +66,7 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
     raise UserError(
       f"{folder}: is no checkpoint of this program; make one from it with python -m convert"
     )
-  try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
-      about = checkpointer.restore(path, args=wanted)["about"]
-  # Orbax raises many kinds for a damaged folder.
-  except Exception as error:
-    reason = str(error).strip().split("\n")[0][:200]
-    raise UserError(f"{folder}: is damaged ({reason}); copy or make it anew") from error
+  about = read_about(folder)
   if "sam2" not in about:
     raise UserError(f"{folder}: is a checkpoint, but not of SAM 2; give one of SAM 2")
   try:
@@ -86,6 +79,18 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
     raise UserError(
       f"{folder}: was made by another version ({reason} in its config); make it anew"
     ) from None
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+  """What a checkpoint says of itself; UserError if it is damaged."""
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
+      return checkpointer.restore(Path(folder).absolute(), args=wanted)["about"]
+  # Orbax raises many kinds for a damaged folder.
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0][:200]
+    raise UserError(f"{folder}: is damaged ({reason}); copy or make it anew") from error
 
 
 def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
@@ -123,8 +128,8 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
   name = first_difference(config, found)
   if name is not None:
     raise UserError(
-      f"{folder}: its network has {name}={_short(getattr(found, name))}, the config has sam2."
-      f"{name}={_short(getattr(config, name))}; set sam2 to the network of the checkpoint"
+      f"{folder}: its network has {name}={short(getattr(found, name))}, the config has sam2."
+      f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint"
     )
   theirs, ours = found.adapters, config.adapters
   for kind in ("dwconv", "cnn"):
@@ -147,5 +152,6 @@ def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Param
   return with_adapters(load_checkpoint(folder).params, config, key)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+  """A value of a config as a message shows it."""
   return str(value).replace(" ", "")

@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.unet import UNet
+from rfmedsam2_jax.weights.checkpoint import read_about, short
 
 
 def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]:
@@ -42,18 +41,10 @@ def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
   Raises:
     UserError: no checkpoint, a damaged one, or one of another generator.
   """
-  path = Path(folder).absolute()
-  if not (path / "about").is_dir():
+  if not (Path(folder) / "about").is_dir():
     raise UserError(f"{folder}: is no checkpoint of a generator; make one with python -m convert "
                     "nnunet, or give generator/params of a run")
-  try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
-      about = checkpointer.restore(path, args=wanted)["about"]
-  # Orbax raises many kinds for a damaged folder.
-  except Exception as error:
-    reason = str(error).strip().split("\n")[0][:200]
-    raise UserError(f"{folder}: is damaged ({reason}); copy or make it anew") from error
+  about = read_about(folder)
   found = about.get("generator")
   if not isinstance(found, dict):
     raise UserError(f"{folder}: is a checkpoint, but does not say of which generator; give one "
@@ -61,10 +52,6 @@ def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
   for key, value in expected.items():
     if found.get(key) != value:
       raise UserError(
-        f"{folder}: its generator has {key}={_short(found.get(key))}, the config and data set give "
-        f"{_short(value)}; train with the config.yaml that lies in the checkpoint's folder"
+        f"{folder}: its generator has {key}={short(found.get(key))}, the config and data set give "
+        f"{short(value)}; train with the config.yaml that lies in the checkpoint's folder"
       )
-
-
-def _short(value: Any) -> str:
-  return str(value).replace(" ", "")
