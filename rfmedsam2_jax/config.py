@@ -110,6 +110,10 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
 
 def config_yaml(config: Config) -> str:
   """All values, as YAML that `load_config` reads again."""
+  if config.sam2.adapters.own:
+    raise ValueError(
+      f"sam2.adapters is a {type(config.sam2.adapters).__name__}, a class of your own, which YAML "
+      "cannot describe; train with the parts of rfmedsam2_jax.training")
   return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
 

@@ -3,24 +3,23 @@
 Both map an image-shaped tensor to its own shape and are the identity when fresh: the last layer
 starts at zero, so that a converted network with new adapters is SAM 2 itself. Their submodules are
 named `adapter` wherever they are placed, which is how the training config selects them.
+
+An adapter of one's own is a Linen module with the fields of these two, put in their place:
+
+    class MyAdapters(AdapterConfig):
+      after_attention = MyAdapter
+
+    config = dataclasses.replace(PRESETS["nano"], adapters=MyAdapters(cnn=False))
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.convolutions import depthwise_conv
 from rfmedsam2_jax.nn.layers import Array, DType, gelu, layer_norm
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-  """Which adapters exist, and their size."""
-
-  dwconv: bool = True  # DWConvAdapters in Hiera, memory attention and mask decoder
-  cnn: bool = True     # CNN-Adapters after the convolutions of the FPN neck
-  width: int = 16      # channels inside an adapter; above 24 they exceed 1 % of SAM 2.1 base+
 
 
 class DWConvAdapter(nn.Module):
@@ -71,3 +70,25 @@ class CNNAdapter(nn.Module):
 
 def _zero_dense(features: int, dtype: DType, name: str) -> nn.Dense:
   return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  """Which adapters exist, and their size.
+
+  Subclasses put other modules into the same places: `after_attention` and `after_convolution` are
+  called as `(width, dtype=..., name="adapter")` and map [B, H, W, C] to itself. Such a config works
+  with everything that takes a `SAM2Config`, but no file can describe it.
+  """
+
+  dwconv: bool = True  # DWConvAdapters in Hiera, memory attention and mask decoder
+  cnn: bool = True     # CNN-Adapters after the convolutions of the FPN neck
+  width: int = 16      # channels inside an adapter; above 24 they exceed 1 % of SAM 2.1 base+
+
+  after_attention: ClassVar[Any] = DWConvAdapter
+  after_convolution: ClassVar[Any] = CNNAdapter
+
+  @property
+  def own(self) -> bool:
+    """Whether the modules are not this program's."""
+    return type(self) is not AdapterConfig

@@ -58,6 +58,17 @@ def dot_product_attention(
   return out
 
 
+def attention_weights(q_BNHD: Array, k_BMHD: Array, mask_BM: Array | None = None) -> Array:
+  """What `dot_product_attention` weighs the values by, to look at: float32 [B, H, N, M].
+
+  The rows sum to one, or to zero where a row of the batch has no key left.
+  """
+  scores = jnp.einsum("bnhd,bmhd->bhnm", q_BNHD, k_BMHD, preferred_element_type=jnp.float32)
+  where = None if mask_BM is None else mask_BM[:, None, None, :]
+  weights = jax.nn.softmax(scores * q_BNHD.shape[-1] ** -0.5, axis=-1, where=where)
+  return weights if where is None else jnp.where(where, weights, 0)
+
+
 def fits_cudnn(q_BNHD: Array) -> bool:
   """Whether cuDNN's fused attention takes these arrays: half precision, limited head width."""
   if jax.default_backend() != "gpu" or q_BNHD.dtype not in (jnp.bfloat16, jnp.float16):

@@ -8,7 +8,7 @@ Follows sam2/modeling/backbones/image_encoder.py of sam2 1.1.0, with the same su
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter
+from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.hiera import Hiera
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
@@ -61,7 +61,8 @@ class Lateral(nn.Module):
   def __call__(self, x_BHWC: Array) -> Array:
     x = conv2d(self.features, 1, dtype=self.dtype, name="conv")(x_BHWC)
     if self.adapters.cnn:
-      x = CNNAdapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
+      adapter = self.adapters.after_convolution
+      x = adapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
     return x
 
 

@@ -7,7 +7,7 @@ Follows sam2/modeling/backbones/hieradet.py of sam2 1.1.0, with the same submodu
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn.adapters import AdapterConfig, DWConvAdapter
+from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm
 from rfmedsam2_jax.nn.pieces import map_pieces
@@ -116,7 +116,8 @@ class Block(nn.Module):
     rows = self.window if self.window and height % self.window == 0 else height
     x = map_pieces(Block._attend, self, x_BHWC, rows, rows * width * 3 * self.features)
     if self.adapters.dwconv:
-      x = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
+      adapter = self.adapters.after_attention
+      x = adapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
     return map_pieces(Block._transform, self, x, 1, x.shape[2] * 4 * self.features)
 
   def _attend(self, x_BHWC: Array) -> Array:

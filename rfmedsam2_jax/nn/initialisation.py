@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.nn.layers import Array
 from rfmedsam2_jax.nn.sam2 import SAM2, SAM2Config
@@ -33,9 +34,15 @@ def init_params(config: SAM2Config, key: Array) -> dict[str, Any]:
   data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
   rng = np.random.default_rng(np.asarray(data))
   shapes = jax.eval_shape(init, key)
-  return jax.tree_util.tree_map_with_path(
+  params = jax.tree_util.tree_map_with_path(
     lambda path, leaf: jnp.asarray(_draw(rng, [k.key for k in path], leaf.shape)), shapes
   )
+  if not config.adapters.own:
+    return params
+  # Only the modules know how theirs start. The compiler drops all draws that nobody asks for.
+  own = jax.jit(lambda key: {
+    path: x for path, x in flatten_dict(init(key)).items() if "adapter" in path})(key)
+  return unflatten_dict(flatten_dict(params) | own)
 
 
 def _draw(rng: np.random.Generator, path: list[str], shape: tuple[int, ...]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn.adapters import AdapterConfig, DWConvAdapter
+from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, ConvTranspose2x2, DType, conv2d, gelu, layer_norm
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
@@ -238,7 +238,8 @@ class TwoWayAttentionBlock(nn.Module):
     q, k = image + image_positions_1LC, tokens + token_positions_NTC
     image = image + attend("cross_attn_image_to_token", width // 2, q, k, tokens, exists_NT)
     if self.adapters.dwconv:
-      adapter = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")
+      make = self.adapters.after_attention
+      adapter = make(self.adapters.width, dtype=self.dtype, name="adapter")
       image = adapter(image.reshape(-1, *grid, width)).reshape(image.shape)
     return tokens, norm("norm4", image)
 

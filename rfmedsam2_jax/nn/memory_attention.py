@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from rfmedsam2_jax.nn.adapters import AdapterConfig, DWConvAdapter
+from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import (
   apply_rope,
+  attention_weights,
   axial_rope,
   dot_product_attention,
   fits_cudnn,
@@ -155,14 +156,19 @@ class MemoryAttentionLayer(nn.Module):
     y = jnp.broadcast_to(y, (n, *y.shape[1:]))
     x = x + attention(y, keys_NTE, memory_NTE, rope, spatial, valid_NT)
     if self.adapters.dwconv:
-      adapter = DWConvAdapter(self.adapters.width, dtype=self.dtype, name="adapter")
+      make = self.adapters.after_attention
+      adapter = make(self.adapters.width, dtype=self.dtype, name="adapter")
       x = adapter(x.reshape(n, height, width, channels)).reshape(x.shape)
     x = x + dense("linear2", channels, nn.relu(dense("linear1", self.ffn, norm("norm3", x))))
     return x.reshape(n, height, width, channels)
 
 
 class RoPEAttention(nn.Module):
-  """Attention of one head with rotary positions on queries and on the first keys."""
+  """Attention of one head with rotary positions on queries and on the first keys.
+
+  Applied with `mutable=["intermediates"]` it also leaves `weights` there, float32 [N, L, T]: which
+  keys each query attends to. Otherwise they never exist as an array.
+  """
 
   dtype: DType = jnp.float32
 
@@ -188,6 +194,8 @@ class RoPEAttention(nn.Module):
       k = apply_rope(k, rope)
     else:
       k = jnp.concatenate([apply_rope(k[:, :rotated], rope), k[:, rotated:]], axis=1)
+    if self.is_mutable_collection("intermediates"):
+      self.sow("intermediates", "weights", attention_weights(q, k, valid_NT)[:, 0])
     if v_NTE.shape[-1] < width and not fits_cudnn(q):
       # The weights of a query sum to one, so that it makes no difference whether the values are
       # projected before they are averaged or after: memories are narrower before (64 channels to

@@ -1,18 +1,26 @@
 """Adapters: the identity when fresh, trainable from there, and where the paper puts them."""
 
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from rfmedsam2_jax.nn import pieces
+from rfmedsam2_jax.config import Config, DataConfig, config_yaml
+from rfmedsam2_jax.nn import PRESETS, MemorySlots, apply, init_params, pieces
 from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter, DWConvAdapter
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
+from rfmedsam2_jax.weights.checkpoint import config_json, with_adapters
 
 TINY = dict(embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), global_att_blocks=(3,),
             window_pos_embed_bkg_spatial_size=(7, 7))
+
+SMALL = dataclasses.replace(PRESETS["nano"], image_size=64)
 
 
 def encoder(adapters):
@@ -107,3 +115,62 @@ def test_adapter_sees_its_neighbours_and_no_further():
   change = adapter.apply(params, x.at[0, 3, 3, :4].set(1.0)) - adapter.apply(params, x)
   reached = np.argwhere(np.abs(np.asarray(change[0])).max(axis=-1) > 1e-6)
   assert reached.min() == 2 and reached.max() == 4
+
+
+class LowRank(nn.Module):
+  """Somebody's own adapter: low rank, with a gate that starts at zero."""
+
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="down")(x)
+    y = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="back")(y)
+    return x + self.param("gate", nn.initializers.zeros, (x.shape[-1],)) * y
+
+
+class LowRankAdapters(AdapterConfig):
+  after_attention = LowRank
+
+
+def test_an_adapter_of_ones_own_stands_in_the_places_of_ours_starts_as_itself_and_is_trained():
+  plain = dataclasses.replace(SMALL, adapters=AdapterConfig(dwconv=False, cnn=False))
+  own = dataclasses.replace(SMALL, adapters=LowRankAdapters(cnn=False, width=2))
+  ours = dataclasses.replace(SMALL, adapters=AdapterConfig(cnn=False, width=2))
+  key = jax.random.key(0)
+  base = init_params(plain, key)
+  params = with_adapters(base, own, key)
+  adapters = split(params)[1]
+  assert {p.rsplit("/adapter/")[0] for p in adapters} == {
+    p.rsplit("/adapter/")[0] for p in split(jax.eval_shape(
+      lambda k: init_params(ours, k), key))[1]}
+  # Its own initialisers, not rules by name: `gate` is zero, `back` is not.
+  assert {p.rsplit("/", 2)[1 if p.endswith("kernel") else 2] for p in adapters} == {
+    "down", "back", "gate"}
+  assert all(bool(jnp.any(x)) != p.endswith("gate") for p, x in adapters.items())
+
+  # One layer of memory attention stands for the rest: it compiles fast.
+  slots = MemorySlots(
+    jax.random.normal(jax.random.key(2), (1, 2, 4, 4, SMALL.mem_dim)), jnp.zeros((1, 2), int),
+    jnp.ones((1, 2), bool), jnp.zeros((1, 0, SMALL.d_model)), jnp.zeros((1, 0)),
+    jnp.zeros((1, 0), bool))
+  embedding = jax.random.normal(jax.random.key(1), (1, 4, 4, SMALL.d_model))
+
+  @jax.jit
+  def both(base, params):
+    run = lambda config, p: apply(config, p, embedding, slots, method="condition")  # noqa: E731
+    return run(plain, base), jax.value_and_grad(
+      lambda p: ((y := run(own, p)).std(), y), has_aux=True)(params)
+
+  expected, ((_, found), gradient) = both(base, params)
+  np.testing.assert_array_equal(found, expected)
+  assert jnp.any(gradient["memory_attention"]["layers_0"]["adapter"]["gate"])
+
+
+def test_no_file_pretends_to_describe_an_adapter_of_ones_own():
+  own = dataclasses.replace(SMALL, adapters=LowRankAdapters())
+  with pytest.raises(ValueError, match="LowRankAdapters"):
+    config_json(own)
+  with pytest.raises(ValueError, match="LowRankAdapters"):
+    config_yaml(dataclasses.replace(Config(data=DataConfig(dataset="d")), sam2=own))

@@ -122,6 +122,30 @@ def test_each_fact_about_memory_shows_in_the_figures():
     assert relative_error(condition(params, slots), expected) > 1e-3, name
 
 
+def test_the_weights_that_one_can_look_at_are_those_that_were_used():
+  """Weights times projected values are what the attention gave to its output projection."""
+  _, params = models("2.1")
+  slots = slots_of((4, 1), (3,), holes=1)
+  run = lambda **options: SAM2(TINY).apply(  # noqa: E731
+    {"params": params}, EMBEDDING, slots, method="condition", **options)
+  seen = run(mutable=["intermediates"], capture_intermediates=True)[1]["intermediates"]
+  attention = seen["memory_attention"]["layers_0"]["cross_attn_image"]
+  (weights,) = attention["weights"]
+  tokens = 3 * G * G + 2 * (C // MEM)  # three slots of maps, two of pointers; the first is empty
+  assert weights.shape == (N, G * G, tokens) and weights.dtype == np.float32
+  np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+  empty = np.r_[: G * G, 3 * G * G : 3 * G * G + C // MEM]
+  assert not weights[..., empty].any() and (np.delete(weights, empty, -1) > 0).all()
+
+  values = np.concatenate([
+    np.where(slots.valid[..., None, None, None], slots.maps, 0).reshape(N, -1, MEM),
+    np.where(slots.pointer_valid[..., None], slots.pointers, 0).reshape(N, -1, MEM)], 1)
+  own = params["memory_attention"]["layers_0"]["cross_attn_image"]
+  project = lambda name, x: x @ own[name]["kernel"] + own[name]["bias"]  # noqa: E731
+  expected = project("out_proj", weights @ project("v_proj", values))
+  np.testing.assert_allclose(attention["__call__"][0], expected, rtol=2e-4, atol=2e-5)
+
+
 def test_cells_without_memory_are_unconditioned_and_differentiable():
   """Beside a cell that has memory; empty slots hold NaN."""
   _, params = models("2.1")
