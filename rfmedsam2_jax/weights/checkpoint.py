@@ -43,7 +43,7 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
   """What a checkpoint says of its network, under "sam2"."""
   if config.adapters.own:
     raise ValueError(
-      f"{type(config.adapters).__name__} is a class of your own, which a file cannot describe; keep "
+      f"{type(config.adapters).__name__} is a class of your own, which no file can describe; keep "
       "parameters with weights.orbax.save_params and load_params")
   tree = json.loads(json.dumps(dataclasses.asdict(config)))
   del tree["remat"]  # how a gradient was once computed says nothing of the network
