@@ -33,6 +33,7 @@ from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.inference.case_details import Details, examine
 from rfmedsam2_jax.inference.given import prompts_of_file, prompts_of_labels, read_given
 from rfmedsam2_jax.inference.segmenter import Segmentation, Segmenter, label_map, segment_volume
+from rfmedsam2_jax.progress import Passing, Report, TimeLeft, below, silent
 from rfmedsam2_jax.refinement.sources import GivenPrompt
 
 _logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def predict(
   given: str | Path | None = None,
   save_stages: bool = False,
   overwrite: bool = False,
-  progress: Callable[[str], None] = lambda line: None,
+  progress: Report = silent,
   probabilities: bool = False,
   warn: Callable[[str, str], None] = _log_warning,
   format: Format = "nifti",
@@ -162,10 +163,14 @@ def predict(
     simpleitk("--format nrrd")  # said now if it is missing
   names = models[0].plan.labels.value_names
   claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
+  left = TimeLeft()
   for number, (case, target) in enumerate(zip(cases, targets, strict=True), 1):
-    progress(f"{number}/{len(cases)} {case.identifier}")
+    heading = f"{number}/{len(cases)} {case.identifier}"
+    begins = f"{heading}{left(number - 1, len(cases))}"
+    progress(begins if len(cases) > 1 else Passing(begins))
+    report = below(progress, f"{heading}: ")
     files: dict[str, Any] = {"labels": target.name, "stages": [], "probabilities": None}
-    segmentations, volume = _predict_case(models, case, prompts, by_case, progress)
+    segmentations, volume = _predict_case(models, case, prompts, by_case, report)
     if probabilities:
       files["probabilities"] = probability_paths(case.identifier, models[0].plan.labels)
     paths = list((files["probabilities"] or {}).values())
@@ -174,7 +179,7 @@ def predict(
       if paths:
         write_probability(out / paths[organ], probability, geometry)
 
-    found = examine(segmentations, volume, keep)
+    found = examine(segmentations, volume, keep, report)
     if save_stages:
       for stage, labels_of_stage in enumerate(found.maps):
         files["stages"].append(f"stage{stage}/{target.name}")

@@ -49,7 +49,7 @@ from rfmedsam2_jax.phases import (
   init_generator,
   refiner_phase,
 )
-from rfmedsam2_jax.progress import Progress, duration
+from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
 from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.checkpoints import has_checkpoint
@@ -75,12 +75,10 @@ from rfmedsam2_jax.weights.checkpoint import (
 from rfmedsam2_jax.weights.generator import check_generator_start, generator_json
 from rfmedsam2_jax.weights.orbax import load_params, save_params
 
-Report = Callable[[str], None]
-
 
 def train(
   config: Config, out: str | Path, resume: bool = False, overwrite: bool = False,
-  report: Report = print, profile: bool = False,
+  report: Report = PRINTED, profile: bool = False,
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases.
 
@@ -235,10 +233,9 @@ def _preprocess(
   stored = set(stored_cases(folder)) if folder.is_dir() else set()
   progress = Progress("preprocessing, cases", report)
   with hosts.together():
-    mine = hosts.share(cases)
+    mine = [case for case in hosts.share(cases) if case.identifier not in stored]
+    progress(0, len(mine))
     for done, case in enumerate(mine, 1):
-      if case.identifier in stored:
-        continue
       volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
       assert atoms is not None, "training cases have labels"
       prepared = preprocess(volume, plan)
@@ -348,7 +345,7 @@ def _train_network(
   def validate(state: TrainState, step: int) -> tuple[dict[str, float], Path | None]:
     trained: dict[str, Any] = {phase.name: final(state)}
     some = held_out[: settings.loop.validation_cases]
-    scores, shown = quick_scores(dataclasses.replace(segmenter, **trained), some)
+    scores, shown = quick_scores(dataclasses.replace(segmenter, **trained), some, report)
     if not run.writes or shown is None:
       return scores, None
     path = run / "pictures" / f"{phase.name}-{step:06d}.png"
@@ -426,14 +423,17 @@ def _write_prompts(
   """The generator's mask logits of the training cases, float16 [K, D, 4G, 4G] each."""
   progress = Progress("prompts of the training cases", report)
   with hosts.together():
-    mine = hosts.share(identifiers)
+    mine = [
+      name for name in hosts.share(identifiers) if not (run / "prompts" / f"{name}.npy").exists()
+    ]
+    progress(0, len(mine))
     for done, identifier in enumerate(mine, 1):
       path = run / "prompts" / f"{identifier}.npy"
-      if not path.exists():
-        case = load_case(run / "preprocessed", identifier)
-        made = run_generator(segmenter, Prepared(np.asarray(case.image), case.window, case.restore))
-        with replacing(path) as temporary:
-          np.save(temporary, made.prompts.logits)
+      case = load_case(run / "preprocessed", identifier)
+      prepared = Prepared(np.asarray(case.image), case.window, case.restore)
+      made = run_generator(segmenter, prepared, report)
+      with replacing(path) as temporary:
+        np.save(temporary, made.prompts.logits)
       progress(done, len(mine))
 
 

@@ -1,7 +1,38 @@
-"""Progress of long work as lines with the time left."""
+"""Progress of long work as lines with the time left; some of them passing, see `Passing`."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+
+Report = Callable[[str], None]
+
+_EVERY = 0.5  # seconds between two passing lines of one Progress
+_compiled: set[Hashable] = set()
+
+
+class Passing(str):
+  """A line that the next one replaces: a terminal rewrites it, a log can do without most."""
+
+
+class Lines:
+  """A report that writes whole lines, of the passing ones as many as a log bears.
+
+  One after three seconds of silence; after an hour one in three minutes.
+  """
+
+  def __init__(self, write: Report):
+    self._write = write
+    self._began = self._last = time.monotonic()
+
+  def __call__(self, text: str) -> None:
+    now = time.monotonic()
+    if isinstance(text, Passing) and now - self._last < max(3.0, (now - self._began) / 20):
+      return
+    self._last = now
+    self._write(str(text))
+
+
+PRINTED = Lines(print)  # what functions report to unless they are told otherwise
 
 
 def duration(seconds: float) -> str:
@@ -11,16 +42,59 @@ def duration(seconds: float) -> str:
   return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Progress:
-  """Calls `report` with lines such as "slices: 40/300, 1:05 left", at most every five seconds."""
+class TimeLeft:
+  """A steady estimate: the mean time of all pieces but the first, during which much is compiled.
 
-  def __init__(self, what: str, report: Callable[[str], None]):
+  Called once before the first piece, then after pieces.
+  """
+
+  def __init__(self):
+    self._marks: list[tuple[int, float]] = []  # before and after the first piece
+    self._known = len(_compiled)
+
+  def __call__(self, done: int, total: int) -> str:
+    """", 1:05 left"; empty where nothing can be said yet."""
+    now = time.monotonic()
+    if self._marks and done <= self._marks[0][0]:  # the same work once more
+      self._marks, self._known = [], len(_compiled)
+    if len(self._marks) < 2:
+      self._marks.append((done, now))
+    mark = next((m for m in reversed(self._marks) if m[0] < done), None)
+    if mark is None or (mark is self._marks[0] and len(_compiled) > self._known):
+      return ""
+    left = (now - mark[1]) / (done - mark[0]) * (total - done)
+    return f", {duration(left)} left" if left >= 1 else ""
+
+
+def silent(text: str) -> None:
+  """A report of nothing."""
+
+
+class Progress:
+  """Reports passing lines such as "slices: 40/300, 1:05 left", at most two a second.
+
+  Called with (pieces done, pieces in all), once before the first piece.
+  """
+
+  def __init__(self, what: str, report: Report):
     self._what, self._report = what, report
-    self._began = self._last = time.monotonic()
+    self._left, self._last = TimeLeft(), -math.inf
 
   def __call__(self, done: int, total: int) -> None:
     now = time.monotonic()
-    if now - self._last > 5 and done < total:
-      left = (now - self._began) / done * (total - done)
-      self._report(f"{self._what}: {done}/{total}, {duration(left)} left")
+    left = self._left(done, total)
+    if done < total and now - self._last >= _EVERY:
       self._last = now
+      self._report(Passing(f"{self._what}: {done}/{total}{left}"))
+
+
+def below(report: Report, heading: str) -> Report:
+  """A report that puts `heading` before every line."""
+  return lambda text: report(type(text)(heading + text))
+
+
+def compiling(what: str, key: Hashable, report: Report) -> None:
+  """Says that `what` is compiled, which can take a minute; once per process and `key`."""
+  if (what, key) not in _compiled:
+    _compiled.add((what, key))
+    report(f"compiling {what}")

@@ -4,7 +4,7 @@ Everything that a user does with data of their own, on data that the package gen
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.data.volumes import load_image, load_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import train
-from rfmedsam2_jax.inference.evaluate import Scores, evaluate_folders, save_scores, table
+from rfmedsam2_jax.inference.evaluate import Scores, as_dict, evaluate_folders, save_scores, table
 from rfmedsam2_jax.inference.segmenter import Segmenter
+from rfmedsam2_jax.progress import PRINTED, Progress, Report, below
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 
 
@@ -30,12 +31,13 @@ def quickstart(
   out: Path,
   resume: bool = False,
   overwrite: bool = False,
-  report: Callable[[str], None] = print,
+  report: Report = PRINTED,
+  warn: Report = print,
 ) -> dict[str, Any]:
   """Runs all of it in the folder `out`.
 
   Returns:
-    mean Dice per stage on the unseen phantoms.
+    mean Dice per stage on the unseen phantoms, None where it is undefined.
 
   Raises:
     UserError: `out` is in use or not to be overwritten.
@@ -45,7 +47,7 @@ def quickstart(
     raise UserError(f"{out}: is not empty; go on with --resume or start anew with --overwrite")
   dataset = out / "phantoms"
   if not (dataset / "dataset.json").exists():
-    write_phantom(dataset, PhantomConfig(seed=settings.seed))
+    write_phantom(dataset, PhantomConfig(seed=settings.seed), Progress("phantoms", report))
     report(f"phantoms: {dataset}")
   run = out / "run"
   started = (run / "config.yaml").exists()
@@ -54,18 +56,21 @@ def quickstart(
   model = load(run)
   predictions = out / "predictions"
   predict(
-    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True, progress=report,
-    warn=lambda case, message: report(f"warning: {case}: {message}"),
+    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True,
+    progress=below(report, "unseen phantoms: "),
+    warn=lambda case, message: warn(f"{case}: {message}"),
   )
   stages: list[Scores] = []
   for stage in range(model.stages):
     folder = predictions / f"stage{stage}"
-    stages.append(evaluate_folders(folder, dataset / "labelsTs", model.plan.labels))
+    progress = Progress(f"scores of {_title(stage)}, cases", report)
+    stages.append(
+      evaluate_folders(folder, dataset / "labelsTs", model.plan.labels, progress=progress)
+    )
     save_scores(folder / "scores.json", stages[-1])
   save_scores(predictions / "scores.json", stages[-1])
   report(f"unseen phantoms, after the last stage:\n{table(stages[-1])}")
-  means = {f"stage{stage}": scores.mean.dice for stage, scores in enumerate(stages)}
-  report("mean Dice per stage: " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+  means = {f"stage{stage}": as_dict(scores)["mean"]["dice"] for stage, scores in enumerate(stages)}
   with replacing(out / "scores.json") as temporary:
     temporary.write_text(json.dumps(means, indent=1) + "\n")
   sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")

@@ -12,6 +12,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.parallel.mesh import check_batch, make_mesh
 from rfmedsam2_jax.parallel.report import report_step
 from rfmedsam2_jax.phases import generator_phase, refiner_phase
+from rfmedsam2_jax.progress import Report, silent
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 from rfmedsam2_jax.training.step import compile_step, make_step
 
@@ -23,6 +24,7 @@ def shard(
   phases: Sequence[str],
   report: Callable[[str], None] = print,
   compiles: bool = True,
+  progress: Report = silent,
 ) -> None:
   """Reports what every device would hold and send; reads no data.
 
@@ -30,6 +32,7 @@ def shard(
     channels, structures: of the data set.
     phases: of "generator" and "refiner".
     compiles: False leaves out what only the compiled step tells.
+    progress: takes lines about what is done.
 
   Raises:
     UserError: a mesh that these devices do not make, a batch that does not spread over it.
@@ -39,6 +42,7 @@ def shard(
   make = {"generator": generator_phase, "refiner": refiner_phase}
   for phase in (make[name](config, plan) for name in phases):
     settings = phase.settings
+    progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
     check_batch(mesh, settings.batch_size, settings.microbatches, phase.name)
     optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
     state = jax.eval_shape(

@@ -4,7 +4,7 @@ Every process scores its share of the cases; all have the result.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,22 @@ from rfmedsam2_jax.inference.evaluate import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.inference.segmenter import Segmenter, label_maps, segment_volume
 from rfmedsam2_jax.metrics import dice
 from rfmedsam2_jax.parallel import hosts
-from rfmedsam2_jax.progress import Progress
+from rfmedsam2_jax.progress import Progress, Report
 from rfmedsam2_jax.report.contact_sheet import SheetCase
 from rfmedsam2_jax.training.folder import RunFolder
 
-Report = Callable[[str], None]
-
 
 def quick_scores(
-  segmenter: Segmenter, cases: Sequence[Case]
+  segmenter: Segmenter, cases: Sequence[Case], report: Report
 ) -> tuple[dict[str, float], SheetCase | None]:
   """Mean Dice of every stage over a few cases, and the first of this process's to be looked at."""
   found: list[list[float]] = [[] for _ in range(segmenter.stages)]
   shown: SheetCase | None = None
   with hosts.together():
-    for case in hosts.share(cases):
-      volume, truth, maps = _stage_maps(segmenter, case)
+    progress, mine = Progress("validation, cases", report), hosts.share(cases)
+    for done, case in enumerate(mine):
+      progress(done, len(mine))
+      volume, truth, maps = _stage_maps(segmenter, case, report)
       if shown is None:
         stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
         shown = SheetCase(
@@ -59,8 +59,9 @@ def validate_run(
   progress = Progress("validation, cases", report)
   with hosts.together():
     mine = hosts.share(cases)
+    progress(0, len(mine))
     for done, case in enumerate(mine, 1):
-      volume, truth, maps = _stage_maps(segmenter, case)
+      volume, truth, maps = _stage_maps(segmenter, case, report)
       for stage, guess in enumerate(maps):
         found[stage][case.identifier] = evaluate_arrays(
           guess, truth, volume.geometry.spacing, labels.structures, labels.ignore
@@ -81,7 +82,9 @@ def validate_run(
   return result
 
 
-def _stage_maps(segmenter: Segmenter, case: Case) -> tuple[Volume, np.ndarray, list[np.ndarray]]:
+def _stage_maps(
+  segmenter: Segmenter, case: Case, report: Report
+) -> tuple[Volume, np.ndarray, list[np.ndarray]]:
   """A labelled case: its image, its true label map, and the label map of every stage."""
   labels = segmenter.plan.labels
   volume, atoms = read_case(case, len(segmenter.plan.channels), labels)
@@ -89,4 +92,4 @@ def _stage_maps(segmenter: Segmenter, case: Case) -> tuple[Volume, np.ndarray, l
   truth = np.array(labels.atom_values)[np.where(atoms == IGNORED, 0, atoms)]
   if labels.ignore is not None:
     truth[atoms == IGNORED] = labels.ignore
-  return volume, truth, label_maps([segment_volume(segmenter, volume)])
+  return volume, truth, label_maps([segment_volume(segmenter, volume, progress=report)])

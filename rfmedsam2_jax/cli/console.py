@@ -1,29 +1,47 @@
 """What a command says, and to whom: a person at a terminal, a log, or a program."""
 
 import json
+import os
 import sys
 import time
 from typing import Any
 
+from rfmedsam2_jax.progress import Lines, Passing
+
+CLEAR = "\r\x1b[2K"  # the line that the terminal's cursor is on
+
 
 class Console:
-  """Lines of progress and the result of one command.
+  """Progress and the result of one command: the result on standard output, all else on the other.
 
   Args:
-    quiet: leave out the lines of progress.
-    as_json: every line is a JSON object with one of the keys "progress", "warning", "result" and
-      "error".
+    quiet: leave out progress and details.
+    as_json: every line, on standard output, is a JSON object with one of the keys "progress",
+      "detail", "warning", "result" and "error"; the last one has "result" or "error".
+    name: of the program, before warnings and errors.
   """
 
-  def __init__(self, quiet: bool = False, as_json: bool = False):
-    self._quiet, self._json = quiet, as_json
+  def __init__(self, quiet: bool = False, as_json: bool = False, name: str = "rfmedsam2"):
+    self._quiet, self._json, self._name = quiet, as_json, name
+    self._terminal = not as_json and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    self._passing = False  # whether the terminal's last line is to be rewritten
+    self._lines = Lines(self._timed)
 
   def line(self, text: str) -> None:
-    """A line of progress, with the time of day."""
+    """Progress. On a terminal a line that is `Passing` is rewritten by the next one."""
     if self._quiet:
       return
-    now = time.strftime("%H:%M:%S")
-    self._print({"progress": text, "time": now} if self._json else f"[{now}] {text}")
+    if self._terminal and isinstance(text, Passing):
+      width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+      print(f"{CLEAR}{text}"[: width + len(CLEAR) - 1], end="", file=sys.stderr, flush=True)
+      self._passing = True
+    else:
+      self._lines(text)
+
+  def detail(self, text: str) -> None:
+    """Part of the result that is known before its end."""
+    if not self._quiet:
+      self._print({"detail": text} if self._json else text)
 
   def result(self, text: str, values: dict[str, Any]) -> None:
     """What the command was for: `text` for a person, `values` for a program."""
@@ -31,16 +49,22 @@ class Console:
 
   def warning(self, text: str) -> None:
     """What a person should know before trusting the result; said under --quiet too."""
-    if self._json:
-      self._print({"warning": text})
-    else:
-      print(f"rfmedsam2: warning: {text}", file=sys.stderr)
+    self._print({"warning": text} if self._json else f"{self._name}: warning: {text}", sys.stderr)
 
   def error(self, message: str, status: int) -> None:
-    """Why the command did not do it, on standard error; to a program on standard output too."""
-    if self._json:
-      self._print({"error": message, "status": status})
-    print(f"rfmedsam2: {message}", file=sys.stderr)
+    """Why the command did not do it."""
+    said: dict[str, Any] = {"error": message, "status": status}
+    self._print(said if self._json else f"{self._name}: {message}", sys.stderr)
 
-  def _print(self, content: str | dict[str, Any]) -> None:
-    print(content if isinstance(content, str) else json.dumps(content, default=str), flush=True)
+  def _timed(self, text: str) -> None:
+    now = time.strftime("%H:%M:%S")
+    self._print({"progress": text, "time": now} if self._json else f"[{now}] {text}", sys.stderr)
+
+  def _print(self, content: str | dict[str, Any], stream: Any = None) -> None:
+    if self._passing:
+      print(CLEAR, end="", file=sys.stderr, flush=True)
+      self._passing = False
+    if isinstance(content, str):
+      print(content, file=stream or sys.stdout, flush=True)
+    else:
+      print(json.dumps(content, default=str), flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.errors import RESUME, Stopped, UserError
+from rfmedsam2_jax.progress import Passing
 
 COMMANDS = ("train", "shard", "predict", "evaluate", "track", "serve", "quickstart")
 
@@ -46,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides += rest
   if arguments is None:
     _with_huge_pages()
-  _set_up_jax()
   console = Console(options.quiet, options.as_json)
+  if arguments is None:
+    console.line(Passing("starting"))  # importing JAX takes seconds
+  _set_up_jax()
   message, status = _run(options, console)
   if status:
     console.error(message, status)
@@ -97,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   of_all = argparse.ArgumentParser(add_help=False)
   said = of_all.add_argument_group("what is said")
-  said.add_argument("--quiet", action="store_true", help="no lines of progress")
+  said.add_argument("--quiet", action="store_true", help="results, warnings and errors alone")
   said.add_argument(
     "--json", dest="as_json", action="store_true", help="lines of JSON, for programs"
   )

@@ -27,6 +27,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.data.datasets import Labels, read_dataset
   from rfmedsam2_jax.data.plan import load_plan
   from rfmedsam2_jax.inference.evaluate import as_dict, evaluate_folders, save_scores, table
+  from rfmedsam2_jax.progress import Progress
 
   labels: Labels | None = None
   if options.labels:
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     plan = options.labels / "plan.json"
     labels = load_plan(plan).labels if plan.is_file() else read_dataset(options.labels).labels
   scores = evaluate_folders(
-    options.predictions, options.references, labels, options.tolerance, options.partial
+    options.predictions, options.references, labels, options.tolerance, options.partial,
+    Progress("cases", console.line),
   )
   folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
   target = options.scores or folder / "scores.json"

@@ -47,9 +47,13 @@ def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.api import load, predict
+  from rfmedsam2_jax.progress import Passing
 
   runs, inputs = _split_runs(options.paths)
-  models = [load(run) for run in runs]
+  models = []
+  for path in runs:
+    console.line(Passing(f"reading {path}"))
+    models.append(load(path))
   began = time.monotonic()
   warnings: list[dict[str, str]] = []
 

@@ -29,6 +29,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
   means = quickstart(
     packaged_config("quickstart.yaml"), options.overrides, options.out, options.resume,
-    options.overwrite, console.line,
+    options.overwrite, console.line, console.warning,
   )
-  console.result(f"all results: {options.out}", {"out": options.out, "dice": means})
+  each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
+  console.result(
+    f"mean Dice of unseen phantoms: {each}\nall results: {options.out}",
+    {"out": options.out, "dice": means},
+  )

@@ -32,8 +32,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
   jax.config.update("jax_num_cpu_devices", options.devices)
   from rfmedsam2_jax.shard import shard
 
+  lines: list[str] = []
   shard(
     load_config(options.config, options.overrides), options.channels, options.structures,
     [options.phase] if options.phase else ["generator", "refiner"],
-    lambda line: console.result(line, {"line": line}), not options.no_compile,
+    lines.append, not options.no_compile, console.line,
   )
+  console.result("\n".join(lines), {"lines": lines})

@@ -58,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.data.volumes import load_image
   from rfmedsam2_jax.inference.tracked import parse_window
-  from rfmedsam2_jax.progress import Progress
+  from rfmedsam2_jax.progress import Passing, Progress
   from rfmedsam2_jax.prompting import (
     check_prompts,
     open_volume,
@@ -70,6 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
   # Everything that can be wrong is looked at before anything that takes long.
   window = parse_window(options.window)
+  console.line(Passing(f"reading {options.image}"))
   volume = load_image(options.image)
   prompts = prompts_of_options(
     volume, options.box, options.point, options.prompts, options.masks, options.plane,
@@ -82,11 +83,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
     dynamic_multimask=not options.single_mask,
     cache="none" if options.no_cache else "bfloat16",
   )
+  console.line(Passing(f"reading {options.checkpoint}"))
   prompted = open_volume(
     options.checkpoint, volume, options.plane, window, options.image_size, config,
     Progress("slices", console.line),
   )
+  console.line("compiling the network")
   found = prompted.track(prompts)
+  console.line(Passing("writing"))
   about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
   written = write_tracked(
     options.out, volume, found, about, options.overwrite, options.format

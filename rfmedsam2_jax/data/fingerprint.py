@@ -87,6 +87,8 @@ def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed
   cases = dataset.cases if cases is None else cases
   limit = max(1, SAMPLED_VOXELS // len(cases))
   found, samples = [], []
+  if progress is not None:
+    progress(0, len(cases))
   for done, case in enumerate(cases, 1):
     volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
     assert atoms is not None, "training cases have labels"

@@ -12,6 +12,7 @@ smooth bias multiplies everything; and each file has an axis order, flips and a 
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -185,11 +186,15 @@ def _save(image: nib.Nifti1Image, path: Path) -> None:
     nib.save(image, temporary)
 
 
-def write_phantom(folder: str | Path, config: PhantomConfig | None = None) -> Path:
+def write_phantom(
+  folder: str | Path, config: PhantomConfig | None = None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
   """Writes a phantom dataset in nnU-Net's raw layout and returns its folder.
 
   Training cases are phantom_000, ...; the unseen ones go on counting and lie in imagesTs and
-  labelsTs. `dataset.json` is written last: a folder that has one is complete.
+  labelsTs. `dataset.json` is written last: a folder that has one is complete. `progress` is called
+  with (cases done, cases).
 
   Raises:
     UserError: the folder holds a dataset.json already.
@@ -199,6 +204,7 @@ def write_phantom(folder: str | Path, config: PhantomConfig | None = None) -> Pa
   if (folder / "dataset.json").exists():
     raise UserError(f"{folder}: holds a dataset already; give another folder or remove it")
   for index in range(config.cases + config.test_cases):
+    progress(index, config.cases + config.test_cases)
     part = "Tr" if index < config.cases else "Ts"
     image, labels, spacing = phantom_case(config, index)
     order, flips = (0, 1, 2), (1, 1, 1)

@@ -13,8 +13,10 @@ import numpy as np
 from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.details import StructureDetails, structure_details
-from rfmedsam2_jax.inference.segmenter import Segmentation, fused, label_map
+from rfmedsam2_jax.inference.segmenter import Segmentation, fused
 from rfmedsam2_jax.inference.unusual import Notice, unusual_input, unusual_stages
+from rfmedsam2_jax.progress import Progress, Report, silent
+from rfmedsam2_jax.refinement import Fused
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,16 +85,30 @@ def examine(
   segmentations: Sequence[Segmentation],
   volume: Volume,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
+  report: Report = silent,
 ) -> Details:
   """Label maps of every stage and all that is known of them.
 
   Args:
     segmentations: of `volume`.
     watch: takes the probability of every organ after the last stage, see `fuse`.
+    report: takes lines about what is done.
   """
-  stages = range(segmentations[0].segmenter.stages)
-  maps = [label_map(segmentations, stage) for stage in stages[:-1]]
-  last = fused(segmentations, stages[-1], watch)
+  first = segmentations[0].segmenter
+  stages, organs = first.stages, len(first.plan.labels.structures)
+  progress = Progress("label maps, structures", report)
+
+  def fuse_stage(stage: int) -> Fused:
+    def seen(organ: int, probability: np.ndarray) -> None:
+      progress(stage * organs + organ, stages * organs)
+      if stage == stages - 1:
+        watch(organ, probability)
+
+    return fused(segmentations, stage, seen)
+
+  # One after the other: what fuses a stage is as large as the volume.
+  maps = [fuse_stage(stage).labels for stage in range(stages - 1)]
+  last = fuse_stage(stages - 1)
   maps.append(last.labels)
   structures = structure_details(segmentations, maps, last, volume.geometry)
   notices = [
@@ -100,7 +116,7 @@ def examine(
       notice for found in segmentations
       for notice in unusual_input(found.segmenter, found.prepared.restore, volume.array)
     ),
-    *unusual_stages(structures, segmentations[0].segmenter.inference.warnings),
+    *unusual_stages(structures, first.inference.warnings),
   ]
   # Runs that were trained on the same cases say the same.
   return Details(

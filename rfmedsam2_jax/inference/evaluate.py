@@ -70,6 +70,8 @@ def evaluate_folders(
   pairs = _pairs(Path(predictions), Path(references), partial)
   found: dict[str, dict[str, Score]] = {}
   occurring: set[str] = set()
+  if progress is not None:
+    progress(0, len(pairs))
   for done, (identifier, (prediction, reference)) in enumerate(pairs.items(), start=1):
     structures, found[identifier] = _score_case(prediction, reference, labels, tolerance)
     occurring.update(structures)

@@ -27,6 +27,7 @@ from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.remat import Remat
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
+from rfmedsam2_jax.progress import Progress, Report, compiling, silent
 from rfmedsam2_jax.refinement import (
   Fused,
   RefinementConfig,
@@ -40,7 +41,6 @@ from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given,
 from rfmedsam2_jax.refinement.volume import VolumePrompts
 
 Params = dict[str, Any]
-Progress = Callable[[str], None]
 
 _CHUNK = 65536  # voxels per compiled call of the log-odds
 
@@ -139,7 +139,7 @@ def segment_volume(
   volume: Volume,
   truth_atoms: np.ndarray | None = None,
   given: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
-  progress: Progress = lambda message: None,
+  progress: Report = silent,
 ) -> Segmentation:
   """Segments one volume.
 
@@ -149,7 +149,7 @@ def segment_volume(
     progress: takes lines about what is done.
   """
   prepared = preprocess(volume, segmenter.plan)
-  made = run_generator(segmenter, prepared)
+  made = run_generator(segmenter, prepared, progress)
   if segmenter.refiner is None:
     return Segmentation(segmenter, prepared, made, [])
   side = segmenter.sam2.config.image_size
@@ -171,7 +171,9 @@ def segment_volume(
   return Segmentation(segmenter, prepared, made, results)
 
 
-def run_generator(segmenter: Segmenter, prepared: Prepared) -> Generated:
+def run_generator(
+  segmenter: Segmenter, prepared: Prepared, report: Report = silent
+) -> Generated:
   """The generator over a prepared volume, and the first stage's prompts from it."""
   plan, config = segmenter.plan, segmenter.inference
   organs, regions = len(plan.labels.structures), plan.labels.regions
@@ -182,14 +184,17 @@ def run_generator(segmenter: Segmenter, prepared: Prepared) -> Generated:
   logits = np.empty((organs, depth, mask_side, mask_side), np.float16)
   boxes = np.zeros((organs, depth, 4), np.float32)
   present = np.zeros((organs, depth), bool)
+  batch = config.batch_size * device_count()
+  compiling("the generator", (segmenter.unet, plan.patch_size, batch), report)
   slabs = predict_slabs(
     functools.partial(_unet_forward, segmenter.unet, everywhere(segmenter.generator)),
     prepared.image,
     plan.patch_size,
     config.overlap,
-    config.batch_size * device_count(),
+    batch,
     config.mirror_axes,
     segmenter.unet.config.mirrored,
+    Progress("generator, windows", report),
   )
   for where, slab in slabs:
     odds = _log_odds(slab, regions)

@@ -46,6 +46,7 @@ def predict_slabs(
   batch_size: int = 1,
   mirror_axes: Sequence[int] = (),
   reversed_axes: Sequence[int] = (),
+  progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[slice, np.ndarray]]:
   """Logits of a volume of any size, in slabs along D.
 
@@ -61,6 +62,7 @@ def predict_slabs(
       averaged in; every one of them doubles the time.
     reversed_axes: axes along which windows and padding lie as they would in the mirrored volume;
       of odd sizes that is one voxel away.
+    progress: called with (windows done, windows in all).
 
   Yields:
     (slice along D, float32 [d, H, W, K]), in order and without gaps. The array is the receiver's.
@@ -94,7 +96,9 @@ def predict_slabs(
   sums: np.ndarray | None = None
   top = 0
   windows = list(itertools.product(starts[0], starts[1], starts[2]))
-  for (d, h, w), logits in _run(forward, image, windows, patch, batch_size, mirror_axes):
+  progress(0, len(windows))
+  found = _run(forward, image, windows, patch, batch_size, mirror_axes)
+  for number, ((d, h, w), logits) in enumerate(found, 1):
     if sums is None:
       sums = np.zeros((patch[0], height, width, logits.shape[-1]), np.float32)
     if d > top:
@@ -105,6 +109,7 @@ def predict_slabs(
       yield finished(top, done)
       top = d
     sums[:, h : h + patch[1], w : w + patch[2]] += logits * weight[..., None]
+    progress(number, len(windows))
   assert sums is not None
   yield finished(top, sums[: depth - top])
 

@@ -17,6 +17,7 @@ import numpy as np
 from rfmedsam2_jax import tracking
 from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, apply
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
+from rfmedsam2_jax.progress import Passing, Progress, Report, below, compiling, silent
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
@@ -131,14 +132,14 @@ def refine_volume(
   config: RefinementConfig,
   slices: Callable[[np.ndarray], np.ndarray],
   prompts: VolumePrompts,
-  progress: Callable[[str], None] = lambda message: None,
+  progress: Report = silent,
 ) -> list[StageResult]:
   """Runs the stages of `config` over one volume.
 
   Args:
     slices: gives float32 [n, S, S, 3] in [0, 1] for slice numbers [n].
     prompts: of stage 0.
-    progress: called with one line per stage.
+    progress: takes lines about what is done.
 
   Returns:
     One StageResult per stage; N = 0 where no cell was ever live.
@@ -158,10 +159,13 @@ def refine_volume(
     if not len(cells):
       results.append(result)
       continue
-    encoded.need(np.unique(cells[:, 1]))
-    progress(f"stage {number}: {len(cells)} cells on {encoded.count} slices")
+    encoded.need(np.unique(cells[:, 1]), progress)
+    progress(Passing(f"stage {number}: {len(cells)} cells on {encoded.count} slices"))
     run = _run_stream if stage.memory == "stream" else _run_cells
-    outputs = run(model, params, stage, config, encoded, prompts, pointers, live, cells)
+    outputs = run(
+      model, params, stage, config, encoded, prompts, pointers, live, cells,
+      below(progress, f"stage {number}, "),
+    )
     shown = (outputs.presence > 0)[:, None, None]
     organ, at = cells.T
     new = StageResult(
@@ -244,9 +248,12 @@ class _Features:
   def count(self) -> int:
     return len(self._row)
 
-  def need(self, wanted: np.ndarray) -> None:
+  def need(self, wanted: np.ndarray, report: Report) -> None:
     missing = [int(z) for z in wanted if int(z) not in self._row]
+    compiling("the image encoder", (self._model, self._batch), report)
+    progress = Progress("encoding, slices", report)
     for first in range(0, len(missing), self._batch):
+      progress(first, len(missing))
       chunk = missing[first : first + self._batch]
       images = self._slices(_padded(np.array(chunk), self._batch))
       features = _encode(self._model, self._params, images)
@@ -254,8 +261,12 @@ class _Features:
       for z in chunk:
         self._row[z] = len(self._row)
     if missing:
-      total = bucket(len(self._row), self._batch)
-      self.store = _joined(self._parts, total)
+      self.store = _joined(self._parts, self.room)
+
+  @property
+  def room(self) -> int:
+    """Rows of the store."""
+    return bucket(len(self._row), self._batch)
 
   def rows(self, slices: np.ndarray) -> np.ndarray:
     return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)
@@ -285,7 +296,7 @@ def _scores(prompts, live, cells, size) -> np.ndarray:
 
 
 def _run_cells(
-  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells
+  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells, report
 ) -> stages_lib.CellOutputs:
   """`neighbours` and `none`: every cell for itself, given the previous stage."""
   size = config.cells_per_batch * device_count()
@@ -293,6 +304,8 @@ def _run_cells(
   depth = live.shape[1]
   rows = encoded.rows(at)
   outputs = []
+  total = bucket(len(cells), size)
+  compiling("the network", (model, stage, size, total, encoded.room), report)
   if stage.memory == "neighbours":
     scores = _scores(prompts, live, cells, size)
     # Padded, so that volumes of similar depth share a compilation; padding is not live.
@@ -303,15 +316,17 @@ def _run_cells(
     # Where a cell's memory lies in the store of live cells; empty slots point at row 0.
     place = np.zeros(live.shape, np.int32)
     place[organ, at] = np.arange(len(cells))
-    total = bucket(len(cells), size)
-    maps = []
+    progress, maps = Progress("memories", report), []
     for where, index in _batches(len(cells), size):
+      progress(where.start, len(cells))
       batch = _gather(prompts, organ[index], at[index])
       remembered = _remember(model, params, encoded.store.embedding, rows[index], batch)
       maps.append(_host(remembered, where.stop - where.start))
     store = _joined(maps, total)
     pointer_store = everywhere(_padded(pointers[organ, at], total))
+  progress = Progress("cells", report)
   for where, index in _batches(len(cells), size):
+    progress(where.start, len(cells))
     batch = _gather(prompts, organ[index], at[index])
     if stage.memory == "neighbours":
       o, z = organ[index], at[index]
@@ -328,7 +343,7 @@ def _run_cells(
 
 
 def _run_stream(
-  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells
+  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells, report
 ) -> stages_lib.CellOutputs:
   """`stream`: SAM 2's recurrence outward from each organ's anchor, one organ after the other.
 
@@ -338,11 +353,14 @@ def _run_stream(
   del pointers  # the recurrence makes its own
   scores = _scores(prompts, live, cells, config.cells_per_batch)
   found = []
-  for organ in np.unique(cells[:, 0]):
+  progress, organs = Progress("structures", report), np.unique(cells[:, 0])
+  for done, organ in enumerate(organs):
+    progress(done, len(organs))
     at = np.flatnonzero(live[organ])
     first, last = int(at[0]), int(at[-1])
     length = last - first + 1
     total = bucket(length, config.slices_per_batch)
+    compiling("the network", (model, stage, total, live.shape[1]), report)
     span = _padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True

@@ -169,6 +169,7 @@ class VolumeTracker:
     ]
     busy = [any(run.any() for run in by_group) for by_group in runs]
     wanted = [chunk for (chunk, _), is_busy in zip(batches, busy, strict=True) if is_busy]
+    self._progress(0, total)
     features_of = self._features.ahead(wanted)
     for (chunk, reverse), by_group, is_busy in zip(batches, runs, busy, strict=True):
       features = next(features_of) if is_busy else None

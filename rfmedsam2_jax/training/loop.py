@@ -15,15 +15,13 @@ from rfmedsam2_jax.errors import Stopped, UserError
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import place_batch
-from rfmedsam2_jax.progress import duration
+from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
 from rfmedsam2_jax.training.checkpoints import Checkpoints
 from rfmedsam2_jax.training.config import LoopConfig
 from rfmedsam2_jax.training.folder import RunFolder
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
 from rfmedsam2_jax.training.telemetry import Telemetry
-
-Report = Callable[[str], None]
 
 
 def train_phase(
@@ -37,7 +35,7 @@ def train_phase(
   cases: Sequence[str],
   samples: dict[str, int],
   validate: Callable[[TrainState, int], tuple[dict[str, float], Path | None]] | None = None,
-  report: Report = print,
+  report: Report = PRINTED,
   profile: bool = False,
 ) -> TrainState:
   """Trains until `config.steps`, from the newest checkpoint where there is one.
@@ -70,24 +68,28 @@ def train_phase(
     with contextlib.ExitStack() as stack:
       stopping = stack.enter_context(listening())
       telemetry: Telemetry | None = None
+      progress = Progress(f"{phase}: step", report)
       for step in range(start + 1, config.steps + 1):
         batch = dict(next(batches))
         drawn = batch.pop("case")
         placed = place_batch(batch, mesh)
         if telemetry is None:
           began = time.monotonic()
+          report(f"{phase}: compiling the training step")
           compiled = step_fn.lower(state, placed).compile()
           report(f"{phase}: compiled in {time.monotonic() - began:.0f} s")
           telemetry = stack.enter_context(contextlib.closing(Telemetry(
             run.path, phase, run.writes, samples, flops_of(compiled), profile
           )))
           began = time.monotonic()
+          progress(start, config.steps)
         telemetry.before(step - start - 1)
         state, metrics = compiled(state, placed)
         telemetry.after(step - start - 1, metrics)
         watch.add(step, metrics, drawn)
         # Waits for the step before, not for this one: the device always has work.
         watch.check(step - 1)
+        progress(step, config.steps)
         if step % config.log_every == 0 or step == config.steps:
           watch.check(step)
           values = watch.means()
