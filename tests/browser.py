@@ -18,7 +18,9 @@ def browser_page(width=1280, height=800):
   if not executable:
     pytest.skip("no chromium: install it, or name it in CHROMIUM")
   with api.sync_playwright() as playwright:
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    # WebGL without a graphics card: rendered by the processor.
+    arguments = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    arguments += ["--no-sandbox"] if os.geteuid() == 0 else []
     browser = playwright.chromium.launch(executable_path=executable, args=arguments)
     try:
       page = browser.new_page(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.report import niivue
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -53,8 +54,10 @@ def test_a_wheel_runs_from_another_folder(tmp_path):
     ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
     check=True,
   ).stdout.split("\n")
-  for name in listed:
-    if name.startswith(("rfmedsam2_jax/", "configs/", "pyproject", "README", "LICENSE")):
+  viewer = f"rfmedsam2_jax/report/static/{niivue.FILE}"  # not in the repository
+  fetched = niivue.bundle() is not None
+  for name in [*listed, *([viewer] if fetched else [])]:
+    if name.startswith(("rfmedsam2_jax/", "configs/", "pyproject", "setup", "README", "LICENSE")):
       (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
       (tmp_path / "source" / name).write_bytes((ROOT / name).read_bytes())
   subprocess.run(
@@ -66,6 +69,9 @@ def test_a_wheel_runs_from_another_folder(tmp_path):
   subprocess.run([*pip, "install", "--no-deps", "--target", installed, wheel], check=True)
   assert (installed / "rfmedsam2_jax" / "py.typed").is_file()
   assert (installed / "rfmedsam2_jax" / "configs" / "hippocampus.yaml").is_file()
+  assert (installed / "rfmedsam2_jax" / "report" / "templates" / "index.html").is_file()
+  if fetched:
+    assert (installed / viewer).read_bytes() == (ROOT / viewer).read_bytes()
   environment = {**os.environ, "PYTHONPATH": str(installed)}
   said = subprocess.run(
     [sys.executable, "-c", "import rfmedsam2_jax; print(rfmedsam2_jax.__file__)"],

@@ -14,7 +14,7 @@ from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.errors import RESUME, Stopped, UserError
 from rfmedsam2_jax.progress import Passing
 
-COMMANDS = ("train", "shard", "predict", "evaluate", "track", "serve", "quickstart")
+COMMANDS = ("train", "shard", "predict", "evaluate", "report", "track", "serve", "quickstart")
 
 STATUSES = """exit status:
   0    done

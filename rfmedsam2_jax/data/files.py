@@ -6,6 +6,7 @@ Used by every file of this room that leaves something on disk.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+  """Gives a new hidden folder beside `path` that becomes `path` if the block ends without an error.
+
+  A folder that is there is replaced; whoever calls makes sure that it may be. The hidden ones of a
+  process that was killed are left behind.
+  """
+  path = Path(os.path.abspath(path))  # also of "." there is a name and a folder beside
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{os.getpid()}.{path.name}")
+  old = path.with_name(f".{os.getpid()}.{path.name}.old")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir()
+  try:
+    yield temporary
+    if path.exists():
+      os.replace(path, old)
+    os.replace(temporary, path)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists() and not path.exists():
+      os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:

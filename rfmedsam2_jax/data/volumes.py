@@ -70,6 +70,11 @@ class Geometry:
     return np.diag([*[self._millimetres] * 3, 1.0]) @ self.affine
 
   @property
+  def canonical_affine_mm(self) -> np.ndarray:
+    """`canonical_affine` in mm, whatever the file's units."""
+    return np.diag([*[self._millimetres] * 3, 1.0]) @ self.canonical_affine
+
+  @property
   def _millimetres(self) -> float:
     return _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,8 +123,12 @@ def _score_case(
   return tuple(scores), scores
 
 
-def _label_maps(path: Path) -> dict[str, Path]:
-  """Label maps by case identifier."""
+def label_maps(path: Path) -> dict[str, Path]:
+  """Label maps by case identifier, of a folder or of one file.
+
+  Raises:
+    UserError: nothing there, or two files of one case.
+  """
   if path.is_dir():
     files = sorted(file for file in path.iterdir() if is_volume_name(file))
     if not files:
@@ -144,7 +149,7 @@ def _label_maps(path: Path) -> dict[str, Path]:
 
 
 def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tuple[Path, Path]]:
-  guesses, truths = _label_maps(predictions), _label_maps(references)
+  guesses, truths = label_maps(predictions), label_maps(references)
   if predictions.is_file() and references.is_file():
     (identifier, guess), (truth,) = *guesses.items(), truths.values()
     return {identifier: (guess, truth)}
@@ -215,6 +220,22 @@ def as_dict(scores: Scores) -> dict:
       for identifier, case in scores.cases.items()
     },
   }
+
+
+def from_dict(content: dict[str, Any]) -> Scores:
+  """The inverse of `as_dict`.
+
+  Raises:
+    KeyError, TypeError, AttributeError: it is not what that returns.
+  """
+  cases = {
+    identifier: {
+      name: Score(**{k: math.nan if v is None else float(v) for k, v in value.items()})
+      for name, value in case.items()
+    }
+    for identifier, case in content["cases"].items()
+  }
+  return Scores(tuple(content["structures"]), float(content["tolerance_mm"]), cases)
 
 
 def save_scores(path: str | Path, scores: Scores) -> None:

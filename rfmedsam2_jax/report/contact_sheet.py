@@ -120,7 +120,7 @@ def _rows(
   shown = np.isin(next(iter(maps.values())), values)
   if not shown.any():
     shown = np.ones_like(shown)
-  window = case.window or _window(image, shown)
+  window = case.window or window_of(image, shown)
   box = (slice(None), slice(None))
   if crop:
     box = (_surroundings(shown.any(axis=(0, 2))), _surroundings(shown.any(axis=(0, 1))))
@@ -158,8 +158,15 @@ def _chosen(shown: np.ndarray, count: int) -> list[int]:
   return sorted({int(np.searchsorted(areas, share)) for share in shares})
 
 
-def _window(image: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
-  """The structures' own intensities and as much again: air and metal do not decide."""
+def window_of(image: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
+  """The structures' own intensities and as much again: air and metal do not decide.
+
+  Args:
+    image: of any shape. shown: bool of that shape, the structures' voxels, at least one.
+
+  Returns:
+    intensities that become black and white.
+  """
   low, high = np.percentile(image[shown], (1, 99))
   reach = (high - low) / 2
   return float(low - reach), float(high + reach + 1e-6)

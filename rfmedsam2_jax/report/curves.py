@@ -1,9 +1,13 @@
-"""Curves of a run: losses and validation Dice over the steps, from log.jsonl to a PNG."""
+"""Curves of a run: losses and validation Dice over the steps, from log.jsonl to a PNG or a page."""
 
+import io
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -15,7 +19,11 @@ Curves = dict[str, list[tuple[int, float]]]
 _VALIDATION = "validation/"
 _RATE = "learning_rate"
 # What the log has beside what is drawn.
-_OTHER = {"phase", "step", "time", "steps_per_second", "gradient_norm"}
+_OTHER = {
+  "phase", "step", "time", "gradient_norm", "steps_per_second", "volumes_per_second",
+  "slices_per_second", "cells_per_second", "tflops_per_device", "mfu", "peak_gib",
+}
+_PAGE_COLOUR = "#010203"  # stands for the page's text colour until the picture is in the page
 
 
 def read_log(path: str | Path) -> dict[str, Curves]:
@@ -31,11 +39,12 @@ def read_log(path: str | Path) -> dict[str, Curves]:
   for line in path.read_text(encoding="utf-8").splitlines():
     try:
       entry = json.loads(line)
-    except ValueError:
+      phase, step = str(entry["phase"]), int(entry["step"])
+    except (ValueError, KeyError, TypeError):
       continue  # the last line of a run that was killed
     for name, value in entry.items():
-      if name not in _OTHER and isinstance(value, int | float):
-        phases[entry["phase"]][name].append((entry["step"], value))
+      if name not in _OTHER and isinstance(value, int | float) and math.isfinite(value):
+        phases[phase][name].append((step, value))
   return {
     phase: {name: sorted(points) for name, points in curves.items()}
     for phase, curves in phases.items()
@@ -52,7 +61,32 @@ def save_curves(log: str | Path, path: str | Path) -> Path:
   Returns:
     path.
   """
-  phases = read_log(log)
+  figure = _figure(read_log(log))
+  path = Path(path)
+  with replacing(path) as temporary:
+    figure.savefig(temporary, format="png")
+  return path
+
+
+def curves_svg(phases: dict[str, Curves]) -> str:
+  """The same as SVG elements for a page, one per phase, in the page's own font and text colour."""
+  text = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+  style: dict[Any, Any] = {
+    **dict.fromkeys(text, _PAGE_COLOUR), "svg.fonttype": "none", "svg.hashsalt": "curves",
+    "font.family": "sans-serif", "legend.framealpha": 0,
+  }
+  none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+  found = []
+  for phase, curves in phases.items():
+    buffer = io.StringIO()
+    with matplotlib.rc_context(style):
+      _figure({phase: curves}).savefig(buffer, format="svg", transparent=True, metadata=none)
+    picture = buffer.getvalue()
+    found.append(picture[picture.index("<svg"):].replace(_PAGE_COLOUR, "currentColor"))
+  return "\n".join(found)
+
+
+def _figure(phases: dict[str, Curves]) -> Figure:
   validated = any(name.startswith(_VALIDATION) for curves in phases.values() for name in curves)
   columns = 2 if validated else 1
   figure = Figure(
@@ -72,10 +106,7 @@ def save_curves(log: str | Path, path: str | Path) -> Path:
       }
       _draw(row[1], scores, f"{phase}: validation", marker="o")
       row[1].set_visible(bool(scores))
-  path = Path(path)
-  with replacing(path) as temporary:
-    figure.savefig(temporary, format="png")
-  return path
+  return figure
 
 
 def _draw(axes, curves: Curves, title: str, marker: str = "") -> None:

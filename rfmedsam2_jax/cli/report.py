@@ -1,0 +1,54 @@
+"""`rfmedsam2 report`: pages of scores, curves and volumes that a browser opens from a folder."""
+
+import argparse
+from pathlib import Path
+
+from rfmedsam2_jax.cli.console import Console
+from rfmedsam2_jax.errors import UserError
+
+HELP = "make pages of a run and of predictions, with a viewer of the volumes"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "folders", nargs="+", type=Path, metavar="RUN|PREDICTIONS",
+    help="a run, a folder that predict wrote, or one of each",
+  )
+  parser.add_argument("--ref", type=Path, help="folder of references, to score the predictions")
+  parser.add_argument("--images", type=Path, help="folder of the inputs, to show them")
+  parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+  parser.add_argument(
+    "--max-voxels", type=float, default=20.0,
+    help="millions of voxels that a viewer shows, larger volumes are thinned (20); 0: no viewer",
+  )
+  parser.add_argument("--overwrite", action="store_true", help="replace a report")
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.report.folder import write_report
+
+  runs = [folder for folder in options.folders if (folder / "config.yaml").is_file()]
+  predictions = [folder for folder in options.folders if folder not in runs]
+  for several in (runs, predictions):
+    if len(several) > 1:
+      raise UserError(f"{several[1]}: is a second folder of the kind of {several[0]}; "
+                      "give one run, one folder of predictions, or one of each")
+  for name in ("ref", "images"):
+    if getattr(options, name) and not predictions:
+      raise UserError(f"--{name}: belongs to predictions; name the folder that predict wrote too")
+  if not 0 <= options.max_voxels < 1e6:
+    raise UserError(f"--max-voxels {options.max_voxels:g}: give millions of voxels, or 0")
+  written = write_report(
+    options.out, runs[0] if runs else None, predictions[0] if predictions else None,
+    options.ref, options.images, options.overwrite, round(options.max_voxels * 1e6), console.line,
+  )
+  for remark in written.remarks:
+    console.warning(remark)
+  dice = written.scores.mean.dice if written.scores else None
+  scored = f", mean Dice {dice:.4f}" if dice is not None else ""
+  size = f", {written.volumes_bytes / 2**20:.1f} MiB of volumes" if written.volumes_bytes else ""
+  console.result(
+    f"{written.index}: {len(written.cases)} cases{scored}{size}; open it in a browser",
+    {"index": written.index, "cases": len(written.cases), "dice": dice,
+     "warnings": written.remarks},
+  )

@@ -1,0 +1,181 @@
+"""Volumes for the page's viewer: small, compressed, and all on one grid.
+
+In: canonical arrays of one case. Out: a dictionary for JSON, whose volumes are gzipped NIfTI in
+base64, because a page that was opened from a folder may load scripts but no other files.
+"""
+
+import base64
+import gzip
+from collections.abc import Mapping
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from rfmedsam2_jax.data.colours import colour
+from rfmedsam2_jax.data.volumes import Geometry
+from rfmedsam2_jax.report.contact_sheet import window_of
+from rfmedsam2_jax.report.predictions import CaseFile
+
+_LONGEST = 2048  # voxels along a side that graphics hardware takes
+
+
+def thinning(
+  shape: tuple[int, int, int], spacing: tuple[float, float, float], voxels: int
+) -> tuple[int, int, int]:
+  """Keep every how many-th voxel along each axis, so that at most `voxels` are left.
+
+  The finest axis is thinned first.
+  """
+  factors = [1, 1, 1]
+
+  def sides() -> list[int]:
+    return [-(-n // f) for n, f in zip(shape, factors, strict=True)]
+
+  while int(np.prod(sides(), dtype=np.int64)) > voxels or max(sides()) > _LONGEST:
+    long = [a for a in range(3) if sides()[a] > _LONGEST] or [a for a in range(3) if sides()[a] > 1]
+    factors[min(long, key=lambda a: spacing[a] * factors[a])] *= 2
+  return factors[0], factors[1], factors[2]
+
+
+def viewer_layers(
+  geometry: Geometry,
+  names: Mapping[int, str],
+  image: np.ndarray | None,
+  maps: Mapping[str, np.ndarray],
+  details: CaseFile | None,
+  voxels: int,
+) -> dict[str, Any]:
+  """Everything that the viewer of one case shows.
+
+  Args:
+    geometry: of the prediction; all arrays are on its canonical grid.
+    names: of label values, in the order of their colours.
+    image: float32 [D, H, W] or None.
+    maps: label maps by title; the first is the prediction.
+    details: for boxes and predicted IoU.
+    voxels: that the viewer shows at most.
+  """
+  factors = thinning(geometry.canonical_shape, geometry.spacing, voxels)
+  thin = tuple(slice(None, None, factor) for factor in factors)
+  affine = geometry.canonical_affine_mm @ np.diag([*factors, 1.0])
+  known = dict(names)
+  for found in maps.values():
+    known |= {int(v): f"value {v}" for v in np.unique(found) if v and int(v) not in known}
+  rank = {value: position for position, value in enumerate(known, 1)}
+  ranked = {title: _ranked(found[thin], rank) for title, found in maps.items()}
+  prediction = next(iter(ranked.values()))
+  layers = []
+  window = (0.0, 1.0)
+  exact = True
+  if image is not None:
+    shown = image[thin]
+    inside = prediction > 0 if prediction.any() else np.ones(prediction.shape, bool)
+    window = window_of(shown, inside)
+    stored, slope, intercept, exact = _stored(shown)
+    layers.append(_layer("image", "image", stored, affine, slope, intercept))
+  else:  # something for the others to lie on
+    layers.append(_layer("no image", "image", np.zeros(prediction.shape, np.uint8), affine))
+  layers += [_layer(title, "labels", found, affine) for title, found in ranked.items()]
+  slices: dict[str, dict[int, tuple[float | None, float | None]]] = {}
+  axis = 0
+  if details is not None and details.shape == geometry.shape:
+    axis = geometry.axes.index(details.slice_axis)
+    boxes, certainty, slices = _prompted(details, geometry, axis, factors, rank, prediction)
+    if boxes.any():
+      layers.append(_layer("boxes", "boxes", boxes, affine))
+    if certainty.any():
+      layers.append(_layer("predicted IoU", "iou", certainty, affine))
+  return {
+    "axis": 2 - axis,  # of x, y, z
+    "factors": factors[::-1],
+    "start": _start(prediction, axis, affine),
+    "window": window,
+    "exact": exact,
+    "labels": [
+      {"name": name, "colour": colour(position), "slices": slices.get(name, {})}
+      for position, name in enumerate(known.values())
+    ],
+    "layers": layers,
+  }
+
+
+def _start(prediction: np.ndarray, axis: int, affine: np.ndarray) -> list[float]:
+  """Where the viewer begins, mm: amid what was found on the slice with most structures on it."""
+  planes = np.moveaxis(prediction, axis, 0)
+  many = [len(np.unique(plane)) * planes[0].size + np.count_nonzero(plane) for plane in planes]
+  best = int(np.argmax(many))
+  at = np.argwhere(planes[best])
+  centre = at.mean(axis=0) if len(at) else np.array(planes[0].shape) / 2
+  return (affine @ [*np.insert(centre, axis, best), 1.0])[:3].tolist()
+
+
+def _ranked(labels: np.ndarray, rank: Mapping[int, int]) -> np.ndarray:
+  """Label values as their place among the names: small numbers, whatever the file has."""
+  found = np.zeros(labels.shape, np.uint8 if len(rank) < 256 else np.uint16)
+  for value, position in rank.items():
+    found[labels == value] = position
+  return found
+
+
+def _stored(image: np.ndarray) -> tuple[np.ndarray, float, float, bool]:
+  """An image in 8 or 16 bits, slope and intercept, and whether every value is kept exactly."""
+  low, high = float(image.min()), float(image.max())
+  if low >= -(2**15) and high < 2**15 and np.array_equal(np.rint(image), image):
+    return image.astype(np.uint8 if low >= 0 and high < 256 else np.int16), 1.0, 0.0, True
+  slope = (high - low) / (2**16 - 2) or 1.0
+  steps = np.rint((image.astype(np.float64) - low) / slope) - (2**15 - 1)
+  return steps.astype(np.int16), slope, low + (2**15 - 1) * slope, False
+
+
+def _layer(
+  title: str, kind: str, array: np.ndarray, affine: np.ndarray, slope: float = 1.0,
+  intercept: float = 0.0,
+) -> dict[str, str]:
+  """One volume [z, y, x] as NIfTI [x, y, z]."""
+  image = nib.Nifti1Image(np.ascontiguousarray(array.T), affine[:, [2, 1, 0, 3]])
+  image.header.set_xyzt_units("mm")
+  image.header.set_slope_inter(slope, intercept)
+  packed = gzip.compress(image.to_bytes(), 6, mtime=0)
+  return {"title": title, "kind": kind, "data": base64.b64encode(packed).decode()}
+
+
+def _prompted(
+  details: CaseFile, geometry: Geometry, axis: int, factors: tuple[int, int, int],
+  rank: Mapping[int, int], prediction: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, dict[str, dict[int, tuple[float | None, float | None]]]]:
+  """Boxes and predicted IoU as volumes on the thinned grid.
+
+  Returns:
+    boxes: edges of the boxes, as labels.
+    certainty: uint8, 1 + per cent of predicted IoU in the masks; 0 outside.
+    slices: predicted IoU and presence by structure and thinned slice.
+  """
+  boxes = np.zeros_like(prediction)
+  certainty = np.zeros(prediction.shape, np.uint8)
+  slices: dict[str, dict[int, tuple[float | None, float | None]]] = {}
+  others = [a for a in range(3) if a != details.slice_axis]
+  for name, structure in details.structures.items():
+    label = rank[structure.label]
+    for found in structure.boxes:
+      # Corners along the file's axes, then along the canonical ones, then thinned.
+      ends = np.zeros((2, 3), int)
+      ends[:, details.slice_axis] = found.slice
+      ends[:, others] = np.reshape(found.box, (2, 2))
+      last = np.array(geometry.shape) - 1
+      ends = np.clip(ends, 0, last)
+      ends = np.where(geometry.flipped, (last - ends)[:, geometry.axes], ends[:, geometry.axes])
+      if ends[0, axis] % factors[axis]:
+        continue
+      low, high = np.sort(ends, axis=0) // factors
+      at = int(low[axis])
+      plane = np.moveaxis(boxes, axis, 0)[at]
+      (top, left), (bottom, right) = (np.delete(corner, axis) for corner in (low, high))
+      plane[[top, bottom], left : right + 1] = label
+      plane[top : bottom + 1, [left, right]] = label
+      slices.setdefault(name, {})[at] = found.predicted_iou, found.presence
+      if found.predicted_iou is not None:
+        mask = np.moveaxis(prediction, axis, 0)[at] == label
+        percent = np.clip(np.rint(100 * found.predicted_iou), 0, 100)
+        np.moveaxis(certainty, axis, 0)[at][mask] = 1 + percent
+  return boxes, certainty, slices

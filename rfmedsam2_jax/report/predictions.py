@@ -1,0 +1,113 @@
+"""What `predict` left in a folder: label maps, those of the stages, and CASE.json of each case.
+
+The start of a report. Anything may be missing or damaged: what is there is read, and what is not is
+a problem that the report names.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rfmedsam2_jax.data.datasets import Labels, Structure
+from rfmedsam2_jax.data.files import load_json, read_json
+from rfmedsam2_jax.data.volumes import is_volume_name
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.inference.details import StructureDetails
+from rfmedsam2_jax.inference.evaluate import label_maps
+from rfmedsam2_jax.inference.unusual import Notice
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseFile:
+  """CASE.json (docs/trust.md), as far as a report reads it."""
+
+  shape: tuple[int, int, int]
+  slice_axis: Literal[0, 1, 2]
+  warnings: tuple[Notice, ...]
+  structures: dict[str, StructureDetails]
+  inputs: tuple[str, ...] = ()
+  runs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """One case; None where a file is missing.
+
+  Attributes:
+    stages: label map of each stage that was saved, by its number.
+    problems: sentences about what is missing or cannot be read.
+  """
+
+  name: str
+  labels: Path | None
+  stages: dict[int, Path]
+  details: CaseFile | None
+  problems: tuple[str, ...]
+
+
+def read_predictions(folder: Path) -> list[Prediction]:
+  """All cases of a folder, by name.
+
+  Raises:
+    UserError: no case in it, or two label maps of one case.
+  """
+  maps = label_maps(folder) if any(map(_is_volume, folder.iterdir())) else {}
+  stages: dict[str, dict[int, Path]] = {}
+  for place in sorted(folder.glob("stage*")):
+    number = place.name.removeprefix("stage")
+    if number.isdecimal() and place.is_dir() and any(map(_is_volume, place.iterdir())):
+      for name, path in label_maps(place).items():
+        stages.setdefault(name, {})[int(number)] = path
+  names = {*maps, *stages, *(path.stem for path in folder.glob("*.json") if _is_case(path))}
+  if not names:
+    raise UserError(
+      f"{folder}: is neither a run (it has no config.yaml) nor has it label maps; give a folder "
+      "that train or predict wrote"
+    )
+  found = []
+  for name in sorted(names):
+    problems = []
+    details: CaseFile | None = None
+    if name not in maps:
+      problems.append("its label map is missing; predict it again with --overwrite")
+    try:
+      details = load_json(folder / f"{name}.json", CaseFile)
+    except UserError as error:
+      problems.append(str(error).replace(str(folder / name), name))
+    found.append(Prediction(
+      name, maps.get(name), dict(sorted(stages.get(name, {}).items())), details, tuple(problems)
+    ))
+  return found
+
+
+def labels_of(predictions: list[Prediction]) -> Labels | None:
+  """Names and values of the structures as the CASE.json have them; None without any.
+
+  Raises:
+    UserError: two cases that contradict each other.
+  """
+  values: dict[str, int] = {}
+  for prediction in predictions:
+    for name, found in (prediction.details.structures if prediction.details else {}).items():
+      if values.setdefault(name, found.label) != found.label:
+        raise UserError(
+          f"{prediction.name}.json: {name} has the label {found.label}, elsewhere {values[name]}; "
+          "report the predictions of one model at a time"
+        )
+  if not values or len(set(values.values())) < len(values):
+    return None
+  structures = tuple(Structure(name, (value,)) for name, value in values.items())
+  return Labels(structures, False, tuple(values.values()))
+
+
+def _is_volume(path: Path) -> bool:
+  return is_volume_name(path) and path.is_file()
+
+
+def _is_case(path: Path) -> bool:
+  """Whether a JSON file tells of a case, whose label map may be lost."""
+  try:
+    content = read_json(path)
+  except UserError:
+    return False
+  return isinstance(content, dict) and "case" in content and "structures" in content

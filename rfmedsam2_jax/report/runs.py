@@ -1,0 +1,116 @@
+"""What a run folder tells: its plan, what was trained, its curves and its validation scores.
+
+A run may be unfinished: what it does not have yet is a remark.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rfmedsam2_jax.data.files import read_json
+from rfmedsam2_jax.data.plan import Plan, load_plan
+from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.inference.evaluate import Scores, from_dict
+from rfmedsam2_jax.report.curves import curves_svg, read_log
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+  """One run.
+
+  Attributes:
+    plan: None if it is missing or damaged.
+    facts: lines of a table, name and text.
+    curves: SVG elements, empty without a log.
+    validation: scores of every stage, generator first; empty if there are none.
+    remarks: what is missing, in sentences.
+  """
+
+  name: str
+  plan: Plan | None
+  facts: tuple[tuple[str, str], ...]
+  curves: str
+  validation: tuple[Scores, ...]
+  remarks: tuple[str, ...]
+
+
+def read_run(folder: Path) -> RunSummary:
+  """Reads what there is; a file that cannot be read becomes a remark."""
+  remarks: list[str] = []
+  plan: Plan | None = None
+  try:
+    plan = load_plan(folder / "plan.json")
+  except UserError as error:
+    remarks.append(_without_place(error, folder))
+  facts = [*_of_config(folder, remarks), *(_of_plan(plan) if plan else [])]
+  splits = _json(folder / "splits.json", folder, remarks)
+  if isinstance(splits, dict):
+    facts += [(f"{key} cases", str(len(v))) for key, v in splits.items() if isinstance(v, list)]
+  versions = _json(folder / "versions.json", folder, remarks)
+  if isinstance(versions, dict):
+    facts.append(("made with", ", ".join(f"{k} {v}" for k, v in versions.items())))
+  curves = ""
+  try:
+    phases = read_log(folder / "log.jsonl")
+    curves = curves_svg(phases) if phases else ""
+  except UserError as error:
+    remarks.append(_without_place(error, folder))
+  validation: tuple[Scores, ...] = ()
+  content = _json(folder / "validation.json", folder, remarks)
+  if content is not None:
+    try:
+      validation = tuple(from_dict(stage) for stage in content.values())
+    except (KeyError, TypeError, AttributeError, ValueError):
+      remarks.append("validation.json: has no scores of stages; train the run to its end")
+  return RunSummary(
+    folder.resolve().name, plan, tuple(facts), curves, validation, tuple(remarks)
+  )
+
+
+def _without_place(error: UserError, folder: Path) -> str:
+  return str(error).replace(f"{folder}/", "")
+
+
+def _json(path: Path, folder: Path, remarks: list[str]) -> Any:
+  try:
+    return read_json(path)
+  except UserError as error:
+    remarks.append(_without_place(error, folder))
+    return None
+
+
+def _of_config(folder: Path, remarks: list[str]) -> list[tuple[str, str]]:
+  """What a person asks first; the whole is in config.yaml."""
+  try:
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    sam2, refinement = config["sam2"], config["refinement"]
+    return [
+      ("data set", Path(str(config["data"]["dataset"])).name),
+      ("generator", f"{config['generator']['loop']['steps']} steps, "
+                    f"features {_list(config['generator']['features'])}"),
+      ("refiner", f"{config['refiner']['loop']['steps']} steps, images of "
+                  f"{sam2['image_size']} pixels, {len(refinement['stages'])} stages"),
+      ("started from", config["refiner"].get("init_from") or "random weights"),
+      ("seed", str(config["seed"])),
+    ]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    remarks.append("config.yaml: cannot be read; train the run again")
+    return []
+
+
+def _of_plan(plan: Plan) -> list[tuple[str, str]]:
+  channels = (f"{channel.name} ({channel.kind})" for channel in plan.channels)
+  return [
+    ("channels", ", ".join(channels)),
+    ("structures", ", ".join(plan.labels.names)),
+    ("voxels", f"{_list(plan.spacing, ' x ')} mm, slices first"),
+    ("median shape", _list(plan.median_shape, " x ")),
+    ("patch", _list(plan.patch_size, " x ")),
+    ("slices", f"{('axial', 'coronal', 'sagittal')[plan.slice_axis]}"),
+  ]
+
+
+def _list(values: Any, between: str = ", ") -> str:
+  return between.join(f"{value:g}" for value in values)
