@@ -49,7 +49,7 @@ def read_plans(
   """
   try:
     return _read_plans(plans, dataset, configuration, mirrored, like, source)
-  except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
     raise UserError(f"{source}: its plans have a missing or wrong entry ({type(error).__name__}: "
                     f"{error}); nnU-Net v2 wrote other ones, copy them again") from None
 
@@ -206,7 +206,10 @@ def _same(value: Any, name: str, source: str) -> int:
   if len(numbers) != 1:
     raise UserError(f"{source}: {name} is {value}; the generator has the same number of "
                     "convolutions in every stage")
-  return numbers.pop()
+  (number,) = numbers
+  if not 1 <= number <= 100:
+    raise UserError(f"{source}: {name} is {value}; give 1 or more")
+  return number
 
 
 def _last(name: Any) -> str:

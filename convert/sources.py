@@ -10,6 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,10 @@ def read_torch(file: Path) -> dict[Any, Any]:
   except ImportError:
     raise UserError("reading .pt needs PyTorch: pip install torch") from None
   try:
+    if zipfile.is_zipfile(file):
+      with zipfile.ZipFile(file) as archive:
+        if broken := archive.testzip():  # torch does not look at checksums
+          raise ValueError(f"{broken} does not have its checksum")
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # of pickles that torch does not know well
       # Only files of torch's zip format can be mapped; older ones are read.
@@ -120,7 +125,9 @@ def read_torch(file: Path) -> dict[Any, Any]:
       f"{file}: holds more than tensors ({what}), and unpickling that could run code, so it was "
       "not read; check the file or have its author save the state dict alone"
     ) from None
-  except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+  except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
+          AssertionError, OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error
+          ) as error:
     raise UserError(
       f"{file}: is damaged or no checkpoint of PyTorch ({_line(error)}); download it again"
     ) from None

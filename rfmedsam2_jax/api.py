@@ -27,7 +27,13 @@ from rfmedsam2_jax.data.segmentations import (
   write_itksnap_labels,
   write_segmentation,
 )
-from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image, load_label_map
+from rfmedsam2_jax.data.volumes import (
+  Geometry,
+  Volume,
+  check_intensities,
+  load_image,
+  load_label_map,
+)
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.inference.case_details import Details, examine
@@ -101,7 +107,7 @@ def segment_details(
     Label maps, probabilities, predicted IoU, presence, volumes in ml and warnings.
   """
   models = _models(model)
-  if isinstance(image, np.ndarray):
+  if isinstance(image, np.ndarray) or spacing is not None:
     if spacing is None:
       raise UserError("spacing: is missing; give three sizes in mm with an array")
     volume = _volume_of(image, spacing)
@@ -210,18 +216,30 @@ def _models(model: Models) -> list[Segmenter]:
   return models
 
 
-def _volume_of(array: np.ndarray, spacing: Sequence[float]) -> Volume:
+def _volume_of(array: Any, spacing: Sequence[float]) -> Volume:
   """An array as a volume whose own axes are the canonical ones."""
-  array = np.asarray(array, np.float32)
-  if array.ndim == 3:
-    array = array[None]
-  if array.ndim != 4 or 0 in array.shape:
-    raise UserError(f"array: has shape {array.shape}; give [D, H, W] or [C, D, H, W]")
-  if not np.isfinite(array).all():
-    raise UserError("array: has voxels that are NaN or infinite; replace them")
-  if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-    raise UserError(f"spacing: is {tuple(spacing)}; give three sizes in mm above 0")
-  a, b, c = (float(size) for size in spacing)
+  try:
+    array = np.asarray(array)
+    if array.dtype.kind not in "buifO":
+      raise TypeError(f"its type is {array.dtype}")
+    with np.errstate(over="ignore"):
+      array = array.astype(np.float32, copy=False)
+    shape = array.shape
+    if array.ndim == 3:
+      array = array[None]
+    if array.ndim != 4 or 0 in shape:
+      raise UserError(f"array: has shape {shape}; give [D, H, W] or [C, D, H, W]")
+    check_intensities("array", array)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"array: is none of real numbers ({error}); give [D, H, W]") from None
+  except MemoryError:
+    raise UserError("array: is too large for the memory; give a smaller one") from None
+  try:
+    a, b, c = (float(size) for size in spacing)
+    if not all(np.isfinite(s) and s > 0 for s in (a, b, c)):
+      raise ValueError
+  except (TypeError, ValueError):
+    raise UserError(f"spacing: is {spacing!r}; give three sizes in mm above 0") from None
   affine = np.zeros((4, 4))  # from (z, y, x) of LPS+ to (x, y, z) of RAS+
   affine[[2, 1, 0, 3], range(4)] = a, -b, -c, 1.0
   header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header

@@ -7,6 +7,7 @@ command line by its path, `generator.loop.steps=500`.
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,23 @@ from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.parallel.mesh import MeshConfig
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
+
+# The least and the largest value of numbers by the names of their fields, in whatever part.
+_COUNT, _SHARE = (1, 2**20), (0.0, 1.0)
+_RANGES: dict[str, tuple[float, float]] = {
+  **dict.fromkeys((
+    "log_every", "checkpoint_every", "keep_checkpoints", "convs_per_stage", "decoder_convs",
+    "features", "batch_size", "microbatches", "slices", "structures", "cells_per_batch",
+    "slices_per_batch", "width", "threads", "prefetch",
+  ), _COUNT),
+  **dict.fromkeys((
+    "steps", "warmup_steps", "keep_best", "validate_every", "validation_cases", "live_margin",
+    "learning_rate", "weight_decay", "box_margin", "workers", "voxel_budget",
+  ), (0, 2**40)),
+  **dict.fromkeys(("ema_decay", "box_jitter", "oversample_foreground", "threshold"), _SHARE),
+  "poolings": (0, 16), "clip_norm": (1e-12, 1e12), "spacing": (1e-3, 1e4), "patch_size": (1, 2**12),
+  "mirrored": (0, 2), "mirror_axes": (0, 2), "sam_channels": (0, 2**10), "fraction": (0.0, 1.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +74,8 @@ class Config:
   seed: int = 0  # of initial weights, batches and augmentation
 
   def __post_init__(self):
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"seed is {self.seed}; give 0 to {2**32 - 1}")
     if len(self.data.sam_channels) not in (1, 3):
       raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
     if self.data.sam_context and len(self.data.sam_channels) == 3:
@@ -82,6 +102,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     where = f" in line {mark.line + 1}" if mark else ""
     problem = getattr(error, "problem", None) or "cannot be parsed"
     raise UserError(f"{path}: is not YAML{where} ({problem}); correct the file") from None
+  except (ValueError, RecursionError, TypeError) as error:  # numbers and nesting without end
+    raise UserError(f"{path}: is not YAML of a config ({_short(error)}); correct the file"
+                    ) from None
   if not isinstance(tree, dict):
     raise UserError(f"{path}: holds no keys; see configs/quickstart.yaml for what it should hold")
   for override in overrides:
@@ -92,7 +115,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
   """A Config from nested mappings; `source` is named in errors."""
   tree = dict(tree)
-  sam2 = dict(tree.get("sam2") or {})
+  sam2 = tree.get("sam2")
+  sam2 = dict(sam2) if isinstance(sam2, Mapping) else {}  # pydantic says what else is wrong
   preset = sam2.pop("preset", None)
   if preset is not None:
     if preset not in PRESETS:
@@ -100,7 +124,9 @@ def parse_config(tree: Mapping[str, Any], source: str = "config") -> Config:
     tree["sam2"] = _merged(dataclasses.asdict(PRESETS[preset]), sam2)
   _check_keys(Config, tree, source, "")
   try:
-    return pydantic.TypeAdapter(Config).validate_python(tree)
+    config = pydantic.TypeAdapter(Config).validate_python(tree)
+    _check_ranges(config, source, "")
+    return config
   except pydantic.ValidationError as error:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
@@ -117,6 +143,26 @@ def config_yaml(config: Config) -> str:
   return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
 
 
+def _check_ranges(value: Any, source: str, where: str, name: str = "") -> None:
+  """Every number is finite, and within its field's range if that has one."""
+  if dataclasses.is_dataclass(value):
+    for field in dataclasses.fields(value):
+      _check_ranges(getattr(value, field.name), source, f"{where}{field.name}.", field.name)
+  elif isinstance(value, tuple):
+    for index, item in enumerate(value):
+      _check_ranges(item, source, f"{where}{index}." if dataclasses.is_dataclass(item) else where,
+                    name)
+  elif isinstance(value, int | float):
+    low, high = _RANGES.get(name, (-math.inf, math.inf))
+    if not (math.isfinite(value) and low <= value <= high):
+      expected = f"{low:g} to {high:g}" if name in _RANGES else "a finite number"
+      raise UserError(f"{source}: {where[:-1]}: is {value}; give {expected}")
+
+
+def _short(error: Exception) -> str:
+  return " ".join(str(error).split())[:120]
+
+
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
   result = dict(base)
   for key, value in changes.items():
@@ -131,15 +177,20 @@ def _set(tree: dict[str, Any], override: str) -> None:
     raise UserError(f"{override}: is no override; write it as key.path=value")
   try:
     value = yaml.safe_load(text)
-  except yaml.YAMLError:
+  except (yaml.YAMLError, ValueError, RecursionError, TypeError):
     raise UserError(f"{override}: the value is not YAML; quote it") from None
   node: Any = tree
   *parents, last = path.split(".")
   for key in parents:
-    node = node[int(key)] if isinstance(node, list) and key.isdigit() else node.setdefault(key, {})
+    if isinstance(node, list):
+      node = node[int(key)] if key.isdigit() and int(key) < len(node) else None
+    else:
+      node = node.setdefault(key, {})
     if not isinstance(node, dict | list):
       raise UserError(f"{override}: {key} has no keys of its own; correct the path")
   if isinstance(node, list):
+    if not last.isdigit() or int(last) >= len(node):
+      raise UserError(f"{override}: {last} is no place in a list of {len(node)}; correct the path")
     node[int(last)] = value
   else:
     node[last] = value

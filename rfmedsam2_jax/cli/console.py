@@ -49,12 +49,13 @@ class Console:
 
   def warning(self, text: str) -> None:
     """What a person should know before trusting the result; said under --quiet too."""
-    self._print({"warning": text} if self._json else f"{self._name}: warning: {text}", sys.stderr)
+    self._print({"warning": text} if self._json else f"{self._name}: warning: {printable(text)}",
+                sys.stderr)
 
   def error(self, message: str, status: int) -> None:
     """Why the command did not do it."""
     said: dict[str, Any] = {"error": message, "status": status}
-    self._print(said if self._json else f"{self._name}: {message}", sys.stderr)
+    self._print(said if self._json else f"{self._name}: {printable(message)}", sys.stderr)
 
   def _timed(self, text: str) -> None:
     now = time.strftime("%H:%M:%S")
@@ -65,6 +66,13 @@ class Console:
       print(CLEAR, end="", file=sys.stderr, flush=True)
       self._passing = False
     if isinstance(content, str):
-      print(content, file=stream or sys.stdout, flush=True)
+      # Names of files may hold bytes that are no text.
+      text = content.encode(errors="backslashreplace").decode()
+      print(text, file=stream or sys.stdout, flush=True)
     else:
       print(json.dumps(content, default=str), flush=True)
+
+
+def printable(text: str) -> str:
+  """One line without control characters, which names of files may hold, as Python writes them."""
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -67,6 +67,8 @@ def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
     return str(stopped), RESUME
   except KeyboardInterrupt:
     return "interrupted; what was finished is kept", 130
+  except MemoryError:
+    return "not enough memory; close other programs, or give smaller volumes", 2
   except OSError as error:
     if error.filename is None and error.errno not in _FULL:
       raise

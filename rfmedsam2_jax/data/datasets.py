@@ -152,13 +152,15 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
     else:
       raise UserError(f"{path}: has neither 'modality' (Decathlon) nor 'channel_names' (nnU-Net "
                       f"v2); add the one of your layout")
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
     raise UserError(f"{path}: missing or wrong entry ({type(error).__name__}: {error}); "
                     f"compare it with the layout's documentation") from None
   if not cases:
     raise UserError(f"{folder}: has no training cases; put images into imagesTr and labels of the "
                     f"same name into labelsTr")
   for case in cases:
+    if "/" in case.identifier or case.identifier in ("", ".", ".."):
+      raise UserError(f"{path}: case {case.identifier!r}: is no name of a file; rename it")
     for file in (*case.images, case.label):
       if file is not None and not file.is_file():
         raise UserError(f"{file}: does not exist but case {case.identifier} of {folder} needs it; "

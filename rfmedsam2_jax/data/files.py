@@ -83,8 +83,11 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise UserError(f"{path}: does not exist; check the path") from None
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path}: is not readable JSON ({error}); correct the file") from None
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+  except (ValueError, RecursionError) as error:
+    reason = " ".join(str(error).split())[:120]
+    raise UserError(f"{path}: is not readable JSON ({reason}); correct the file") from None
 
 
 def save_json(path: str | Path, value: Any) -> None:

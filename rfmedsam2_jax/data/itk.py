@@ -4,8 +4,13 @@ In: a file, or a folder with one DICOM series. Out: voxels by native index and a
 data.volumes has them of a NIfTI file; everything behind is the same. SimpleITK is an extra.
 """
 
+import contextlib
+import math
 import os
-from collections.abc import Sequence
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,13 @@ ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 _WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
 # Deflate makes nothing smaller than by this factor; a header that claims more is wrong.
 _DEFLATE = 1032
+
+_HEAD, _BLOCK = 2**16, 2**20  # bytes
+# By ending: what a header says of compressed voxels, and how it ends.
+_COMPRESSED = {
+  ".nrrd": (rb"encoding: *gz", rb"\r?\n\r?\n"),
+  ".mha": (rb"CompressedData *= *True", rb"ElementDataFile *= *LOCAL\r?\n"),
+}
 
 # What two slices of a series may differ in, as a part of their distance, and by how much its axis
 # may lean. Rounded positions stay below; a missing slice and a tilted gantry stay above.
@@ -65,12 +77,34 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
   reader = sitk.ImageFileReader()
   reader.SetFileName(str(path))
   try:
-    reader.ReadImageInformation()
-    _check_header(sitk, path, reader)
-    image = reader.Execute()
-  except RuntimeError as error:
+    with _silenced():
+      reader.ReadImageInformation()
+      _check_header(sitk, path, reader)
+      image = reader.Execute()
+    _check_stream(path)
+  except (RuntimeError, zlib.error) as error:
     raise _unreadable(path, error) from None
   return _as_native(sitk, image)
+
+
+def _check_stream(path: Path) -> None:
+  """zlib.error unless compressed voxels have their checksum, which ITK does not look at."""
+  marks = _COMPRESSED.get(path.suffix)
+  if marks is None:
+    return
+  compressed, end = marks
+  with open(path, "rb") as file:
+    head = file.read(_HEAD)
+    ended = re.search(end, head)
+    if ended is None or not re.search(compressed, head[:ended.end()], re.IGNORECASE):
+      return
+    file.seek(ended.end())
+    stream, data = zlib.decompressobj(47), b""  # of zlib or gzip
+    while not stream.eof:
+      data = stream.unconsumed_tail or file.read(_BLOCK)
+      if not data:
+        raise zlib.error("its compressed voxels end too early")
+      stream.decompress(data, 16 * _BLOCK)
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +118,8 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
   if not is_series(folder):
     raise UserError(f"{folder}: is a folder without DICOM files; give a volume or a folder with "
                     f"one DICOM series")
-  names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+  with _silenced():
+    names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
   if not names:
     raise UserError(f"{folder}: has DICOM files but no series of images; copy the series again")
   files = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in names]
@@ -93,10 +128,11 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     raise UserError(f"{folder}: has {len(files)} series (of {sizes} files); move the one that is "
                     f"meant into a folder of its own")
   try:
-    _check_slices(sitk, folder, files[0])
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files[0])
-    image = reader.Execute()
+    with _silenced():
+      _check_slices(sitk, folder, files[0])
+      reader = sitk.ImageSeriesReader()
+      reader.SetFileNames(files[0])
+      image = reader.Execute()
   except RuntimeError as error:
     raise _unreadable(folder, error) from None
   return _as_native(sitk, image)
@@ -110,11 +146,31 @@ def _check_header(sitk: Any, path: Path, reader: Any) -> None:
   if "complex" in kind:
     raise UserError(f"{path}: voxels are of type {kind}; "
                     f"convert the file to whole or real numbers")
-  voxels = int(np.prod([int(n) for n in reader.GetSize()], dtype=object))
+  if path.name.endswith(_WITH_VOXELS):
+    check_claim(path, reader.GetSize(), 1, packed=True)  # one byte at least
+
+
+def check_claim(path: Path, shape: Sequence[int], itemsize: int, packed: bool) -> None:
+  """UserError if a file is too small to hold the voxels that its header claims."""
   stored = path.stat().st_size
-  if path.name.endswith(_WITH_VOXELS) and voxels > _DEFLATE * stored:  # of a byte at least
+  if math.prod(map(int, shape)) * itemsize > stored * (_DEFLATE if packed else 1):
+    size = "x".join(map(str, shape))
     raise UserError(f"{path}: cannot be read, its header claims {size} voxels in {stored} bytes; "
-                    f"copy or convert the file again")
+                    f"it is truncated or damaged, copy or convert it again")
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+  """Standard error of the process closed: MetaIO and zlib write there what ITK then raises."""
+  with open(os.devnull, "w") as nothing:
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(nothing.fileno(), 2)
+    try:
+      yield
+    finally:
+      os.dup2(kept, 2)
+      os.close(kept)
 
 
 def _check_slices(sitk: Any, folder: Path, files: Sequence[str]) -> None:
@@ -167,7 +223,7 @@ def _as_native(sitk: Any, image: Any) -> tuple[np.ndarray, np.ndarray]:
   return native, affine
 
 
-def _unreadable(path: Path, error: RuntimeError) -> UserError:
+def _unreadable(path: Path, error: Exception) -> UserError:
   """What ITK said, without its file names and line numbers."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   reason = lines[-1].removeprefix("sitk::ERROR: ") if lines else "no reason given"

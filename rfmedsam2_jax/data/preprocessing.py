@@ -5,6 +5,7 @@ In: `Volume` and label map (data.volumes). Out: `Prepared` for prediction; on di
 """
 
 import dataclasses
+import math
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,12 @@ from rfmedsam2_jax.data.resampling import (
 )
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.errors import UserError
+
+# A volume longer than this (mm) has a wrong header; so has one that is resampled to more than
+# _LARGEST voxels and more than _FINER times its own.
+_LONGEST = 10_000.0
+_LARGEST = 512**3
+_FINER = 64
 
 # Places kept per structure, from which patches with foreground are drawn.
 LOCATIONS = 2000
@@ -194,6 +201,7 @@ def preprocess(volume: Volume, plan: Plan) -> Prepared:
   spacing = [volume.spacing[axis] for axis in order]
   shape = tuple(cropped.shape[1 + axis] for axis in order)
   target = _target_shape(shape, spacing, plan.spacing)
+  _check_size(volume, spacing, shape, target)
   matrices = _image_matrices(shape, target, spacing, plan.spacing)
   image = np.empty((len(cropped), *target), np.float32)
   window = np.empty((len(cropped), 2), np.float32)
@@ -205,6 +213,18 @@ def preprocess(volume: Volume, plan: Plan) -> Prepared:
       np.clip(image[index], moved.min(), moved.max(), out=image[index])
   restore = Restore((depth, height, width), volume.spacing, lower, upper, order, target)
   return Prepared(image, window, restore)
+
+
+def _check_size(volume: Volume, spacing: list[float], shape: tuple[int, ...], target: Triple
+                ) -> None:
+  """UserError where a wrong header makes a volume too large to be real, or to be resampled."""
+  length = max(n * size for n, size in zip(shape, spacing, strict=True))
+  voxels = math.prod(target)
+  if length > _LONGEST or voxels > max(_LARGEST, _FINER * math.prod(shape)):
+    sizes = " x ".join(f"{size:g}" for size in spacing)
+    raise UserError(f"{volume.geometry.path}: has voxels of {sizes} mm and a length of "
+                    f"{length:.3g} mm, which are {float(voxels):.3g} voxels at the plan's spacing; "
+                    "correct the spacing in its header")
 
 
 def prepare_label(label: np.ndarray, plan: Plan, restore: Restore,

@@ -4,8 +4,11 @@ First and last station of the data's way. Everything behind it works in one orie
 axes (z, y, x), which is SimpleITK's array order; `Geometry` remembers how to go back.
 """
 
+import contextlib
 import dataclasses
+import gzip
 import itertools
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,9 @@ from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.errors import UserError
 
+# Of a damaged header nibabel writes to standard error what it then raises.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
+
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
 
@@ -24,6 +30,10 @@ ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
 # Rounded headers stay far below; a shift by a voxel stays far above.
 GRID_TOLERANCE = 0.25
 
+# Squares of what is larger overflow float32; no scanner gives it.
+LARGEST = 1e15
+
+_BLOCK = 2**20  # bytes
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
 
 
@@ -144,13 +154,18 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
       size = "x".join(str(n) for n in native.shape)
       raise UserError(f"{path}: has {native.ndim - (native.shape[-1] == 1)} axes ({size}) where "
                       f"{_image(expected)} is expected; split it into files of that form")
-    bad = native.size - int(np.isfinite(native).sum())
-    if bad:
-      raise UserError(f"{path}: {bad} of {native.size} voxels are NaN or infinite; "
-                      f"replace them, for example by the background's value")
+    check_intensities(path, native)
     planes.extend(current.to_canonical(native[..., c]) for c in range(expected))
   assert geometry is not None
   return Volume(np.stack(planes) if channels > 1 else planes[0][None], geometry.spacing, geometry)
+
+
+def check_intensities(path: str | Path, array: np.ndarray) -> None:
+  """UserError unless all intensities are finite and within `LARGEST`; NaN compares as False."""
+  bad = array.size - int(np.count_nonzero((array > -LARGEST) & (array < LARGEST)))
+  if bad:
+    raise UserError(f"{path}: {bad} of {array.size} voxels are NaN, infinite or beyond "
+                    f"{LARGEST:g}; replace them, for example by the background's value")
 
 
 def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
@@ -247,22 +262,35 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
     raise UserError(f"{path}: is not a volume; give a file that ends in {', '.join(ENDINGS)}, "
                     f"or a folder with a DICOM series")
   try:
-    image = nib.load(path)
-    if not isinstance(image, nib.Nifti1Image):
-      raise UserError(f"{path}: is not a NIfTI file; convert it to .nii.gz")
-    if image.get_data_dtype().kind not in "buif":
-      raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
-                      f"convert the file to whole or real numbers")
-    geometry = _geometry(path, image.shape, image.affine, image.header)
+    with np.errstate(all="ignore"):  # what overflows is found by check_intensities
+      return _read_nifti(path, kind)
+  except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+          nib.spatialimages.ImageDataError, OSError, EOFError, ValueError, OverflowError,
+          zlib.error) as error:
+    reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
+    raise UserError(f"{path}: cannot be read as NIfTI, perhaps truncated ({reason}); "
+                    f"copy or convert the file again") from None
+
+
+def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
+  image = nib.load(path)
+  if not isinstance(image, nib.Nifti1Image):
+    raise UserError(f"{path}: is not a NIfTI file; convert it to .nii.gz")
+  if image.get_data_dtype().kind not in "buif":
+    raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
+                    f"convert the file to whole or real numbers")
+  geometry = _geometry(path, image.shape, image.affine, image.header)
+  packed = path.name.endswith(".gz")
+  itk.check_claim(path, image.shape, image.get_data_dtype().itemsize, packed)
+  with gzip.open(path) if packed else contextlib.nullcontext() as stream:
+    if stream is not None:
+      image = type(image).from_stream(stream)
     if kind is None:
       native = np.asanyarray(image.dataobj)
     else:
       native = image.get_fdata(caching="unchanged", dtype=kind)
-  except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
-          ValueError, zlib.error) as error:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(f"{path}: cannot be read as NIfTI, perhaps truncated ({reason}); "
-                    f"copy or convert the file again") from None
+    while stream is not None and stream.read(_BLOCK):
+      pass  # its checksum stands at its end
   return native, geometry
 
 

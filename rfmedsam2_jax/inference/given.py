@@ -13,6 +13,7 @@ from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.inference.prompt_files import is_row
 from rfmedsam2_jax.inference.segmenter import Segmenter
 from rfmedsam2_jax.refinement.sources import GivenPrompt
 
@@ -40,10 +41,7 @@ def read_given(path: str | Path, model: Segmenter) -> dict[str, list[dict[str, A
         raise UserError(f"{where}: every prompt needs either a box or points; correct it")
       rows: Any = box if box is not None else points
       width = 3 if box is not None else 4
-      right = isinstance(rows, list) and len(rows) > 0 and all(
-        isinstance(row, list) and len(row) == width
-        and all(isinstance(v, int | float) for v in row) for row in rows
-      )
+      right = isinstance(rows, list) and len(rows) > 0 and all(is_row(row, width) for row in rows)
       if not right or (box is not None and len(rows) != 2):
         raise UserError(f"{where}: a box is two corners [i, j, k], points are [i, j, k, 1 or 0]")
   return content

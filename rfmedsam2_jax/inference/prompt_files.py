@@ -14,6 +14,8 @@ from rfmedsam2_jax.data.volumes import Geometry, load_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
 
+_FURTHEST = 1e9  # voxels or mm
+
 # What the numbers of an option mean: the slice, then its two coordinates.
 _ORDER: dict[str, str] = {"axial": "zxy", "coronal": "yxz", "sagittal": "xyz"}
 
@@ -78,6 +80,12 @@ def read_masks(path: str | Path, geometry: Geometry) -> list[VoxelPrompt]:
   return [VoxelPrompt(v, mask=labels == v, source=str(path)) for v in values]
 
 
+def is_row(row: Any, width: int) -> bool:
+  """Whether JSON has `width` numbers, none of them NaN or too large for a coordinate."""
+  return isinstance(row, list) and len(row) == width and all(
+    isinstance(v, int | float) and abs(v) < _FURTHEST for v in row)
+
+
 def _entry(entry: Any, source: str, geometry: Geometry, world: bool) -> VoxelPrompt:
   known = {"label", "box", "points", "round"}
   if not isinstance(entry, dict) or not set(entry) <= known:
@@ -88,10 +96,8 @@ def _entry(entry: Any, source: str, geometry: Geometry, world: bool) -> VoxelPro
   box, points = entry.get("box") or [], entry.get("points") or []
   rows = [(box, 3), (points, 4)]
   right = all(
-    isinstance(group, list) and all(
-      isinstance(row, list) and len(row) == width
-      and all(isinstance(v, int | float) for v in row) for row in group
-    ) for group, width in rows
+    isinstance(group, list) and all(is_row(row, width) for row in group)
+    for group, width in rows
   )
   if not right or len(box) not in (0, 2) or not (box or points):
     raise UserError(f"{source}: a box is two corners [i, j, k], points are [i, j, k, 1 or 0]")

@@ -41,6 +41,14 @@ ABSENT_LOGIT = -1024.0
 BUFFERS = ("sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix",)
 
 
+_WIDTHS = (
+  "embed_dim", "trunk_heads", "stages", "window_spec", "window_pos_embed_bkg_spatial_size",
+  "d_model", "mem_dim", "memory_layers", "memory_ffn", "memory_mask_channels", "num_maskmem",
+  "decoder_depth", "decoder_mlp", "decoder_heads", "iou_hidden", "prompt_mask_channels",
+)
+_DEEPEST = 256  # layers of one kind; the largest official network has 48
+
+
 @dataclasses.dataclass(frozen=True)
 class SAM2Config:
   """Sizes of SAM 2; the defaults are sam2.1_hiera_base_plus. nn.presets has the named ones."""
@@ -83,6 +91,24 @@ class SAM2Config:
   def __post_init__(self):
     if self.image_size % 32:
       raise ValueError(f"image_size is {self.image_size}; it must be divisible by 32")
+    if not 64 <= self.image_size <= 2**14:
+      raise ValueError(f"image_size is {self.image_size}; it must be 64 to {2**14}")
+    for name in _WIDTHS:
+      values = getattr(self, name)
+      if min(values if isinstance(values, tuple) else (values,), default=0) < 1:
+        raise ValueError(f"{name} is {values}; it must be 1 or more")
+    for name, values in (("stages", sum(self.stages)), ("memory_layers", self.memory_layers),
+                         ("fuser_layers", self.fuser_layers),
+                         ("decoder_depth", self.decoder_depth)):
+      if values > _DEEPEST:
+        raise ValueError(f"{name} has {values} layers; at most {_DEEPEST} are possible")
+    if len(self.stages) != 4 or len(self.window_spec) != 4:
+      raise ValueError("stages and window_spec need four numbers each")
+    if self.embed_dim % self.trunk_heads:
+      raise ValueError(f"trunk_heads {self.trunk_heads} does not divide embed_dim {self.embed_dim}")
+    if self.d_model % (2 * self.decoder_heads) or self.d_model % 4:
+      raise ValueError(f"d_model is {self.d_model}; it must be divisible by 4 and by twice "
+                       f"decoder_heads ({self.decoder_heads})")
     if self.d_model % self.mem_dim:
       raise ValueError(f"mem_dim {self.mem_dim} does not divide d_model {self.d_model}")
 

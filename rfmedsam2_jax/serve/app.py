@@ -139,7 +139,7 @@ class Pages:
       for p in asked.prompts
     )
     if not prompts:
-      raise UserError("no prompt: draw a box or set a point first")
+      raise UserError("no prompt; draw a box or set a point first")
     name, job = self._studio.track(request.path_params["volume"], prompts)
     return JSONResponse({"job": name, **_of(job)}, 202)
 
@@ -218,7 +218,8 @@ def _error(message: str, status: int) -> Response:
 def _invalid(request: Request, error: Exception) -> Response:
   assert isinstance(error, pydantic.ValidationError)
   first = error.errors()[0]
-  return _error(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}", 400)
+  return _error(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}; correct "
+                "the request", 400)
 
 
 def _broken(request: Request, error: Exception) -> Response:

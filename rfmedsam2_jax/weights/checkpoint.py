@@ -57,7 +57,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     UserError: no checkpoint, a damaged one, or one of something else.
   """
   config, about = read_config(folder)
-  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+  try:
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+  except Exception as error:  # Flax raises many kinds for sizes that do not fit together
+    reason = str(error).strip().split("\n")[0][:200]
+    raise UserError(f"{folder}: its config describes no network ({reason}); make it anew") from None
   return Checkpoint(config, load_params(folder, shapes), about)
 
 

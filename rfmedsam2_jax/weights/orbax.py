@@ -4,11 +4,14 @@
 came from, versions). Writing is atomic: a folder that exists is complete.
 """
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from rfmedsam2_jax.errors import UserError
 
@@ -25,10 +28,19 @@ def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> No
     checkpointer.save(
       Path(folder).absolute(),
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params), about=ocp.args.JsonSave(about)
+        params=ocp.args.StandardSave(params),
+        about=ocp.args.JsonSave(about | {"checksum": checksum(params)}),
       ),
       force=True,
     )
+
+
+def checksum(params: Params) -> str:
+  """CRC-32 of all parameters with their paths; what lies on disk has none of its own."""
+  crc = 0
+  for path, x in sorted(flatten_dict(params, sep="/").items()):
+    crc = zlib.crc32(np.ascontiguousarray(x).data, zlib.crc32(path.encode(), crc))
+  return f"{crc:08x}"
 
 
 def load_params(folder: str | Path, like: Params) -> Params:
@@ -43,8 +55,17 @@ def load_params(folder: str | Path, like: Params) -> Params:
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
   try:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      wanted = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-      return checkpointer.restore(folder, args=wanted)["params"]
+      found = checkpointer.restore(folder, args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
+      ))
+    for (path, x), wanted in zip(jax.tree_util.tree_leaves_with_path(found["params"]),
+                                 jax.tree.leaves(abstract), strict=True):
+      if x.shape != wanted.shape:
+        name = "/".join(str(key.key) for key in path)
+        raise ValueError(f"{name} has shape {x.shape}, the network {wanted.shape}")
+    if found["about"].get("checksum", "") not in ("", checksum(found["params"])):
+      raise ValueError("its parameters do not have their checksum")
+    return found["params"]
   # Orbax raises many kinds for a damaged folder (ValueError, FileNotFoundError, its own, ...).
   except Exception as error:
     reason = str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,11 @@
+"""All kinds of cases, in the order of the table."""
+
+# ruff: noqa: F401, I001 - what is imported registers its kinds
+import volumes
+import labelmaps
+import texts
+import networks
+import arrays
+from frame import KINDS, all_cases
+
+__all__ = ["KINDS", "all_cases"]

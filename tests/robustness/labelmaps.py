@@ -1,0 +1,214 @@
+"""Label maps and data sets, damaged: evaluate, prompts from masks, true boxes, and training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import witnesses
+from damage import WAYS
+from frame import Attempt, kind
+from stage import affine
+from texts import TEXTS
+from volumes import predict, save
+
+from rfmedsam2_jax.cli import main
+
+
+def changes():
+  """name -> (labels uint8, random numbers) -> array; what each makes of a label map."""
+  def at(value, kind=np.float64):
+    def change(labels, rng):
+      result = labels.astype(kind)
+      result.flat[int(rng.integers(result.size))] = value
+      return result
+    return change
+
+  return {
+    "holes": lambda a, r: np.where(r.random(a.shape) < 0.3, 0, a), "floats": lambda a, r:
+    a.astype(np.float32), "half": at(0.5), "NaN": at(np.nan), "infinite": at(np.inf),
+    "negative": at(-1, np.int16), "huge": at(2**40, np.int64), "beyond 16 bits":
+    at(70000, np.int32),
+    "unknown": at(77, np.uint8), "empty": lambda a, r: a * 0, "all one": lambda a, r: a * 0 + 1,
+    "noise": lambda a, r: r.integers(0, 200, a.shape).astype(np.uint8),
+    "4D": lambda a, r: np.stack([a, a], axis=-1), "4D of 1": lambda a, r: a[..., None],
+    "2D": lambda a, r: a[..., 0], "other shape": lambda a, r: a[:-1], "one voxel":
+    lambda a, r: a[:1, :1, :1], "complex": lambda a, r: a.astype(np.complex64),
+    "many values": lambda a, r: np.arange(a.size, dtype=np.int32).reshape(a.shape),
+  }
+
+
+def whole_numbers(path: Path) -> np.ndarray:
+  array = witnesses.read(path).array
+  assert np.array_equal(array, np.rint(array))
+  return array.astype(np.int64)
+
+
+@kind("label maps of evaluate")
+def evaluated():
+  def of(folder, stage, path, reference, named):
+    scores = folder / "out" / "scores.json"
+
+    def dice_is_numpys() -> str:
+      ours, truth = whole_numbers(path), whole_numbers(reference)
+      found = json.loads(scores.read_text())["cases"]["scan"]
+      for value in sorted({*np.unique(ours).tolist(), *np.unique(truth).tolist()} - {0})[:50]:
+        a, b = ours == value, truth == value
+        dice = 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+        if abs(found[str(value)]["dice"] - dice) > 1e-6:
+          return f"Dice of {value} is {found[str(value)]['dice']}, numpy says {dice}"
+      return ""
+    first, second = (path, reference) if named == "prediction" else (reference, path)
+    return Attempt(lambda: main(["evaluate", str(first), str(second), "--scores", str(scores)]),
+                   ("scan.nii",), folder / "out", dice_is_numpys)
+
+  for side in ("prediction", "reference"):
+    for name, change in changes().items():
+      if name == "many values":
+        continue  # 4320 structures: an hour of surfaces that nobody asks for
+      def make(folder, rng, stage, change=change, side=side):
+        labels = np.asarray(nib.load(stage.labels).dataobj)
+        path = save(folder / "scan.nii.gz", change(labels, rng))
+        return of(folder, stage, path, stage.labels, side)
+      yield f"{side}: {name}", make
+  for way, damage in WAYS.items():
+    for number in range(2):
+      def damaged(folder, rng, stage, damage=damage):
+        path = folder / "scan.nii"
+        nib.save(nib.load(stage.labels), path)
+        path.write_bytes(damage(path.read_bytes(), rng))
+        return of(folder, stage, path, stage.labels, "prediction")
+      yield f"{way} {number}", damaged
+  for name, matrix in (("moved", affine() + np.pad([[30.0]], ((0, 3), (3, 0)))),
+                       ("stretched", affine() * [2, 1, 1, 1])):
+    def placed(folder, rng, stage, matrix=matrix):
+      labels = np.asarray(nib.load(stage.labels).dataobj)
+      path = save(folder / "scan.nii.gz", labels, matrix)
+      attempt = of(folder, stage, path, stage.labels, "prediction")
+      return Attempt(attempt.call, attempt.names, attempt.out)
+    yield name, placed
+
+
+@kind("label maps as prompts")
+def masks():
+  for name, change in changes().items():
+    def tracked(folder, rng, stage, change=change):
+      labels = np.asarray(nib.load(stage.labels).dataobj)
+      path = save(folder / "masks.nii.gz", change(labels, rng))
+      out = folder / "out"
+
+      def right() -> str:
+        wanted = {str(v) for v in np.unique(whole_numbers(path)) if v}
+        found = set(json.loads((out / "scan.json").read_text())["structures"])
+        return "" if found == wanted else f"structures {sorted(found)}, the map has {wanted}"
+      return Attempt(
+        lambda: main(["track", str(stage.scan), "--checkpoint", str(stage.checkpoint), "--masks",
+                      str(path), "--out", str(out)]),
+        ("masks.nii.gz", "label"), out, right)
+    if name != "noise":
+      yield f"track {name}", tracked
+    for how in ("oracle", "given"):
+      def guided(folder, rng, stage, change=change, how=how):
+        labels = np.asarray(nib.load(stage.labels).dataobj)
+        (folder / "labels").mkdir()
+        path = save(folder / "labels" / "scan.nii.gz", change(labels, rng))
+        attempt = predict(stage, stage.scan, folder, "--prompts", how, "--labels", path.parent)
+        return Attempt(attempt.call, ("labels/scan.nii.gz",), attempt.out, lambda: (
+          "" if set(np.unique(whole_numbers(path))) <= set(range(6)) else "unknown values"))
+      yield f"predict {how} {name}", guided
+
+
+@kind("data sets of train")
+def datasets():
+  def copied(folder, stage):
+    shutil.copytree(stage.dataset, folder / "data")
+    return folder / "data"
+
+  def of(folder, stage, *names):
+    """Training of a damaged set must be refused before it starts, or end whole; never crash."""
+    out = folder / "run"
+
+    def refused_or_whole() -> str:
+      made = ("plan.json", "validation.json", "generator/params", "refiner/params")
+      missing = [name for name in made if not (out / name).exists()]
+      return f"the run lacks {missing}" if missing else ""
+    return Attempt(
+      # One step of each phase is enough to come through the data.
+      lambda: main(["train", str(stage.config), f"data.dataset={folder / 'data'}", "--out",
+                    str(out), "generator.loop.steps=1", "refiner.loop.steps=1"]),
+      ("data/", *names), None, refused_or_whole)
+
+  for name, text in TEXTS.items():
+    def described(folder, rng, stage, text=text):
+      (copied(folder, stage) / "dataset.json").write_bytes(text)
+      return of(folder, stage)
+    yield f"dataset.json {name}", described
+  for name, change in {
+    "no labels": {"labels": None}, "labels empty": {"labels": {}}, "labels is a list":
+    {"labels": [1]}, "label text": {"labels": {"background": 0, "a": "x"}},
+    "label list": {"labels": {"background": 0, "a": [[1]]}}, "label huge":
+    {"labels": {"background": 0, "a": 2**40}}, "label null": {"labels": {"a": None}},
+    "label NaN": {"labels": {"a": float("nan")}}, "infinite": {"labels": {"a": float("inf")}},
+    "channels empty": {"channel_names": {}}, "channels two": {"channel_names": {"0": "CT", "1":
+    "MR"}}, "channels null": {"channel_names": None}, "channels text": {"channel_names": "CT"},
+    "channel x": {"channel_names": {"x": "CT"}}, "ending": {"file_ending": ".png"},
+    "ending null": {"file_ending": None}, "ending number": {"file_ending": 7},
+    "dataset is a list": {"dataset": []}, "dataset is outside": {"dataset": {"a": {
+      "images": ["../../gone.nii.gz"], "label": "../gone.nii.gz"}}},
+    "name with a slash": {"dataset": {"a/../b": {"images": ["imagesTr/x.nii.gz"], "label": "x"}}},
+    "order": {"regions_class_order": "x", "labels": {"background": 0, "a": [1, 2]}},
+    "ignore": {"labels": {"background": 0, "a": 1, "ignore": 1}},
+    "300 labels": {"labels": {str(n): n for n in range(300)}},
+  }.items():
+    def changed(folder, rng, stage, change=change):
+      path = copied(folder, stage) / "dataset.json"
+      path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+      return of(folder, stage)
+    yield f"dataset.json: {name}", changed
+  for way, damage in WAYS.items():
+    if way == "flip 8":
+      continue  # as flip
+    def damaged(folder, rng, stage, damage=damage):
+      path = copied(folder, stage) / "dataset.json"
+      path.write_bytes(damage(path.read_bytes(), rng))
+      return of(folder, stage)
+    yield f"dataset.json {way}", damaged
+  for what in ("no labelsTr", "one label gone", "no imagesTr", "no images", "one image gone",
+               "folder", "label is a folder", "image is empty", "image is NaN", "label of floats",
+               "label unknown", "label of another shape", "image of another shape", "labels empty"):
+    def files(folder, rng, stage, what=what):
+      data = copied(folder, stage)
+      images, labels = sorted((data / "imagesTr").iterdir()), sorted((data / "labelsTr").iterdir())
+      image, label = images[1], labels[1]
+      if what in ("no labelsTr", "no imagesTr"):
+        shutil.rmtree(data / what.split()[1])
+      elif what == "folder":
+        shutil.rmtree(data)
+      elif what == "no images":
+        for file in images:
+          file.unlink()
+      elif what.endswith("gone"):
+        (label if "label" in what else image).unlink()
+      elif what == "label is a folder":
+        label.unlink()
+        label.mkdir()
+      elif what == "image is empty":
+        image.write_bytes(b"")
+      elif what == "labels empty":
+        for file in labels:
+          old = nib.load(file)
+          nib.save(nib.Nifti1Image(np.asarray(old.dataobj) * 0, old.affine), file)
+      else:
+        file = image if what.startswith("image") else label
+        old = nib.load(file)
+        array = np.asarray(old.dataobj).astype(np.float32)
+        if "shape" in what:
+          array = array[:-2]
+        else:
+          array[2, 3, 4] = {"image is NaN": np.nan, "label of floats": 0.5}.get(what, 77)
+        nib.save(nib.Nifti1Image(array, old.affine), file)
+      return of(folder, stage, "data:", label.name.removesuffix(".nii.gz"))
+    yield what, files
+
+
