@@ -78,6 +78,10 @@ def _read_plans(plans, dataset, configuration, mirrored, like, source) -> Conver
     spacing=_floats(c["spacing"]), patch_size=_triple(c["patch_size"]), channels=rules,
     strides=network.strides, kernels=network.kernels,
   )
+  if not all(1e-3 <= size <= 1e4 for size in plan.spacing or ()) or not all(
+      1 <= size <= 2**12 for size in plan.patch_size or ()):
+    raise UserError(f"{source}: its plans have spacing {plan.spacing} and patch_size "
+                    f"{plan.patch_size}, which cannot be; copy the plans again")
   mirror_axes = tuple(sorted(int(axis) for axis in mirrored or ()))
   taken = [
     f"spacing {list(plan.spacing or ())} mm, patch {list(plan.patch_size or ())}, {plane} slices "

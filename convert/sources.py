@@ -126,8 +126,8 @@ def read_torch(file: Path) -> dict[Any, Any]:
       "not read; check the file or have its author save the state dict alone"
     ) from None
   except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-          AssertionError, OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error
-          ) as error:
+          AssertionError, OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+          OSError) as error:
     raise UserError(
       f"{file}: is damaged or no checkpoint of PyTorch ({_line(error)}); download it again"
     ) from None

@@ -158,12 +158,16 @@ def load_run(path: str | Path) -> Segmenter:
   generator = load_params(run.params("generator"), _generator_shapes(segmenter))
   refiner = load_params(run.params("refiner"), _refiner_shapes(segmenter))
   known = run / "fingerprint.json"
+  fingerprint = load_json(known, Fingerprint) if known.exists() else None
+  if fingerprint is not None and len(fingerprint.channels) != len(plan.channels):
+    raise UserError(f"{known}: has {len(fingerprint.channels)} channels, plan.json "
+                    f"{len(plan.channels)}; copy both from the run again")
   return dataclasses.replace(
     segmenter,
     generator=generator,
     refiner=refiner,
     name=run.path.resolve().name,
-    fingerprint=load_json(known, Fingerprint) if known.exists() else None,
+    fingerprint=fingerprint,
   )
 
 

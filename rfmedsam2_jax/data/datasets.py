@@ -61,6 +61,12 @@ class Labels:
   others: tuple[int, ...] = ()
   ignore: int | None = None
 
+  def __post_init__(self):
+    if len(self.output_values) != len(self.structures) or not all(
+        0 < value < 2**31 for value in (*self.output_values, *(
+          v for structure in self.structures for v in structure.values))):
+      raise ValueError("every structure needs values from 1 to 2^31, and one that is written")
+
   @property
   def names(self) -> tuple[str, ...]:
     return tuple(structure.name for structure in self.structures)

@@ -4,6 +4,7 @@ In: cases (data.datasets). Out: a `Fingerprint`, from which data.plan makes the 
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -57,6 +58,15 @@ class CaseFingerprint:
   structure_voxels: tuple[int, ...]
   quantiles: tuple[tuple[float, ...], ...] | None = None
 
+  def __post_init__(self):
+    numbers = (*self.spacing, *self.shape, *self.nonzero_shape)
+    if not all(math.isfinite(n) and n > 0 for n in numbers):
+      raise ValueError(f"case {self.identifier} has sizes that are not above 0")
+    for row in self.quantiles or ():
+      if len(row) != len(QUANTILES) or not all(map(math.isfinite, row)):
+        raise ValueError(f"case {self.identifier} has quantiles that are not {len(QUANTILES)} "
+                         "finite numbers")
+
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
@@ -69,6 +79,11 @@ class Fingerprint:
   labels: Labels
   cases: tuple[CaseFingerprint, ...]
   intensities: tuple[ChannelStatistics, ...] | None
+
+  def __post_init__(self):
+    known = [case.quantiles for case in self.cases if case.quantiles is not None]
+    if not self.cases or any(len(rows) != len(self.channels) for rows in known):
+      raise ValueError("its cases are none, or have other channels")
 
 
 def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed: int = 1234,

@@ -26,6 +26,8 @@ ANISOTROPY = 3.0
 _TIED = 1.1         # spacings within this ratio count as equal when the slice axis is chosen
 _SMALLEST_MAP = 4   # an axis is not pooled below this many voxels (nnU-Net)
 _LARGEST_PATCH = 256**3
+_FINEST, _COARSEST = 1e-3, 1e4  # mm, of a plan's voxels
+_WIDEST = 31        # voxels of a kernel
 
 Triple = tuple[int, int, int]
 
@@ -97,6 +99,25 @@ class Plan:
   strides: tuple[Triple, ...]
   kernels: tuple[Triple, ...]
   labels: Labels
+
+  def __post_init__(self):
+    if not all(_FINEST <= size <= _COARSEST for size in self.spacing):
+      raise ValueError(f"spacing is {self.spacing}; it must be {_FINEST:g} to {_COARSEST:g} mm")
+    if len(self.strides) != len(self.kernels) or not self.strides:
+      raise ValueError("strides and kernels need one entry for each stage")
+    sizes = (*self.patch_size, *self.median_shape, *(n for s in self.strides for n in s))
+    if min(sizes) < 1 or any(n < 1 or n % 2 == 0 or n > _WIDEST for k in self.kernels for n in k):
+      raise ValueError("sizes and strides must be 1 or more, kernels odd")
+    if math.prod(self.patch_size) > _LARGEST_PATCH or max(self.patch_size) > 2**12 or any(
+        n % d for n, d in zip(self.patch_size, _divisor(self.strides), strict=True)):
+      raise ValueError(f"patch_size is {self.patch_size}, which is too large or not divisible by "
+                       "the strides")
+    if not self.channels or not self.labels.structures:
+      raise ValueError("there are no channels or no structures")
+    for rule in self.channels:
+      numbers = (rule.lower, rule.upper, rule.mean, rule.std)
+      if not all(math.isfinite(n) for n in numbers) or rule.std <= 0 or rule.lower > rule.upper:
+        raise ValueError(f"the intensities of {rule.name} have no range")
 
   @property
   def order(self) -> Triple:

@@ -164,7 +164,7 @@ def check_intensities(path: str | Path, array: np.ndarray) -> None:
   """UserError unless all intensities are finite and within `LARGEST`; NaN compares as False."""
   bad = array.size - int(np.count_nonzero((array > -LARGEST) & (array < LARGEST)))
   if bad:
-    raise UserError(f"{path}: {bad} of {array.size} voxels are NaN, infinite or beyond "
+    raise UserError(f"{path}: {bad} of {array.size} voxels are NaN or infinite, or beyond "
                     f"{LARGEST:g}; replace them, for example by the background's value")
 
 

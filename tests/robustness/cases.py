@@ -2,10 +2,14 @@
 
 # ruff: noqa: F401, I001 - what is imported registers its kinds
 import volumes
+import geometry
+import voxels
+import names
 import labelmaps
 import texts
 import networks
 import arrays
+import places
 from frame import KINDS, all_cases
 
 __all__ = ["KINDS", "all_cases"]
