@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.outputs import interruptible
+from rfmedsam2_jax.cli.console import printable
 from rfmedsam2_jax.errors import UserError
 
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       return 0
     if interrupted.is_set():  # whatever it was taken for
       line, status = "interrupted; nothing was written", 130
-    print(f"convert: {line}", file=sys.stderr)
+    print(f"convert: {printable(line)}", file=sys.stderr)
     return status
 
 

@@ -33,7 +33,7 @@ class Console:
       return
     if self._terminal and isinstance(text, Passing):
       width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-      print(f"{CLEAR}{text}"[: width + len(CLEAR) - 1], end="", file=sys.stderr, flush=True)
+      print(f"{CLEAR}{printable(text)}"[: width + len(CLEAR) - 1], end="", file=sys.stderr, flush=True)
       self._passing = True
     else:
       self._lines(text)
@@ -58,7 +58,7 @@ class Console:
     self._print(said if self._json else f"{self._name}: {printable(message)}", sys.stderr)
 
   def _timed(self, text: str) -> None:
-    now = time.strftime("%H:%M:%S")
+    now, text = time.strftime("%H:%M:%S"), printable(text)
     self._print({"progress": text, "time": now} if self._json else f"[{now}] {text}", sys.stderr)
 
   def _print(self, content: str | dict[str, Any], stream: Any = None) -> None:

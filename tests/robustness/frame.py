@@ -17,7 +17,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ LINE = 1200  # characters of the longest line that is still clear
 _OURS = ("rfmedsam2: ", "convert: ")
 # What no line may hold: Python's and ITK's insides, and characters that no terminal shows.
 _INSIDES = re.compile(r"Traceback|object at 0x|\bitk::|\.hxx|\.cxx|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def main(arguments: Sequence[str]) -> int:
+  """A command of `rfmedsam2` without its lines of progress, which go to standard error too."""
+  from rfmedsam2_jax.cli import main as rfmedsam2
+
+  return rfmedsam2([*arguments, "--quiet"])
 
 
 class Wrong(Exception):

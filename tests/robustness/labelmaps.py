@@ -8,12 +8,10 @@ import nibabel as nib
 import numpy as np
 import witnesses
 from damage import WAYS
-from frame import Attempt, kind
+from frame import Attempt, kind, main
 from stage import affine
 from texts import TEXTS
 from volumes import predict, save
-
-from rfmedsam2_jax.cli import main
 
 
 def changes():

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from damage import WAYS
-from frame import Attempt, kind
-
-from rfmedsam2_jax.cli import main
+from frame import Attempt, kind, main
 
 MARK = "code-ran"  # a file that appears if a pickle's code is run
 

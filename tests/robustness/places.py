@@ -4,9 +4,7 @@ import contextlib
 import resource
 from pathlib import Path
 
-from frame import Attempt, kind
-
-from rfmedsam2_jax.cli import main
+from frame import Attempt, kind, main
 
 
 @contextlib.contextmanager

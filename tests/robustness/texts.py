@@ -9,11 +9,9 @@ from pathlib import Path
 
 import yaml
 from damage import WAYS
-from frame import Attempt, kind
+from frame import Attempt, kind, main
 from networks import damaged_folder
 from volumes import predict
-
-from rfmedsam2_jax.cli import main
 
 DEEP = "[" * 100_000 + "]" * 100_000
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -8,11 +8,9 @@ import numpy as np
 import SimpleITK as sitk
 import witnesses
 from damage import WAYS, flipped
-from frame import Attempt, kind
+from frame import Attempt, kind, main
 from stage import affine
 from tests_data import save_series
-
-from rfmedsam2_jax.cli import main
 
 FORMATS = ("scan.nii", "scan.nii.gz", "raw.nrrd", "gzip.nrrd", "raw.mha", "zlib.mha")
 

@@ -7,11 +7,9 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 import witnesses
-from frame import Attempt, kind
+from frame import Attempt, kind, main
 from stage import affine
 from volumes import predict, save, save_as
-
-from rfmedsam2_jax.cli import main
 
 
 @kind("shapes")
