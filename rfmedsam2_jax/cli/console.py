@@ -33,7 +33,8 @@ class Console:
       return
     if self._terminal and isinstance(text, Passing):
       width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-      print(f"{CLEAR}{printable(text)}"[: width + len(CLEAR) - 1], end="", file=sys.stderr, flush=True)
+      shown = printable(text)[: width - 1]
+      print(f"{CLEAR}{shown}", end="", file=sys.stderr, flush=True)
       self._passing = True
     else:
       self._lines(text)
