@@ -257,7 +257,8 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   if path.is_dir() or path.name.endswith(itk.ENDINGS):
     native, affine = itk.read_series(path) if path.is_dir() else itk.read_file(path)
     geometry = _geometry(path, native.shape, affine)
-    return native if kind is None else native.astype(kind, copy=False), geometry
+    with np.errstate(all="ignore"):  # as below
+      return native if kind is None else native.astype(kind, copy=False), geometry
   if not path.is_file() or not path.name.endswith(NIFTI_ENDINGS):
     raise UserError(f"{path}: is not a volume; give a file that ends in {', '.join(ENDINGS)}, "
                     f"or a folder with a DICOM series")

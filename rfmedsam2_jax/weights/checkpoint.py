@@ -75,7 +75,7 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
       f"{folder}: is no checkpoint of this program; make one from it with python -m convert"
     )
   about = read_about(folder)
-  if "sam2" not in about:
+  if not isinstance(about, dict) or not isinstance(about.get("sam2"), dict):
     raise UserError(f"{folder}: is a checkpoint, but not of SAM 2; give one of SAM 2")
   try:
     known = {field.name for field in dataclasses.fields(SAM2Config)}

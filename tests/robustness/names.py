@@ -41,7 +41,7 @@ def paths():
         nib.save(nib.load(stage.scan), folder / "scan.nii.gz")
         os.rename(folder / "scan.nii.gz", path)
         # What no terminal shows must not be shown; then the folder is named.
-        shown = (name[:40], repr(name)[1:-1][:40], "in/")
+        shown = (name[:40], repr(name)[1:-1][:40], "in/", "in:")
         given = path if form == "file" else path.parent
         attempt = predict(stage, given, folder, names=shown)
         return Attempt(attempt.call, shown, attempt.out,
