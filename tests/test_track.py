@@ -172,6 +172,41 @@ def test_a_correction_reads_cached_features_and_changes_its_slice(scan, checkpoi
   assert agree > 0.97
 
 
+def test_a_correction_follows_what_it_changes_and_a_structure_may_begin_later(
+  scan, checkpoint, monkeypatch
+):
+  Prompt = rfmedsam2_jax.VoxelPrompt
+  prompted = rfmedsam2_jax.open_volume(checkpoint, load_image(scan))
+  swept, arrived = [], {}
+  sweep = tracking_volume._sweep
+  monkeypatch.setattr(
+    tracking_volume, "_sweep", lambda *args: swept.append(args[5].any(1).sum()) or sweep(*args)
+  )
+  first = [Prompt(7, box=((5, 6, 4), (5, 13, 11)))]
+  point = [Prompt(7, points=((8, 10, 8, True),), round=1)]
+  other = [Prompt(2, box=((6, 3, 15), (6, 9, 25)), round=2)]
+  early = [Prompt(2, points=((1, 6, 20, True),), round=3)]
+  found = prompted.correct(prompted.track(first), point)
+  swept.clear()
+  more = prompted.correct(found, other, lambda z, labels: arrived.update({z: labels.copy()}))
+  assert set(swept) == {1} and more.structures == (7, 2)  # one track runs of two
+  for ours, before in zip(more.tracks.cells, found.tracks.cells, strict=True):
+    np.testing.assert_array_equal(ours[0], before[0])
+  np.testing.assert_array_equal(np.stack([arrived[z] for z in range(SHAPE[2])]), more.labels)
+  assert set(np.unique(more.labels)) == {0, 2, 7}
+  # Both directions set out from the first prompted slice: an earlier one moves everything.
+  swept.clear()
+  last = prompted.correct(more, early)
+  assert 2 in swept
+  assert (last.tracks.cells.logits[0] != more.tracks.cells.logits[0]).any()
+  whole = prompted.track(first + point + other + early)
+  np.testing.assert_array_equal(whole.labels, last.labels)
+  # Followed afresh from what is prompted, nothing of what was kept shows.
+  afresh = prompted._tracker._collected(more.tracks.prompted, set(), None, lambda *args: None)
+  for ours, theirs in zip(more.tracks.cells, afresh.cells, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.02)
+
+
 def test_depth_and_direction_share_one_compilation(checkpoint):
   config, params, _ = load_checkpoint(checkpoint)
   sweep = tracking_volume._sweep
@@ -223,8 +258,6 @@ def test_a_bad_prompt_is_one_line_before_the_network_is_loaded(
   ('[{"label": 1, "boxes": []}]', "keys besides"),
   ('[{"label": 1, "box": [[1, 2, 3], [4, 5, 6]]}]', "spans"),
   ('[{"label": 1, "box": [[1, 2, 3], [4, 5, 3]], "round": 1}]', None),
-  ('[{"label": 1, "box": [[1, 2, 3], [4, 5, 3]]}, '
-   '{"label": 2, "points": [[1, 2, 3, 1]], "round": 1}]', "first round"),
 ])
 def test_a_bad_file_of_prompts_is_one_line(scan, checkpoint, tmp_path, capsys, content, says):
   path = tmp_path / "prompts.json"

@@ -1,6 +1,7 @@
 """`rfmedsam2 serve`: a local page for prompted segmentation."""
 
 import argparse
+import os
 import secrets
 import socket
 from pathlib import Path
@@ -55,10 +56,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
   with listening:
     checkpoint = load_checkpoint(options.checkpoint)
     config = TrackingConfig(
-      multimask=not options.single_mask, dynamic_multimask=not options.single_mask
+      multimask=not options.single_mask, dynamic_multimask=not options.single_mask,
+      objects_per_batch=1,  # one program for any number of labels; most trackings follow one
     )
     model = SAM2(at_side(checkpoint.config, options.image_size))
-    studio = Studio(model, checkpoint.params, config, options.keep, options.max_voxels * 10**6)
+    studio = Studio(
+      model, checkpoint.params, config, options.keep, options.max_voxels * 10**6, prepare=True
+    )
     token = secrets.token_urlsafe(24)
     pages = Pages(
       studio, options.folder.resolve() if options.folder else None,
@@ -78,7 +82,12 @@ def run(options: argparse.Namespace, console: Console) -> None:
       app, log_level="warning", access_log=False, server_header=False, lifespan="off",
       timeout_graceful_shutdown=1,
     ))
-    server.run(sockets=[listening])
+    try:
+      server.run(sockets=[listening])
+    except KeyboardInterrupt:
+      # The interpreter's end would wait for a compilation, or abort in the thread that computes.
+      console.error("interrupted; what was not saved is lost", 130)
+      os._exit(130)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -27,7 +27,8 @@ class VoxelPrompt:
     box: two corners (z, y, x), on one slice; or None.
     points: (z, y, x, inside) each, on one slice.
     mask: bool [D, H, W] with labels on the slices that count; or None. Excludes the others.
-    round: 0 for the first prompts; later rounds correct what was found before them.
+    round: 0 for the first prompts; later rounds correct what was found before them, or begin a
+      structure.
     source: what is named if something is wrong with it.
   """
 
@@ -59,7 +60,7 @@ class SliceFrame:
   def rounds(
     self, prompts: Sequence[VoxelPrompt]
   ) -> tuple[tuple[int, ...], list[list[SlicePrompt]]]:
-    """The structures that prompts name, and the prompts of each round.
+    """The structures that prompts name, in the order in which they begin, and each round's prompts.
 
     Raises:
       UserError: no prompts, or one that is outside the volume, spans slices, or contradicts
@@ -67,19 +68,17 @@ class SliceFrame:
     """
     if not prompts:
       raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
-    structures = tuple(sorted({p.label for p in prompts}))
-    if structures[0] < 1 or structures[-1] > 65535:
-      wrong = structures[0] if structures[0] < 1 else structures[-1]
+    # A structure that is prompted later must not change the place of another.
+    first = sorted(prompts, key=lambda p: (p.round, p.label))
+    structures = tuple(dict.fromkeys(p.label for p in first))
+    wrong = next((label for label in structures if not 1 <= label <= 65535), None)
+    if wrong is not None:
       raise UserError(f"label {wrong}: is no label value; use 1 to 65535")
     rounds = sorted({p.round for p in prompts})
     given = [
       self.place([p for p in prompts if p.round == number], structures)
       for number in rounds
     ]
-    begun = {prompt.track for prompt in given[0]}
-    late = next((s for track, s in enumerate(structures) if track not in begun), None)
-    if late is not None:
-      raise UserError(f"label {late}: has no prompt in the first round; add one")
     return structures, given
 
   def place(
@@ -92,9 +91,6 @@ class SliceFrame:
     """
     found: dict[tuple[int, int], SlicePrompt] = {}
     for prompt in prompts:
-      if prompt.label not in structures:
-        raise UserError(f"{prompt.source}: label {prompt.label} is not being tracked; "
-                        "prompt it in the first round")
       track = structures.index(prompt.label)
       if prompt.mask is not None:
         new = self._from_mask(track, prompt.mask)

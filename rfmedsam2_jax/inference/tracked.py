@@ -20,7 +20,7 @@ from rfmedsam2_jax.inference.slice_frame import Plane, SliceFrame, VoxelPrompt
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.refinement.stages import IMAGE_MEAN, IMAGE_STD
 from rfmedsam2_jax.refinement.volume import sigmoid
-from rfmedsam2_jax.tracking import Cells, TrackingConfig, Tracks, VolumeTracker
+from rfmedsam2_jax.tracking import Arrived, Cells, TrackingConfig, Tracks, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import gated_logits
 
 # Centre and width in Hounsfield units, as radiologists set them.
@@ -32,7 +32,12 @@ WINDOWS = {
   "brain": (40.0, 80.0),
 }
 DEFAULTS = TrackingConfig()
+ShowSlice = Callable[[int, np.ndarray], None]
 PERCENTILES = (0.5, 99.5)  # of the voxels that are not 0, where no window is given
+
+
+def _unseen(number: int, labels: np.ndarray) -> None:
+  pass
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +46,7 @@ class TrackedVolume:
 
   Attributes:
     labels: uint8 or uint16 [D, H, W], canonical.
-    structures: label value of each track.
+    structures: label value of each track, in the order in which they began.
     slice_axis: along which the slices were cut; of `labels`.
     window: intensities that were shown as 0 and 1.
     tracks: logits, scores and pointers; what a correction starts from.
@@ -87,6 +92,9 @@ class PromptedVolume:
     self._frame = SliceFrame(volume, plane, self._side)
     self._axis = PLANES[plane]
     self._slices = np.moveaxis(volume.array[0], self._axis, 0)
+    self._matrices: list[np.ndarray | None] = [
+      linear_matrix(4 * self._side // 16, size) for size in self._slices.shape[1:]
+    ]
     self._low, self._high = intensity_range(volume.array[0], window)
     self._tracker = VolumeTracker(
       model, params, config, self.sam_slices, len(self._slices), progress
@@ -106,43 +114,67 @@ class PromptedVolume:
     """Raises what `track` would, at once."""
     self._frame.rounds(prompts)
 
-  def track(self, prompts: Sequence[VoxelPrompt]) -> TrackedVolume:
+  def track(
+    self, prompts: Sequence[VoxelPrompt], arrived: ShowSlice = _unseen
+  ) -> TrackedVolume:
     """Follows every structure from its prompts, round after round.
+
+    Args:
+      arrived: called with the number of a slice and its labels [H, W], as soon as they are known
+        and whenever they change.
 
     Raises:
       UserError: no prompts, or one that is outside the volume, spans slices, or contradicts
         another.
     """
     structures, given = self._frame.rounds(prompts)
-    tracks = self._tracker.track(given[0])
+    show = self._shower(structures, arrived)
+    tracks = self._tracker.track(given[0], show)
     for prompts_of_round in given[1:]:
-      tracks = self._tracker.correct(tracks, prompts_of_round)
+      tracks = self._tracker.correct(tracks, prompts_of_round, show)
     return self._result(tracks, structures)
 
-  def correct(self, result: TrackedVolume, prompts: Sequence[VoxelPrompt]) -> TrackedVolume:
-    """Adds prompts on any slices to a result; the images are not encoded again if cached."""
-    given = self._frame.place(prompts, result.structures)
-    return self._result(self._tracker.correct(result.tracks, given), result.structures)
+  def correct(
+    self, result: TrackedVolume, prompts: Sequence[VoxelPrompt], arrived: ShowSlice = _unseen
+  ) -> TrackedVolume:
+    """Adds prompts on any slices to a result; the images are not encoded again if cached.
+
+    What `track` gives of all prompts with these in a round of their own. Structures may be new;
+    those without a prompt here are, as a rule, not followed again (`VolumeTracker.correct`).
+    """
+    new = sorted({p.label for p in prompts} - set(result.structures))
+    structures = (*result.structures, *new)
+    given = self._frame.place(prompts, structures)
+    tracks = self._tracker.correct(result.tracks, given, self._shower(structures, arrived))
+    return self._result(tracks, structures)
+
+  def _shower(self, structures: tuple[int, ...], show: ShowSlice) -> Arrived:
+    """What a tracker calls, so that `show` is called with labels."""
+    def arrived(cells: Cells, slices: np.ndarray) -> None:
+      for z in slices if show is not _unseen else ():
+        show(int(z), self._fused(cells, int(z), structures))
+
+    return arrived
 
   def _result(self, tracks: Tracks, structures: tuple[int, ...]) -> TrackedVolume:
     """Fuses the masks slice by slice, so that no volume of logits is made."""
-    shape = self._slices.shape
-    labels = np.zeros(shape, np.min_scalar_type(structures[-1]))
-    matrices: list[np.ndarray | None] = [
-      linear_matrix(4 * self._side // 16, size) for size in shape[1:]
-    ]
-    for z in range(shape[0]):
-      here = Cells(*(x[:, z] for x in tracks.cells))
-      present = np.flatnonzero(here.presence > 0)
-      if len(present):
-        logits = np.asarray(gated_logits(Cells(*(x[present] for x in here))), np.float32)
-        logits = apply_separable(logits, [None, *matrices])
-        best = logits.argmax(axis=0)
-        values = np.array(structures, labels.dtype)[present]
-        labels[z] = np.where(logits.max(axis=0) > 0, values[best], 0)
+    labels = np.stack([
+      self._fused(tracks.cells, z, structures) for z in range(len(self._slices))
+    ])
     labels = np.ascontiguousarray(np.moveaxis(labels, 0, self._axis))
     window = float(self._low), float(self._high)
     return TrackedVolume(labels, structures, self._axis, window, tracks)
+
+  def _fused(self, cells: Cells, z: int, structures: tuple[int, ...]) -> np.ndarray:
+    """Labels [H, W] of a slice: the largest logit decides. The last structures may be missing."""
+    values = np.array(structures, np.min_scalar_type(max(structures)))
+    here = Cells(*(x[:, z] for x in cells))
+    present = np.flatnonzero(here.presence > 0)
+    if not len(present):
+      return np.zeros(self._slices.shape[1:], values.dtype)
+    logits = np.asarray(gated_logits(Cells(*(x[present] for x in here))), np.float32)
+    logits = apply_separable(logits, [None, *self._matrices])
+    return np.where(logits.max(axis=0) > 0, values[present][logits.argmax(axis=0)], 0)
 
 
 def intensity_range(

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS, write_label_map
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
@@ -23,6 +24,7 @@ from rfmedsam2_jax.serve.guard import Guard
 from rfmedsam2_jax.serve.studio import Job, Opened, Studio, Unknown
 
 BODY = 1 << 18  # bytes of a request that is no upload
+LABELS = 9  # that the page offers, one key each
 
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 _Corner = tuple[float, float, float]
@@ -66,6 +68,7 @@ class Pages:
     names = await run_in_threadpool(volumes_below, self._folder) if self._folder else []
     return JSONResponse({
       "checkpoint": self._about, "files": names, "upload_limit": self._upload,
+      "colours": ["#{:02x}{:02x}{:02x}".format(*colour(at)) for at in range(LABELS)],
     })
 
   async def open(self, request: Request) -> Response:
@@ -196,8 +199,8 @@ async def _body(request: Request) -> bytes:
 
 
 def _of(job: Job) -> dict[str, str | int | float]:
-  return {"state": job.state, "done": job.done, "total": job.total, "error": job.error,
-          "seconds": round(job.seconds, 3)}
+  return {"state": job.state, "done": job.done, "total": job.total, "fresh": job.fresh,
+          "error": job.error, "seconds": round(job.seconds, 3)}
 
 
 def _bytes(content: np.ndarray) -> Response:

@@ -6,7 +6,6 @@ follows its first tracking costs no encoding.
 
 import collections
 import dataclasses
-import itertools
 import logging
 import queue
 import secrets
@@ -23,10 +22,11 @@ from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
 from rfmedsam2_jax.inference.tracked import PromptedVolume, TrackedVolume
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.serve.folder import check_voxels
-from rfmedsam2_jax.tracking import TrackingConfig
+from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
 
 WAITING = 8  # jobs; more are a page gone wrong
 REMEMBERED = 100  # jobs that ended
+RESULTS = 4  # of a volume, so that an undo costs nothing
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +41,30 @@ class _Cancelled(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Job:
-  """One tracking; `state` is queued, running, done, failed or cancelled."""
+  """One tracking; `state` is queued, running, done, failed or cancelled.
+
+  Attributes:
+    done, total: slices; both directions and all rounds that are followed.
+    fresh: counts the slices whose labels changed.
+    began, ended: of `time.monotonic`.
+  """
 
   name: str
   state: str = "queued"
   done: int = 0
   total: int = 0
-  seconds: float = 0.0
+  fresh: int = 0
+  began: float = 0.0
+  ended: float | None = None
   error: str = ""
   cancel: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+  @property
+  def seconds(self) -> float:
+    """For how long it has been computed."""
+    if not self.began:
+      return 0.0
+    return (self.ended or time.monotonic()) - self.began
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,7 +72,9 @@ class Opened:
   """A volume of the page.
 
   Attributes:
-    found: of the last tracking that ended, and `prompts`, all that led to it.
+    labels: [D, H, W], canonical: of the last tracking that ended, and slice by slice of one that
+      runs.
+    results: of the last trackings by their prompts, newest last.
     job: that computes for it now.
   """
 
@@ -65,9 +82,16 @@ class Opened:
   volume: Volume
   plane: Plane
   prompted: PromptedVolume
-  found: TrackedVolume | None = None
-  prompts: tuple[VoxelPrompt, ...] = ()
+  labels: np.ndarray
+  results: collections.OrderedDict[frozenset[VoxelPrompt], TrackedVolume] = dataclasses.field(
+    default_factory=collections.OrderedDict
+  )
   job: Job | None = None
+
+  @property
+  def found(self) -> TrackedVolume | None:
+    """What the last tracking gave."""
+    return self.results[next(reversed(self.results))] if self.results else None
 
   @property
   def slices(self) -> tuple[int, int, int]:
@@ -78,9 +102,45 @@ class Opened:
 
   def labels_of(self, number: int) -> np.ndarray:
     """The label map of a slice, uint8 [H, W]."""
-    if self.found is None:
-      return np.zeros(self.slices[1:], np.uint8)
-    return self.found.labels.take(number, PLANES[self.plane]).astype(np.uint8)
+    return self.labels.take(number, PLANES[self.plane])
+
+  def follow(self, prompts: tuple[VoxelPrompt, ...]) -> None:
+    """`PromptedVolume.track` of all prompts; goes on from the results that are there."""
+    rounds = sorted({p.round for p in prompts})
+    stages = [frozenset(p for p in prompts if p.round <= number) for number in rounds]
+    begun = max((i for i, stage in enumerate(stages) if stage in self.results), default=-1)
+    results = self.results.copy()  # a tracking that is cancelled leaves nothing
+    found = results[stages[begun]] if begun >= 0 else None
+    for number, stage in list(zip(rounds, stages, strict=True))[begun + 1 :]:
+      given = [p for p in prompts if p.round == number]
+      if found is None:
+        found = self.prompted.track(given, self._show)
+      else:
+        found = self.prompted.correct(found, given, self._show)
+      results[stage] = found
+    assert found is not None
+    results.move_to_end(stages[-1])
+    while len(results) > RESULTS:
+      results.popitem(last=False)
+    self.results = results
+
+  def settle(self) -> None:
+    """Shows what the last tracking gave."""
+    self.labels = (
+      np.zeros_like(self.labels) if self.found is None else self.found.labels.astype(np.uint8)
+    )
+
+  def _show(self, number: int, labels: np.ndarray) -> None:
+    np.moveaxis(self.labels, PLANES[self.plane], 0)[number] = labels
+    if self.job is not None:
+      self.job.fresh += 1
+
+  def report(self, done: int, total: int) -> None:
+    """What the tracker calls; ends a tracking that is cancelled."""
+    if self.job is not None:
+      self.job.done, self.job.total = done, total
+      if self.job.cancel.is_set():
+        raise _Cancelled
 
 
 class Studio:
@@ -89,10 +149,12 @@ class Studio:
   Args:
     keep: volumes; the one that was not used for the longest time goes.
     max_voxels: of a volume.
+    prepare: compile at once what a first tracking and a correction need.
   """
 
   def __init__(
-    self, model: SAM2, params: dict, config: TrackingConfig, keep: int, max_voxels: int
+    self, model: SAM2, params: dict, config: TrackingConfig, keep: int, max_voxels: int,
+    prepare: bool = False,
   ):
     self._model, self._params, self._config = model, params, config
     self._keep, self._max_voxels = keep, max_voxels
@@ -101,7 +163,7 @@ class Studio:
     self._lock, self._reading = threading.Lock(), threading.Lock()
     self._waiting: queue.Queue = queue.Queue(WAITING)
     # A daemon: an interrupt ends the command without waiting for a compilation.
-    threading.Thread(target=self._compute, daemon=True, name="compute").start()
+    threading.Thread(target=self._compute, args=(prepare,), daemon=True, name="compute").start()
 
   def open(
     self, path: Path, name: str, plane: Plane, window: tuple[float, float] | None
@@ -117,9 +179,10 @@ class Studio:
       opened: list[Opened] = []
       prompted = PromptedVolume(
         self._model, self._params, volume, self._config, plane, window,
-        lambda done, total: _report(opened[0], done, total),
+        lambda done, total: opened[0].report(done, total),
       )
-      opened.append(Opened(name, volume, plane, prompted))
+      labels = np.zeros(volume.array.shape[1:], np.uint8)
+      opened.append(Opened(name, volume, plane, prompted, labels))
     key = secrets.token_hex(8)
     with self._lock:
       self._volumes[key] = opened[0]
@@ -159,44 +222,36 @@ class Studio:
         raise Unknown("this tracking is not known any more; track again")
       return self._jobs[name]
 
-  def _compute(self) -> None:
+  def _prepare(self) -> None:
+    """Runs what a person will, on two empty slices; the depth is part of no program."""
+    side = self._model.config.image_size
+    tracker = VolumeTracker(
+      self._model, self._params, self._config,
+      lambda numbers: np.zeros((len(numbers), side, side, 3), np.float32), 2,
+    )
+    begun = tracker.track([SlicePrompt(0, 0, box=(0.0, 0.0, side / 2, side / 2))])
+    middle = np.full((1, 2), side / 2, np.float32)
+    tracker.correct(begun, [SlicePrompt(0, 1, middle, np.ones(1, np.int32))])
+
+  def _compute(self, prepare: bool) -> None:
+    if prepare:
+      self._prepare()
     while True:
       job, opened, prompts = self._waiting.get()
-      began = time.monotonic()
-      opened.job = job
+      opened.job, job.began = job, time.monotonic()
+      state = "done"
       try:
         if job.cancel.is_set():
           raise _Cancelled
         job.state = "running"
-        found = _followed(opened, prompts)
-        opened.found, opened.prompts = found, prompts
-        job.seconds, job.state = time.monotonic() - began, "done"
+        opened.follow(prompts)
       except _Cancelled:
-        job.state = "cancelled"
+        state = "cancelled"
       except UserError as error:
-        job.error, job.state = str(error), "failed"
+        job.error, state = str(error), "failed"
       except Exception:  # the page shall hear of it, and the next job shall run
         log.exception("tracking %s", opened.name)
-        job.error, job.state = "failed; the terminal of the command says why", "failed"
-
-
-def _report(opened: Opened, done: int, total: int) -> None:
-  job = opened.job
-  if job is not None:
-    job.done, job.total = done, total
-    if job.cancel.is_set():
-      raise _Cancelled
-
-
-def _followed(opened: Opened, prompts: tuple[VoxelPrompt, ...]) -> TrackedVolume:
-  """`PromptedVolume.track` of all prompts; goes on from the result that is there if it can."""
-  known = opened.prompts
-  later = [p for p in prompts if p not in known]
-  last = max((p.round for p in known), default=0)
-  if opened.found is None or not set(known) <= set(prompts) or any(p.round <= last for p in later):
-    return opened.prompted.track(prompts)
-  found = opened.found
-  ordered = sorted(later, key=lambda p: p.round)
-  for _, given in itertools.groupby(ordered, key=lambda p: p.round):
-    found = opened.prompted.correct(found, list(given))
-  return found
+        job.error, state = "failed; the terminal of the command says why", "failed"
+      opened.settle()
+      job.ended, job.state = time.monotonic(), state
+      del job, opened, prompts  # a volume that was closed shall not wait for the next job

@@ -10,9 +10,10 @@ from rfmedsam2_jax.tracking.recurrence import (
   sweep,
   track,
 )
-from rfmedsam2_jax.tracking.volume import Batch, Tracks, VolumeTracker
+from rfmedsam2_jax.tracking.volume import Arrived, Batch, Tracks, VolumeTracker
 
 __all__ = [
+  "Arrived",
   "Batch",
   "Bias",
   "Cells",

@@ -60,6 +60,14 @@ class Batch(NamedTuple):
   reverse: bool
 
 
+# Cells [N, D] as far as they are known, and the slices that are new in them.
+Arrived = Callable[[Cells, np.ndarray], None]
+
+
+def _unheard(cells: Cells, slices: np.ndarray) -> None:
+  pass
+
+
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _decode_prompted(model, params, features, prompts, slots, multimask, dynamic):
   if slots is None:
@@ -110,49 +118,71 @@ class VolumeTracker:
     self._depth, self._progress = depth, progress
     self._features = _FeatureStore(model, params, config, slices)
 
-  def track(self, prompts: Sequence[SlicePrompt]) -> Tracks:
+  def track(self, prompts: Sequence[SlicePrompt], arrived: Arrived = _unheard) -> Tracks:
     """Follows the prompted objects in both directions.
+
+    Args:
+      arrived: called whenever slices are known: prompted ones first, then as they are swept.
 
     Raises:
       ValueError: no prompts, a slice outside the volume, an object without any prompt, or two
         prompts for one object on one slice.
     """
     prompted = self.begin(prompts)
-    return self._collected(prompted)
+    return self._collected(prompted, set(prompted), None, arrived)
 
-  def correct(self, tracks: Tracks, prompts: Sequence[SlicePrompt]) -> Tracks:
+  def correct(
+    self, tracks: Tracks, prompts: Sequence[SlicePrompt], arrived: Arrived = _unheard
+  ) -> Tracks:
     """Adds prompts on any slices, seen together with what is there, and follows anew.
 
     A point or a box is decoded with the memories around its slice and with the mask that was
     found there, as SAM 2 corrects (`add_all_frames_to_correct_as_cond=True`). All other slices
     are then followed again from the prompted ones; what was remembered of wrong masks is not kept
-    (the official predictor keeps it).
+    (the official predictor keeps it). An object that is new begins with these prompts. Objects
+    without one stay as they are, unless the first prompted slice of all is another now: both
+    directions set out from it, so that everything is followed again.
+
+    Raises:
+      ValueError: as `track`.
     """
-    added = self._checked(prompts, len(tracks.cells.presence))
-    return self._collected({**tracks.prompted, **self._correct_prompted(tracks, added)})
+    known = len(tracks.cells.presence)
+    added = self._checked(prompts, max([known, *(1 + p.track for p in prompts)]))
+    new = [p for p in added if p.track >= known]
+    _check_complete(new, known)
+    decoded = self._correct_prompted(tracks, [p for p in added if p.track < known])
+    decoded |= self._begin(new)
+    return self._collected({**tracks.prompted, **decoded}, set(decoded), tracks, arrived)
 
   def begin(self, prompts: Sequence[SlicePrompt]) -> dict[tuple[int, int], Prompted]:
     """Decodes the prompted cells, without memory; raises as `track`."""
     if not prompts:
       raise ValueError("no prompts: nothing says what to follow")
     prompts = self._checked(prompts, 1 + max(p.track for p in prompts))
-    missing = set(range(1 + max(p.track for p in prompts))) - {p.track for p in prompts}
-    if missing:
-      raise ValueError(f"object {min(missing)} has no prompt")
-    return self._decode(prompts, lambda chosen: None, lambda chosen: (None, None))
+    _check_complete(prompts, 0)
+    return self._begin(prompts)
 
-  def follow(self, prompted: dict[tuple[int, int], Prompted]) -> Iterator[Batch]:
+  def _begin(self, prompts: Sequence[SlicePrompt]) -> dict[tuple[int, int], Prompted]:
+    size = self._config.slices_per_batch
+    return self._decode(prompts, size, lambda chosen: None, lambda chosen: (None, None))
+
+  def follow(
+    self, prompted: dict[tuple[int, int], Prompted], moved: Sequence[int]
+  ) -> Iterator[Batch]:
     """Sweeps from the first prompted slice forward to the end, then backward to the beginning.
 
     Yields every slice at least once; where a slice comes again (the first prompted one, for
     objects that are prompted elsewhere), the later is the one that counts, as in the official
     predictor.
+
+    Args:
+      moved: the tracks to follow; the cells of a batch are theirs, in this order.
     """
     c = self._config
-    tracks = 1 + max(track for track, _ in prompted)
     start = min(z for _, z in prompted)
-    count = -(-tracks // c.objects_per_batch)
-    groups = np.array_split(np.arange(tracks), count)
+    count = -(-len(moved) // c.objects_per_batch)
+    groups = np.array_split(np.asarray(moved), count)
+    row_of = {track: row for row, track in enumerate(moved)}
     banks = [self._bank(group, prompted) for group in groups]
     order = [(np.arange(start, self._depth), False)]
     if start > 0:
@@ -182,22 +212,38 @@ class VolumeTracker:
         parts.append(cells)
       cells = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
       for (t, z), known in prompted.items():
-        for where in np.flatnonzero(chunk == z):
+        for where in np.flatnonzero(chunk == z) if t in row_of else ():
           for whole, one in zip(cells, known.cells, strict=True):
-            whole[t, where] = one
+            whole[row_of[t], where] = one
       done += len(chunk)
       self._progress(done, total)
       yield Batch(chunk, cells, reverse)
 
-  def _collected(self, prompted: dict[tuple[int, int], Prompted]) -> Tracks:
+  def _collected(
+    self, prompted: dict[tuple[int, int], Prompted], added: set[tuple[int, int]],
+    known: Tracks | None, arrived: Arrived,
+  ) -> Tracks:
+    """Follows the tracks that `added` changes, or all; what is `known` of the others stays."""
     tracks = 1 + max(track for track, _ in prompted)
     cells, backward = self._nothing(tracks, self._depth), np.zeros(self._depth, bool)
     if self._config.cache != "float32":
       cells = cells._replace(logits=cells.logits.astype(np.float16))
-    for batch in self.follow(prompted):
+    moved = list(range(tracks))
+    if known is not None:
+      for whole, old in zip(cells, known.cells, strict=True):
+        whole[: len(old)] = old
+      if min(z for _, z in known.prompted) == min(z for _, z in prompted):
+        moved = sorted({track for track, _ in added})
+    for (track, z), one in prompted.items():
+      if (track, z) in added:
+        for whole, part in zip(cells, one.cells, strict=True):
+          whole[track, z] = part
+    arrived(cells, np.array(sorted({z for _, z in added})))
+    for batch in self.follow(prompted, moved):
       backward[batch.slices] = batch.reverse
       for whole, part in zip(cells, batch.cells, strict=True):
-        whole[:, batch.slices] = part
+        whole[np.ix_(np.array(moved), batch.slices)] = part
+      arrived(cells, batch.slices)
     return Tracks(cells, prompted, backward)
 
   def _nothing(self, tracks: int, slices: int) -> Cells:
@@ -216,15 +262,15 @@ class VolumeTracker:
       seen.add((prompt.track, prompt.slice))
     return list(prompts)
 
-  def _decode(self, prompts, slots_of, masks_of) -> dict[tuple[int, int], Prompted]:
+  def _decode(self, prompts, size, slots_of, masks_of) -> dict[tuple[int, int], Prompted]:
     """Prompted cells, in batches of one kind each.
 
     Args:
+      size: of a batch.
       slots_of, masks_of: give the MemorySlots, and the mask prompts with which of them exist, of
         some prompts; None where there are none.
     """
     found = {}
-    size = self._config.slices_per_batch
     kinds = {
       "mask": [p for p in prompts if p.mask is not None],
       "multimask": [p for p in prompts if p.is_ambiguous and self._config.multimask],
@@ -236,7 +282,7 @@ class VolumeTracker:
         some = members[first : first + size]
         batch = some + [some[-1]] * (size - len(some))
         at = np.array([p.slice for p in batch])
-        features = self._features.get(at, keep=True)
+        features = jax.tree.map(lambda x: x[:size], self._features.get(at, keep=True))
         if kind == "mask":
           masks = np.stack([p.mask for p in batch]).astype(np.float32)
           out = _take_given(self._model, self._params, features, masks)
@@ -264,12 +310,9 @@ class VolumeTracker:
     """A bank that holds the prompted slices of some tracks."""
     config = self._model.config
     of_track = [sorted(z for t, z in prompted if t == track) for track in group]
-    slots = 1
-    while slots < max(map(len, of_track)):
-      slots *= 2
     bank = memory.empty_bank(
-      len(group), slots, config.grid, config.mem_dim, config.d_model, config.compute_dtype,
-      self._map_dtype,
+      len(group), _power_of_two(max(map(len, of_track))), config.grid, config.mem_dim,
+      config.d_model, config.compute_dtype, self._map_dtype,
     )
     # Filled on the host: any number of prompted slices, without a compilation of its own.
     maps, pointers = jax.tree.map(np.array, (bank.maps, bank.pointers))
@@ -300,7 +343,11 @@ class VolumeTracker:
     """Decodes prompts on slices that were followed before: with memories and the mask found."""
     def slots_of(batch):
       slots = [self._slots(tracks, p) for p in batch]
-      width = max(s.maps.shape[0] for s in slots), max(s.pointers.shape[0] for s in slots)
+      # As wide as the bank of a sweep, so that few widths are compiled.
+      prompted = _power_of_two(max(
+        sum(track == p.track for track, _ in tracks.prompted) for p in batch
+      ))
+      width = prompted + memory.RECENT_SLOTS, prompted + memory.POINTER_SLOTS
       padded = []
       for s in slots:
         more = [(0, width[0] - len(s.maps))], [(0, width[1] - len(s.pointers))]
@@ -317,7 +364,8 @@ class VolumeTracker:
       ])
       return np.clip(masks.astype(np.float32), -_LIMIT, _LIMIT), np.ones(len(batch), bool)
 
-    return self._decode(prompts, slots_of, masks_of)
+    # One at a time: a batch that is filled up would read memories for nothing.
+    return self._decode(prompts, 1, slots_of, masks_of)
 
   def _slots(self, tracks: Tracks, prompt: SlicePrompt) -> MemorySlots:
     """What SAM 2 reads at a slice that is corrected, without a leading axis."""
@@ -350,6 +398,19 @@ class VolumeTracker:
       np.stack(pointers), positions, np.ones(len(pointers), bool),
     )
     return MemorySlots(*(jnp.asarray(x) for x in everything))
+
+
+def _check_complete(prompts: Sequence[SlicePrompt], first: int) -> None:
+  """ValueError unless every track from `first` to the last that is prompted has a prompt."""
+  given = {p.track for p in prompts}
+  missing = set(range(first, 1 + max(given, default=first - 1))) - given
+  if missing:
+    raise ValueError(f"object {min(missing)} has no prompt")
+
+
+def _power_of_two(number: int) -> int:
+  """The smallest one that is not smaller."""
+  return 1 << (number - 1).bit_length()
 
 
 class _FeatureStore:

@@ -2,7 +2,7 @@
 
 import { Prompts } from "./prompts.js";
 import * as server from "./server.js";
-import { COLOURS, View, colourOf } from "./view.js";
+import { View, colourOf, setColours } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const view = new View($("view"));
@@ -65,7 +65,7 @@ async function go(to) {
   const mine = asked;
   const { volume: key } = volume;
   const [image, labels] = await Promise.all([
-    server.image(key, slice), found ? server.labels(key, slice) : null,
+    server.image(key, slice), server.labels(key, slice),
   ]);
   if (mine !== asked) return;
   shown = { image, labels };
@@ -77,7 +77,7 @@ async function open() {
   if (job) throw new Error("a tracking runs; cancel it or wait");
   const upload = $("upload").files[0];
   say("reading ...");
-  const settings = [$("plane").value, $("window").value];
+  const settings = [$("plane").value, $("window").value || $("custom").value];
   volume = upload ? await server.upload(upload, ...settings)
     : await server.open($("file").value, ...settings);
   prompts = new Prompts();
@@ -85,7 +85,7 @@ async function open() {
   $("slice").max = volume.slices - 1;
   list();
   await go(Math.floor(volume.slices / 2));
-  say(`${volume.name}: draw a box around a structure, then track`);
+  say(`${volume.name}: draw a box around a structure, or click points; then track`);
   $("view").focus();
 }
 
@@ -105,11 +105,19 @@ async function track() {
   }
 }
 
+function left(now) {
+  const seconds = (now.seconds * (now.total - now.done)) / now.done;
+  return now.done > 1 ? `, ${seconds < 90 ? `${Math.ceil(seconds)} s`
+    : `${Math.ceil(seconds / 60)} min`} left` : "";
+}
+
 async function follow(sent) {
-  for (;;) {
+  for (let fresh = 0; ;) {
     const now = await server.job(job);
     $("progress").max = now.total || 1;
     $("progress").value = now.done;
+    if (now.fresh !== fresh || now.state === "cancelled") await go(slice);
+    ({ fresh } = now);
     if (now.state === "done") {
       prompts.done(sent);
       found = true;
@@ -119,11 +127,12 @@ async function follow(sent) {
     }
     if (now.state === "failed") throw new Error(now.error);
     if (now.state === "cancelled") {
-      say("cancelled");
+      say("cancelled; the result is the one before");
       return;
     }
-    say(now.total ? `slice ${now.done} of ${now.total}` : "waiting for the network ...");
-    await new Promise((resolve) => { setTimeout(resolve, 150); });
+    say(now.state === "queued" ? "waiting for the network ..."
+      : `slice ${now.done}${now.total ? ` of ${now.total}` : ""}${left(now)}`);
+    await new Promise((resolve) => { setTimeout(resolve, 200); });
   }
 }
 
@@ -138,8 +147,11 @@ async function save() {
 }
 
 function undo() {
-  if (job) return;
-  prompts.undo();
+  if (job || !prompts.list.length) return;
+  if (prompts.undo().round < prompts.tracked) {
+    say(prompts.list.length ? "removed; track, and the result is without it"
+      : "removed; the result stays until another prompt is tracked");
+  }
   list();
 }
 
@@ -160,17 +172,16 @@ function setTool(name) {
   choose($("tool"), $("tool").querySelector(`[data-tool=${name}]`));
 }
 
-COLOURS.forEach((colour, at) => {
+function offer(value) {
   const button = document.createElement("button");
   button.type = "button";
   button.setAttribute("role", "radio");
-  button.setAttribute("aria-label", `Label ${at + 1}`);
-  button.textContent = at + 1;
-  button.style.borderBottomColor = colour;
-  button.addEventListener("click", () => setLabel(at + 1));
+  button.setAttribute("aria-label", `Label ${value}`);
+  button.textContent = value;
+  button.style.borderBottomColor = colourOf(value);
+  button.addEventListener("click", () => setLabel(value));
   $("label").append(button);
-});
-setLabel(1);
+}
 setTool("box");
 
 $("tool").addEventListener("click", (event) => {
@@ -185,6 +196,7 @@ $("track").addEventListener("click", () => attempt(track));
 $("cancel").addEventListener("click", () => attempt(() => server.cancel(job)));
 $("save").addEventListener("click", () => attempt(save));
 $("undo").addEventListener("click", undo);
+$("window").addEventListener("change", () => { $("other").hidden = $("window").value !== ""; });
 $("opacity").addEventListener("input", paint);
 $("slice").addEventListener("input", () => attempt(() => go(Number($("slice").value))));
 $("view").addEventListener("wheel", (event) => {
@@ -239,14 +251,17 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.matches("input, select")) return;
   const key = event.key.toLowerCase();
-  const action = /^[1-9]$/.test(key) ? () => setLabel(Number(key)) : KEYS[key];
+  const action = key > "0" && key <= $("label").children.length && key.length === 1 ? () => setLabel(Number(key)) : KEYS[key];
   if (!action) return;
   event.preventDefault();
   attempt(action);
 });
 
 attempt(async () => {
-  const { checkpoint, files } = await server.start();
+  const { checkpoint, files, colours } = await server.start();
+  setColours(colours);
+  colours.forEach((colour, at) => offer(at + 1));
+  setLabel(1);
   $("checkpoint").textContent = `checkpoint ${checkpoint}`;
   $("file").replaceChildren(...files.map((name) => new Option(name)));
   $("file").disabled = !files.length;

@@ -5,12 +5,10 @@ export class Prompts {
   constructor() {
     this.list = [];
     this.tracked = 0; // rounds that the result on the screen has
-    this.labels = new Set(); // labels of that result
   }
 
   add(label, slice, what) {
-    // A label that is new begins with the others; everything is then followed from the start.
-    const round = this.labels.has(label) ? this.tracked : 0;
+    const round = this.tracked;
     if (what.box) { // one box per label, slice and round
       this.list = this.list.filter((p) => !(p.box && p.label === label && p.slice === slice
         && p.round === round));
@@ -23,7 +21,6 @@ export class Prompts {
   // Called with the prompts that a tracking has finished.
   done(sent) {
     this.tracked = Math.max(...sent.map((p) => p.round)) + 1;
-    this.labels = new Set(sent.map((p) => p.label));
   }
 
   // For the server: canonical (z, y, x), placed by the plane.

@@ -1,9 +1,8 @@
 // The canvas: a slice, its labels and the prompts on it, in the proportions of the patient.
 
-export const COLOURS = [
-  "#ff5c5c", "#4ea1ff", "#5ad16b", "#ffc94a", "#c58bff", "#3fd6d0", "#ff8f3f", "#ff7ac8", "#b9d94f",
-];
-export const colourOf = (label) => COLOURS[(label - 1) % COLOURS.length];
+let colours = ["#ffffff"]; // of the labels 1, 2 ...; the server has them
+export const setColours = (those) => { colours = those; };
+export const colourOf = (label) => colours[(label - 1) % colours.length];
 
 const channels = (label) => [1, 3, 5].map((at) => parseInt(colourOf(label).slice(at, at + 2), 16));
 
