@@ -1,6 +1,7 @@
 # make demo   sets everything up and runs the quickstart (a few minutes on two cores)
 # make test   sets everything up, then ruff, mypy and the tests
 # make test-full   also the tests that take long
+# make docs   sets up what the site needs and builds docs/_build/html; warnings are errors
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # dependencies: the comparison needs no torchvision. Any torch will do; this one is tested.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfmedsam2 quickstart --out demo --overwrite
@@ -24,6 +25,11 @@ lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e ".[docs,serve]"
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -31,7 +37,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-for-tests: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e ".[test]" $(TORCH) setuptools wheel
+	$(BIN)/python -m pip install -q -e ".[test,docs]" $(TORCH) setuptools wheel
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation sam2==1.1.0
 	# nnU-Net's own U-Net, as a witness; what else it asks for brings torchvision.
 	$(BIN)/python -m pip install -q --no-deps "dynamic-network-architectures>=0.4.4"
@@ -46,4 +52,4 @@ $(VENV)/.installed-for-tests: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build docs/_build docs/_api *.egg-info

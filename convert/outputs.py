@@ -23,7 +23,7 @@ def check_target(path: Path, overwrite: bool, is_ours: bool) -> None:
     is_ours: what lies at `path` is of the kind that would be written.
 
   Raises:
-    UserError: it exists and may not be replaced, or there is no folder to write into.
+    UserError: it exists and may not be replaced, or its folder cannot be made or written.
   """
   if path.exists() and not overwrite:
     raise UserError(f"{path}: exists; replace it with --overwrite or choose another name")
@@ -31,11 +31,9 @@ def check_target(path: Path, overwrite: bool, is_ours: bool) -> None:
     raise UserError(
       f"{path}: was not made by this command, --overwrite leaves it; choose another name"
     )
-  parent = path.absolute().parent
-  if not parent.is_dir():
-    raise UserError(f"{parent}: no such folder; make it first")
-  if not os.access(parent, os.W_OK):
-    raise UserError(f"{parent}: cannot be written; choose another folder")
+  there = next(parent for parent in path.absolute().parents if parent.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f"{there}: cannot be written into; choose another folder")
 
 
 _interrupted = threading.Event()
@@ -73,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
   It lies in a hidden folder of its own, which takes away whatever a writer left when it failed.
   """
   workshop = path.absolute().with_name(f".{os.getpid()}.{path.name}")
-  workshop.mkdir()
+  workshop.mkdir(parents=True)
   try:
     made = workshop / path.name
     yield made

@@ -54,8 +54,9 @@ def checkpoint(state, tiny_yaml, tmp_path_factory):
   """A converted checkpoint, without adapters."""
   folder = tmp_path_factory.mktemp("converted")
   torch.save({"model": state}, folder / "official.pt")
-  assert main([str(folder / "official.pt"), str(folder / "ckpt"), "--config", str(tiny_yaml)]) == 0
-  return folder / "ckpt"
+  out = folder / "new" / "ckpt"
+  assert main([str(folder / "official.pt"), str(out), "--config", str(tiny_yaml)]) == 0
+  return out
 
 
 def run(capsys, *arguments):
@@ -88,7 +89,7 @@ def test_a_checkpoint_describes_itself(checkpoint, state):
   assert_same(params, state)
   assert about["source"]["name"] == "official.pt" and about["fresh"] == about["left_out"] == []
   digest = subprocess.run(
-    ["sha256sum", checkpoint.parent / "official.pt"], capture_output=True, text=True, check=True
+    ["sha256sum", checkpoint.parents[1] / "official.pt"], capture_output=True, text=True, check=True
   ).stdout.split()[0]
   assert about["source"]["sha256"] == {"official.pt": digest}
   assert {"rfmedsam2-jax", "jax", "python"} <= about["versions"].keys()
@@ -292,8 +293,8 @@ def test_an_existing_output_is_not_lost(state, checkpoint, tiny_yaml, tmp_path, 
   other.mkdir()
   assert_refused(capsys, arguments[0], other, "--config", tiny_yaml, "--overwrite",
                  says="was not made by this command", out=other)
-  assert_refused(capsys, arguments[0], tmp_path / "no" / "folder", "--config", tiny_yaml,
-                 says="no such folder", out=other)
+  assert_refused(capsys, arguments[0], tmp_path / "official.pt" / "x", "--config", tiny_yaml,
+                 says="cannot be written into", out=other)
   assert_refused(capsys, "--to-torch", checkpoint, tmp_path / "official.pt", says="--overwrite",
                  out=other)
 
