@@ -30,8 +30,6 @@ templates_path = ["_templates"]
 # Pages are read on GitHub too; links between them have to be right in both places.
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
-# A page of the index may not have been written yet.
-suppress_warnings = ["toc.empty_glob"]
 
 autosummary_generate = True
 autodoc_member_order = "bysource"

@@ -160,14 +160,16 @@ def small(words: list[str]) -> list[str]:
 
   Values of the config file that other tests have no compiled program for are emptied before the
   line's own overrides are read, and TINY's follow them. What a converted nnU-Net brings (plan and
-  generator) stays.
+  generator) stays, but for a spacing at which phantoms are small.
   """
   tree = dict(TINY)
   if any(word.startswith("refiner.init_from=") for word in words):
     tree["sam2"] = {"preset": "nano"} | tiny_network()
-  if any(re.search("nnunet.*yaml$", word) for word in words):
-    del tree["plan"], tree["generator"]
-  before = [f"{key}={{}}" for key in tree if key != "data"]
+  nnunet = any(re.search("nnunet.*yaml$", word) for word in words)
+  if nnunet:
+    del tree["generator"]
+    tree |= {"plan": {"spacing": [10, 6, 6]}, "inference": {"mirror_axes": []}}
+  before = [f"{key}={{}}" for key in tree if key != "data" and not (nnunet and key == "plan")]
   first = 2 if words[0] == "train" else 1  # behind the config
   return [*words[:first], *before, *words[first:], *_leaves(tree)]
 
