@@ -4,6 +4,7 @@
 came from, versions). Writing is atomic: a folder that exists is complete.
 """
 
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from flax.traverse_util import flatten_dict
 from rfmedsam2_jax.errors import UserError
 
 Params = dict[str, Any]
+
+# Of a damaged folder Orbax's tasks fail by the dozen; the first is raised, the others are logged.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from volumes import is_right, predict
 @kind("no volumes at all, and odd names")
 def paths():
   for ending in (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".txt", ""):
-    for what in ("empty", "text", "zeros", "folder", "missing"):
+    for what in ("empty", "zeros", "folder", "missing"):
       def make(folder, rng, stage, ending=ending, what=what):
         path = folder / f"scan{ending}"
         if what == "folder":

@@ -73,7 +73,7 @@ def prompts():
       return of(folder, stage, content)
     yield name, make
   for way, damage in WAYS.items():
-    for number in range(2):
+    for number in range(1):
       def damaged(folder, rng, stage, damage=damage):
         return of(folder, stage, damage((stage.place / "prompts.json").read_bytes(), rng))
       yield f"{way} {number}", damaged
@@ -158,7 +158,7 @@ def configs():
     return Attempt(call, ("config.yaml",), None, lambda: says_the_config(path, found[0]))
 
   for way, damage in WAYS.items():
-    for number in range(5):
+    for number in range(3):
       def make(folder, rng, stage, damage=damage):
         return loaded(folder, damage(stage.config.read_bytes(), rng))
       yield f"{way} {number}", make
@@ -216,7 +216,7 @@ def runs():
   names = ("config.yaml", "plan.json", "fingerprint.json")
   for name in names:
     for way, damage in {**WAYS, "gone": None}.items():
-      for number in range(3 if way != "gone" else 1):
+      for number in range(2 if way != "gone" else 1):
         def make(folder, rng, stage, name=name, damage=damage):
           run = folder / "run"
           damaged_folder(stage.run, run, rng, damage, lambda p: p == run / name)
