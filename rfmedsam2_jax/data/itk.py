@@ -81,14 +81,18 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
       reader.ReadImageInformation()
       _check_header(sitk, path, reader)
       image = reader.Execute()
-    _check_stream(path)
+    native, affine = _as_native(sitk, image)
+    _check_stream(path, native.nbytes)
   except (RuntimeError, zlib.error) as error:
     raise _unreadable(path, error) from None
-  return _as_native(sitk, image)
+  return native, affine
 
 
-def _check_stream(path: Path) -> None:
-  """zlib.error unless compressed voxels have their checksum, which ITK does not look at."""
+def _check_stream(path: Path, expected: int) -> None:
+  """zlib.error unless compressed voxels have their checksum, and are as many bytes as expected.
+
+  ITK looks at neither, and leaves what is missing as it finds it in memory.
+  """
   marks = _COMPRESSED.get(path.suffix)
   if marks is None:
     return
@@ -99,12 +103,17 @@ def _check_stream(path: Path) -> None:
     if ended is None or not re.search(compressed, head[:ended.end()], re.IGNORECASE):
       return
     file.seek(ended.end())
-    stream, data = zlib.decompressobj(47), b""  # of zlib or gzip
+    stream, found = zlib.decompressobj(47), 0  # of zlib or gzip
     while not stream.eof:
       data = stream.unconsumed_tail or file.read(_BLOCK)
       if not data:
         raise zlib.error("its compressed voxels end too early")
-      stream.decompress(data, 16 * _BLOCK)
+      found += len(stream.decompress(data, 16 * _BLOCK))
+    used = file.tell() - len(stream.unused_data) - ended.end()
+  said = re.search(rb"CompressedDataSize *= *(\d+)", head[:ended.end()])
+  if found != expected or (said and int(said[1]) < used):
+    raise zlib.error(f"it holds {found} bytes of voxels in {used} compressed ones, its header says "
+                     "otherwise")
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -302,8 +302,9 @@ def _geometry(
     size = "x".join(str(n) for n in shape)
     raise UserError(f"{path}: has the size {size}; a volume with three axes is expected")
   affine = np.asarray(affine, np.float64)
-  sizes = np.linalg.norm(affine[:3, :3], axis=0)
-  if not np.isfinite(affine).all() or not (sizes > 0).all():
+  finite = bool((np.abs(affine) < LARGEST).all())  # NaN compares as False
+  sizes = np.linalg.norm(affine[:3, :3], axis=0) if finite else np.zeros(3)
+  if not (sizes > 0).all():
     raise UserError(f"{path}: its affine is not finite or has an axis without length; "
                     f"correct the file's header")
   directions = affine[:3, :3] / sizes

@@ -69,7 +69,8 @@ def save_contact_sheet(
   columns = ["image", *(["reference"] if cases[0].truth is not None else [])]
   columns += list(cases[0].predictions)
   panels = [row for case in cases for row in _rows(case, structures, slices_per_case, crop)]
-  heights = [_PANEL * row["shape"][0] / row["shape"][1] for row in panels]
+  # Slices of strange voxels may be a thousand times as high as wide; they are shown smaller.
+  heights = [_PANEL * min(max(row["shape"][0] / row["shape"][1], 1 / 8), 8.0) for row in panels]
   title, legend = 0.35, 0.25 + 0.22 * -(-len(structures) // 6)
   width = _PANEL * len(columns) + 0.4
   height = sum(heights) + 0.06 * len(panels) + title + legend

@@ -9,11 +9,13 @@ import argparse
 import dataclasses
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,15 +118,35 @@ def _resident(pid: int) -> int:
 
 
 def run_cases(
-  place: Path, seed: int, chosen: Sequence[int]
+  place: Path, seed: int, chosen: Sequence[int], workers: int = 1
 ) -> Iterator[End]:
-  """Runs cases by their numbers in `all_cases()`."""
-  cases, worker = all_cases(), Worker(place, seed)
-  try:
-    for number in chosen:
-      yield worker.run(cases[number], number)
-  finally:
-    worker.close()
+  """Runs cases by their numbers in `all_cases()`, in processes side by side."""
+  cases, waiting = all_cases(), queue.SimpleQueue[int]()
+  for number in chosen:
+    waiting.put(number)
+  ends: queue.SimpleQueue[End | None] = queue.SimpleQueue()
+
+  def work() -> None:
+    worker = Worker(place, seed)
+    try:
+      while True:
+        number = waiting.get_nowait()
+        ends.put(worker.run(cases[number], number))
+    except queue.Empty:
+      pass
+    finally:
+      worker.close()
+      ends.put(None)
+
+  for _ in range(workers):
+    threading.Thread(target=work, daemon=True).start()
+  finished = 0
+  while finished < workers:
+    end = ends.get()
+    if end is None:
+      finished += 1
+    else:
+      yield end
 
 
 def quick(share: int) -> list[int]:
@@ -160,6 +182,7 @@ def main() -> int:
   parser.add_argument("--quick", type=int, default=1, metavar="N", help="every Nth case of a kind")
   parser.add_argument("--out", type=Path, help="file for the table")
   parser.add_argument("--stage", type=Path, help="folder for what is damaged; kept and used again")
+  parser.add_argument("--workers", type=int, default=1, help="processes side by side (1)")
   parser.add_argument("--verbose", action="store_true", help="print every line that was said")
   options = parser.parse_args()
   cases = all_cases()
@@ -175,7 +198,7 @@ def main() -> int:
       subprocess.run([sys.executable, str(Path(__file__).with_name("stage.py")), str(place)],
                      check=True, stderr=subprocess.DEVNULL)
     began, ends = time.monotonic(), []
-    for end in run_cases(place, options.seed, chosen):
+    for end in run_cases(place, options.seed, chosen, options.workers):
       ends.append(end)
       if end.end == "wrong" or options.verbose:
         print(f"{end.end}: {end.case.kind}/{end.case.name}: {end.reason}", flush=True)

@@ -61,8 +61,8 @@ def _itk(path: Path) -> Witnessed:
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path))
     image = sitk.ReadImage(names)
   else:
-    check_stream(path)
     image = sitk.ReadImage(str(path))
+    check_stream(path, sitk.GetArrayViewFromImage(image).nbytes)
   if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
     raise ValueError("not one 3D channel")
   shape = image.GetSize()
@@ -75,21 +75,20 @@ def _itk(path: Path) -> Witnessed:
   return Witnessed(sitk.GetArrayFromImage(turned), (z, y, x), affine, shape)
 
 
-def check_stream(path: Path) -> None:
+def check_stream(path: Path, expected: int) -> None:
   """Decompresses what follows the header of a compressed NRRD or MetaImage file, with checksum."""
   content = path.read_bytes()
   if path.name.endswith(".nrrd"):
     head, _, body = content.partition(b"\n\n")
     if b"encoding: gz" in head.lower():
-      _inflate(body)
+      _inflate(body, expected)
   elif path.name.endswith(".mha"):
     head, _, rest = content.partition(b"ElementDataFile = LOCAL\n")
     if b"compresseddata = true" in head.lower():
-      _inflate(rest)
+      _inflate(rest, expected)
 
 
-def _inflate(data: bytes) -> None:
+def _inflate(data: bytes, expected: int) -> None:
   stream = zlib.decompressobj(47)
-  stream.decompress(data)
-  if not stream.eof:
-    raise ValueError("the compressed voxels are cut")
+  if len(stream.decompress(data)) != expected or not stream.eof:
+    raise ValueError("the compressed voxels are not as many as the header says")

@@ -26,7 +26,7 @@ def main() -> None:
   stage, seed = staging.Stage(Path(sys.argv[1])), int(sys.argv[2])
   cases = all_cases()
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(stage.place / "cache")
-  with captured(stage.place / "warm"):
+  with captured(stage.place / f"warm-{os.getpid()}"):
     warm(stage)
   size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
   resource.setrlimit(resource.RLIMIT_AS, (size + MORE, size + MORE))
@@ -41,7 +41,7 @@ def warm(stage) -> None:
   from rfmedsam2_jax.cli import main as rfmedsam2
 
   jax.config.update("jax_disable_most_optimizations", True)
-  out = str(stage.place / "warm-out")
+  out = str(stage.place / f"warm-out-{os.getpid()}")
   for arguments in (
     ["predict", str(stage.run), str(stage.scan), "--out", out, "--overwrite"],
     ["track", str(stage.scan), "--checkpoint", str(stage.checkpoint), "--out", out, "--overwrite",
