@@ -63,7 +63,7 @@ def _read_plans(plans, dataset, configuration, mirrored, like, source) -> Conver
     raise UserError(f"{source}: {configuration} is the second network of a cascade, which also "
                     "sees the first one's result; convert 3d_fullres or 3d_lowres")
   forward = _triple(plans["transpose_forward"])
-  if list(forward[1:]) != sorted(forward[1:]):
+  if sorted(forward) != [0, 1, 2] or list(forward[1:]) != sorted(forward[1:]):
     raise UserError(f"{source}: transpose_forward is {list(forward)}; only the first axis may be "
                     "chosen here, the other two keep their order")
   names = dataset["channel_names"] if "channel_names" in dataset else dataset["modality"]

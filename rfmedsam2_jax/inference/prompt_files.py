@@ -62,8 +62,8 @@ def read_prompts(path: str | Path, geometry: Geometry, world: bool = False) -> l
   correct what was found before it.
   """
   content = read_json(path)
-  if not isinstance(content, list):
-    raise UserError(f"{path}: must hold a list of prompts; correct the file")
+  if not isinstance(content, list) or not content:
+    raise UserError(f"{path}: must hold a list of prompts, one at least; correct the file")
   return [_entry(entry, f"{path}: prompt {i}", geometry, world) for i, entry in enumerate(content)]
 
 
