@@ -334,7 +334,7 @@ def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> li
   identifiers = dict.fromkeys(file.name.removesuffix(ending)[:-5] for file in files
                               if is_volume_name(file))
   for label in sorted((folder / "labelsTr").glob(f"*{ending}")):
-    if is_volume_name(label) and label.name.removesuffix(ending) not in identifiers:
+    if identifiers and is_volume_name(label) and label.name.removesuffix(ending) not in identifiers:
       raise UserError(f"{label}: has no image in imagesTr; add it or remove the label map")
   return [Case(name,
                tuple(folder / "imagesTr" / f"{name}_{c:04d}{ending}" for c in range(channels)),
