@@ -19,6 +19,7 @@ from rfmedsam2_jax.inference.evaluate import Scores, as_dict, evaluate_folders, 
 from rfmedsam2_jax.inference.segmenter import Segmenter
 from rfmedsam2_jax.progress import PRINTED, Progress, Report, below
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+from rfmedsam2_jax.report.folder import write_report
 
 
 def _title(stage: int) -> str:
@@ -75,6 +76,13 @@ def quickstart(
     temporary.write_text(json.dumps(means, indent=1) + "\n")
   sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")
   report(f"picture: {sheet}")
+  pages = write_report(
+    out / "report", run, predictions, dataset / "labelsTs", dataset / "imagesTs", overwrite=True,
+    progress=report,
+  )
+  for remark in pages.remarks:
+    warn(remark)
+  report(f"pages for a browser: {pages.index}")
   return means
 
 

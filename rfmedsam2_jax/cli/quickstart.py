@@ -33,6 +33,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   )
   each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
   console.result(
-    f"mean Dice of unseen phantoms: {each}\nall results: {options.out}",
+    f"mean Dice of unseen phantoms: {each}\nall results: {options.out}; "
+    f"open {options.out / 'report' / 'index.html'} in a browser",
     {"out": options.out, "dice": means},
   )

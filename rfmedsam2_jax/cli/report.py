@@ -42,7 +42,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     options.out, runs[0] if runs else None, predictions[0] if predictions else None,
     options.ref, options.images, options.overwrite, round(options.max_voxels * 1e6), console.line,
   )
-  for remark in written.remarks:
+  said = [*written.warnings, *written.remarks]
+  for remark in said:
     console.warning(remark)
   dice = written.scores.mean.dice if written.scores else None
   scored = f", mean Dice {dice:.4f}" if dice is not None else ""
@@ -50,5 +51,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
   console.result(
     f"{written.index}: {len(written.cases)} cases{scored}{size}; open it in a browser",
     {"index": written.index, "cases": len(written.cases), "dice": dice,
-     "warnings": written.remarks},
+     "warnings": said},
   )

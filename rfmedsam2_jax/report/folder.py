@@ -41,13 +41,15 @@ class Written:
   Attributes:
     cases: in the report's order, worst first.
     scores: of the predictions, None without references.
-    remarks: what a person should know: warnings of cases, what is missing or damaged.
+    warnings: what is unusual in the cases, as `predict` said it.
+    remarks: what is missing or damaged.
     volumes_bytes: of the viewers' volumes.
   """
 
   index: Path
   cases: tuple[CaseReport, ...]
   scores: Scores | None
+  warnings: tuple[str, ...]
   remarks: tuple[str, ...]
   volumes_bytes: int
 
@@ -111,7 +113,7 @@ def write_report(
     text = json.dumps(content, indent=1, allow_nan=False)
     (folder / MARK).write_text(text + "\n", encoding="utf-8")
   warned = [f"{case.name}: {w.message}" for case in cases for w in case.warnings]
-  return Written(out / "index.html", tuple(cases), scores, tuple(warned + remarks), size)
+  return Written(out / "index.html", tuple(cases), scores, tuple(warned), tuple(remarks), size)
 
 
 class _Viewer:
