@@ -147,6 +147,25 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
   return _as_native(sitk, image)
 
 
+def claimed_voxels(path: Path) -> int:
+  """How many voxels the headers of a file or of a series' files claim; 0 if they are unreadable."""
+  sitk = simpleitk(path)
+  files = [path]
+  if path.is_dir():
+    files = sorted(entry for entry in path.iterdir() if _is_dicom(str(entry)))
+  reader = sitk.ImageFileReader()
+  voxels = 0
+  for file in files:
+    reader.SetFileName(str(file))
+    try:
+      reader.ReadImageInformation()
+    except RuntimeError:
+      continue
+    size = [int(n) for n in (*reader.GetSize(), reader.GetNumberOfComponents())]
+    voxels += int(np.prod(size, dtype=object))
+  return voxels
+
+
 def _check_header(sitk: Any, path: Path, reader: Any) -> None:
   size = "x".join(str(n) for n in reader.GetSize())
   if reader.GetDimension() not in (3, 4):

@@ -9,22 +9,24 @@ import pydantic
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from rfmedsam2_jax.data.colours import colour
-from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS, write_label_map
+from rfmedsam2_jax.data.segmentations import write_segmentation
+from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
-from rfmedsam2_jax.inference.tracked import parse_window
-from rfmedsam2_jax.serve.folder import find_below, is_nifti_name, volumes_below
+from rfmedsam2_jax.inference.tracked import TrackedVolume, parse_window
+from rfmedsam2_jax.serve.folder import ENDINGS, find_below, is_volume_name, volumes_below
 from rfmedsam2_jax.serve.guard import Guard
 from rfmedsam2_jax.serve.studio import Job, Opened, Studio, Unknown
 
 BODY = 1 << 18  # bytes of a request that is no upload
 LABELS = 9  # that the page offers, one key each
+SAVED = ("nii.gz", "seg.nrrd")
 
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 _Corner = tuple[float, float, float]
@@ -81,8 +83,9 @@ class Pages:
   async def upload(self, request: Request) -> Response:
     query = dict(request.query_params)
     asked = _Open.model_validate({"file": query.pop("name", ""), **query})
-    if not is_nifti_name(asked.file) or Path(asked.file).name != asked.file:
-      raise UserError(f"{asked.file}: is no name of a NIfTI file; upload a .nii or .nii.gz file")
+    if not is_volume_name(asked.file) or Path(asked.file).name != asked.file:
+      raise UserError(f"{asked.file}: is no name of a volume; upload a file that ends in "
+                      f"{', '.join(ENDINGS)}")
     limit = self._upload
     too_large = UserError(f"{asked.file}: is larger than {limit} bytes; start with a larger "
                           "--max-upload or put it into the folder")
@@ -90,7 +93,7 @@ class Pages:
       raise too_large
     with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
       # The name is the page's; the file has one of ours, and the ending that readers go by.
-      ending = next(e for e in NIFTI_ENDINGS if asked.file.endswith(e))
+      ending = next(e for e in ENDINGS if asked.file.endswith(e))
       path = Path(place).resolve() / f"upload{ending}"
       size = 0
       with path.open("wb") as file:
@@ -156,10 +159,13 @@ class Pages:
 
   async def save(self, request: Request) -> Response:
     opened = self._studio.volume(request.path_params["volume"])
+    kind = request.path_params["kind"]
+    if kind not in SAVED:
+      raise Unknown(f"{kind}: save as {' or '.join(SAVED)}")
     if opened.found is None:
       raise UserError(f"{opened.name}: nothing was tracked yet; draw a box and track")
-    content = await run_in_threadpool(_nifti, opened.found.labels, opened.volume.geometry)
-    return Response(content, media_type="application/gzip")
+    content = await run_in_threadpool(_file, kind, opened.found, opened.volume.geometry)
+    return Response(content, media_type="application/octet-stream")
 
 
 def make_app(pages: Pages, host: str, token: str) -> Starlette:
@@ -172,7 +178,7 @@ def make_app(pages: Pages, host: str, token: str) -> Starlette:
     Route(f"{volume}/image/{{slice:int}}", pages.image),
     Route(f"{volume}/labels/{{slice:int}}", pages.labels),
     Route(f"{volume}/track", pages.track, methods=["POST"]),
-    Route(f"{volume}/{NIFTI_ENDINGS[0][1:]}", pages.save),
+    Route(f"{volume}/{{kind}}", pages.save),
     Route("/api/jobs/{job}", pages.job),
     Route("/api/jobs/{job}", pages.cancel, methods=["DELETE"]),
     Mount("/", StaticFiles(directory=Path(__file__).parent / "static", html=True)),
@@ -184,6 +190,7 @@ def make_app(pages: Pages, host: str, token: str) -> Starlette:
       UserError: lambda request, error: _error(str(error), 400),
       Unknown: lambda request, error: _error(str(error), 404),
       pydantic.ValidationError: _invalid,
+      ClientDisconnect: lambda request, error: Response(status_code=400),  # nobody hears it
       Exception: _broken,
     },
   )
@@ -207,10 +214,12 @@ def _bytes(content: np.ndarray) -> Response:
   return Response(content.tobytes(), media_type="application/octet-stream")
 
 
-def _nifti(labels: np.ndarray, geometry) -> bytes:
+def _file(kind: str, found: TrackedVolume, geometry: Geometry) -> bytes:
+  # Labels that nobody used keep the places, so that every other has the page's colour.
+  names = {value: f"label {value}" for value in range(1, max(found.structures) + 1)}
   with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
-    path = Path(place, "labels.nii.gz")
-    write_label_map(path, labels, geometry)
+    path = Path(place, f"labels.{kind}")
+    write_segmentation(path, found.labels, geometry, names)
     return path.read_bytes()
 
 

@@ -1,19 +1,29 @@
-"""The files that a page may see: NIfTI volumes below one folder, by their names in it."""
+"""The files that a page may see: volumes below one folder, by their names in it.
+
+A header can name a file elsewhere as its voxels, and claim more of them than memory holds. Both are
+looked at before a reader is asked.
+"""
 
 import os
+import re
 from pathlib import Path
 
 import nibabel as nib
 
+from rfmedsam2_jax.data.itk import claimed_voxels, is_series
 from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS
 from rfmedsam2_jax.errors import UserError
 
+# .nhdr and .mhd name their voxels' file: these are left to the other commands.
+ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha")
 LISTED = 2000  # files; a page of more helps nobody
+_HEADER = 1 << 20  # bytes within which the header of NRRD or MetaImage ends
+_OFFSET = 1 << 26  # bytes of extensions before the voxels of a NIfTI file
 
 
-def is_nifti_name(name: str) -> bool:
-  """Whether a file may be opened: headers of other formats (.mhd) can name a file elsewhere."""
-  return name.endswith(NIFTI_ENDINGS) and not Path(name).name.startswith(".")
+def is_volume_name(name: str) -> bool:
+  """Whether a file may be opened."""
+  return name.endswith(ENDINGS) and not Path(name).name.startswith(".")
 
 
 def volumes_below(folder: Path) -> list[str]:
@@ -21,7 +31,7 @@ def volumes_below(folder: Path) -> list[str]:
   names: list[str] = []
   for place, folders, files in os.walk(folder, followlinks=False):
     folders[:] = sorted(name for name in folders if not name.startswith("."))
-    for name in sorted(files):
+    for name in sorted([*files, *folders]):
       relative = Path(place, name).relative_to(folder).as_posix()
       if _inside(folder, relative):
         names.append(relative)
@@ -31,7 +41,7 @@ def volumes_below(folder: Path) -> list[str]:
 
 
 def find_below(folder: Path, name: str) -> Path:
-  """The file of a name that `volumes_below` could give.
+  """The file, or the folder of a DICOM series, of a name that `volumes_below` could give.
 
   Args:
     folder: resolved.
@@ -41,32 +51,70 @@ def find_below(folder: Path, name: str) -> Path:
   """
   path = _inside(folder, name)
   if path is None:
-    raise UserError(f"{name}: is no NIfTI volume of the folder; choose one of the list")
+    raise UserError(f"{name}: is no volume of the folder; choose one of the list")
   return path
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-  if "\0" in name or any(part.startswith(".") for part in name.split("/")):
+  if "\0" in name or any(part.startswith(".") or not part for part in name.split("/")):
     return None
   try:
+    name.encode()  # a name that is no text cannot be told to the page
     path = (folder / name).resolve()
-    inside = path.is_relative_to(folder) and path.is_file() and is_nifti_name(name)
-  except (OSError, RuntimeError):  # names that are too long, links that run in a circle
+    if not path.is_relative_to(folder):
+      return None
+    if path.is_dir():
+      return path if _is_own_series(path, folder) else None
+    return path if path.is_file() and is_volume_name(name) else None
+  except (OSError, RuntimeError, UnicodeError):  # too long, links that run in a circle
     return None
-  return path if inside else None
 
 
-def check_voxels(path: Path, limit: int) -> None:
-  """UserError if the header says more voxels than `limit`; readers judge what is unreadable."""
-  try:
-    image = nib.load(path)
-  except Exception:  # whatever a damaged header does; load_image says it better
-    return
-  if not isinstance(image, nib.Nifti1Image):
-    return
-  voxels = 1
-  for size in image.shape:
-    voxels *= int(size)
+def _is_own_series(path: Path, folder: Path) -> bool:
+  """Whether it holds a DICOM series, and no file of it is a link that leaves the folder."""
+  return is_series(path) and all(
+    entry.resolve().is_relative_to(folder) for entry in path.iterdir() if entry.is_symlink()
+  )
+
+
+def check_volume(path: Path, limit: int) -> None:
+  """UserError if a header names a file elsewhere or says more than `limit` voxels.
+
+  Readers judge what is unreadable.
+  """
+  voxels = 0
+  if path.name.endswith(NIFTI_ENDINGS):
+    try:
+      image = nib.load(path)
+    except Exception:  # whatever a damaged header does; load_image says it better
+      return
+    if isinstance(image, nib.Nifti1Image):
+      voxels = 1
+      for size in image.shape:
+        voxels *= int(size)
+      offset = getattr(image.dataobj, "offset", 0)  # that of the header is cleared by then
+      if offset > _OFFSET:
+        raise UserError(f"{path}: its header claims that the voxels begin at byte {offset}; "
+                        "copy or convert the file again")
+  else:
+    if path.is_file():
+      _check_alone(path)
+    voxels = claimed_voxels(path)
   if voxels > limit:
     raise UserError(f"{path}: has {voxels} voxels where {limit} are allowed; "
                     "crop it, or start with a larger --max-voxels")
+
+
+def _check_alone(path: Path) -> None:
+  """UserError unless the voxels of an NRRD or MetaImage file are in the file itself."""
+  with path.open("rb") as file:
+    header = file.read(_HEADER)
+  if path.name.endswith(".mha"):
+    # The first one ends the header.
+    told = re.search(rb"ElementDataFile[ \t]*[=:][ \t]*([^\r\n]*)", header)
+    alone = told is not None and told[1].strip() == b"LOCAL"
+  else:
+    header = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0].lower()
+    alone = not re.search(rb"data[ \t]*file", header)
+  if not alone:
+    raise UserError(f"{path}: its header names another file as its voxels; convert it to one file")

@@ -6,6 +6,7 @@ follows its first tracking costs no encoding.
 
 import collections
 import dataclasses
+import gc
 import logging
 import queue
 import secrets
@@ -21,7 +22,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
 from rfmedsam2_jax.inference.tracked import PromptedVolume, TrackedVolume
 from rfmedsam2_jax.nn import SAM2
-from rfmedsam2_jax.serve.folder import check_voxels
+from rfmedsam2_jax.serve.folder import check_volume
 from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
 
 WAITING = 8  # jobs; more are a page gone wrong
@@ -174,7 +175,7 @@ class Studio:
       UserError: as `load_image`; too many voxels.
     """
     with self._reading:
-      check_voxels(path, self._max_voxels)
+      check_volume(path, self._max_voxels)
       volume = load_image(path)
       opened: list[Opened] = []
       prompted = PromptedVolume(
@@ -188,6 +189,7 @@ class Studio:
       self._volumes[key] = opened[0]
       while len(self._volumes) > self._keep:
         self._volumes.popitem(last=False)
+    gc.collect()  # volume and tracker know each other; their memory shall not wait
     return key, opened[0]
 
   def volume(self, key: str) -> Opened:

@@ -138,9 +138,10 @@ async function follow(sent) {
 
 async function save() {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(await server.save(volume.volume));
-  const name = volume.name.split("/").pop().replace(/\.nii(\.gz)?$/, "");
-  link.download = `${name}_labels.nii.gz`;
+  const kind = $("kind").value;
+  link.href = URL.createObjectURL(await server.save(volume.volume, kind));
+  const name = volume.name.split("/").pop().replace(/\.(nii|nii\.gz|nrrd|mha)$/, "");
+  link.download = `${name}_labels.${kind}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   say(`saved ${link.download}`);

@@ -35,4 +35,4 @@ export const labels = (volume, slice) => bytes(`volumes/${volume}/labels/${slice
 export const track = (volume, prompts) => post(`volumes/${volume}/track`, { prompts });
 export const job = (name) => json(`jobs/${name}`);
 export const cancel = (name) => json(`jobs/${name}`, { method: "DELETE" });
-export const save = async (volume) => (await ask(`volumes/${volume}/nii.gz`)).blob();
+export const save = async (volume, kind) => (await ask(`volumes/${volume}/${kind}`)).blob();
