@@ -14,6 +14,7 @@ from pathlib import Path
 
 from convert.outputs import interruptible
 from rfmedsam2_jax.cli.console import printable
+from rfmedsam2_jax.cli.entry import FULL
 from rfmedsam2_jax.errors import UserError
 
 
@@ -32,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
       line, status = str(error), 2
     except OSError as error:
-      if error.filename is None and not interrupted.is_set():
+      if error.filename is None and error.errno not in FULL and not interrupted.is_set():
         raise
-      line, status = f"{error.filename}: {error.strerror}; free it or choose another place", 2
+      place = error.filename or options.out
+      line, status = f"{place}: {error.strerror}; free it or choose another place", 2
     except BaseException:
       if not interrupted.is_set():
         raise

@@ -34,7 +34,10 @@ def to_torch(folder: Path, out: Path, overwrite: bool, report: Callable[[str], N
     )
   state = {name: torch.from_numpy(np.array(x)) for name, x in to_official(params).items()}
   with replacing(out) as temporary:
-    torch.save({"model": state}, temporary)
+    try:
+      torch.save({"model": state}, temporary)
+    except RuntimeError:  # whatever keeps its writer from writing
+      raise UserError(f"{out}: cannot be written; is the disk full?") from None
   if adapters:
     report(f"left out {len(adapters)} adapters; they are the identity, so nothing changes")
   report(f"{out}: {len(state)} tensors")

@@ -22,7 +22,7 @@ STATUSES = """exit status:
   75   stopped by SIGTERM and saved, or another process is gone: start again with --resume
   130  interrupted with Ctrl-C"""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
 # call, and walks through it: page faults and misses of the address cache are what it waits for.
@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
   except MemoryError:
     return "not enough memory; close other programs, or give smaller volumes", 2
   except OSError as error:
-    if error.filename is None and error.errno not in _FULL:
+    if error.filename is None and error.errno not in FULL:
       raise
     place = error.filename or "a result could not be written"  # a write to an open file names none
     return f"{place}: {error.strerror}; free it or choose another place", 2

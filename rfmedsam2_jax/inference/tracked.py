@@ -14,7 +14,7 @@ import numpy as np
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
 from rfmedsam2_jax.data.squash import as_rgb, resize_linear
-from rfmedsam2_jax.data.volumes import Volume
+from rfmedsam2_jax.data.volumes import LARGEST, Volume
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.slice_frame import Plane, SliceFrame, VoxelPrompt
 from rfmedsam2_jax.nn import SAM2
@@ -186,7 +186,9 @@ def intensity_range(
   else:
     known = array[array != 0]
     low, high = np.percentile(known if known.size else array, PERCENTILES)
-  return np.float32(low), np.float32(max(high, low + 1e-6))
+  least = np.float32(low)
+  # What float32 does not tell apart from the least would be divided by 0.
+  return least, max(np.float32(max(high, low + 1e-6)), np.nextafter(least, np.float32(np.inf)))
 
 
 def parse_window(text: str) -> tuple[float, float] | None:
@@ -199,7 +201,7 @@ def parse_window(text: str) -> tuple[float, float] | None:
     centre, width = (float(part) for part in text.split(","))
   except ValueError:
     centre, width = 0.0, -1.0
-  if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
+  if not (abs(centre) < LARGEST and 0 < width < LARGEST):
     raise UserError(
       f"--window {text}: is none of {', '.join(WINDOWS)}, percentiles or CENTRE,WIDTH"
     )

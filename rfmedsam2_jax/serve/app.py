@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from rfmedsam2_jax.cli.console import printable
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.segmentations import write_segmentation
 from rfmedsam2_jax.data.volumes import Geometry
@@ -224,13 +225,13 @@ def _file(kind: str, found: TrackedVolume, geometry: Geometry) -> bytes:
 
 
 def _error(message: str, status: int) -> Response:
-  return JSONResponse({"error": " ".join(message.split())}, status)
+  return JSONResponse({"error": printable(" ".join(message.split()))}, status)
 
 
 def _invalid(request: Request, error: Exception) -> Response:
   assert isinstance(error, pydantic.ValidationError)
   first = error.errors()[0]
-  return _error(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}; correct "
+  return _error(f"{'.'.join(str(part) for part in first['loc']) or 'the request'}: {first['msg']}; correct "
                 "the request", 400)
 
 

@@ -213,7 +213,7 @@ def datasets():
         else:
           array[2, 3, 4] = {"image is NaN": np.nan, "label of floats": 0.5}.get(what, 77)
         nib.save(nib.Nifti1Image(array, old.affine), file)
-      return of(folder, stage, "data:", label.name.removesuffix(".nii.gz"))
+      return of(folder, stage, "data:", label.name.removesuffix(".nii.gz"), "Phantom:")
     yield what, files
 
 

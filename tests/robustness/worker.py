@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -92,7 +93,7 @@ def call(attempt, said: Path) -> tuple[int | None, str]:
     except UserError as error:
       return 2, f"rfmedsam2: {error}"
     except SystemExit as left:
-      raise Wrong(f"argparse left with {left.code}: {said.read_text()[-300:]}") from None
+      raise Wrong(f"argparse left with {left.code}") from None
     except BaseException as error:
       where = traceback.extract_tb(error.__traceback__)
       ours = next((f for f in reversed(where) if "rfmedsam2_jax" in f.filename
@@ -106,8 +107,14 @@ def captured(path: Path):
   """Standard error into a file, of C++ libraries too, every warning of Python's every time."""
   sys.stdout.flush(), sys.stderr.flush()
   kept = os.dup(1), os.dup(2)
-  with open(path, "w") as file, open(os.devnull, "w") as nothing:
-    os.dup2(nothing.fileno(), 1), os.dup2(file.fileno(), 2)
+  said = bytearray()
+  # A pipe: what is written to it is no file, whose size a case may limit.
+  reading, writing = os.pipe()
+  listening = threading.Thread(target=_listen, args=(reading, said))
+  listening.start()
+  with open(os.devnull, "w") as nothing:
+    os.dup2(nothing.fileno(), 1), os.dup2(writing, 2)
+    os.close(writing)
     try:
       with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -118,6 +125,14 @@ def captured(path: Path):
       sys.stdout.flush(), sys.stderr.flush()
       os.dup2(kept[0], 1), os.dup2(kept[1], 2)
       os.close(kept[0]), os.close(kept[1])
+      listening.join()
+      path.write_bytes(said)
+
+
+def _listen(reading: int, said: bytearray) -> None:
+  with open(reading, "rb", buffering=0) as stream:
+    while part := stream.read(65536):
+      said += part
 
 
 def status_bytes(name: str) -> int:
