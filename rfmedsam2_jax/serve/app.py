@@ -231,8 +231,8 @@ def _error(message: str, status: int) -> Response:
 def _invalid(request: Request, error: Exception) -> Response:
   assert isinstance(error, pydantic.ValidationError)
   first = error.errors()[0]
-  return _error(f"{'.'.join(str(part) for part in first['loc']) or 'the request'}: {first['msg']}; correct "
-                "the request", 400)
+  where = ".".join(str(part) for part in first["loc"]) or "the request"
+  return _error(f"{where}: {first['msg']}; correct the request", 400)
 
 
 def _broken(request: Request, error: Exception) -> Response:
