@@ -194,10 +194,19 @@ def test_large_volumes_are_thinned_in_place_and_the_page_is_told(tmp_path):
   assert thinning((4000, 4, 4), (1.0, 1.0, 1.0), 10**6) == (2, 1, 1)  # too long for a texture
 
 
-def test_what_is_missing_or_damaged_is_said_and_the_rest_is_made(folders, capsys):
+def test_what_is_missing_or_damaged_is_said_and_the_rest_is_made(folders, monkeypatch, capsys):
+  monkeypatch.setattr(niivue, "bundle", lambda: niivue._FOLDER / niivue.LICENSE)
   pred = folders / "pred"
   (pred / "good.json").write_text('{"shape": "no"}')
   (pred / f"{EVIL}.nii.gz").write_bytes(b"no volume")
+  bad = case_json((12, 10, 6), {"liver": (1, [-(10**30), 10**30, 5, 5], float("nan"))})
+  (pred / "nan.json").write_text(json.dumps(bad))
+  save(pred / "nan.nii.gz", np.zeros((12, 10, 6), np.uint8))
+  wild = {"liver": (1, [-(10**30), 10**30, 5, 5], 3e9), "new": (99, [0] * 4, 1)}
+  bad = case_json((12, 10, 6), wild)
+  (pred / "far.json").write_text(json.dumps(bad))
+  save(pred / "far.nii.gz", np.zeros((12, 10, 6), np.uint8))
+  save(pred / "image.nii.gz", np.arange(720 * 5).reshape(60, 10, 6).astype(np.int16))
   (pred / "lost.json").write_text(json.dumps({"case": "lost", "structures": {}}))
   assert report(folders, "--ref", folders / "ref", "--images", folders / "images") == 0
   said = capsys.readouterr().err
@@ -205,10 +214,11 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_made(folders, capsys
   for text in (
     "good.json: shape", "cannot be read as NIfTI", "lost: its label map is missing",
     "lonely: has no reference", "lonely: its image is not in the folder",
-    "lonely: lonely.json: does not exist",
+    "lonely: lonely.json: does not exist", "nan.json: has numbers that are not finite",
+    "image.nii.gz: has 3600 values",
   ):
     assert text in said and text in index, text
-  assert "Traceback" not in said and len(list(folders.glob("report/cases/*.html"))) == 4
+  assert "Traceback" not in said and len(list(folders.glob("report/cases/*.html"))) == 7
 
 
 @pytest.mark.parametrize("given, said", [

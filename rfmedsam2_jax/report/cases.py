@@ -23,6 +23,7 @@ from rfmedsam2_jax.metrics import Score
 from rfmedsam2_jax.report.layers import viewer_layers
 from rfmedsam2_jax.report.predictions import Prediction
 
+_MOST_VALUES = 1000  # of a label map
 LAST = -1  # stands for the final label map among the numbers of stages
 
 
@@ -107,6 +108,9 @@ def examine_case(
   try:
     geometry = load_image(prediction.labels).geometry
     guess = load_label_map(prediction.labels, geometry)
+    count = len(np.unique(guess))
+    if count > _MOST_VALUES:
+      raise UserError(f"{prediction.labels}: has {count} values; is it an image, not a label map?")
   except UserError as error:
     problems.append(_without_places(error, prediction.labels))
     rows = _rows((), by_name, {}, {})

@@ -60,6 +60,8 @@ def viewer_layers(
   thin = tuple(slice(None, None, factor) for factor in factors)
   affine = geometry.canonical_affine_mm @ np.diag([*factors, 1.0])
   known = dict(names)
+  for name, structure in (details.structures if details else {}).items():
+    known.setdefault(structure.label, name)
   for found in maps.values():
     known |= {int(v): f"value {v}" for v in np.unique(found) if v and int(v) not in known}
   rank = {value: position for position, value in enumerate(known, 1)}
@@ -71,7 +73,7 @@ def viewer_layers(
   if image is not None:
     shown = image[thin]
     inside = prediction > 0 if prediction.any() else np.ones(prediction.shape, bool)
-    window = window_of(shown, inside)
+    window = window_of(shown.astype(np.float64), inside)
     stored, slope, intercept, exact = _stored(shown)
     layers.append(_layer("image", "image", stored, affine, slope, intercept))
   else:  # something for the others to lie on
@@ -112,10 +114,9 @@ def _start(prediction: np.ndarray, axis: int, affine: np.ndarray) -> list[float]
 
 def _ranked(labels: np.ndarray, rank: Mapping[int, int]) -> np.ndarray:
   """Label values as their place among the names: small numbers, whatever the file has."""
-  found = np.zeros(labels.shape, np.uint8 if len(rank) < 256 else np.uint16)
-  for value, position in rank.items():
-    found[labels == value] = position
-  return found
+  kind = np.uint8 if len(rank) < 256 else np.uint16
+  values, at = np.unique(labels, return_inverse=True)
+  return np.array([rank.get(int(v), 0) for v in values], kind)[at].reshape(labels.shape)
 
 
 def _stored(image: np.ndarray) -> tuple[np.ndarray, float, float, bool]:
@@ -159,11 +160,11 @@ def _prompted(
     label = rank[structure.label]
     for found in structure.boxes:
       # Corners along the file's axes, then along the canonical ones, then thinned.
-      ends = np.zeros((2, 3), int)
-      ends[:, details.slice_axis] = found.slice
-      ends[:, others] = np.reshape(found.box, (2, 2))
       last = np.array(geometry.shape) - 1
-      ends = np.clip(ends, 0, last)
+      ends = np.zeros((2, 3), int)
+      ends[:, details.slice_axis] = min(max(found.slice, 0), last[details.slice_axis])
+      for corner, (a, value) in enumerate(zip([*others, *others], found.box, strict=True)):
+        ends[corner // 2, a] = min(max(value, 0), last[a])
       ends = np.where(geometry.flipped, (last - ends)[:, geometry.axes], ends[:, geometry.axes])
       if ends[0, axis] % factors[axis]:
         continue

@@ -5,6 +5,7 @@ a problem that the report names.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -71,7 +72,11 @@ def read_predictions(folder: Path) -> list[Prediction]:
     if name not in maps:
       problems.append("its label map is missing; predict it again with --overwrite")
     try:
-      details = load_json(folder / f"{name}.json", CaseFile)
+      found_here = load_json(folder / f"{name}.json", CaseFile)
+      json.dumps(dataclasses.asdict(found_here), allow_nan=False)
+      details = found_here
+    except ValueError:
+      problems.append(f"{name}.json: has numbers that are not finite; predict it again")
     except UserError as error:
       problems.append(str(error).replace(str(folder / name), name))
     found.append(Prediction(
