@@ -90,6 +90,8 @@ def viewer_layers(
       layers.append(_layer("predicted IoU", "iou", certainty, affine))
   return {
     "axis": 2 - axis,  # of x, y, z
+    # So that a slice has the number that it has in the file and in CASE.json.
+    "slices": {"count": geometry.canonical_shape[axis], "flipped": geometry.flipped[axis]},
     "factors": factors[::-1],
     "start": _start(prediction, axis, affine),
     "window": window,

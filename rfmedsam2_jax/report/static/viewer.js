@@ -122,18 +122,22 @@ function windowing(nv, content) {
   };
 }
 
-function readout(content) {
+function readout(nv, content) {
+  const { axis, factors, slices } = content;
+  const side = nv.volumes[0].hdr.dims[axis + 1];
   const text = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
   return (location) => {
-    const voxel = location.vox.map((v) => Math.round(v));
-    const slice = voxel[content.axis];
+    // NiiVue counts to the right, front and head; the layers' voxels run to the left, back and head.
+    const along = Math.round(location.vox[axis]);
+    const slice = axis === 2 ? along : side - 1 - along;
+    const ofFile = slices.flipped ? slices.count - 1 - slice * factors[axis] : slice * factors[axis];
     const here = content.layers
       .map((layer, i) => [layer, location.values[i]?.value])
       .filter(([layer, value]) => layer.kind === "labels" && value)
       .map(([layer, value]) => content.labels[Math.round(value) - 1]?.name);
     const table = document.createElement("table");
     const head = table.createTHead().insertRow();
-    for (const title of [`${AXES[content.axis]} slice ${slice * content.factors[content.axis]}`,
+    for (const title of [`${AXES[axis]} slice ${ofFile}`,
                          "pred. IoU", "presence"]) {
       head.insertCell().textContent = title;
     }
@@ -180,7 +184,7 @@ async function start() {
     nv.addVolume(await volumeOf(layer, content));
     layer.data = "";  // NiiVue has it now
   }
-  nv.onLocationChange = readout(content);
+  nv.onLocationChange = readout(nv, content);
   windowing(nv, content);
   switches(nv, content.layers);
   radios(nv);
