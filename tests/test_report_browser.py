@@ -79,6 +79,7 @@ def switch(page, layer):
   return pixels(page)
 
 
+@pytest.mark.slow
 def test_a_volume_is_seen_and_every_layer_is_switched(folder):
   with browser_page(900, 700) as (page, wrong):
     opened(page, next(folder.glob("cases/*-whole.html")))
@@ -111,6 +112,7 @@ def test_a_volume_is_seen_and_every_layer_is_switched(folder):
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_tables_sort_and_lead_to_the_cases(folder):
   with browser_page(900, 700) as (page, wrong):
     page.goto((folder / "index.html").as_uri())
