@@ -1,106 +1,18 @@
-"""`python -m convert SOURCE OUT` and back, `python -m convert --to-torch CHECKPOINT OUT.pt`.
+"""`python -m convert`, see convert.command."""
 
-`python -m convert nnunet MODEL OUT` brings a trained nnU-Net.
-
-Exit status: 0 done, 2 something that the user can mend (one line says what), 130 interrupted. In
-the last two cases nothing was written.
-"""
-
-import argparse
-import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from convert.outputs import interruptible
-from rfmedsam2_jax.cli.console import printable
-from rfmedsam2_jax.cli.entry import FULL
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax import interruption
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Converts one checkpoint; returns the exit status."""
-  given = list(sys.argv[1:] if arguments is None else arguments)
-  if given[:1] == ["nnunet"]:
-    from convert.nnunet import parser as nnunet_parser
+  """Converts one checkpoint; returns the exit status. Without arguments it is the program."""
+  if arguments is None:
+    interruption.install()  # before anything that takes time
+  from convert import command
 
-    options = nnunet_parser().parse_args(given[1:], argparse.Namespace(nnunet=True))
-  else:
-    options = _parser().parse_args(given, argparse.Namespace(nnunet=False))
-  with interruptible() as interrupted:
-    try:
-      _convert(options)
-    except UserError as error:
-      line, status = str(error), 2
-    except OSError as error:
-      if error.filename is None and error.errno not in FULL and not interrupted.is_set():
-        raise
-      place = error.filename or options.out
-      line, status = f"{place}: {error.strerror}; free it or choose another place", 2
-    except BaseException:
-      if not interrupted.is_set():
-        raise
-      line, status = "", 130
-    else:
-      return 0
-    if interrupted.is_set():  # whatever it was taken for
-      line, status = "interrupted; nothing was written", 130
-    print(f"convert: {printable(line)}", file=sys.stderr)
-    return status
-
-
-def _convert(options: argparse.Namespace) -> None:
-  for name in ("absl", "orbax", "jax"):
-    logging.getLogger(name).setLevel(logging.ERROR)
-  if options.nnunet:
-    from convert.nnunet import convert_nnunet
-
-    convert_nnunet(options, _report)
-  elif options.to_torch:
-    from convert.to_torch import to_torch
-
-    to_torch(options.source, options.out, options.overwrite, _report)
-  else:
-    from convert.to_orbax import to_orbax
-
-    to_orbax(options, _report)
-
-
-def _report(line: str) -> None:
-  print(line, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m convert",
-    description="Turns a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one "
-    "of this program, or back.",
-  )
-  parser.add_argument(
-    "source", type=Path,
-    help="a .pt or .safetensors file, or a folder of save_pretrained; with --to-torch a checkpoint "
-    "of this program",
-  )
-  parser.add_argument("out", type=Path, help="the checkpoint's folder, or the .pt file")
-  parser.add_argument("--to-torch", action="store_true",
-                      help="write a .pt file that the official class loads")
-  parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-
-  forward = parser.add_argument_group("towards this program")
-  forward.add_argument("--config", metavar="NAME",
-                       help="the network, where it is not recognised: sam2.1_hiera_tiny and so on, "
-                       "or the YAML file of a training config")
-  forward.add_argument("--image-size", type=int, metavar="PIXELS",
-                       help="side of the square image; 1024 if the source does not say otherwise")
-  forward.add_argument("--allow", action="append", default=[], metavar="NAME",
-                       help="a tensor that may be missing, left over or of another shape, by its "
-                       "official name or a pattern; `memory` is all that Sam2Model lacks; may be "
-                       "given again")
-  forward.add_argument("--adapters", action="store_true",
-                       help="with fresh adapters, which change nothing; training adds them anyway")
-  forward.add_argument("--verify", action="store_true",
-                       help="run the PyTorch network beside and print the largest differences")
-  return parser
+  return command.main(arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ copies of the first two.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from convert.outputs import check_target, replacing
 from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.unet import UNet
+from rfmedsam2_jax.progress import Passing, Report, silent
 from rfmedsam2_jax.training.folder import versions
 from rfmedsam2_jax.weights.generator import generator_json
 from rfmedsam2_jax.weights.orbax import save_params
@@ -44,14 +45,17 @@ def parser() -> argparse.ArgumentParser:
   return result
 
 
-def convert_nnunet(options: argparse.Namespace, report: Callable[[str], None]) -> None:
-  """Converts `options.source` to `options.out`.
+def convert_nnunet(
+  options: argparse.Namespace, report: Report, progress: Report = silent
+) -> str:
+  """Converts `options.source` to `options.out`; returns what was done.
 
   Raises:
     UserError: whatever stops it; nothing was written then.
   """
   check_target(options.out, options.overwrite, is_ours=(options.out / "about").is_dir())
   file = _file(options)
+  progress(Passing(f"reading {file}"))
   stored = load_checkpoint(file)
   plans, dataset = _descriptions(options.source, file, stored)
   init = stored.get("init_args")
@@ -86,7 +90,7 @@ def convert_nnunet(options: argparse.Namespace, report: Callable[[str], None]) -
     (temporary / "config.yaml").write_text(
       f"# Made by python -m convert nnunet from {file.name}; name the data set: data.dataset=DIR\n"
       + text, encoding="utf-8")
-  report(f"{options.out}: converted; train with {options.out / 'config.yaml'}")
+  return f"converted; train with {options.out / 'config.yaml'}"
 
 
 def _config(found: Converted, out: Path) -> dict[str, Any]:

@@ -1,18 +1,12 @@
-"""Writing that is never half done: a temporary name beside the target, renamed at the end.
-
-Ctrl-C counts at any moment before that, wherever it arrives.
-"""
+"""Writing that is never half done: a temporary name beside the target, renamed at the end."""
 
 import contextlib
 import os
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from rfmedsam2_jax import interruption
 from rfmedsam2_jax.errors import UserError
 
 
@@ -36,34 +30,6 @@ def check_target(path: Path, overwrite: bool, is_ours: bool) -> None:
     raise UserError(f"{there}: cannot be written into; choose another folder")
 
 
-_interrupted = threading.Event()
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-  """Remembers Ctrl-C until the end of the block; gives the event that tells of it.
-
-  As an exception alone it would be lost where it arrives in a callback of JAX, and turned into
-  another one where it arrives in an import.
-  """
-  def remember(*_: Any) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
-
-  def unraisable(lost: Any) -> None:
-    if not issubclass(lost.exc_type, KeyboardInterrupt):
-      sys.__unraisablehook__(lost)
-
-  _interrupted.clear()
-  handler, hook = signal.signal(signal.SIGINT, remember), sys.unraisablehook
-  sys.unraisablehook = unraisable
-  try:
-    yield _interrupted
-  finally:
-    signal.signal(signal.SIGINT, handler)
-    sys.unraisablehook = hook
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
   """Gives a name that becomes `path` (file or folder) if the block ends without an error.
@@ -71,17 +37,15 @@ def replacing(path: Path) -> Iterator[Path]:
   It lies in a hidden folder of its own, which takes away whatever a writer left when it failed.
   """
   workshop = path.absolute().with_name(f".{os.getpid()}.{path.name}")
-  workshop.mkdir(parents=True)
-  try:
-    made = workshop / path.name
-    yield made
-    # From here on it is done: a moment that nobody interrupts.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _interrupted.is_set():
-      raise KeyboardInterrupt
-    if path.is_dir():
-      # A folder cannot be renamed over another; the old one goes once the new one is there.
-      os.rename(path, workshop / "old")
-    os.replace(made, path)
-  finally:
-    shutil.rmtree(workshop, ignore_errors=True)
+  with interruption.unfinished(workshop):
+    workshop.mkdir(parents=True)
+    try:
+      made = workshop / path.name
+      yield made
+      interruption.finish()
+      if path.is_dir():
+        # A folder cannot be renamed over another; the old one goes once the new one is there.
+        os.rename(path, workshop / "old")
+      os.replace(made, path)
+    finally:
+      shutil.rmtree(workshop, ignore_errors=True)

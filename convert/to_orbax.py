@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.initialisation import init_params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
+from rfmedsam2_jax.progress import Passing, Report, silent
 from rfmedsam2_jax.training.folder import versions
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint, with_adapters
 from rfmedsam2_jax.weights.names import from_official, official_shapes, to_official
@@ -26,8 +26,12 @@ KEY = 0  # of what is freshly initialised
 NO_ADAPTERS = AdapterConfig(dwconv=False, cnn=False)
 
 
-def to_orbax(options: argparse.Namespace, report: Callable[[str], None]) -> None:
-  """Converts `options.source` to `options.out`; see convert.__main__ for the options.
+def to_orbax(
+  options: argparse.Namespace, report: Report, progress: Report = silent
+) -> str:
+  """Converts `options.source` to `options.out`; see convert.command for the options.
+
+  Returns what was done.
 
   Raises:
     UserError: whatever stops it; nothing was written then.
@@ -35,6 +39,7 @@ def to_orbax(options: argparse.Namespace, report: Callable[[str], None]) -> None
   check_target(options.out, options.overwrite, is_ours=(options.out / "about").is_dir())
   if options.verify:
     check_installed(False)
+  progress(Passing(f"reading {options.source}"))
   source = read_source(options.source)
   witness = check_installed(source.hugging_face) if options.verify else ""
   state = to_official_names(source.tensors) if source.hugging_face else source.tensors
@@ -62,7 +67,7 @@ def to_orbax(options: argparse.Namespace, report: Callable[[str], None]) -> None
   if options.verify:
     verify(_witness(witness, source, config, state), config, params,
            # transformers gets the file alone, in which these are missing.
-           memory=witness == "sam2" or not result.fresh, report=report)
+           memory=witness == "sam2" or not result.fresh, report=report, progress=progress)
   if options.adapters:
     config = adapted
     params = with_adapters(params, config, jax.random.key(KEY))
@@ -73,10 +78,11 @@ def to_orbax(options: argparse.Namespace, report: Callable[[str], None]) -> None
     "left_out": list(result.unexpected),
     "versions": versions(),
   }
+  progress(Passing(f"writing {options.out}"))
   with replacing(options.out) as temporary:
     save_checkpoint(temporary, config, params, json.loads(json.dumps(about)))
   adapters = "fresh adapters" if options.adapters else "no adapters"
-  report(f"{options.out}: {len(result.matched)} tensors converted, {adapters}")
+  return f"{len(result.matched)} tensors converted, {adapters}"
 
 
 def _kind(source: Source) -> str:

@@ -1,7 +1,6 @@
 """Back: a checkpoint of ours as a .pt file that the official class loads strictly."""
 
 import fnmatch
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,15 @@ from flax.traverse_util import flatten_dict
 
 from convert.outputs import check_target, replacing
 from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.progress import Passing, Report, silent
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.names import to_official
 
 
-def to_torch(folder: Path, out: Path, overwrite: bool, report: Callable[[str], None]) -> None:
-  """Writes {"model": state dict}.
+def to_torch(
+  folder: Path, out: Path, overwrite: bool, report: Report, progress: Report = silent
+) -> str:
+  """Writes {"model": state dict}; returns what was done.
 
   Raises:
     UserError: no checkpoint, adapters that have learned something, an output that exists.
@@ -25,6 +27,7 @@ def to_torch(folder: Path, out: Path, overwrite: bool, report: Callable[[str], N
   except ImportError:
     raise UserError("--to-torch needs PyTorch: pip install torch") from None
   check_target(out, overwrite, is_ours=out.is_file())
+  progress(Passing(f"reading {folder}"))
   params = load_checkpoint(folder).params
   adapters = _adapters(params)
   if learned := [name for name, fresh in adapters.items() if not fresh]:
@@ -33,6 +36,7 @@ def to_torch(folder: Path, out: Path, overwrite: bool, report: Callable[[str], N
       f"{learned[0]}), and the official class has no place for them; it would compute another thing"
     )
   state = {name: torch.from_numpy(np.array(x)) for name, x in to_official(params).items()}
+  progress(Passing(f"writing {out}"))
   with replacing(out) as temporary:
     try:
       torch.save({"model": state}, temporary)
@@ -40,7 +44,7 @@ def to_torch(folder: Path, out: Path, overwrite: bool, report: Callable[[str], N
       raise UserError(f"{out}: cannot be written; is the disk full?") from None
   if adapters:
     report(f"left out {len(adapters)} adapters; they are the identity, so nothing changes")
-  report(f"{out}: {len(state)} tensors")
+  return f"{len(state)} tensors"
 
 
 def _adapters(params: dict[str, Any]) -> dict[str, bool]:

@@ -5,7 +5,7 @@ so that a difference belongs to its part.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +16,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.memory_attention import MemorySlots
 from rfmedsam2_jax.nn.prompt_encoder import Prompts
 from rfmedsam2_jax.nn.sam2 import SAM2, SAM2Config
+from rfmedsam2_jax.progress import Passing, Report, silent
 
 # Largest difference relative to the largest value; float32 leaves about 1e-6.
 TOLERANCE = 1e-4
@@ -59,7 +60,7 @@ def check_installed(hugging_face: bool) -> str:
 
 def verify(
   witness: Witness, config: SAM2Config, params: dict[str, Any], memory: bool,
-  report: Callable[[str], None],
+  report: Report, progress: Report = silent,
 ) -> None:
   """Compares all parts and reports a line for each.
 
@@ -76,7 +77,7 @@ def verify(
   worst: dict[str, float] = {}
   # Reduced precision is for users to choose, not for a comparison.
   with torch.inference_mode(), jax.default_matmul_precision("highest"):
-    for part, ours, theirs in _parts(witness, config, params, memory):
+    for part, ours, theirs in _parts(witness, config, params, memory, progress):
       errors = {name: _difference(ours[name], theirs[name]) for name in theirs}
       worst[part] = max(errors.values())
       each = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
@@ -89,7 +90,9 @@ def verify(
     )
 
 
-def _parts(witness: Witness, config: SAM2Config, params: dict[str, Any], memory: bool):
+def _parts(
+  witness: Witness, config: SAM2Config, params: dict[str, Any], memory: bool, progress: Report
+):
   """Yields the name of a part, our answers and the witness's."""
   c, rng = config, np.random.default_rng(0)
   side, grid = c.image_size, c.grid
@@ -98,6 +101,8 @@ def _parts(witness: Witness, config: SAM2Config, params: dict[str, Any], memory:
     return rng.standard_normal(shape, np.float32)
 
   def run(method: Any, *inputs: Any, **options: Any) -> Any:
+    part = method if isinstance(method, str) else "prompts"
+    progress(Passing(f"comparing with {witness.name}: {part}, compiled first"))
     call = jax.jit(lambda params, inputs: SAM2(c).apply(
       {"params": params}, *inputs, method=method, **options))
     return jax.tree.map(np.asarray, call(params, inputs))

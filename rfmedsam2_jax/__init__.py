@@ -10,7 +10,7 @@
     features = rfmedsam2_jax.apply(config, params, images, method="encode_image")
 """
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # that of `typing`, which takes its time
 
 if TYPE_CHECKING:
   from rfmedsam2_jax.api import load, predict, segment, segment_details, segment_file

@@ -70,7 +70,9 @@ def quickstart(
     )
     save_scores(folder / "scores.json", stages[-1])
   save_scores(predictions / "scores.json", stages[-1])
-  report(f"unseen phantoms, after the last stage:\n{table(stages[-1])}")
+  report("unseen phantoms, after the last stage:")
+  for line in table(stages[-1]).splitlines():
+    report(line)
   means = {f"stage{stage}": as_dict(scores)["mean"]["dice"] for stage, scores in enumerate(stages)}
   with replacing(out / "scores.json") as temporary:
     temporary.write_text(json.dumps(means, indent=1) + "\n")

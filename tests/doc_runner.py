@@ -14,7 +14,7 @@ from unittest import mock
 from doc_lines import ROOT, commands_of
 from doc_places import Places, small
 
-from convert import __main__ as convert
+from convert import command as convert
 from rfmedsam2_jax.cli import entry
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.errors import UserError
@@ -158,7 +158,7 @@ class Runner:
     if pattern:
       words = [word.strip("[].") for word in words]
     seen: list[argparse.Namespace] = []
-    with mock.patch.object(convert, "_convert", seen.append):
+    with mock.patch.object(convert, "_convert", lambda options, _: seen.append(options)):
       convert.main(words)
     if self._places is None or pattern:
       return

@@ -8,10 +8,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rfmedsam2_jax"
 
-LEAVES = {"errors", "progress"}
+LEAVES = {"errors", "interruption", "progress"}
 # What each room may import besides itself and the leaves.
 ALLOWED = {
   "errors": set(),
+  "interruption": set(),
   "progress": set(),
   "nn": set(),
   "losses": set(),

@@ -1,5 +1,19 @@
 """The command line: one module per command, each with HELP, `arguments` and `run`."""
 
-from rfmedsam2_jax.cli.entry import main
+import signal
+from collections.abc import Sequence
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status. Without arguments it is the program itself."""
+  if arguments is None:
+    # Before anything that takes time; `interruption` takes what came meanwhile.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    from rfmedsam2_jax import interruption
+
+    interruption.install()
+  from rfmedsam2_jax.cli import entry
+
+  return entry.main(arguments)

@@ -1,11 +1,13 @@
 """What a command says, and to whom: a person at a terminal, a log, or a program."""
 
+import argparse
 import json
 import os
 import sys
 import time
 from typing import Any
 
+from rfmedsam2_jax import interruption
 from rfmedsam2_jax.progress import Lines, Passing
 
 CLEAR = "\r\x1b[2K"  # the line that the terminal's cursor is on
@@ -26,6 +28,15 @@ class Console:
     self._terminal = not as_json and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     self._passing = False  # whether the terminal's last line is to be rewritten
     self._lines = Lines(self._timed)
+
+  @staticmethod
+  def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what is said."""
+    said = parser.add_argument_group("what is said")
+    said.add_argument("--quiet", action="store_true", help="results, warnings and errors alone")
+    said.add_argument(
+      "--json", dest="as_json", action="store_true", help="lines of JSON, for programs"
+    )
 
   def line(self, text: str) -> None:
     """Progress. On a terminal a line that is `Passing` is rewritten by the next one."""
@@ -55,8 +66,19 @@ class Console:
 
   def error(self, message: str, status: int) -> None:
     """Why the command did not do it."""
+    self._print(self._error(message, status), sys.stderr)
+
+  def on_interruption(self, message: str) -> None:
+    """What is said if a signal ends the program."""
+    said = self._error(message, interruption.STATUS)
+    if isinstance(said, str):
+      interruption.say(said, 2)
+    else:
+      interruption.say(json.dumps(said), 1)
+
+  def _error(self, message: str, status: int) -> str | dict[str, Any]:
     said: dict[str, Any] = {"error": message, "status": status}
-    self._print(said if self._json else f"{self._name}: {printable(message)}", sys.stderr)
+    return said if self._json else f"{self._name}: {printable(message)}"
 
   def _timed(self, text: str) -> None:
     now, text = time.strftime("%H:%M:%S"), printable(text)

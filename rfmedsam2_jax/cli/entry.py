@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from rfmedsam2_jax import interruption
 from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.errors import RESUME, Stopped, UserError
 from rfmedsam2_jax.progress import Passing
@@ -20,7 +21,7 @@ STATUSES = """exit status:
   0    done
   2    something that you can mend; one line says what
   75   stopped by SIGTERM and saved, or another process is gone: start again with --resume
-  130  interrupted with Ctrl-C"""
+  130  interrupted with Ctrl-C or SIGTERM; nothing is half-written"""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,6 +34,7 @@ def _with_huge_pages() -> None:
   """Starts this process again, once, with a setting that glibc reads at the start only."""
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = _HUGE_PAGES
+    interruption.block()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _with_huge_pages()
   console = Console(options.quiet, options.as_json)
   if arguments is None:
+    console.on_interruption("interrupted; what was finished is kept")
     console.line(Passing("starting"))  # importing JAX takes seconds
   _set_up_jax()
   message, status = _run(options, console)
@@ -101,11 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     "--version", action="version", version=f"rfmedsam2 {version('rfmedsam2-jax')}"
   )
   of_all = argparse.ArgumentParser(add_help=False)
-  said = of_all.add_argument_group("what is said")
-  said.add_argument("--quiet", action="store_true", help="results, warnings and errors alone")
-  said.add_argument(
-    "--json", dest="as_json", action="store_true", help="lines of JSON, for programs"
-  )
+  Console.arguments(of_all)
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   for name in COMMANDS:
     module = importlib.import_module(f"rfmedsam2_jax.cli.{name}")

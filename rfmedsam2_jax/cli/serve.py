@@ -1,7 +1,6 @@
 """`rfmedsam2 serve`: a local page for prompted segmentation."""
 
 import argparse
-import os
 import secrets
 import socket
 from pathlib import Path
@@ -82,12 +81,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
       app, log_level="warning", access_log=False, server_header=False, lifespan="off",
       timeout_graceful_shutdown=1,
     ))
-    try:
-      server.run(sockets=[listening])
-    except KeyboardInterrupt:
-      # The interpreter's end would wait for a compilation, or abort in the thread that computes.
-      console.error("interrupted; what was not saved is lost", 130)
-      os._exit(130)
+    console.on_interruption("interrupted; what was not saved is lost")
+    server.run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.interruption import unfinished
 
 # For `__pydantic_config__` of the dataclasses that are stored: an unknown key is an error.
 STRICT = pydantic.ConfigDict(extra="forbid")
@@ -30,11 +31,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{os.getpid()}.{path.name}")
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with unfinished(temporary):
+    try:
+      yield temporary
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,11 @@
 """`python -m convert`: the same network comes out, anything else is one clear line."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -299,33 +296,34 @@ def test_an_existing_output_is_not_lost(state, checkpoint, tiny_yaml, tmp_path, 
                  out=other)
 
 
-@pytest.mark.parametrize("existing, lost", [(False, False), (True, False), (True, True)])
-def test_an_interruption_leaves_what_was_there(
-  state, tiny_yaml, tmp_path, capsys, monkeypatch, existing, lost
-):
-  """`lost`: it arrives where the exception is swallowed, such as in a callback."""
-  from convert import to_orbax
+INTERRUPTED = """
+import os, signal, sys, time
+from rfmedsam2_jax import interruption
+interruption.install()
+from convert import command, to_orbax
+save = to_orbax.save_checkpoint
+def stopped(folder, *rest):
+  save(folder, *rest)
+  (folder.parent / f"{folder.name}.orbax-checkpoint-tmp").mkdir()
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(60)
+to_orbax.save_checkpoint = stopped
+sys.exit(command.main(sys.argv[1:]))
+"""
 
+
+def test_an_interruption_leaves_what_was_there(state, tiny_yaml, tmp_path, capsys):
   torch.save({"model": state}, tmp_path / "official.pt")
   arguments = [tmp_path / "official.pt", tmp_path / "ckpt", "--config", tiny_yaml, "--overwrite"]
-  if existing:
-    assert run(capsys, *arguments)[0] == 0
-
-  def interrupted(folder, *rest):
-    save_checkpoint(folder, *rest)
-    (folder.parent / f"{folder.name}.orbax-checkpoint-tmp").mkdir()
-    with contextlib.suppress(KeyboardInterrupt if lost else ()):
-      os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(1)
-
-  monkeypatch.setattr(to_orbax, "save_checkpoint", interrupted)
-  before = sorted(tmp_path.iterdir())
-  status, _, error = run(capsys, *arguments)
-  assert status == 130 and error == "convert: interrupted; nothing was written\n"
-  assert sorted(tmp_path.iterdir()) == before
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  if existing:
-    assert_same(load_checkpoint(tmp_path / "ckpt").params, state)
+  assert run(capsys, *arguments)[0] == 0
+  before = sorted(tmp_path.rglob("*"))
+  done = subprocess.run(
+    [sys.executable, "-c", INTERRUPTED, *map(str, arguments), "--quiet"], capture_output=True,
+    text=True, cwd=CLONE, timeout=60,
+  )
+  assert (done.returncode, done.stderr) == (130, "convert: interrupted; nothing was written\n")
+  assert sorted(tmp_path.rglob("*")) == before
+  assert_same(load_checkpoint(tmp_path / "ckpt").params, state)
 
 
 def test_back_to_pytorch_is_the_same_checkpoint_and_loads_strictly(
