@@ -45,9 +45,9 @@ boxes = np.array([[20.0, 30.0, 100.0, 120.0]], np.float32)
 
 
 def _trains_once_more(block: Block) -> bool:
-  """Training takes a quarter of a minute: each time but the first takes place in make test-full."""
+  """Training and its compilation take long: only one page of it is part of make test."""
   trains = re.search("rfmedsam2 (train|quickstart)", block.text)
-  return bool(trains) and block.page not in ("README.md", "docs/tutorials/own_data.md")
+  return bool(trains) and block.page != "docs/tutorials/own_data.md"
 
 
 def of(*languages: str, inline: bool = False, join=list, full=lambda block: False):
@@ -88,7 +88,7 @@ def test_arguments_and_configs_of_a_command_are_taken(block, tmp_path):
   Runner(None, tmp_path)(block.text)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("block", of(*SHELL, join=whole_tutorials, full=_trains_once_more))
 def test_the_commands_of_a_block_run(block, runner):
   if _is_script(block):
@@ -96,13 +96,13 @@ def test_the_commands_of_a_block_run(block, runner):
   runner(block.text)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("block", of("", inline=True, full=_trains_once_more))
 def test_a_command_within_the_text_runs(block, runner):
   runner(block.text)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "page", sorted({block.page for block in BLOCKS if block.language == "python"})
 )

@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path):
   for name in ("sphinx", "myst_parser", "furo"):
     pytest.importorskip(name, reason="the site needs pip install -e '.[docs]'")
