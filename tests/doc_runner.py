@@ -17,6 +17,7 @@ from doc_places import Places, small
 from convert import command as convert
 from rfmedsam2_jax.cli import entry
 from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.data.phantom import PhantomConfig
 from rfmedsam2_jax.errors import UserError
 
 # Programs whose commands no test runs, and why. CONTRIBUTING.md has the same list.
@@ -108,7 +109,8 @@ class Runner:
       raise Wrong(words, f"no test knows what {program} is")
 
   def _rfmedsam2(self, words: list[str]) -> None:
-    if self._places is None or _is_pattern(words) or "--distributed" in words:
+    named = len(words) == 1
+    if self._places is None or named or _is_pattern(words) or "--distributed" in words:
       self._parse_rfmedsam2(words)
       return
     words = [self._moved(word) for word in words]
@@ -127,7 +129,7 @@ class Runner:
     else:
       # The server would wait for a browser, and thirty phantoms take a minute.
       with mock.patch("uvicorn.Server.run"), mock.patch(
-        "rfmedsam2_jax.quickstart.PhantomConfig", _few_phantoms
+        "rfmedsam2_jax.quickstart.PhantomConfig", few_phantoms
       ):
         status = entry.main(words)
     if status:
@@ -275,9 +277,8 @@ def _is_pattern(words: list[str]) -> bool:
   return any(PLACEHOLDER.match(word) for word in words)
 
 
-def _few_phantoms(seed: int):
-  from rfmedsam2_jax.data.phantom import PhantomConfig
-
+def few_phantoms(seed: int = 0) -> PhantomConfig:
+  """Instead of thirty large ones, which take a minute."""
   return PhantomConfig(
     cases=4, test_cases=2, slice_spacing=(9.0, 10.0), pixel_spacing=(5.0, 6.0), seed=seed
   )

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from doc_lines import PAGES, ROOT, SHELL, Block, blocks_of
 from doc_places import Places, prepare
-from doc_runner import NOT_RUN, Runner
+from doc_runner import NOT_RUN, Runner, few_phantoms
 
 from rfmedsam2_jax.config import parse_config
 
@@ -40,8 +40,10 @@ array = np.random.default_rng(0).normal(50, 20, (20, 40, 40)).astype(np.float32)
 images = np.zeros((1, 192, 192, 3), np.float32)
 boxes = np.array([[20.0, 30.0, 100.0, 120.0]], np.float32)
 """,
-  "docs/trust.md": "import rfmedsam2_jax; model = rfmedsam2_jax.load('runs/hippocampus')",
+  "docs/trust.md": 'import rfmedsam2_jax; model = rfmedsam2_jax.load("runs/hippocampus")',
 }
+# What a page's Python makes itself.
+MADE = {"docs/tutorials/own_data.md": {"phantoms"}}
 
 
 def _trains_once_more(block: Block) -> bool:
@@ -109,11 +111,13 @@ def test_a_command_within_the_text_runs(block, runner):
 def test_the_python_of_a_page_runs(page, places, tmp_path, monkeypatch):
   here = prepare(tmp_path)
   monkeypatch.chdir(here)
+  monkeypatch.setattr("rfmedsam2_jax.data.phantom.PhantomConfig", few_phantoms)
   names: dict = {}
   code = GIVEN.get(page, "")
   for block in BLOCKS:
     if (block.page, block.language) == (page, "python"):
-      places.provide(re.findall(r'"([^"\n]+)"', code + block.text), here)
+      named = set(re.findall(r'"([^"\n]+)"', code + block.text))
+      places.provide(named - MADE.get(page, set()), here)
       exec(compile(code, f"what {page} takes as given", "exec"), names)
       code = ""
       exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), names)
