@@ -17,6 +17,7 @@ import yaml
 from convert.nnunet_plans import Converted, read_plans
 from convert.nnunet_weights import load_checkpoint, network_params
 from convert.outputs import check_target, replacing
+from convert.sources import file_sha256
 from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.unet import UNet
@@ -80,6 +81,7 @@ def convert_nnunet(
   about = {
     "generator": generator_json(unet, len(found.rules), structures),
     "source": {"kind": "nnU-Net v2", "name": file.name, "configuration": configuration,
+               "sha256": {file.name: file_sha256(file)},
                "trainer": str(stored.get("trainer_name", ""))},
     "differs": list(found.differs),
     "versions": versions(),

@@ -64,7 +64,7 @@ def read_source(path: Path) -> Source:
     tensors={name: _as_array(x) for name, x in tensors.items()},
     hugging_face=hugging_face,
     place=place,
-    files={file.name: _sha256(file) for file in files},
+    files={file.name: file_sha256(file) for file in files},
     image_size=_image_size(path, files[0].parent),
   )
 
@@ -194,7 +194,8 @@ def _image_size(path: Path, folder: Path) -> int | None:
   return 512 if "medsam2" in path.name.lower() else None
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+  """SHA-256 of a file, as hexadecimal digits."""
   with open(file, "rb") as stream:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -69,6 +69,7 @@ from rfmedsam2_jax.validation import quick_scores, validate_run
 from rfmedsam2_jax.weights.checkpoint import (
   check_starting_point,
   config_json,
+  read_about,
   read_config,
   starting_params,
 )
@@ -393,6 +394,8 @@ def _generator(
     params = jax.jit(phase.init)(init_key)
     if settings.init_from and not has_checkpoint(run.checkpoints("generator")):
       params = load_params(settings.init_from, params)
+      about = read_about(settings.init_from)
+      run.write("generator_init_from.json", json.dumps(about, indent=1) + "\n")
       report(f"generator: starts from {settings.init_from}")
     if not settings.loop.steps:
       save_params(run.params("generator"), params, _about(config, plan, "generator"))

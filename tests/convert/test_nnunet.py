@@ -1,5 +1,8 @@
 """`python -m convert nnunet`: networks of dynamic-network-architectures, plans, a run from them."""
 
+import hashlib
+import json
+
 import jax
 import nibabel as nib
 import numpy as np
@@ -14,6 +17,7 @@ from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.plan import load_plan
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.phases import init_generator
+from rfmedsam2_jax.weights.checkpoint import read_about
 from rfmedsam2_jax.weights.orbax import load_params
 
 
@@ -128,6 +132,11 @@ def test_a_converted_network_is_the_generator_of_a_run_without_steps(tmp_path, c
   a, b = (load_params(folder, shapes) for folder in folders)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert (run / "refiner" / "params").is_dir()
+  start = json.loads((run / "generator_init_from.json").read_text())
+  used = next((tmp_path / "model").rglob("checkpoint_final.pth"))
+  digest = hashlib.sha256(used.read_bytes()).hexdigest()
+  assert start == read_about(tmp_path / "out")
+  assert start["source"]["sha256"] == {used.name: digest}
 
 
 def test_a_generator_without_steps_needs_a_start_of_the_same_kind(
@@ -143,5 +152,6 @@ def test_a_generator_without_steps_needs_a_start_of_the_same_kind(
   ):
     assert rfmedsam2(["train", str(tiny_config), "--out", str(tmp_path / "run"), "--overwrite",
                       "generator.loop.steps=0", f"generator.init_from={source}"]) == 2
-    error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1
+    # Progress is on standard error too.
+    *_, error = said = capsys.readouterr().err.splitlines()
+    assert says in error and sum(line.startswith("rfmedsam2: ") for line in said) == 1
