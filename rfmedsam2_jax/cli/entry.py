@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import shtab
+
 from rfmedsam2_jax import interruption
 from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.errors import RESUME, Stopped, UserError
@@ -103,6 +105,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--version", action="version", version=f"rfmedsam2 {version('rfmedsam2-jax')}"
   )
+  shtab.add_argument_to(
+    parser, "--print-completion", help="the completion of a shell, see docs/commands.md"
+  )
   of_all = argparse.ArgumentParser(add_help=False)
   Console.arguments(of_all)
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -111,4 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=module.HELP, parents=[of_all])
     module.arguments(command)
     command.set_defaults(run=module.run)
+    for action in command._actions:
+      if action.type is Path:
+        action.complete = shtab.FILE  # type: ignore[attr-defined]
   return parser
