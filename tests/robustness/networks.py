@@ -116,7 +116,7 @@ def convert(folder: Path, *arguments, names=(), judge=None) -> Attempt:
   from convert.__main__ import main as convert_main
 
   def call() -> int:
-    status = convert_main([str(a) for a in arguments])
+    status = convert_main([*map(str, arguments), "--quiet"])
     assert not (folder / MARK).exists(), "code of the file was run"
     return status
   return Attempt(call, tuple(names), folder / "made", judge)
@@ -209,7 +209,9 @@ def official_files():
       else:
         (folder / "made").rmdir()
       attempt = of(folder, stage, path, None, *(["--overwrite"] if "is" in what else []))
-      return Attempt(attempt.call, ("made",), attempt.out)
+      made = folder / "made" / "ckpt"
+      return Attempt(attempt.call, ("made",), attempt.out, (
+        lambda: tensors_are_torchs(stage, path, made)) if "missing" in what else None)
     yield what, target
 
 

@@ -21,7 +21,10 @@ def files_up_to(size: int | None):
 
 def writers(stage, out: Path) -> dict:
   """Every command that leaves files, by name: a call that writes below `out`."""
-  from convert.__main__ import main as convert
+  from convert.__main__ import main as convert_main
+
+  def convert(arguments: list[str]) -> int:
+    return convert_main([*arguments, "--quiet"])
 
   predict = ["predict", str(stage.run), str(stage.scan), "--out", str(out)]
   track = ["track", str(stage.scan), "--checkpoint", str(stage.checkpoint), "--out", str(out),
