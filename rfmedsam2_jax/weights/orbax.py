@@ -4,7 +4,10 @@
 came from, versions). Writing is atomic: a folder that exists is complete.
 """
 
+import functools
 import logging
+import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,22 @@ Params = dict[str, Any]
 
 # Of a damaged folder Orbax's tasks fail by the dozen; the first is raised, the others are logged.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+@functools.cache
+def _ignore_late_answers() -> None:
+  """Keeps TensorStore's threads and asyncio from printing that nobody waits for them any more.
+
+  The first file that cannot be read ends Orbax's event loop while others are still being read.
+  """
+  warnings.filterwarnings("ignore", r"coroutine '\w+Handler\.", RuntimeWarning)
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
@@ -57,6 +76,7 @@ def load_params(folder: str | Path, like: Params) -> Params:
   folder = Path(folder).absolute()
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
+  _ignore_late_answers()
   try:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
       found = checkpointer.restore(folder, args=ocp.args.Composite(
