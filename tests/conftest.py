@@ -7,8 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-import yaml
-from tiny_config import TINY
+from tiny_config import write_tiny_config
 
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 
@@ -27,13 +26,6 @@ def forget_programs():
   """Compiled programs of a module are of no use to the next, and would fill gigabytes."""
   yield
   jax.clear_caches()
-
-
-def write_tiny_config(folder: Path, dataset: Path) -> Path:
-  tree = TINY | {"data": TINY["data"] | {"dataset": str(dataset)}}
-  path = folder / "tiny.yaml"
-  path.write_text(yaml.safe_dump(tree))
-  return path
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,11 @@
 """The smallest config that has every part: what the tests train, predict and damage."""
 
-TINY = {
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TINY: dict[str, Any] = {
   "data": {"split": {"fraction": 0.25}},
   "plan": {"patch_size": [16, 32, 32], "poolings": 1},
   "generator": {
@@ -34,3 +39,10 @@ TINY = {
     "stages": [{"residual": True}, {"residual": True, "pointers": True}],
   },
 }
+
+
+def write_tiny_config(folder: Path, dataset: Path) -> Path:
+  tree = TINY | {"data": TINY["data"] | {"dataset": str(dataset)}}
+  path = folder / "tiny.yaml"
+  path.write_text(yaml.safe_dump(tree))
+  return path

@@ -90,8 +90,8 @@ def build(place: Path, run: Path | None = None, dataset: Path | None = None) -> 
   Args:
     run, dataset: to be copied instead of made, which takes half a minute.
   """
-  from conftest import write_tiny_config
   from small_sam2 import SMALL, drawn
+  from tiny_config import write_tiny_config
 
   from rfmedsam2_jax.cli import main
   from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom

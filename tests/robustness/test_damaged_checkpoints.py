@@ -1,4 +1,4 @@
-"""A damaged checkpoint is one line, also where Orbax's and TensorStore's threads have more to say."""
+"""A damaged checkpoint is one line, whatever threads of Orbax and TensorStore have to say."""
 
 import subprocess
 import sys
