@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # The official SAM 2 is what the networks are compared with. It is installed without its own
 # dependencies: the comparison needs no torchvision. Any torch will do; this one is tested.
 TORCH ?= torch==2.13.0
+# Processes that share the tests; each may need 4 GiB.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-full lint docs clean
 
@@ -16,10 +19,10 @@ demo: $(VENV)/.installed
 	$(BIN)/rfmedsam2 quickstart --out demo --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .

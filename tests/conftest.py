@@ -3,6 +3,7 @@
 Its place also makes the helpers beside it (torch_sam2) importable from every test.
 """
 
+import signal
 from pathlib import Path
 
 import jax
@@ -19,6 +20,15 @@ def quick_compilation():
   tests/nn switches it off: what is compared with the original there is compiled as users have it.
   """
   jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_a_terminal():
+  """A job in the background is started with some signals ignored; so would be what it starts."""
+  for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+      default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+      signal.signal(number, default)
 
 
 @pytest.fixture(autouse=True, scope="module")

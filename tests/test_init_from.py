@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_before_the_refiner_does_need_it(trained, tiny_con
 def test_a_run_is_a_starting_point_with_its_adapters(trained, tiny_config):
   config = load_config(tiny_config).sam2
   source = trained / "refiner" / "params"
-  params = starting_params(source, dataclasses.replace(config, image_size=32), jax.random.key(1))
+  params = starting_params(source, dataclasses.replace(config, image_size=96), jax.random.key(1))
   jax.tree.map(np.testing.assert_array_equal, params, load_checkpoint(source).params)
   for adapters, says in (
     (NONE, "set sam2.adapters.dwconv=true"), (AdapterConfig(width=8), "sam2.adapters.width=16")
