@@ -23,6 +23,7 @@ from small_sam2 import (
 
 from rfmedsam2_jax.losses import RefinerLossConfig
 from rfmedsam2_jax.nn import MemorySlots, box_prompts
+from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig, refine_volume, volume
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.prompts import (
@@ -335,7 +336,7 @@ def test_what_stages_hand_on_of_cells_that_they_did_not_run(monkeypatch):
   seen = []
 
   def only_slice_1_of_organ_0(*arguments):
-    pointers, live, cells = arguments[-3:]
+    pointers, live, cells = arguments[-4:-1]
     seen.append((live, pointers))
     present = (cells == [0, 1]).all(axis=1)
     score = np.where(present, 5.0, -5.0).astype(np.float32)
@@ -426,7 +427,7 @@ def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch)
   plan = types.SimpleNamespace(
     labels=types.SimpleNamespace(structures=("a", "b"), regions=False), patch_size=(3, 40, 52)
   )
-  unet = types.SimpleNamespace(config=types.SimpleNamespace(mirrored=()))
+  unet = UNet(UNetConfig(), 3)
   owner = segmenter_lib.Segmenter(plan, unet, {}, MODEL, None, RefinementConfig(box_margin=0.0))
   image = np.zeros((2, 3, height, width), np.float32)
   made = segmenter_lib.run_generator(owner, types.SimpleNamespace(image=image))

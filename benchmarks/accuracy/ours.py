@@ -70,11 +70,11 @@ def main() -> None:
     command.append("--resume")
   trained = run / "refiner" / "params"
   part, since = "preprocessing", time.monotonic()
-  with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
-    assert process.stdout is not None
+  with subprocess.Popen(command, text=True, stderr=subprocess.PIPE) as process:
+    assert process.stderr is not None
     try:
-      for line in process.stdout:
-        print(line, end="", flush=True)
+      for line in process.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
         # Everything after the preparation is training, prompts of the training cases included.
         now = time.monotonic()
         if part == "preprocessing" and " prepared " in line:
