@@ -16,9 +16,9 @@ import yaml
 
 from convert.nnunet_plans import Converted, read_plans
 from convert.nnunet_weights import load_checkpoint, network_params
-from convert.outputs import check_target, replacing
+from convert.outputs import check_target
 from convert.sources import file_sha256
-from rfmedsam2_jax.data.files import read_json
+from rfmedsam2_jax.data.files import read_json, replacing_whole
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.progress import Passing, Report, silent
@@ -86,7 +86,7 @@ def convert_nnunet(
     "differs": list(found.differs),
     "versions": versions(),
   }
-  with replacing(options.out) as temporary:
+  with replacing_whole(options.out) as temporary:
     save_params(temporary, params, about)
     text = yaml.safe_dump(_config(found, options.out), sort_keys=False)
     (temporary / "config.yaml").write_text(

@@ -1,12 +1,8 @@
-"""Writing that is never half done: a temporary name beside the target, renamed at the end."""
+"""What may be written to: looked at before anything that takes long."""
 
-import contextlib
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from rfmedsam2_jax import interruption
 from rfmedsam2_jax.errors import UserError
 
 
@@ -28,24 +24,3 @@ def check_target(path: Path, overwrite: bool, is_ours: bool) -> None:
   there = next(parent for parent in path.absolute().parents if parent.exists())
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{there}: cannot be written into; choose another folder")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-  """Gives a name that becomes `path` (file or folder) if the block ends without an error.
-
-  It lies in a hidden folder of its own, which takes away whatever a writer left when it failed.
-  """
-  workshop = path.absolute().with_name(f".{os.getpid()}.{path.name}")
-  with interruption.unfinished(workshop):
-    workshop.mkdir(parents=True)
-    try:
-      made = workshop / path.name
-      yield made
-      interruption.finish()
-      if path.is_dir():
-        # A folder cannot be renamed over another; the old one goes once the new one is there.
-        os.rename(path, workshop / "old")
-      os.replace(made, path)
-    finally:
-      shutil.rmtree(workshop, ignore_errors=True)

@@ -9,10 +9,11 @@ import numpy as np
 
 from convert import report as reporting
 from convert.huggingface import to_official_names
-from convert.outputs import check_target, replacing
+from convert.outputs import check_target
 from convert.recognise import choose_config
 from convert.sources import Source, read_source
 from convert.verify import Witness, check_installed, verify
+from rfmedsam2_jax.data.files import replacing_whole
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.initialisation import init_params
@@ -79,7 +80,7 @@ def to_orbax(
     "versions": versions(),
   }
   progress(Passing(f"writing {options.out}"))
-  with replacing(options.out) as temporary:
+  with replacing_whole(options.out) as temporary:
     save_checkpoint(temporary, config, params, json.loads(json.dumps(about)))
   adapters = "fresh adapters" if options.adapters else "no adapters"
   return f"{len(result.matched)} tensors converted, {adapters}"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from convert.outputs import check_target, replacing
+from convert.outputs import check_target
+from rfmedsam2_jax.data.files import replacing_whole
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.progress import Passing, Report, silent
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
@@ -37,7 +38,7 @@ def to_torch(
     )
   state = {name: torch.from_numpy(np.array(x)) for name, x in to_official(params).items()}
   progress(Passing(f"writing {out}"))
-  with replacing(out) as temporary:
+  with replacing_whole(out) as temporary:
     try:
       torch.save({"model": state}, temporary)
     except RuntimeError:  # whatever keeps its writer from writing

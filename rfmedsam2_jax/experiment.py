@@ -69,12 +69,11 @@ from rfmedsam2_jax.validation import quick_scores, validate_run
 from rfmedsam2_jax.weights.checkpoint import (
   check_starting_point,
   config_json,
-  read_about,
   read_config,
   starting_params,
 )
 from rfmedsam2_jax.weights.generator import check_generator_start, generator_json
-from rfmedsam2_jax.weights.orbax import load_params, save_params
+from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
 
 
 def train(

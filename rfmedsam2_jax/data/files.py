@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from rfmedsam2_jax import interruption
 from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.interruption import unfinished
 
 # For `__pydantic_config__` of the dataclasses that are stored: an unknown key is an error.
 STRICT = pydantic.ConfigDict(extra="forbid")
@@ -31,7 +31,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{os.getpid()}.{path.name}")
-  with unfinished(temporary):
+  with interruption.unfinished(temporary):
     try:
       yield temporary
       os.replace(temporary, path)
@@ -40,28 +40,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
-  """Gives a new hidden folder beside `path` that becomes `path` if the block ends without an error.
+def replacing_whole(path: str | Path) -> Iterator[Path]:
+  """Gives a name; the file or folder that is made there becomes `path` if the block ends well.
 
-  A folder that is there is replaced; whoever calls makes sure that it may be. The hidden ones of a
-  process that was killed are left behind.
+  It lies in a hidden folder of its own beside `path`, which takes away whatever a writer left when
+  it failed. What lies at `path` is replaced; whoever calls makes sure that it may be.
   """
   path = Path(os.path.abspath(path))  # also of "." there is a name and a folder beside
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{os.getpid()}.{path.name}")
-  old = path.with_name(f".{os.getpid()}.{path.name}.old")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir()
-  try:
-    yield temporary
-    if path.exists():
-      os.replace(path, old)
-    os.replace(temporary, path)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-    if old.exists() and not path.exists():
-      os.replace(old, path)
-    shutil.rmtree(old, ignore_errors=True)
+  workshop = path.with_name(f".{os.getpid()}.{path.name}")
+  with interruption.unfinished(workshop):
+    shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed
+    workshop.mkdir(parents=True)
+    made, old = workshop / path.name, workshop / f"{path.name}.old"
+    try:
+      yield made
+      interruption.finish()
+      if path.is_dir():
+        # A folder cannot be renamed over another; the old one goes once the new one is there.
+        os.replace(path, old)
+      os.replace(made, path)
+    finally:
+      if old.exists() and not path.exists():
+        os.replace(old, path)
+      shutil.rmtree(workshop, ignore_errors=True)
 
 
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:

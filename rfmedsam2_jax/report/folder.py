@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 
 from rfmedsam2_jax.data.datasets import Labels
-from rfmedsam2_jax.data.files import read_json, replacing_folder
+from rfmedsam2_jax.data.files import read_json, replacing_whole
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.evaluate import Scores, as_dict, label_maps
 from rfmedsam2_jax.metrics import Score
@@ -89,7 +89,8 @@ def write_report(
       f"{len(found) - 1} more); give the folder of their references"
     )
   viewer = _Viewer(bool(voxels and found))
-  with replacing_folder(out) as folder:
+  with replacing_whole(out) as folder:
+    folder.mkdir()
     cases, size = _write_cases(
       folder, found, labels, truths, images, voxels if viewer.bundle else 0, progress
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -18,7 +17,13 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.initialisation import init_params
 from rfmedsam2_jax.nn.layers import Array
 from rfmedsam2_jax.nn.sam2 import SAM2Config
-from rfmedsam2_jax.weights.orbax import Params, load_params, save_params
+from rfmedsam2_jax.weights.orbax import (
+  Params,
+  first_line,
+  load_params,
+  read_about,
+  save_params,
+)
 
 # Fields that change what is computed, but not which parameters there are.
 _FREE = ("image_size", "dtype", "remat", "adapters")
@@ -60,8 +65,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
   try:
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
   except Exception as error:  # Flax raises many kinds for sizes that do not fit together
-    reason = str(error).strip().split("\n")[0][:200]
-    raise UserError(f"{folder}: its config describes no network ({reason}); make it anew") from None
+    raise UserError(
+      f"{folder}: its config describes no network ({first_line(error)}); make it anew"
+    ) from None
   return Checkpoint(config, load_params(folder, shapes), about)
 
 
@@ -87,18 +93,6 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
     raise UserError(
       f"{folder}: was made by another version ({reason} in its config); make it anew"
     ) from None
-
-
-def read_about(folder: str | Path) -> dict[str, Any]:
-  """What a checkpoint says of itself; UserError if it is damaged."""
-  try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
-      return checkpointer.restore(Path(folder).absolute(), args=wanted)["about"]
-  # Orbax raises many kinds for a damaged folder.
-  except Exception as error:
-    reason = str(error).strip().split("\n")[0][:200]
-    raise UserError(f"{folder}: is damaged ({reason}); copy or make it anew") from error
 
 
 def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:

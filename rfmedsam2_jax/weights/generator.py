@@ -10,7 +10,8 @@ from typing import Any
 
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.unet import UNet
-from rfmedsam2_jax.weights.checkpoint import read_about, short
+from rfmedsam2_jax.weights.checkpoint import short
+from rfmedsam2_jax.weights.orbax import read_about
 
 
 def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]:

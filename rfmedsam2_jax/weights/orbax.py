@@ -76,12 +76,10 @@ def load_params(folder: str | Path, like: Params) -> Params:
   folder = Path(folder).absolute()
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
-  _ignore_late_answers()
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      found = checkpointer.restore(folder, args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
-      ))
+    found = _restore(
+      folder, params=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
+    )
     for (path, x), wanted in zip(jax.tree_util.tree_leaves_with_path(found["params"]),
                                  jax.tree.leaves(abstract), strict=True):
       if x.shape != wanted.shape:
@@ -92,8 +90,28 @@ def load_params(folder: str | Path, like: Params) -> Params:
     return found["params"]
   # Orbax raises many kinds for a damaged folder (ValueError, FileNotFoundError, its own, ...).
   except Exception as error:
-    reason = str(error).strip().split("\n")[0][:200]
     raise UserError(
-      f"{folder}: cannot be read as a checkpoint of this network ({reason}); "
+      f"{folder}: cannot be read as a checkpoint of this network ({first_line(error)}); "
       "check that the run is complete and was made with this config"
     ) from error
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+  """What a checkpoint says of itself; UserError if it is damaged."""
+  try:
+    return _restore(Path(folder).absolute(), about=ocp.args.JsonRestore())["about"]
+  except Exception as error:  # as above
+    raise UserError(
+      f"{folder}: is damaged ({first_line(error)}); copy or make it anew"
+    ) from error
+
+
+def _restore(folder: Path, **wanted: Any) -> Any:
+  _ignore_late_answers()
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(folder, args=ocp.args.Composite(**wanted))
+
+
+def first_line(error: Exception) -> str:
+  """What a library said is wrong, short enough for a message."""
+  return str(error).strip().split("\n")[0][:200]

@@ -17,8 +17,7 @@ from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.plan import load_plan
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.phases import init_generator
-from rfmedsam2_jax.weights.checkpoint import read_about
-from rfmedsam2_jax.weights.orbax import load_params
+from rfmedsam2_jax.weights.orbax import load_params, read_about
 
 
 @pytest.mark.parametrize("architecture, channels, bias", [
