@@ -7,13 +7,12 @@ Exit status: 0 done, 2 something that the user can mend (one line says what), 13
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.cli.entry import FULL
+from rfmedsam2_jax.cli.entry import place_line, quiet_libraries
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.progress import Passing
 
@@ -38,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except UserError as error:
     message = str(error)
   except OSError as error:
-    if error.filename is None and error.errno not in FULL:
-      raise
-    message = f"{error.filename or options.out}: {error.strerror}; free it or choose another place"
+    message = place_line(error, str(options.out))
   else:
     console.result(f"{options.out}: {said}", {"out": options.out, "converted": said})
     return 0
@@ -49,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace, console: Console) -> str:
-  for name in ("absl", "orbax", "jax"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+  quiet_libraries()
   if options.nnunet:
     from convert.nnunet import convert_nnunet
 

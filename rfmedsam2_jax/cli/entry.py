@@ -25,7 +25,7 @@ STATUSES = """exit status:
   75   stopped by SIGTERM and saved, or another process is gone: start again with --resume
   130  interrupted with Ctrl-C or SIGTERM; nothing is half-written"""
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
 # call, and walks through it: page faults and misses of the address cache are what it waits for.
@@ -75,11 +75,26 @@ def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
   except MemoryError:
     return "not enough memory; close other programs, or give smaller volumes", 2
   except OSError as error:
-    if error.filename is None and error.errno not in FULL:
-      raise
-    place = error.filename or "a result could not be written"  # a write to an open file names none
-    return f"{place}: {error.strerror}; free it or choose another place", 2
+    # A write to an open file names none.
+    return place_line(error, "a result could not be written"), 2
   return "", 0
+
+
+def place_line(error: OSError, unnamed: str) -> str:
+  """The line about a file that cannot be read or written; raises what is no such error.
+
+  Args:
+    unnamed: stands for the file where a full disk names none.
+  """
+  if error.filename is None and error.errno not in _FULL:
+    raise error
+  return f"{error.filename or unnamed}: {error.strerror}; free it or choose another place"
+
+
+def quiet_libraries() -> None:
+  """What they warn of is no news to who runs a command; errors are."""
+  for name in ("absl", "orbax", "jax"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _set_up_jax() -> None:
@@ -90,8 +105,7 @@ def _set_up_jax() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "rfmedsam2_jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  for name in ("absl", "orbax", "jax"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+  quiet_libraries()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import numpy as np
 from rfmedsam2_jax.errors import UserError
 
 ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
-_WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
+WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
 # Deflate makes nothing smaller than by this factor; a header that claims more is wrong.
 _DEFLATE = 1032
 
@@ -163,8 +163,7 @@ def claimed_voxels(path: Path) -> int:
       reader.ReadImageInformation()
     except RuntimeError:
       continue
-    size = [int(n) for n in (*reader.GetSize(), reader.GetNumberOfComponents())]
-    voxels += int(np.prod(size, dtype=object))
+    voxels += math.prod(map(int, (*reader.GetSize(), reader.GetNumberOfComponents())))
   return voxels
 
 
@@ -176,7 +175,7 @@ def _check_header(sitk: Any, path: Path, reader: Any) -> None:
   if "complex" in kind:
     raise UserError(f"{path}: voxels are of type {kind}; "
                     f"convert the file to whole or real numbers")
-  if path.name.endswith(_WITH_VOXELS):
+  if path.name.endswith(WITH_VOXELS):
     check_claim(path, reader.GetSize(), 1, packed=True)  # one byte at least
 
 

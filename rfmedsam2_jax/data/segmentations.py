@@ -35,14 +35,14 @@ def write_segmentation(
     return write_label_map(path, labels, geometry)
   sitk = simpleitk(path)
   kind = np.min_scalar_type(max(int(labels.max(initial=0)), *names, 1))
-  native = np.ascontiguousarray(geometry.to_native(labels.astype(kind, copy=False)).T)
-  image = sitk.GetImageFromArray(native)
+  native = geometry.to_native(labels.astype(kind, copy=False))
+  image = sitk.GetImageFromArray(np.ascontiguousarray(native.T))
   columns = geometry.affine_mm[:3, :3] * np.array([[-1.0], [-1.0], [1.0]])  # RAS+ to LPS+
   sizes = np.linalg.norm(columns, axis=0)
   image.SetSpacing(sizes.tolist())
   image.SetDirection((columns / sizes).ravel().tolist())
   image.SetOrigin((geometry.affine_mm[:3, 3] * (-1.0, -1.0, 1.0)).tolist())
-  for key, value in _slicer_fields(geometry.to_native(labels), names).items():
+  for key, value in _slicer_fields(native, names).items():
     image.SetMetaData(key, value)
   with replacing(path) as temporary:
     try:

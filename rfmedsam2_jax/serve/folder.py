@@ -4,18 +4,19 @@ A header can name a file elsewhere as its voxels, and claim more of them than me
 looked at before a reader is asked.
 """
 
+import math
 import os
 import re
 from pathlib import Path
 
 import nibabel as nib
 
-from rfmedsam2_jax.data.itk import claimed_voxels, is_series
+from rfmedsam2_jax.data.itk import WITH_VOXELS, claimed_voxels, is_series
 from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS
 from rfmedsam2_jax.errors import UserError
 
 # .nhdr and .mhd name their voxels' file: these are left to the other commands.
-ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha")
+ENDINGS = (*NIFTI_ENDINGS, *WITH_VOXELS)
 LISTED = 2000  # files; a page of more helps nobody
 _HEADER = 1 << 20  # bytes within which the header of NRRD or MetaImage ends
 _OFFSET = 1 << 26  # bytes of extensions before the voxels of a NIfTI file
@@ -89,9 +90,7 @@ def check_volume(path: Path, limit: int) -> None:
     except Exception:  # whatever a damaged header does; load_image says it better
       return
     if isinstance(image, nib.Nifti1Image):
-      voxels = 1
-      for size in image.shape:
-        voxels *= int(size)
+      voxels = math.prod(map(int, image.shape))
       offset = getattr(image.dataobj, "offset", 0)  # that of the header is cleared by then
       if offset > _OFFSET:
         raise UserError(f"{path}: its header claims that the voxels begin at byte {offset}; "
