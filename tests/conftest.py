@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_config import write_tiny_config
+from tiny_config import PHANTOMS, write_tiny_config
 
-from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
+from rfmedsam2_jax.data.phantom import write_phantom
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,10 +42,7 @@ def forget_programs():
 def phantoms(tmp_path_factory) -> Path:
   """A data set of four small labelled phantoms and two unseen ones."""
   folder = tmp_path_factory.mktemp("data") / "phantoms"
-  config = PhantomConfig(
-    cases=4, test_cases=2, slice_spacing=(9.0, 10.0), pixel_spacing=(5.0, 6.0), seed=3
-  )
-  return write_phantom(folder, config)
+  return write_phantom(folder, PHANTOMS)
 
 
 @pytest.fixture(scope="session")

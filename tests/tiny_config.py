@@ -5,6 +5,12 @@ from typing import Any
 
 import yaml
 
+from rfmedsam2_jax.data.phantom import PhantomConfig
+
+PHANTOMS = PhantomConfig(
+  cases=4, test_cases=2, slice_spacing=(9.0, 10.0), pixel_spacing=(5.0, 6.0), seed=3
+)
+
 TINY: dict[str, Any] = {
   "data": {"split": {"fraction": 0.25}},
   "plan": {"patch_size": [16, 32, 32], "poolings": 1},

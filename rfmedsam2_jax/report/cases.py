@@ -21,7 +21,7 @@ from rfmedsam2_jax.inference.evaluate import evaluate_arrays
 from rfmedsam2_jax.inference.unusual import Notice
 from rfmedsam2_jax.metrics import Score
 from rfmedsam2_jax.report.layers import viewer_layers
-from rfmedsam2_jax.report.predictions import Prediction
+from rfmedsam2_jax.report.predictions import Prediction, without_folders
 
 _MOST_VALUES = 1000  # of a label map
 LAST = -1  # stands for the final label map among the numbers of stages
@@ -112,7 +112,7 @@ def examine_case(
     if count > _MOST_VALUES:
       raise UserError(f"{prediction.labels}: has {count} values; is it an image, not a label map?")
   except UserError as error:
-    problems.append(_without_places(error, prediction.labels))
+    problems.append(without_folders(error, prediction.labels.parent))
     rows = _rows((), by_name, {}, {})
     return CaseReport(prediction.name, page, rows, {}, warnings, tuple(problems)), None
 
@@ -120,7 +120,7 @@ def examine_case(
     try:
       return load_label_map(path, geometry)
     except UserError as error:
-      problems.append(_without_places(error, path, geometry.path))
+      problems.append(without_folders(error, path.parent, geometry.path.parent))
       return None
 
   truth = beside(reference) if reference else None
@@ -157,7 +157,7 @@ def examine_case(
         if pixels.geometry.canonical_shape != geometry.canonical_shape:
           raise UserError(f"{image}: is not the image of this label map (its grid is another)")
       except UserError as error:
-        problems.append(_without_places(error, image))
+        problems.append(without_folders(error, image.parent))
         pixels = None
     names = labels.value_names if labels else {
       value: s.name for s in structures for value in s.values
@@ -224,11 +224,3 @@ def _rows(
 def _mean(values: list[float | None]) -> float | None:
   known = [value for value in values if value is not None and not np.isnan(value)]
   return float(np.mean(known)) if known else None
-
-
-def _without_places(error: UserError, *paths: Path) -> str:
-  """The message without folders, which are nobody's business who gets the report."""
-  text = str(error)
-  for path in paths:
-    text = text.replace(f"{path.parent}/", "")
-  return text

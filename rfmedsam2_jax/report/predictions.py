@@ -78,7 +78,7 @@ def read_predictions(folder: Path) -> list[Prediction]:
     except ValueError:
       problems.append(f"{name}.json: has numbers that are not finite; predict it again")
     except UserError as error:
-      problems.append(str(error).replace(str(folder / name), name))
+      problems.append(without_folders(error, folder))
     found.append(Prediction(
       name, maps.get(name), dict(sorted(stages.get(name, {}).items())), details, tuple(problems)
     ))
@@ -103,6 +103,14 @@ def labels_of(predictions: list[Prediction]) -> Labels | None:
     return None
   structures = tuple(Structure(name, (value,)) for name, value in values.items())
   return Labels(structures, False, tuple(values.values()))
+
+
+def without_folders(error: UserError, *folders: Path) -> str:
+  """The message without places, which are nobody's business who gets the report."""
+  text = str(error)
+  for folder in folders:
+    text = text.replace(f"{folder}/", "")
+  return text
 
 
 def _is_volume(path: Path) -> bool:

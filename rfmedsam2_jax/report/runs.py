@@ -14,6 +14,7 @@ from rfmedsam2_jax.data.plan import Plan, load_plan
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.evaluate import Scores, from_dict
 from rfmedsam2_jax.report.curves import curves_svg, read_log
+from rfmedsam2_jax.report.predictions import without_folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_run(folder: Path) -> RunSummary:
   try:
     plan = load_plan(folder / "plan.json")
   except UserError as error:
-    remarks.append(_without_place(error, folder))
+    remarks.append(without_folders(error, folder))
   facts = [*_of_config(folder, remarks), *(_of_plan(plan) if plan else [])]
   splits = _json(folder / "splits.json", folder, remarks)
   if isinstance(splits, dict):
@@ -56,7 +57,7 @@ def read_run(folder: Path) -> RunSummary:
     phases = read_log(folder / "log.jsonl")
     curves = curves_svg(phases) if phases else ""
   except UserError as error:
-    remarks.append(_without_place(error, folder))
+    remarks.append(without_folders(error, folder))
   validation: tuple[Scores, ...] = ()
   content = _json(folder / "validation.json", folder, remarks)
   if content is not None:
@@ -69,15 +70,11 @@ def read_run(folder: Path) -> RunSummary:
   )
 
 
-def _without_place(error: UserError, folder: Path) -> str:
-  return str(error).replace(f"{folder}/", "")
-
-
 def _json(path: Path, folder: Path, remarks: list[str]) -> Any:
   try:
     return read_json(path)
   except UserError as error:
-    remarks.append(_without_place(error, folder))
+    remarks.append(without_folders(error, folder))
     return None
 
 

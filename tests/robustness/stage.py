@@ -91,16 +91,15 @@ def build(place: Path, run: Path | None = None, dataset: Path | None = None) -> 
     run, dataset: to be copied instead of made, which takes half a minute.
   """
   from small_sam2 import SMALL, drawn
-  from tiny_config import write_tiny_config
+  from tiny_config import PHANTOMS, write_tiny_config
 
   from rfmedsam2_jax.cli import main
-  from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
+  from rfmedsam2_jax.data.phantom import write_phantom
   from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 
   stage = Stage(place)
   if dataset is None:
-    write_phantom(stage.dataset, PhantomConfig(
-      cases=4, test_cases=2, slice_spacing=(9.0, 10.0), pixel_spacing=(5.0, 6.0), seed=3))
+    write_phantom(stage.dataset, PHANTOMS)
   else:
     shutil.copytree(dataset, stage.dataset)
   write_tiny_config(place, stage.dataset)
