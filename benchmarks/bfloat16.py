@@ -85,14 +85,14 @@ def run(config: Config, out: Path, like: Path | None = None, folders: Sequence[s
 
 def losses(out: Path, phase: str) -> np.ndarray:
   """The smoothed curve of a phase: means over a moving window."""
-  lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+  lines = map(json.loads, (out / "log.jsonl").read_text("utf-8").splitlines())
   values = [line["loss"] for line in lines if line["phase"] == phase and "loss" in line]
   window = min(SMOOTHED, len(values))
   return np.convolve(values, np.full(window, 1 / window), "valid")
 
 
 def dices(out: Path) -> dict[str, float]:
-  found = json.loads((out / "validation.json").read_text())
+  found = json.loads((out / "validation.json").read_text("utf-8"))
   return {stage: scores["mean"]["dice"] for stage, scores in found.items()}
 
 

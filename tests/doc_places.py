@@ -105,7 +105,7 @@ class Places:
 
   def nnunet(self, path: Path) -> None:
     model = pytest.importorskip("nnunet_model")
-    labels = json.loads((self._phantoms / "dataset.json").read_text())["labels"]
+    labels = json.loads((self._phantoms / "dataset.json").read_text("utf-8"))["labels"]
     model.write_model(path, model.ISOTROPIC, 1, labels)
 
   def network(self, folder: Path) -> Path:

@@ -253,7 +253,7 @@ class Runner:
       for test in sorted(file.rglob("test_*.py")) if file.is_dir() else [file]:
         if not test.is_file():
           continue
-        text = test.read_text()
+        text = test.read_text("utf-8")
         names = [test.stem, *re.findall(r"def (test_\w+)", text)]
         marked = not options.m or f"mark.{options.m}" in text
         if marked and any(options.k in name for name in names):
@@ -264,7 +264,7 @@ class Runner:
   def _pip(self, words: list[str]) -> None:
     if words[1:] and words[1] != "install":
       raise Wrong(words, "no test knows what this is")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
       "optional-dependencies"
     ]
     for names in re.findall(r"(?:rfmedsam2-jax|\.)\[([^\]]*)\]", " ".join(words)):

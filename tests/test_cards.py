@@ -19,11 +19,12 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RUN = DOCS / "hippocampus"
 VOLUMES = ROOT.parent / "shared" / "data" / "Task04_Hippocampus"
-CARD, STATEMENT = ((DOCS / f"{name}.md").read_text() for name in ("model_card", "data_statement"))
+PAGES = ("model_card", "data_statement")
+CARD, STATEMENT = ((DOCS / f"{name}.md").read_text("utf-8") for name in PAGES)
 
 
 def read(name):
-  return json.loads((RUN / name).read_text())
+  return json.loads((RUN / name).read_text("utf-8"))
 
 
 def rows(text):
@@ -33,9 +34,10 @@ def rows(text):
   return {row[0]: row[1:] for row in cells}
 
 
-@pytest.mark.parametrize("name", ["model_card", "data_statement"])
+@pytest.mark.parametrize("name", PAGES)
 def test_templates_have_the_headings_of_the_filled_pages_and_name_files_of_a_run(name):
-  filled, template = ((DOCS / folder / f"{name}.md").read_text() for folder in ("", "templates"))
+  files = [DOCS / f"{name}.md", DOCS / "templates" / f"{name}.md"]
+  filled, template = (file.read_text("utf-8") for file in files)
   headings = [re.findall(r"^##.*", page, re.M) for page in (filled, template)]
   assert headings[0] == headings[1] and len(headings[0]) >= 9
   named = set(re.findall(r"`([\w.]+\.(?:json|jsonl|yaml))`", template))
@@ -76,7 +78,7 @@ def test_known_failures_are_those_of_the_run():
   assert below == {"hippocampus_164", "hippocampus_358"}
   assert {c for c, s in cases.items() if min(x["hd95"] for x in s.values()) > 6} == {
     "hippocampus_060"}
-  trust = rows((DOCS / "trust.md").read_text())
+  trust = rows((DOCS / "trust.md").read_text("utf-8"))
   whole = float(trust["as it is"][2])
   assert f"as thick cost {whole - float(trust['3'][2]):.3f} of Dice" in CARD
   assert f"half the height {whole - float(trust['1/2'][2]):.3f}" in CARD
@@ -102,14 +104,14 @@ def test_networks_versions_and_steps_are_those_of_the_run():
   assert card["grid inside"][0].startswith(f"{spacing} mm, patches of {patch} voxels, z-score ")
   assert f"{spacing} mm, so that nothing is resampled" in " ".join(STATEMENT.split())
   last = {}
-  for line in map(json.loads, (RUN / "log.jsonl").read_text().splitlines()):
+  for line in map(json.loads, (RUN / "log.jsonl").read_text("utf-8").splitlines()):
     last[line["phase"]] = line["step"]
   one_line = " ".join(CARD.split())
   assert f"{last['generator']} steps of the generator, {last['refiner']} of the refiner" in one_line
   assert f"for {last['refiner']} steps from scratch" in one_line
   assert f"keeps {config.refinement.generator_weight} of the vote" in one_line
   assert f"Seed {config.seed}, split seed {config.data.split.seed}." in CARD
-  minutes = int(re.search(r"(\d+) minutes in all", (RUN / "README.md").read_text())[1])
+  minutes = int(re.search(r"(\d+) minutes in all", (RUN / "README.md").read_text("utf-8"))[1])
   energy = minutes / 60 * 2 * 15 / 1000
   assert f"{minutes} minutes on two CPU cores" in CARD
   assert f"it is {energy:.2f} kWh" in one_line and f"another one, {energy * 0.4:.2f} kg" in one_line
@@ -149,5 +151,5 @@ def test_volumes_are_as_stated():
 def test_no_card_names_a_path_that_is_not_there():
   for page in (DOCS / "model_card.md", DOCS / "data_statement.md",
                *(DOCS / "templates").glob("*.md")):
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
       assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"

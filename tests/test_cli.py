@@ -183,7 +183,7 @@ def test_evaluate_prints_a_table_and_writes_json(phantoms, tmp_path, capsys):
   status, out, _ = run(capsys, "evaluate", tmp_path / "pred", phantoms / "labelsTs", "--labels",
                        phantoms)
   assert status == 0 and "liver" in out and "1.0000" in out
-  scores = json.loads((tmp_path / "pred" / "scores.json").read_text())
+  scores = json.loads((tmp_path / "pred" / "scores.json").read_text("utf-8"))
   assert scores["mean"]["dice"] == 1.0 and len(scores["cases"]) == 2
 
 
@@ -276,7 +276,7 @@ def test_an_existing_prediction_is_not_lost(tiny_run, unseen, tmp_path, capsys):
   target = tmp_path / unseen.name.replace("_0000", "")
   target.write_text("mine")
   status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path)
-  assert status == 2 and "--overwrite" in error and target.read_text() == "mine"
+  assert status == 2 and "--overwrite" in error and target.read_text("utf-8") == "mine"
 
 
 def test_an_unfinished_run_says_how_to_finish_it(tiny_run, unseen, tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_other_formats_get_the_same_label_map(tiny_run, phantoms, tmp_path, caps
     for other in maps[1:]:
       np.testing.assert_array_equal(other, maps[0])
     assert maps[0].any(), "nothing was segmented"
-  names = (out / "itksnap_labels.txt").read_text()
+  names = (out / "itksnap_labels.txt").read_text("utf-8")
   assert '"liver"' in names
   status, said, _ = run(capsys, "evaluate", tmp_path / "nrrd", tmp_path / "nifti")
   assert status == 0 and "1.0000" in said

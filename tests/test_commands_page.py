@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rfmedsam2_jax.cli.entry import STATUSES, make_parser
 
-PAGE = (Path(__file__).parents[1] / "docs" / "commands.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "commands.md").read_text("utf-8")
 OF_ALL = {"--help", "--quiet", "--json"}
 
 

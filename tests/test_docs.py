@@ -143,5 +143,5 @@ def test_every_block_is_of_a_kind_that_is_tested_or_output():
 
 
 def test_contributing_says_what_is_not_run():
-  text = (ROOT / "CONTRIBUTING.md").read_text()
+  text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
   assert [name for name in NOT_RUN if f"`{name}`" not in text] == []

@@ -66,7 +66,7 @@ def test_structure_that_a_case_lacks_is_left_out_of_the_mean_and_json_is_strict(
   assert np.isnan(with_empty.cases["c"]["1"].dice)
   assert with_empty.of_structure("1").dice > 0
   save_scores(tmp_path / "scores.json", with_empty)
-  content = json.loads((tmp_path / "scores.json").read_text())
+  content = json.loads((tmp_path / "scores.json").read_text("utf-8"))
   assert content["cases"]["c"]["1"]["dice"] is None
   assert content["mean"]["dice"] == with_empty.mean.dice
   assert "mean of 3 cases" in table(with_empty)

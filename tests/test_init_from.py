@@ -60,7 +60,7 @@ def test_frozen_parameters_are_the_checkpoints_and_adapters_are_trained(trained,
 
 
 def test_a_run_remembers_where_it_started(trained):
-  about = json.loads((trained / "init_from.json").read_text())
+  about = json.loads((trained / "init_from.json").read_text("utf-8"))
   assert about["source"] == "a test" and about["sam2"]["image_size"] == 96
 
 

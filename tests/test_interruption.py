@@ -63,7 +63,7 @@ with replacing(sys.argv[1]) as temporary:
 """)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 130, error
-  assert os.listdir(tmp_path) == ["result"] and (tmp_path / "result").read_text() == "old"
+  assert os.listdir(tmp_path) == ["result"] and (tmp_path / "result").read_text("utf-8") == "old"
 
 
 def test_ignored_signals_stay_ignored():

@@ -13,7 +13,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.report import niivue
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
 def test_the_version_is_the_same_everywhere(capsys):
@@ -21,12 +21,12 @@ def test_the_version_is_the_same_everywhere(capsys):
     main(["--version"])
   assert status.value.code == 0
   assert capsys.readouterr().out == f"rfmedsam2 {PROJECT['version']}\n"
-  citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+  citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
   assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
 
 
 def test_the_citation_has_what_its_format_asks_for():
-  citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+  citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
   assert citation["cff-version"] == "1.2.0" and citation["message"]
   for work in (citation, *citation["references"]):
     assert work["type"] and work["title"] and work["authors"]

@@ -83,7 +83,7 @@ def report(folder, *arguments):
 
 def payload(folder, name):
   (path,) = (p for p in (folder / "report" / "volumes").glob("*.js") if p.stem.endswith(name))
-  text = path.read_text().removeprefix("window.reportCase = ").removesuffix(";\n")
+  text = path.read_text("utf-8").removeprefix("window.reportCase = ").removesuffix(";\n")
   return json.loads(text)
 
 
@@ -95,15 +95,15 @@ def test_scores_are_those_of_evaluate_and_the_worst_case_is_first(folders, monke
   monkeypatch.setattr(niivue, "bundle", lambda: niivue._FOLDER / niivue.LICENSE)
   (folders / "pred" / "lonely.nii.gz").unlink()
   assert report(folders, "--ref", folders / "ref", "--images", folders / "images") == 0
-  found = json.loads((folders / "report" / "report.json").read_text())
+  found = json.loads((folders / "report" / "report.json").read_text("utf-8"))
   assert found["scores"]["cases"]["good"]["liver"]["dice"] == 1
   values = folders / "scores.json"
   both = [str(folders / "pred"), str(folders / "ref")]
   assert main(["evaluate", *both, "--scores", str(values)]) == 0
-  theirs = json.loads(values.read_text())["cases"][EVIL]
+  theirs = json.loads(values.read_text("utf-8"))["cases"][EVIL]
   assert found["scores"]["cases"][EVIL] == {"liver": theirs["1"], "<b>bone</b>": theirs["7"]}
   assert [case["case"] for case in found["cases"]] == [EVIL, "good"]
-  index = (folders / "report" / "index.html").read_text()
+  index = (folders / "report" / "index.html").read_text("utf-8")
   assert index.index("1-_script_alert_1_") < index.index("2-good")
   # The generator had it right: the stages' table says so.
   assert re.search(r"Dice after every stage.*?1\.000.*?0\.667", index, re.S)
@@ -112,10 +112,10 @@ def test_scores_are_those_of_evaluate_and_the_worst_case_is_first(folders, monke
 def test_names_and_messages_are_text_and_nothing_else(folders):
   assert report(folders, "--ref", folders / "ref") == 0
   for page in folders.glob("report/**/*.html"):
-    text = page.read_text()
+    text = page.read_text("utf-8")
     assert "<script>alert" not in text and "<b>bone" not in text and "<i>disagree" not in text
     assert "&lt;script&gt;alert" in text
-  assert "the stages &lt;i&gt;disagree" in (folders / "report" / "index.html").read_text()
+  assert "the stages &lt;i&gt;disagree" in (folders / "report" / "index.html").read_text("utf-8")
   for path in folders.glob("report/**/*"):
     assert re.fullmatch(r"[\w.-]+", path.name), path
 
@@ -123,10 +123,10 @@ def test_names_and_messages_are_text_and_nothing_else(folders):
 def test_pages_load_nothing_from_elsewhere_and_every_link_has_its_file(folders):
   assert report(folders, "--ref", folders / "ref", "--images", folders / "images") == 0
   for page in folders.glob("report/**/*.html"):
-    for link in re.findall(r'(?:src|href)="([^"]*)"', page.read_text()):
+    for link in re.findall(r'(?:src|href)="([^"]*)"', page.read_text("utf-8")):
       if link[0] != "#" and link != "data:,":
         assert (page.parent / link).is_file(), link
-    assert str(folders) not in page.read_text()
+    assert str(folders) not in page.read_text("utf-8")
 
 
 def test_volumes_are_the_files_and_stages_lie_beside(folders, monkeypatch):
@@ -210,7 +210,7 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_made(folders, monkey
   (pred / "lost.json").write_text(json.dumps({"case": "lost", "structures": {}}))
   assert report(folders, "--ref", folders / "ref", "--images", folders / "images") == 0
   said = capsys.readouterr().err
-  index = (folders / "report" / "index.html").read_text()
+  index = (folders / "report" / "index.html").read_text("utf-8")
   for text in (
     "good.json: shape", "cannot be read as NIfTI", "lost: its label map is missing",
     "lonely: has no reference", "lonely: its image is not in the folder",
@@ -262,12 +262,12 @@ def test_an_unfinished_run_says_what_it_lacks(tmp_path, capsys):
   run.mkdir()
   (run / "config.yaml").write_text("seed: 0")
   assert main(["report", str(run), "--out", str(tmp_path / "a")]) == 0
-  index = (tmp_path / "a" / "index.html").read_text()
+  index = (tmp_path / "a" / "index.html").read_text("utf-8")
   assert "No validation scores" in index and "No curves" in index and "plan.json" in index
   line = {"phase": "<x>", "step": 1, "loss": 2.0, "validation/stage0 $Dice": 0.5}
   (run / "log.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(line | {'step': 2})}\n{{")
   assert main(["report", str(run), "--out", str(tmp_path / "b")]) == 0
-  index = (tmp_path / "b" / "index.html").read_text()
+  index = (tmp_path / "b" / "index.html").read_text("utf-8")
   assert "&lt;x&gt;: training" in index and "currentColor" in index
 
 
@@ -277,7 +277,8 @@ def test_without_the_viewer_all_else_is_there_and_says_how_to_get_it(folders, mo
   assert niivue.ADVICE in capsys.readouterr().err
   pages = list(folders.glob("report/cases/*.html"))
   assert len(pages) == 3
-  assert all(niivue.ADVICE in p.read_text() and "viewer.js" not in p.read_text() for p in pages)
+  texts = [page.read_text("utf-8") for page in pages]
+  assert all(niivue.ADVICE in text and "viewer.js" not in text for text in texts)
   assert not (folders / "report" / "volumes").exists()
 
 

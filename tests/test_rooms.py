@@ -39,7 +39,7 @@ LAST = {
 def imports_of(path: Path) -> set[str]:
   """Rooms that a file imports, anywhere in it."""
   found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
     names = []
     if isinstance(node, ast.Import):
       names = [alias.name for alias in node.names]
@@ -59,7 +59,7 @@ def room_of(path: Path) -> str:
 
 
 def test_every_room_is_part_of_the_wheel():
-  settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+  settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))
   rooms = {f"rfmedsam2_jax.{p.parent.name}" for p in PACKAGE.glob("*/__init__.py")}
   listed = set(settings["tool"]["setuptools"]["packages"])
   assert listed == rooms | {"rfmedsam2_jax", "rfmedsam2_jax.configs"}
@@ -76,7 +76,7 @@ def test_rooms_import_only_what_lies_before_them(path):
 
 def test_the_package_never_imports_torch_or_the_converter():
   for path in PACKAGE.rglob("*.py"):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
       names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
       names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
       assert not any(name.split(".")[0] in ("torch", "convert") for name in names), path

@@ -64,7 +64,7 @@ def test_structures_are_followed_on_the_inputs_grid(scan, checkpoint, tmp_path, 
   np.testing.assert_array_equal(found.affine, image.affine)
   labels = np.asarray(found.dataobj)
   assert set(np.unique(labels)) == {0, 2, 7}
-  scores = json.loads((tmp_path / "scan.json").read_text())["structures"]
+  scores = json.loads((tmp_path / "scan.json").read_text("utf-8"))["structures"]
   voxel_ml = 2.0 * 2.5 * 4.0 / 1000
   for value in (2, 7):
     volume = scores[str(value)]["volume_ml"]
@@ -274,6 +274,6 @@ def test_results_that_exist_are_not_lost(scan, checkpoint, tmp_path, capsys):
   (tmp_path / "scan.nii.gz").write_text("mine")
   status, _, error = track(capsys, scan, checkpoint, tmp_path, *BOXES)
   assert status == 2 and "--overwrite" in error
-  assert (tmp_path / "scan.nii.gz").read_text() == "mine"
+  assert (tmp_path / "scan.nii.gz").read_text("utf-8") == "mine"
   status, _, error = track(capsys, scan, checkpoint, scan.parent, *BOXES, "--overwrite")
   assert status == 2 and "own result" in error

@@ -185,7 +185,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
 
 
 def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):
-  before = (tiny_run / "log.jsonl").read_text()
+  before = (tiny_run / "log.jsonl").read_text("utf-8")
   assert main(["train", str(tiny_config), "--out", str(tiny_run)]) == 2
   assert "--resume or start anew with --overwrite" in capsys.readouterr().err
   # Another config does not resume it either.
@@ -194,7 +194,7 @@ def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):
   # Where and how it is computed may change.
   assert main(["train", str(tiny_config), "--out", str(tiny_run), "--resume", "sam2.remat=block",
                "generator.remat=dots", "mesh.data=1"]) == 0
-  assert (tiny_run / "log.jsonl").read_text() == before
+  assert (tiny_run / "log.jsonl").read_text("utf-8") == before
 
 
 def test_a_run_in_use_is_refused_and_a_dead_owner_leaves_no_lock(tmp_path):

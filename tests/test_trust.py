@@ -37,7 +37,7 @@ def details_of(path: Path) -> dict:
   def refuse(constant: str):
     raise AssertionError(f"{constant} is no JSON")
 
-  return json.loads(path.read_text(), parse_constant=refuse)
+  return json.loads(path.read_text("utf-8"), parse_constant=refuse)
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -165,7 +165,7 @@ def test_runs_of_older_versions_say_what_they_can(tiny_run, unseen, tmp_path):
   restore = dataclasses.replace(preprocess(volume, model.plan).restore, native_spacing=(99, 5, 5))
   kinds = lambda m: {n.kind for n in unusual_input(m, restore, shifted)}  # noqa: E731
   assert kinds(model) == {"spacing", "extent", "intensities"}
-  content = json.loads((tiny_run / "fingerprint.json").read_text())
+  content = json.loads((tiny_run / "fingerprint.json").read_text("utf-8"))
   for case in content["cases"]:
     del case["quantiles"]
   (tmp_path / "old.json").write_text(json.dumps(content))

@@ -38,7 +38,7 @@ class Clock:
 
   def __init__(self, path: Path):
     self.path = path
-    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    self.seconds: dict[str, float] = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
   def save(self) -> None:
     temporary = self.path.with_suffix(".new")
@@ -59,7 +59,7 @@ class Clock:
 
 def link_dataset(source: Path, train: list[str], folder: Path) -> None:
   """The training cases in nnU-Net's raw layout."""
-  description = json.loads((source / "dataset.json").read_text())
+  description = json.loads((source / "dataset.json").read_text("utf-8"))
   channels = description.get("channel_names") or description["modality"]
   labels = description["labels"]
   if "0" in labels:  # the Decathlon's way: number to name
@@ -93,7 +93,7 @@ def make_trainer(folder: Path, epochs: int):
         self.began = now
 
   plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-  description = json.loads((folder / "dataset.json").read_text())
+  description = json.loads((folder / "dataset.json").read_text("utf-8"))
   trainer = Trainer(plans, "3d_fullres", "all", description, torch.device("cpu"))
   # Here and not in a constructor, whose arguments nnU-Net wants to have its own names.
   trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = STEPS_PER_EPOCH, 1
@@ -130,7 +130,7 @@ def main() -> None:
     (work / name).mkdir(parents=True, exist_ok=True)
   # One process makes batches beside the training, which has the rest of the cores.
   os.environ["nnUNet_n_proc_DA"] = "1"
-  split = json.loads(options.splits.read_text())
+  split = json.loads(options.splits.read_text("utf-8"))
   clock = Clock(work / "clock.json")
   folder = work / "preprocessed" / DATASET
   if "preprocessing" not in clock.seconds:
@@ -143,7 +143,7 @@ def main() -> None:
       api.extract_fingerprints([4], num_processes=2, verbose=False)
       api.plan_experiments([4])
       api.preprocess([4], configurations=["3d_fullres"], num_processes=[2])
-    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    plans = json.loads((folder / "nnUNetPlans.json").read_text("utf-8"))
     plans["configurations"]["3d_fullres"]["batch_size"] = BATCH
     (folder / "nnUNetPlans.json").write_text(json.dumps(plans, indent=1))
   if options.epochs:

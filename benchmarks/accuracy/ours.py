@@ -88,13 +88,13 @@ def main() -> None:
   clock.add(part, time.monotonic() - since)
   if process.returncode:
     raise SystemExit(process.returncode)
-  result = json.loads((run / "validation.json").read_text())
+  result = json.loads((run / "validation.json").read_text("utf-8"))
   about = {
     "what": "rfmedsam2_jax", "config": str(options.config), "overrides": options.overrides,
     "from": str(options.source) if options.source else None,
     "seconds": {name: round(value, 1) for name, value in clock.seconds.items()},
     "machine": platform.machine(), "cores": os.cpu_count(),
-    "versions": json.loads((run / "versions.json").read_text()),
+    "versions": json.loads((run / "versions.json").read_text("utf-8")),
   }
   save(options.out, about, result)
 

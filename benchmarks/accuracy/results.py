@@ -46,7 +46,7 @@ def score_nnunet(work: Path, dataset: Path, out: Path) -> None:
   scores = evaluate_folders(
     work / "predictions", dataset / "labelsTr", found.labels, partial=True
   )
-  save(out, json.loads((work / "about.json").read_text()), {"nnU-Net": as_dict(scores)})
+  save(out, json.loads((work / "about.json").read_text("utf-8")), {"nnU-Net": as_dict(scores)})
 
 
 def dice_of(stage: dict[str, Any]) -> dict[str, float]:
@@ -81,7 +81,7 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, floa
 def table(paths: list[Path], against: str | None) -> str:
   rows = {}
   for path in paths:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text("utf-8"))
     minutes = sum(
       content["seconds"].get(part, 0) for part in ("preprocessing", "training")
     ) / 60

@@ -129,7 +129,7 @@ def main() -> None:
     "prompts": options.prompts, "corrupt": options.corrupt,
     "seconds": {"per volume": round(float(np.median(seconds[1:] or seconds)), 2)},
     "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    "versions": json.loads((options.run / "versions.json").read_text()),
+    "versions": json.loads((options.run / "versions.json").read_text("utf-8")),
   }
   stages = {f"stage{n}": as_dict(Scores(labels.names, 1.0, s)) for n, s in enumerate(found)}
   save(options.out, about, stages)

@@ -106,12 +106,12 @@ def test_no_checkpoint_of_nnunet_is_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_converted_network_is_the_generator_of_a_run_without_steps(tmp_path, capsys, tiny_config):
-  tree = yaml.safe_load(tiny_config.read_text())
+  tree = yaml.safe_load(tiny_config.read_text("utf-8"))
   data = read_dataset(tree["data"]["dataset"])
   labels = {"background": 0} | {s.name: s.values[0] for s in data.labels.structures}
   write_model(tmp_path / "model", ISOTROPIC, 1, labels)
   assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
-  made = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+  made = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text("utf-8"))
   # The rest of the tiny config, so that the refiner is quick; the phantoms' channel has its name.
   made["plan"]["channels"][0]["name"] = data.channels[0]
   tree |= {"plan": made["plan"], "generator": made["generator"]}
@@ -131,7 +131,7 @@ def test_a_converted_network_is_the_generator_of_a_run_without_steps(tmp_path, c
   a, b = (load_params(folder, shapes) for folder in folders)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert (run / "refiner" / "params").is_dir()
-  start = json.loads((run / "generator_init_from.json").read_text())
+  start = json.loads((run / "generator_init_from.json").read_text("utf-8"))
   used = next((tmp_path / "model").rglob("checkpoint_final.pth"))
   digest = hashlib.sha256(used.read_bytes()).hexdigest()
   assert start == read_about(tmp_path / "out")

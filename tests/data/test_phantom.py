@@ -33,7 +33,7 @@ def test_phantom_files_differ_in_orientation_and_agree_in_world_space(tmp_path):
 
 def test_phantom_is_a_complete_dataset_and_is_not_overwritten(tmp_path):
   folder = write_phantom(tmp_path, SMALL)
-  description = json.loads((folder / "dataset.json").read_text())
+  description = json.loads((folder / "dataset.json").read_text("utf-8"))
   assert list(description["labels"]) == ["background", *organ_names()]
   count = {k: len(list((folder / k).iterdir())) for k in ("imagesTr", "labelsTr", "imagesTs")}
   assert count == {"imagesTr": 3, "labelsTr": 3, "imagesTs": 1}

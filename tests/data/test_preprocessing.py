@@ -337,7 +337,7 @@ def test_a_plan_is_strict_json(tmp_path):
                            ChannelRule("PET", "zscore")) and not plan.crops_to_nonzero
   save_json(tmp_path / "fingerprint.json", found)
   assert load_json(tmp_path / "fingerprint.json", Fingerprint) == found
-  content = json.loads((tmp_path / "plan.json").read_text())
+  content = json.loads((tmp_path / "plan.json").read_text("utf-8"))
   content["channels"][0]["colour"] = 1
   (tmp_path / "plan.json").write_text(json.dumps(content))
   with pytest.raises(UserError, match="plan.json: channels.0.colour"):

@@ -64,7 +64,7 @@ def lost_steps(run: Path) -> int:
   """Steps that were logged but are not in a finished checkpoint, of the phase that was running."""
   lines = []
   if (run / "log.jsonl").exists():
-    for line in (run / "log.jsonl").read_text().splitlines():
+    for line in (run / "log.jsonl").read_text("utf-8").splitlines():
       try:
         lines.append(json.loads(line))
       except ValueError:

@@ -66,7 +66,7 @@ def wait_for_step(run, phase, step):
   """Until a step is in the log; the run is long enough not to end before that is seen."""
   for _ in range(3000):
     if (run / "log.jsonl").exists():
-      lines = (run / "log.jsonl").read_text().splitlines()
+      lines = (run / "log.jsonl").read_text("utf-8").splitlines()
       found = [json.loads(line) for line in lines if line.endswith("}")]
       if any(line["phase"] == phase and line["step"] >= step for line in found):
         return

@@ -104,7 +104,7 @@ def _died(status: int) -> str:
 def _busy(pid: int) -> float:
   """Seconds that all threads of a process have computed."""
   try:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
   except (OSError, IndexError):
     return 0.0

@@ -50,7 +50,7 @@ def evaluated():
 
     def dice_is_numpys() -> str:
       ours, truth = whole_numbers(path), whole_numbers(reference)
-      found = json.loads(scores.read_text())["cases"]["scan"]
+      found = json.loads(scores.read_text("utf-8"))["cases"]["scan"]
       for value in sorted({*np.unique(ours).tolist(), *np.unique(truth).tolist()} - {0})[:50]:
         a, b = ours == value, truth == value
         dice = 2 * float((a & b).sum()) / float(a.sum() + b.sum())
@@ -98,7 +98,7 @@ def masks():
 
       def right() -> str:
         wanted = {str(v) for v in np.unique(whole_numbers(path)) if v}
-        found = set(json.loads((out / "scan.json").read_text())["structures"])
+        found = set(json.loads((out / "scan.json").read_text("utf-8"))["structures"])
         return "" if found == wanted else f"structures {sorted(found)}, the map has {wanted}"
       return Attempt(
         lambda: main(["track", str(stage.scan), "--checkpoint", str(stage.checkpoint), "--masks",
@@ -135,9 +135,9 @@ def datasets():
     scores = folder / "out" / "scores.json"
 
     def names_are_the_files() -> str:
-      labels = json.loads((folder / "data" / "dataset.json").read_text())["labels"]
+      labels = json.loads((folder / "data" / "dataset.json").read_text("utf-8"))["labels"]
       wanted = {name for name, value in labels.items() if value != 0 and name != "ignore"}
-      found = set(json.loads(scores.read_text())["structures"])
+      found = set(json.loads(scores.read_text("utf-8"))["structures"])
       return "" if found == wanted else f"structures {sorted(found)}, the file has {sorted(wanted)}"
     return Attempt(
       lambda: main(["evaluate", str(stage.labels), str(stage.labels), "--labels",
@@ -168,7 +168,7 @@ def datasets():
   }.items():
     def changed(folder, rng, stage, change=change):
       path = copied(folder, stage) / "dataset.json"
-      path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+      path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **change}))
       return described_as(folder, stage)
     yield f"dataset.json: {name}", changed
   for way, damage in WAYS.items():

@@ -94,7 +94,7 @@ def descriptions():
       shutil.copytree(stage.checkpoint, checkpoint)
       (file,) = (p for p in (checkpoint / "about").rglob("*") if p.is_file()
                  and b'"sam2"' in p.read_bytes())
-      about = json.loads(file.read_text())
+      about = json.loads(file.read_text("utf-8"))
       about["sam2"] = {**about["sam2"], **change} if isinstance(change, dict) and change else change
       file.write_text(json.dumps(about))
       return track(stage, checkpoint, folder)

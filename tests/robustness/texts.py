@@ -61,7 +61,7 @@ def prompts():
 
     def says_the_same() -> str:
       wanted = sorted({str(entry["label"]) for entry in json.loads(content)})
-      found = sorted(json.loads((out / "scan.json").read_text())["structures"])
+      found = sorted(json.loads((out / "scan.json").read_text("utf-8"))["structures"])
       return "" if found == wanted else f"structures {found}, the file has {wanted}"
     return Attempt(
       lambda: main(["track", str(stage.scan), "--checkpoint", str(stage.checkpoint), "--out",
@@ -140,7 +140,7 @@ def says_the_config(path: Path, found) -> str:
       # A number that YAML takes for text, 1e-4; a word that it does not take for a truth value.
       return "" if str(mine) == tree or float(tree) == mine else where
     return "" if tree == mine else where
-  where = differs(yaml.safe_load(path.read_text()) or {}, dataclasses.asdict(found), "")
+  where = differs(yaml.safe_load(path.read_text("utf-8")) or {}, dataclasses.asdict(found), "")
   return f"{where} is not what YAML reads" if where else ""
 
 
@@ -248,7 +248,7 @@ def runs():
       import rfmedsam2_jax
 
       model = rfmedsam2_jax.load(run)
-      ours, theirs = (json.loads((r / "plan.json").read_text()) for r in (run, stage.run))
+      ours, theirs = (json.loads((r / "plan.json").read_text("utf-8")) for r in (run, stage.run))
       if ours != theirs or model.refinement != stage.model.refinement:
         return ""  # another plan that is valid
       return same_as_ever(stage, model)

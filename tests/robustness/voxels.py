@@ -132,7 +132,7 @@ def tracked():
 
         def on_its_grid() -> str:
           seen, found = witnesses.read(path), nib.load(out / "scan.nii.gz")
-          values = {0, *map(int, json.loads((out / "scan.json").read_text())["structures"])}
+          values = {0, *map(int, json.loads((out / "scan.json").read_text("utf-8"))["structures"])}
           if found.shape != tuple(seen.shape) or not np.array_equal(found.affine, seen.affine):
             return "the label map is not on the file's grid"
           return "" if set(np.unique(found.dataobj)) <= values else "values nobody prompted"

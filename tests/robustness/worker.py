@@ -29,7 +29,7 @@ def main() -> None:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(stage.place / "cache")
   with captured(stage.place / f"warm-{os.getpid()}"):
     warm(stage)
-  size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+  size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
   resource.setrlimit(resource.RLIMIT_AS, (size + MORE, size + MORE))
   print(json.dumps({"memory": status_bytes("VmRSS")}), file=answers, flush=True)
   for line in sys.stdin:
@@ -136,7 +136,7 @@ def _listen(reading: int, said: bytearray) -> None:
 
 
 def status_bytes(name: str) -> int:
-  for line in Path("/proc/self/status").read_text().splitlines():
+  for line in Path("/proc/self/status").read_text("utf-8").splitlines():
     if line.startswith(name + ":"):
       return int(line.split()[1]) << 10
   raise KeyError(name)
