@@ -56,6 +56,13 @@ def test_the_generator_alone_is_the_arg_max_of_its_softmax():
   assert (softmax.max(axis=-1) < 0.5).any()
 
 
+def test_background_as_the_rest_leaves_no_gap_between_neighbours_that_are_unsure():
+  """Both are below the threshold, but together they rule background out."""
+  unsure = source([0.45, 0.45, 0.2, 0.3], [0.4, 0.1, 0.2, 0.6])
+  assert fuse([unsure], (1, 2), SHAPE).labels.ravel().tolist() == [0, 0, 0, 2]
+  assert fuse([unsure], (1, 2), SHAPE, exclusive=True).labels.ravel().tolist() == [1, 0, 0, 2]
+
+
 def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
   odds = np.full((3, 2, 2), 2.0, np.float16)
   logits = np.stack([np.full((2, 2), x, np.float16) for x in (-1024, 1, 3)])

@@ -22,7 +22,8 @@ from small_sam2 import (
 )
 
 from rfmedsam2_jax.losses import RefinerLossConfig
-from rfmedsam2_jax.nn import MemorySlots, box_prompts
+from rfmedsam2_jax.nn import SAM2, AdapterConfig, MemorySlots, box_prompts
+from rfmedsam2_jax.nn.adapters import MaskAdapter
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig, refine_volume, volume
 from rfmedsam2_jax.refinement import stages as stages_lib
@@ -73,7 +74,7 @@ def start_cells(present=PRESENT):
   """CellPrompts with leading axis K * D."""
   prompts = volume_prompts(present)
   flat = {name: getattr(prompts, name).reshape(present.size, *getattr(prompts, name).shape[2:])
-          for name in CellPrompts._fields}
+          for name in CellPrompts._fields if name != "nearby"}
   return CellPrompts(**flat | {"logits": flat["logits"].astype(np.float32)})
 
 
@@ -142,7 +143,9 @@ def reference(params, stage, features, cells, pointers, config, depth):
   return outputs, memories
 
 
-def on_grid(params, config, cells, depth=DEPTH, inside=None, count=DEPTH, features=None):
+def on_grid(
+  params, config, cells, depth=DEPTH, inside=None, count=DEPTH, features=None, model=MODEL
+):
   """All stages over one run, on features made beforehand, since the trunk compiles slowly."""
   inside = np.ones((1, count), bool) if inside is None else inside
 
@@ -150,7 +153,7 @@ def on_grid(params, config, cells, depth=DEPTH, inside=None, count=DEPTH, featur
   def run(params, features, cells):
     with mock.patch.object(stages_lib, "encode_slices", lambda *_: features):
       return stages_lib.all_stages_on_grid(
-        MODEL, params, config, None, cells, inside, np.array([depth])
+        model, params, config, None, cells, inside, np.array([depth])
       )
 
   return run(params, features_of(params, count) if features is None else features, cells)
@@ -163,7 +166,7 @@ def grid_results():
 
 def following(params, outputs, tracks, depth=DEPTH):
   """Prompts and pointers that the reference's outputs make for the next stage."""
-  cells = {name: [] for name in CellPrompts._fields}
+  cells = {name: [] for name in CellPrompts._fields if name != "nearby"}
   pointers = []
   for k in range(tracks):
     for z in range(depth):
@@ -302,10 +305,10 @@ def test_gradients_through_empty_slots_are_finite():
   assert relative(out.logits[2], alone.logits[2]) > 1e-3
 
 
-def run_volume(params, config, prompts=None, count=DEPTH):
+def run_volume(params, config, prompts=None, count=DEPTH, model=MODEL):
   slices = images(count)
   return refine_volume(
-    MODEL, params, config, lambda z: slices[z], prompts or volume_prompts(PRESENT)
+    model, params, config, lambda z: slices[z], prompts or volume_prompts(PRESENT)
   )
 
 
@@ -328,6 +331,54 @@ def test_a_volume_of_gathered_cells_equals_the_grid():
     if not number:
       shown = np.where((presence > 0)[:, None, None], np.asarray(outputs.logits)[index], -1024)
       np.testing.assert_allclose(result.logits, shown, rtol=1e-3, atol=1e-3)
+
+
+CORRECTED = SAM2(dataclasses.replace(SMALL, adapters=AdapterConfig(False, False, mask=True)))
+
+
+def test_a_mask_adapter_adds_what_it_makes_of_the_masks_of_the_slices_around():
+  """Nearby masks by a plain loop; absent organs are -8, slices beyond the volume 0."""
+  params = drawn(CORRECTED.config)
+  without = jax.tree.map(lambda x: x, params)
+  without["sam_mask_decoder"].pop("adapter")
+  config, cells = dataclasses.replace(CONFIG, stages=(NEAR,)), start_cells()
+  with_it, _ = on_grid(params, config, cells, model=CORRECTED)[0]
+  plain, _ = on_grid(without, config, cells)[0]
+  nearby = np.zeros((2, DEPTH, 5, MASK_SIDE, MASK_SIDE), np.float32)
+  for k, z, r in np.ndindex(2, DEPTH, 5):
+    there = z + r - 2
+    if 0 <= there < DEPTH:
+      shown = cells.logits[k * DEPTH + there].clip(-8, 8) if PRESENT[k, there] else -8.0
+      nearby[k, z, r] = shown
+  stride4 = np.tile(features_of(params).high_res[0], (2, 1, 1, 1))
+  nearby = nearby.reshape(-1, *nearby.shape[2:])
+  trained = {"params": params["sam_mask_decoder"]["adapter"]}
+  expected = MaskAdapter().apply(trained, stride4, nearby)
+  assert np.abs(expected).max() > 0.1
+  assert relative(with_it.logits - plain.logits, expected) < 1e-4  # a difference of larger numbers
+  np.testing.assert_array_equal(with_it.presence, plain.presence)
+  fresh = MaskAdapter().init(jax.random.key(0), stride4, nearby)
+  assert not MaskAdapter().apply(fresh, stride4, nearby).any()
+
+
+@pytest.mark.parametrize("memory", ["neighbours", "none", "stream"])
+def test_a_volume_with_a_mask_adapter_equals_the_grid(memory):
+  params = drawn(CORRECTED.config)
+  config = dataclasses.replace(CONFIG, stages=(dataclasses.replace(NEAR, memory=memory),) * 2)
+  found = run_volume(params, config, model=CORRECTED)
+  expected = on_grid(params, config, start_cells(), model=CORRECTED)
+  if memory == "stream":  # trained as `neighbours`; what is added to its masks is the same
+    without = jax.tree.map(lambda x: x, params)
+    without["sam_mask_decoder"].pop("adapter")
+    assert relative(found[0].logits, run_volume(without, config)[0].logits) > 1e-2
+    return
+  for number, (result, (outputs, live)) in enumerate(zip(found, expected, strict=True)):
+    now = np.asarray(live).reshape(PRESENT.shape)[tuple(result.cells.T)]
+    index = result.cells[now] @ [DEPTH, 1]
+    shown = np.asarray(outputs.presence)[index] > 0
+    # Masks between stages are kept as float16.
+    ours, theirs = result.logits[now][shown], np.asarray(outputs.logits)[index][shown]
+    assert relative(ours, theirs) < (5e-3 if number else 1e-3)
 
 
 def test_what_stages_hand_on_of_cells_that_they_did_not_run(monkeypatch):

@@ -257,7 +257,7 @@ def fused(
     labels.output_values,
     segmentations[0].prepared.restore.native_shape,
     threshold=first.refinement.threshold,
-    exclusive=stage == 0,
+    exclusive=stage == 0 or first.refinement.background == "rest",
     regions=labels.regions,
     watch=watch,
   )

@@ -1,10 +1,11 @@
-"""The trainable parts that RFMedSAM 2 puts into a frozen SAM 2: DWConvAdapter and CNN-Adapter.
+"""The trainable parts of RFMedSAM 2 in a frozen SAM 2: DWConvAdapter, CNN-Adapter, and MaskAdapter.
 
-Both map an image-shaped tensor to its own shape and are the identity when fresh: the last layer
-starts at zero, so that a converted network with new adapters is SAM 2 itself. Their submodules are
-named `adapter` wherever they are placed, which is how the training config selects them.
+The first two are the paper's; they map an image-shaped tensor to its own shape. MaskAdapter is
+ours. All change nothing when fresh: the last layer starts at zero, so that a converted network with
+new adapters is SAM 2 itself. Their submodules are named `adapter` wherever they are placed, which
+is how the training config selects them.
 
-An adapter of one's own is a Linen module with the fields of these two, put in their place:
+An adapter of one's own is a Linen module with the fields of these, put in their place:
 
     class MyAdapters(AdapterConfig):
       after_attention = MyAdapter
@@ -19,7 +20,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.convolutions import depthwise_conv
-from rfmedsam2_jax.nn.layers import Array, DType, gelu, layer_norm
+from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm
+
+MASK_LIMIT = 8.0  # mask logits beyond +-this say nothing more
 
 
 class DWConvAdapter(nn.Module):
@@ -68,6 +71,41 @@ class CNNAdapter(nn.Module):
     return x_BHWC + _zero_dense(x_BHWC.shape[-1], self.dtype, "up")(y)
 
 
+class MaskAdapter(nn.Module):
+  """A correction of mask logits by convolutions on the mask grid; an adapter of our own.
+
+  What SAM 2's decoder says of a mask prompt has passed a grid of stride 16. This small U-Net of two
+  levels sees the mask of the stage before as it is, on the slices around too, beside the finest
+  features of the slice. It is for stages whose masks are nearly right.
+
+  Args:
+    width: channels at full resolution; twice as many at half.
+  """
+
+  width: int = 32
+  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self, high_res_NHWC: Array, nearby_NRHW: Array) -> Array:
+    """What is added to the mask logits, float32 [N, H, W].
+
+    Args:
+      high_res_NHWC: features of stride 4, see ImageFeatures.
+      nearby_NRHW: mask logits of the slices around, the cell's own in the middle; 0 where unknown.
+    """
+    logits = jnp.clip(nearby_NRHW, -MASK_LIMIT, MASK_LIMIT) / MASK_LIMIT
+    x = jnp.concatenate(
+      [high_res_NHWC, jnp.moveaxis(logits, 1, -1).astype(high_res_NHWC.dtype)], axis=-1
+    )
+    fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_0")(x))
+    coarse = conv2d(2 * self.width, 3, 2, padding=1, dtype=self.dtype, name="coarse_0")(fine)
+    coarse = conv2d(2 * self.width, 3, padding=1, dtype=self.dtype, name="coarse_1")(gelu(coarse))
+    coarse = nn.Dense(self.width, dtype=self.dtype, name="back")(gelu(coarse))
+    fine = fine + coarse.repeat(2, axis=1).repeat(2, axis=2)
+    fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_1")(fine))
+    return _zero_dense(1, self.dtype, "up")(fine)[..., 0].astype(jnp.float32)
+
+
 def _zero_dense(features: int, dtype: DType, name: str) -> nn.Dense:
   return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
 
@@ -77,16 +115,21 @@ class AdapterConfig:
   """Which adapters exist, and their size.
 
   Subclasses put other modules into the same places: `after_attention` and `after_convolution` are
-  called as `(width, dtype=..., name="adapter")` and map [B, H, W, C] to itself. Such a config works
-  with everything that takes a `SAM2Config`, but no file can describe it.
+  called as `(width, dtype=..., name="adapter")` and map [B, H, W, C] to itself; `on_masks` as
+  `(mask_width, dtype=...)`, see MaskAdapter. Such a config works with everything that takes a
+  `SAM2Config`, but no file can describe it.
   """
 
   dwconv: bool = True  # DWConvAdapters in Hiera, memory attention and mask decoder
   cnn: bool = True     # CNN-Adapters after the convolutions of the FPN neck
   width: int = 16      # channels inside an adapter; above 24 they exceed 1 % of SAM 2.1 base+
+  mask: bool = False   # MaskAdapter on the masks of every stage of refinement
+  mask_width: int = 32  # its channels
+  mask_reach: int = 2  # slices on either side whose masks of the stage before it sees
 
   after_attention: ClassVar[Any] = DWConvAdapter
   after_convolution: ClassVar[Any] = CNNAdapter
+  on_masks: ClassVar[Any] = MaskAdapter
 
   @property
   def own(self) -> bool:

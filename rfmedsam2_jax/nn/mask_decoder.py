@@ -76,10 +76,16 @@ class MaskDecoder(nn.Module):
       self.iou_hidden, masks, 3, sigmoid_output=True, dtype=self.dtype
     )
     self.pred_obj_score_head = MLP(self.width, 1, 3, dtype=self.dtype)
+    if self.adapters.mask:
+      self.adapter = self.adapters.on_masks(self.adapters.mask_width, dtype=self.dtype)
 
   def project_high_res(self, stride4_BHWC: Array, stride8_BHWC: Array) -> tuple[Array, Array]:
     """The neck's finer levels as the upscaling wants them: C/8 and C/4 channels."""
     return self.conv_s0(stride4_BHWC), self.conv_s1(stride8_BHWC)
+
+  def correct(self, stride4_NHWC: Array, nearby_NRHW: Array) -> Array:
+    """What the MaskAdapter adds to mask logits, float32 [N, 4G, 4G]."""
+    return self.adapter(stride4_NHWC, nearby_NRHW)
 
   def __call__(
     self,

@@ -292,6 +292,15 @@ class SAM2(nn.Module):
       pointer=jnp.where(present[:, None], decoded.pointer, no_pointer),
     )
 
+  def correct_masks(self, stride4: Array, nearby_NRhh: Array) -> Array:
+    """What the MaskAdapter adds to mask logits of cells, float32 [N, 4G, 4G].
+
+    Args:
+      stride4: the first of `ImageFeatures.high_res`, of the same cells.
+      nearby_NRhh: mask logits of the slices around, R = 2 mask_reach + 1; 0 where there is none.
+    """
+    return self.sam_mask_decoder.correct(stride4, nearby_NRhh)
+
   def mask_prompt(self, masks_NSS: Array) -> Array:
     """A given mask (0 or 1, image resolution) as a mask prompt [N, 4G, 4G] on its own scale.
 
@@ -311,6 +320,9 @@ class SAM2(nn.Module):
       features.high_res,
       box_prompts(jnp.zeros((n, 4)), mask=mask),
     )
+    if c.adapters.mask:
+      nearby = decoded.masks.repeat(2 * c.adapters.mask_reach + 1, axis=1)
+      self.correct_masks(features.high_res[0], nearby)
     gated = self.gate(decoded)
     maps = self.remember(features.embedding, gated.masks[:, 0], decoded.presence > 0)
     slots = MemorySlots(

@@ -42,6 +42,10 @@ class RefinementConfig:
   # masks: the last stage's masks, resized to the volume's grid. changes: the generator's own logits
   # plus what the stages changed of them on the mask grid, so that its detail between the pixels of
   # that grid is kept; for stages that are `residual`.
+  background: Literal["threshold", "rest"] = "threshold"
+  # threshold: a voxel with no organ above `threshold` is background. rest: where structures do not
+  # overlap, background has what they leave of 1 and must win like any of them, as in a softmax; two
+  # neighbours that are unsure where they meet leave no gap between them.
   threshold: float = 0.5  # foreground probability above which a voxel belongs to an organ
   generator_weight: float = 0.0  # share of the generator's vote in the fused probability, 0 to 1
 

@@ -88,8 +88,8 @@ def fuse(
     sources: one per run; their probabilities are averaged.
     output_values: label of each organ. shape: of the label map.
     threshold: a voxel with no organ above it is background.
-    exclusive: the probabilities of a softmax: background is whatever they leave, and the largest
-      share wins even below the threshold.
+    exclusive: taken as a softmax's: background is whatever they leave, and the largest share wins
+      even below the threshold.
     regions: structures may overlap; later ones are written over earlier ones (nnU-Net's
       regions_class_order).
     watch: takes every organ and its averaged probability, float32 [D, H, W], one after the other.

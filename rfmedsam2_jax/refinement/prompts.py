@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn import Prompts
+from rfmedsam2_jax.nn.adapters import MASK_LIMIT
 from rfmedsam2_jax.refinement.config import StageConfig
 
 Array = Any  # a JAX array or, in what the host uses, a numpy array
@@ -30,6 +31,7 @@ class CellPrompts(NamedTuple):
   boxes: float32 [N, 4], x0 y0 x1 y1 in pixels of the S x S image, inclusive.
   has_box, has_mask: bool [N].
   points: float32 [N, Q, 2]; point_labels: int32 [N, Q]. A person's clicks, -2 where is none.
+  nearby: float32 [N, R, 4G, 4G], see `nearby_logits`; None where no MaskAdapter asks for it.
   """
 
   logits: Array
@@ -39,6 +41,7 @@ class CellPrompts(NamedTuple):
   has_mask: Array
   points: Array
   point_labels: Array
+  nearby: Array = None
 
 
 def stage0_logits(logits: Array, regions: bool) -> Array:
@@ -120,6 +123,22 @@ def live_cells(present: Array, margin: int) -> Array:
   padded = xp.pad(present, [(0, 0)] * (present.ndim - 1) + [(margin, margin)])
   shifts = [padded[..., step : step + depth] for step in range(2 * margin + 1)]
   return xp.any(xp.stack(shifts), axis=0)
+
+
+def nearby_logits(logits: Array, presence: Array, inside: Array) -> Array:
+  """Mask logits of slices around a cell as a MaskAdapter takes them.
+
+  Args:
+    logits: float32 [..., R, 4G, 4G], of the cell and the slices on either side of it.
+    presence: float32 [..., R]. inside: bool [..., R], False for slices that are not there.
+
+  Returns:
+    float32 [..., R, 4G, 4G] within +-8: -8 where the organ is absent, 0 where there is no slice.
+  """
+  xp = logits.__array_namespace__()
+  limited = xp.clip(logits, -MASK_LIMIT, MASK_LIMIT)
+  limited = xp.where((presence > 0)[..., None, None], limited, -MASK_LIMIT)
+  return xp.where(inside[..., None, None], limited, 0.0)
 
 
 def anchor_score(presence: Array, logits: Array) -> Array:

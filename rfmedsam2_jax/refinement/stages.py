@@ -20,6 +20,7 @@ from rfmedsam2_jax.refinement.prompts import (
   CellPrompts,
   anchor_score,
   live_cells,
+  nearby_logits,
   next_prompts,
   residual_of,
   sam_prompts,
@@ -126,7 +127,7 @@ def decode_cells(
   """Masks from conditioned features and prompts: box and mask together, mask token 0 only."""
   prompts = sam_prompts(cells, stage.box, stage.mask)
   decoded = apply(model.config, params, conditioned, high_res, prompts, method="decode")
-  mask, presence = residual_of(cells, stage)
+  mask, presence = bias_of(model, params, stage, high_res, cells)
   decoded = decoded._replace(
     masks=decoded.masks.astype(jnp.float32) + mask[:, None],
     presence=decoded.presence.astype(jnp.float32) + presence,
@@ -138,6 +139,43 @@ def decode_cells(
     presence=decoded.presence,
     pointer=gated.pointer,
   )
+
+
+def bias_of(
+  model: SAM2,
+  params: Params,
+  stage: StageConfig,
+  high_res: tuple[Array, Array],
+  cells: CellPrompts,
+) -> tuple[Array, Array]:
+  """What is added to decoded mask logits [N, 4G, 4G] and presence logits [N]: see `residual_of`,
+  and the MaskAdapter's correction."""
+  mask, presence = residual_of(cells, stage)
+  if model.config.adapters.mask:
+    # Without the mask as a prompt the adapter has the image alone.
+    nearby = cells.nearby if stage.mask else jnp.zeros_like(cells.nearby)
+    mask = mask + apply(model.config, params, high_res[0], nearby, method="correct_masks")
+  return mask, presence
+
+
+def nearby_on_grid(
+  cells: CellPrompts, grid: tuple[int, int], inside: Array, reach: int
+) -> Array:
+  """`CellPrompts.nearby` of all cells of a [T, Z] grid of tracks and slices.
+
+  Args:
+    inside: bool [T, Z]. reach: slices on either side.
+  """
+  def around(x: Array) -> Array:
+    x = x.reshape(*grid, *x.shape[1:])
+    padded = jnp.pad(x, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
+    shifted = [padded[:, step : step + grid[1]] for step in range(2 * reach + 1)]
+    return jnp.stack(shifted, axis=2)
+
+  nearby = nearby_logits(
+    around(cells.logits), around(cells.presence), around(inside.reshape(-1))
+  )
+  return nearby.reshape(-1, *nearby.shape[2:])
 
 
 def absent_pointer(params: Params, like: Array) -> Array:
@@ -204,6 +242,9 @@ def stage_on_grid(
   cell_slice = jnp.arange(runs)[:, None, None] * length + jnp.arange(length)
   cell_slice = jnp.broadcast_to(cell_slice, (runs, tracks, length)).reshape(-1)
   cell_features = jax.tree.map(lambda x: x[cell_slice], features)
+  if model.config.adapters.mask:
+    reach = model.config.adapters.mask_reach
+    cells = cells._replace(nearby=nearby_on_grid(cells, grid, inside_TL, reach))
   if stage.memory == "none":
     conditioned = apply(model.config, params, cell_features.embedding, method="unconditioned")
     outputs = decode_cells(model, params, stage, conditioned, cell_features.high_res, cells)

@@ -24,8 +24,8 @@ from rfmedsam2_jax.refinement.prompts import (
   CellPrompts,
   anchor_score,
   live_cells,
+  nearby_logits,
   next_prompts,
-  residual_of,
   sam_prompts,
 )
 
@@ -110,6 +110,7 @@ _remember = spread(_remember_rows, static=[0], whole=[1, 2])
 _refine = spread(_refine_rows, static=[0, 2], whole=[1, 3, 4, 5])
 _decode = spread(_decode_rows, static=[0, 2], whole=[1, 3])
 _track = jax.jit(tracking.track, static_argnums=0)
+_bias = jax.jit(stages_lib.bias_of, static_argnums=(0, 2))
 _next = jax.jit(next_prompts, static_argnums=(2, 3))
 _score = jax.jit(anchor_score)
 _slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
@@ -205,7 +206,7 @@ def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
   for where, index in _batches(len(cells), size):
     batch = _next(outputs.logits[index], outputs.presence[index], side, config.box_margin)
     new.append(_host(batch, where.stop - where.start))
-  cell = CellPrompts(*(np.concatenate(parts) for parts in zip(*new, strict=True)))
+  cell = jax.tree.map(lambda *parts: np.concatenate(parts), *new)
   presence = np.zeros_like(prompts.presence)
   has_mask = np.zeros_like(prompts.has_mask)
   has_box = prompts.has_box & prompts.fixed_boxes
@@ -272,8 +273,18 @@ class _Features:
     return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)
 
 
-def _gather(prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray) -> CellPrompts:
+def _gather(
+  model: SAM2, prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray
+) -> CellPrompts:
+  adapters, nearby = model.config.adapters, None
+  if adapters.mask:
+    around = at[:, None] + np.arange(-adapters.mask_reach, adapters.mask_reach + 1)
+    depth = prompts.presence.shape[1]
+    here = organ[:, None], np.clip(around, 0, depth - 1)
+    logits = prompts.logits[here].astype(np.float32)
+    nearby = nearby_logits(logits, prompts.presence[here], (around >= 0) & (around < depth))
   return CellPrompts(
+    nearby=nearby,
     logits=prompts.logits[organ, at].astype(np.float32),
     presence=prompts.presence[organ, at],
     boxes=prompts.boxes[organ, at],
@@ -284,12 +295,12 @@ def _gather(prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray) -> CellPr
   )
 
 
-def _scores(prompts, live, cells, size) -> np.ndarray:
+def _scores(model, prompts, live, cells, size) -> np.ndarray:
   """Anchor scores [K, D]; zero where a cell is not live."""
   scores = np.zeros(live.shape, np.float32)
   organ, at = cells.T
   for where, index in _batches(len(cells), size):
-    batch = _gather(prompts, organ[index], at[index])
+    batch = _gather(model, prompts, organ[index], at[index])
     n = where.stop - where.start
     scores[organ[where], at[where]] = np.asarray(_score(batch.presence, batch.logits))[:n]
   return scores
@@ -307,7 +318,7 @@ def _run_cells(
   total = bucket(len(cells), size)
   compiling("the network", (model, stage, size, total, encoded.room), report)
   if stage.memory == "neighbours":
-    scores = _scores(prompts, live, cells, size)
+    scores = _scores(model, prompts, live, cells, size)
     # Padded, so that volumes of similar depth share a compilation; padding is not live.
     deep = [(0, 0), (0, -depth % DEPTH_BUCKET)]
     grids = (np.pad(x, deep) for x in (live, scores, prompts.given))
@@ -319,7 +330,7 @@ def _run_cells(
     progress, maps = Progress("memories", report), []
     for where, index in _batches(len(cells), size):
       progress(where.start, len(cells))
-      batch = _gather(prompts, organ[index], at[index])
+      batch = _gather(model, prompts, organ[index], at[index])
       remembered = _remember(model, params, encoded.store.embedding, rows[index], batch)
       maps.append(_host(remembered, where.stop - where.start))
     store = _joined(maps, total)
@@ -327,7 +338,7 @@ def _run_cells(
   progress = Progress("cells", report)
   for where, index in _batches(len(cells), size):
     progress(where.start, len(cells))
-    batch = _gather(prompts, organ[index], at[index])
+    batch = _gather(model, prompts, organ[index], at[index])
     if stage.memory == "neighbours":
       o, z = organ[index], at[index]
       valid = table.valid[o, z]
@@ -351,7 +362,7 @@ def _run_stream(
   live one that are not live are skipped, not remembered.
   """
   del pointers  # the recurrence makes its own
-  scores = _scores(prompts, live, cells, config.cells_per_batch)
+  scores = _scores(model, prompts, live, cells, config.cells_per_batch)
   found = []
   progress, organs = Progress("structures", report), np.unique(cells[:, 0])
   for done, organ in enumerate(organs):
@@ -364,11 +375,11 @@ def _run_stream(
     span = _padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True
-    cell = jax.tree.map(jnp.asarray, _gather(prompts, np.full(total, organ), span))
+    cell = jax.tree.map(jnp.asarray, _gather(model, prompts, np.full(total, organ), span))
     batch = sam_prompts(cell, stage.box, stage.mask)
-    mask_bias, presence_bias = residual_of(cell, stage)
     store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
     features = _rows(encoded.store, store_rows)
+    mask_bias, presence_bias = _bias(model, params, stage, features.high_res, cell)
     start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))
     out = _track(
       model,

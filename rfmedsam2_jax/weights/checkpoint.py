@@ -134,12 +134,13 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
       f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint"
     )
   theirs, ours = found.adapters, config.adapters
-  for kind in ("dwconv", "cnn"):
-    if getattr(theirs, kind) and (not getattr(ours, kind) or theirs.width != ours.width):
-      raise UserError(
-        f"{folder}: has {kind} adapters of width {theirs.width}; set sam2.adapters.{kind}=true and "
-        f"sam2.adapters.width={theirs.width}"
-      )
+  sizes = {"dwconv": ["width"], "cnn": ["width"], "mask": ["mask_width", "mask_reach"]}
+  for kind, fields in sizes.items():
+    alike = all(getattr(theirs, field) == getattr(ours, field) for field in fields)
+    if getattr(theirs, kind) and not (getattr(ours, kind) and alike):
+      wanted = [f"sam2.adapters.{field}={getattr(theirs, field)}" for field in fields]
+      settings = " and ".join([f"sam2.adapters.{kind}=true", *wanted])
+      raise UserError(f"{folder}: has {kind} adapters; set {settings}")
 
 
 def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Params:
