@@ -33,15 +33,18 @@ _RANGES: dict[str, tuple[float, float]] = {
   **dict.fromkeys((
     "log_every", "checkpoint_every", "keep_checkpoints", "convs_per_stage", "decoder_convs",
     "features", "batch_size", "microbatches", "slices", "structures", "cells_per_batch",
-    "slices_per_batch", "width", "threads", "prefetch",
+    "slices_per_batch", "width", "mask_width", "threads", "prefetch",
   ), _COUNT),
   **dict.fromkeys((
     "steps", "warmup_steps", "keep_best", "validate_every", "validation_cases", "live_margin",
     "learning_rate", "weight_decay", "box_margin", "workers", "voxel_budget",
   ), (0, 2**40)),
-  **dict.fromkeys(("ema_decay", "box_jitter", "oversample_foreground", "threshold"), _SHARE),
+  **dict.fromkeys((
+    "ema_decay", "box_jitter", "oversample_foreground", "threshold", "held_back",
+  ), _SHARE),
   "poolings": (0, 16), "clip_norm": (1e-12, 1e12), "spacing": (1e-3, 1e4), "patch_size": (1, 2**12),
-  "mirrored": (0, 2), "mirror_axes": (0, 2), "sam_channels": (0, 2**10), "fraction": (0.0, 1.0),
+  "mask_reach": (0, 16), "mirrored": (0, 2), "mirror_axes": (0, 2), "sam_channels": (0, 2**10),
+  "fraction": (0.0, 1.0),
 }
 
 

@@ -32,7 +32,7 @@ from rfmedsam2_jax.data.preprocessing import (
   save_case,
   stored_cases,
 )
-from rfmedsam2_jax.data.splits import Split, load_split, make_split, save_split
+from rfmedsam2_jax.data.splits import Split, divide, load_split, make_split, save_split
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.segmenter import (
   Segmenter,
@@ -109,13 +109,14 @@ def train(
     began = time.monotonic()
     split, plan = _plan(run, dataset, config, report)
     _check_generator(run, config, plan)
+    for_generator, for_refiner = divide(split.train, config.refiner.held_back, config.seed)
     cases = {case.identifier: case for case in dataset.cases}
     _preprocess(run, [cases[name] for name in split.train], dataset, plan, config, report)
     held_out = [cases[name] for name in split.validation]
     report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    segmenter = _generator(run, config, plan, split, held_out, report, profile)
-    _write_prompts(run, segmenter, split.train, report)
-    segmenter = _refiner(run, config, segmenter, split, held_out, report, profile)
+    segmenter = _generator(run, config, plan, for_generator, held_out, report, profile)
+    _write_prompts(run, segmenter, for_refiner, report)
+    segmenter = _refiner(run, config, segmenter, for_refiner, held_out, report, profile)
     if run.writes:
       save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = validate_run(run, segmenter, held_out, report)
@@ -319,7 +320,7 @@ def _train_network(
   run: RunFolder,
   config: Config,
   segmenter: Segmenter,
-  split: Split,
+  train: Sequence[str],
   held_out: Sequence[Case],
   params: Params,
   batches_from: Callable[[Sequence[int], int], Any],
@@ -330,6 +331,7 @@ def _train_network(
   """Trains one of the two networks and keeps its final parameters in the run's folder.
 
   Args:
+    train: identifiers of the cases that batches come from.
     params: fresh.
     batches_from: gives an iterator of some rows of a batch and those after it.
   """
@@ -367,7 +369,7 @@ def _train_network(
     ),
     functools.partial(batches_from, local_rows(mesh, settings.batch_size)),
     mesh,
-    split.train,
+    train,
     _samples(phase),
     validate if held_out else None,
     report,
@@ -380,7 +382,7 @@ def _generator(
   run: RunFolder,
   config: Config,
   plan: Plan,
-  split: Split,
+  train: Sequence[str],
   held_out: Sequence[Case],
   report: Report,
   profile: bool,
@@ -404,7 +406,7 @@ def _generator(
     def batches_from(rows: Sequence[int], start: int) -> Any:
       return generator_batches(
         run / "preprocessed",
-        split.train,
+        train,
         plan.patch_size,
         settings.batch_size,
         settings.augmentation,
@@ -416,7 +418,7 @@ def _generator(
       )
 
     _train_network(
-      phase, run, config, segmenter, split, held_out, params, batches_from, train_key, report,
+      phase, run, config, segmenter, train, held_out, params, batches_from, train_key, report,
       profile,
     )
   params = load_params(run.params("generator"), _generator_shapes(segmenter))
@@ -464,7 +466,7 @@ def _refiner(
   run: RunFolder,
   config: Config,
   segmenter: Segmenter,
-  split: Split,
+  train: Sequence[str],
   held_out: Sequence[Case],
   report: Report,
   profile: bool,
@@ -479,7 +481,7 @@ def _refiner(
     def batches_from(rows: Sequence[int], start: int) -> Any:
       return refiner_batches(
         run / "preprocessed",
-        split.train,
+        train,
         RunConfig(
           image_size=config.sam2.image_size,
           slices=settings.slices,
@@ -500,7 +502,7 @@ def _refiner(
       )
 
     _train_network(
-      refiner_phase(config, plan), run, config, segmenter, split, held_out, params, batches_from,
+      refiner_phase(config, plan), run, config, segmenter, train, held_out, params, batches_from,
       train_key, report, profile,
     )
   params = load_params(run.params("refiner"), _refiner_shapes(segmenter))

@@ -15,9 +15,11 @@ import optax
 import pytest
 from flax import traverse_util
 
+from rfmedsam2_jax import experiment
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
+from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.nn import init_params
@@ -161,6 +163,23 @@ def test_the_demos_run_killed_by_sigkill_in_each_phase_resumes_to_the_same_bits(
   pairs = zip(final_params(tmp_path / "calm"), final_params(tmp_path / "killed"), strict=True)
   for one, other in pairs:
     np.testing.assert_array_equal(one, other)
+
+
+def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypatch):
+  seen, original = {}, experiment._train_network
+
+  def watched(phase, run, config, segmenter, train, *rest):
+    seen[phase.name] = set(train)
+    return original(phase, run, config, segmenter, train, *rest)
+
+  monkeypatch.setattr(experiment, "_train_network", watched)
+  run = tmp_path / "run"
+  assert main(["train", str(tiny_config), "--out", str(run), "refiner.held_back=0.34",
+               "generator.loop.steps=1", "refiner.loop.steps=1"]) == 0
+  assert len(seen["generator"]) == 2 and len(seen["refiner"]) == 1
+  assert seen["generator"] | seen["refiner"] == set(load_split(run / "splits.json").train)
+  # Only what the refiner learns from needs the generator's masks.
+  assert {path.stem for path in (run / "prompts").glob("*.npy")} == seen["refiner"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, capsys):

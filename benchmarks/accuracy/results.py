@@ -5,7 +5,8 @@ python benchmarks/accuracy/results.py table FILE.json ... [--against NAME]
 
 A file holds what was run, seconds by part, and the scores of every stage (rfmedsam2_jax's
 `evaluate`, the same for all). `table` prints means over the cases and, against one of them, the
-mean paired difference of the Dice with its 95 % interval: 10,000 resamplings of the cases, seed 0.
+mean paired differences of Dice and HD95 with their 95 % intervals: 10,000 resamplings of the cases,
+seed 0.
 """
 
 import argparse
@@ -49,12 +50,13 @@ def score_nnunet(work: Path, dataset: Path, out: Path) -> None:
   save(out, json.loads((work / "about.json").read_text("utf-8")), {"nnU-Net": as_dict(scores)})
 
 
-def dice_of(stage: dict[str, Any]) -> dict[str, float]:
-  """Mean Dice over the structures of each case."""
-  return {
-    case: float(np.mean([s["dice"] for s in structures.values()]))
-    for case, structures in stage.items()
-  }
+def by_case(stage: dict[str, Any], metric: str) -> dict[str, float]:
+  """Mean over the structures of each case that have the metric; NaN where none has."""
+  found = {}
+  for case, structures in stage.items():
+    values = [s[metric] for s in structures.values() if s[metric] is not None]
+    found[case] = float(np.mean(values)) if values else math.nan
+  return found
 
 
 def mean_of(stage: dict[str, Any], metric: str) -> float:
@@ -66,12 +68,15 @@ def mean_of(stage: dict[str, Any], metric: str) -> float:
   return float(np.mean(means))
 
 
-def difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float, float]:
+def difference(
+  a: dict[str, Any], b: dict[str, Any], metric: str = "dice"
+) -> tuple[float, float, float]:
   """Mean of a - b over the cases, and its 95 % interval."""
-  of_a, of_b = dice_of(a), dice_of(b)
+  of_a, of_b = by_case(a, metric), by_case(b, metric)
   if of_a.keys() != of_b.keys():
     raise SystemExit("the files have scores of different cases")
   paired = np.array([of_a[case] - of_b[case] for case in sorted(of_a)])
+  paired = paired[np.isfinite(paired)]
   rng = np.random.default_rng(0)
   means = paired[rng.integers(len(paired), size=(RESAMPLINGS, len(paired)))].mean(1)
   low, high = np.quantile(means, [0.025, 0.975])
@@ -82,24 +87,30 @@ def table(paths: list[Path], against: str | None) -> str:
   rows = {}
   for path in paths:
     content = json.loads(path.read_text("utf-8"))
-    minutes = sum(
-      content["seconds"].get(part, 0) for part in ("preprocessing", "training")
-    ) / 60
+    seconds = content.get("training", {}).get("seconds", content["seconds"])
+    minutes = sum(seconds.get(part, 0) for part in ("preprocessing", "training")) / 60
+    cost = content["seconds"].get("per volume"), content.get("peak_gib")
     for name, stage in content["stages"].items():
-      rows[f"{path.stem}: {name}"] = (stage, minutes)
+      rows[f"{path.stem}: {name}"] = (stage, minutes, *cost)
   reference = rows[against][0] if against else None
   lines = [
-    "| | minutes | Dice | surface Dice 1 mm | HD95 mm | difference of Dice |",
-    "|---|---|---|---|---|---|",
+    "| | minutes | Dice | surface Dice 1 mm | HD95 mm | s per volume | GiB | difference of Dice | "
+    "of HD95 |",
+    "|---|---|---|---|---|---|---|---|---|",
   ]
-  for name, (stage, minutes) in rows.items():
+  for name, (stage, minutes, per_volume, peak) in rows.items():
     dice, surface, distance = (mean_of(stage, metric) for metric in METRICS)
-    shown = ""
-    if reference is not None and name != against:
-      mean, low, high = difference(stage, reference)
-      shown = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    time = "" if math.isclose(minutes, 0) else f"{minutes:.1f}"
-    lines.append(f"| {name} | {time} | {dice:.4f} | {surface:.4f} | {distance:.2f} | {shown} |")
+    cells = [
+      name, f"{minutes:.1f}" if minutes else "", f"{dice:.4f}", f"{surface:.4f}", f"{distance:.2f}",
+      "" if per_volume is None else f"{per_volume:.1f}", "" if peak is None else f"{peak:.1f}",
+    ]
+    for metric, digits in (("dice", 4), ("hd95", 2)):
+      shown = ""
+      if reference is not None and name != against:
+        mean, low, high = difference(stage, reference, metric)
+        shown = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+      cells.append(shown)
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 

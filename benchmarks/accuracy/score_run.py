@@ -5,7 +5,8 @@ python benchmarks/accuracy/score_run.py RUN --out FILE.json [--prompts oracle]
 
 --corrupt puts mistakes into the generator's masks before the stages see them: what does each stage
 recover? Overrides are of `refinement` and `inference` only, as in refinement.generator_weight=0.
-The file also has seconds per volume (the first one, which compiles, left out) and peak memory.
+The file also has seconds per volume (the first one, which compiles, left out), peak memory, and
+what RUN.json beside the run, if ours.py wrote it there, says of its training.
 """
 
 import argparse
@@ -124,8 +125,13 @@ def main() -> None:
         guess, reference, volume.geometry.spacing, labels.structures
       )
     print(f"{number + 1}/{len(cases)} {case.identifier}", flush=True)
+  trained = options.run.with_suffix(".json")
+  training = json.loads(trained.read_text("utf-8")) if trained.exists() else {}
   about = {
-    "what": "rfmedsam2_jax, scored", "run": str(options.run), "overrides": options.overrides,
+    "what": "rfmedsam2_jax, scored",
+    "training": {name: training[name] for name in ("config", "overrides", "from", "seconds")
+                 if name in training},
+    "run": str(options.run), "overrides": options.overrides,
     "prompts": options.prompts, "corrupt": options.corrupt,
     "seconds": {"per volume": round(float(np.median(seconds[1:] or seconds)), 2)},
     "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),

@@ -3,10 +3,10 @@
 python benchmarks/accuracy/study.py CONFIG --generator RUN --work FOLDER --results FOLDER
     [--only NAME ...] [--list]
 
-Every row of `ROWS` trains a refiner of its own on the generator of RUN (ours.py --from) and is
-scored by it; rows of `SCORED` score the first row's run in another way (score_run.py). Rows whose
-file is there are skipped, a row that was stopped goes on: give the same command again. Rows of
-`WEAK` train a generator on a few cases first.
+Every row of `ROWS` trains a refiner of its own on the generator of RUN (ours.py --from); rows of
+`SCORED` score the first row's run in another way. Rows of `WEAK` train a generator on a few cases
+first. All are scored by score_run.py. Rows whose file is there are skipped, a row that was stopped
+goes on: give the same command again.
 """
 
 import argparse
@@ -65,17 +65,18 @@ def main() -> None:
     if options.list or out.exists():
       print(f"{name}: {'done' if out.exists() else 'to do'}")
       continue
-    if name in SCORED:
-      command = ["score_run.py", str(reference), "--out", str(out), *SCORED[name]]
-    else:
-      run = ["--run", str(options.work / name), "--out", str(out)]
-      more = (
-        [f"data.split.train_cases={WEAK[name]}"] if name in WEAK
-        else ["--from", str(options.generator), *ROWS[name]]
-      )
-      command = ["ours.py", str(options.config), *run, *more]
-    print(f"{name}: {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
+    run, trained = options.work / name, options.work / f"{name}.json"
+    commands = []
+    if name not in SCORED:
+      made_from = ["--from", str(options.generator)] if name in ROWS else []
+      changes = ROWS[name] if name in ROWS else [f"data.split.train_cases={WEAK[name]}"]
+      commands.append(["ours.py", str(options.config), "--run", str(run), "--out", str(trained),
+                       *made_from, *changes])
+    scored, how = (reference, SCORED[name]) if name in SCORED else (run, [])
+    commands.append(["score_run.py", str(scored), "--out", str(out), *how])
+    for script, *arguments in commands:
+      print(f"{name}: {script} {' '.join(arguments)}", flush=True)
+      subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
 
 
 if __name__ == "__main__":

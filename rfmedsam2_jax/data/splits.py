@@ -68,6 +68,27 @@ def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
   return Split(train, tuple(name for name in ordered if name in validation), config)
 
 
+def divide(cases: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+  """Training cases of the generator and of the refiner; see `refiner.held_back`.
+
+  Args:
+    share: of the cases that the generator does not see and the refiner alone does; 0: both see all.
+
+  Raises:
+    UserError: a share that leaves one of the two without a case.
+  """
+  if not share:
+    return list(cases), list(cases)
+  count = round(share * len(cases))
+  if not 0 < count < len(cases):
+    raise UserError(f"refiner.held_back: {share} of {len(cases)} training cases leaves "
+                    f"{'the refiner' if count < 1 else 'the generator'} none; 0 gives both all")
+  # Its own stream: cases that validate and those of `train_cases` are drawn from the seed itself.
+  drawn = np.random.default_rng([seed, 1]).permutation(len(cases))
+  generator, refiner = sorted(drawn[count:]), sorted(drawn[:count])
+  return [cases[i] for i in generator], [cases[i] for i in refiner]
+
+
 def save_split(path: str | Path, split: Split) -> None:
   """Writes splits.json."""
   save_json(path, split)

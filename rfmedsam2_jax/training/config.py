@@ -79,6 +79,10 @@ class RefinerConfig:
   microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
   slices: int = 8  # consecutive slices of a run; memory and time grow with it
   structures: int = 2  # organs of a run
+  held_back: float = 0.0
+  # Share of the training cases that the generator does not see and that the refiner is trained on
+  # alone. A generator does better on cases that it has seen than on new ones, and a refiner trained
+  # on those learns to leave masks alone. 0: both are trained on all.
   box_jitter: float = 0.1  # boxes are moved by up to this share of their size
   oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
   loop: LoopConfig = LoopConfig()

@@ -12,7 +12,7 @@ from rfmedsam2_jax.data.datasets import (
   read_dataset,
   with_labels,
 )
-from rfmedsam2_jax.data.splits import SplitConfig, load_split, make_split, save_split
+from rfmedsam2_jax.data.splits import SplitConfig, divide, load_split, make_split, save_split
 from rfmedsam2_jax.errors import UserError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -156,6 +156,17 @@ def test_fewer_training_cases_are_nested_and_leave_the_validation_alone():
   assert len(some.train) == 20 and few.validation == some.validation == whole.validation
   with pytest.raises(UserError, match="train_cases"):
     make_split(names, SplitConfig(train_cases=33))
+
+
+def test_cases_held_back_from_the_generator_are_the_refiners_alone():
+  names = [f"case_{i:03d}" for i in range(40)]
+  generator, refiner = divide(names, 0.25, seed=3)
+  assert len(refiner) == 10 and sorted(generator + refiner) == names
+  assert divide(names, 0.25, seed=4)[1] != refiner
+  assert divide(names, 0.0, seed=3) == (names, names)
+  for share, none in ((0.01, "the refiner"), (0.99, "the generator")):
+    with pytest.raises(UserError, match=f"refiner.held_back: .* leaves {none} none"):
+      divide(names, share, seed=3)
 
 
 def test_split_is_by_case_seeded_and_kept(tmp_path):
