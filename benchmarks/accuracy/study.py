@@ -5,8 +5,8 @@ python benchmarks/accuracy/study.py CONFIG --generator RUN --work FOLDER --resul
 
 Every row of `ROWS` trains a refiner of its own on the generator of RUN (ours.py --from); rows of
 `SCORED` score the first row's run in another way. Rows of `WEAK` train a generator on a few cases,
-and a refiner on these or on all others. All are scored by score_run.py. Rows whose file is there are
-skipped, a row that was stopped goes on: give the same command again.
+and a refiner on these or on all others. All are scored by score_run.py. Rows whose file is there
+are skipped, a row that was stopped goes on: give the same command again.
 """
 
 import argparse
