@@ -185,7 +185,8 @@ def focal_loss(
   |target - p|^gamma, so that the target itself is the optimum (quality focal loss, 2006.04388).
   """
   p = jax.nn.sigmoid(logits)
-  modulation = jnp.square(target - p) ** (gamma / 2)
+  # Away from zero, where a power below one has no finite gradient; p does become 1.
+  modulation = jnp.maximum(jnp.abs(target - p), 1e-6) ** gamma
   balance = alpha * target + (1 - alpha) * (1 - target)
   loss = binary_cross_entropy(logits, target) * modulation * balance * known
   return loss.sum((-2, -1)) / jnp.maximum(known.sum((-2, -1)), 1.0)

@@ -113,6 +113,16 @@ def test_refiner_loss_is_sam2s_on_hard_targets_over_cells_that_count():
   np.testing.assert_allclose(total, sum(weights[k] * v for k, v in expected.items()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_the_focal_loss_has_a_finite_gradient_where_a_mask_is_exactly_right(gamma):
+  """With gamma 0 it is half the cross-entropy, also there."""
+  logits, target = jnp.array([[-200.0, 0.3, 200.0]]), jnp.array([[0.0, 1.0, 1.0]])
+  loss = lambda x: losses.focal_loss(x, target, jnp.ones((1, 3)), 0.5, gamma)  # noqa: E731
+  assert np.isfinite(jax.grad(loss)(logits)).all()
+  if gamma == 0:
+    np.testing.assert_allclose(loss(logits), np.log1p(np.exp(-0.3)) / 6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("loss", [losses.focal_loss, losses.mask_dice_loss])
 def test_a_soft_target_is_the_optimum_of_its_own_loss(loss):
   c = cells()

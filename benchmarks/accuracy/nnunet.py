@@ -6,7 +6,7 @@ make .venv-nnunet/.installed
 
 Fingerprint, plan, preprocessing and training of `3d_fullres` by nnU-Net's own classes, on the
 training cases alone; then the validation cases are predicted with its test-time mirroring. Score
-them with `compare.py`. What differs from `nnUNetv2_train`:
+them with `results.py`. What differs from `nnUNetv2_train`:
 
 - The batch is 2 instead of 9, which gives more steps on a CPU.
 - The time limits the steps: after preprocessing, 50 steps are made, timed and thrown away, and as
