@@ -628,15 +628,16 @@ def test_pointers_and_the_memory_encoder_carry_gradients_between_stages():
   assert largest("obj_ptr_proj") > 1e-5
 
 
-def test_a_residual_stage_that_decodes_nothing_repeats_the_stage_before():
-  """At the start of training from scratch: masks within +-8, presence as it was."""
+@pytest.mark.parametrize("limit", [8.0, 3.0])
+def test_a_residual_stage_that_decodes_nothing_repeats_the_stage_before(limit):
+  """At the start of training from scratch: masks within the limit, presence as it was."""
   params = silenced_decoder(drawn())
   cells = start_cells()
-  residual = dataclasses.replace(NEAR, residual=True)
+  residual = dataclasses.replace(NEAR, residual=True, residual_limit=limit)
   outputs, _ = on_grid(params, dataclasses.replace(CONFIG, stages=(residual,)), cells)[0]
   shown = np.asarray(cells.has_mask)[:, None, None]
   np.testing.assert_allclose(
-    outputs.logits, np.where(shown, np.clip(cells.logits, -8, 8), 0), atol=1e-6
+    outputs.logits, np.where(shown, np.clip(cells.logits, -limit, limit), 0), atol=1e-6
   )
   np.testing.assert_array_equal(np.sign(outputs.presence), np.where(cells.presence > 0, 1, -1))
   without = on_grid(params, dataclasses.replace(CONFIG, stages=(NEAR,)), cells)[0][0]

@@ -106,6 +106,7 @@ class Segmentation:
       refinement.generator_weight,
       _resize_plane,
       self.generated.prompts.logits[organ] if refinement.fusion == "changes" else None,
+      refinement.stages[0].residual_limit if refinement.stages else 8.0,
     )
     if prepared_grid:
       return probability

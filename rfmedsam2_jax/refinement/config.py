@@ -17,14 +17,17 @@ class StageConfig:
   mask: bool = True  # prompt with the mask of the previous stage
   pointers: bool = False  # attend to the previous stage's object pointers; the first stage has none
   residual: bool = False
-  # Decode a correction: the previous stage's mask logits (within +-8) and its presence (+4 or -2)
-  # are added to the decoded ones. Off, it is SAM 2 as it was published; on, a decoder trained from
-  # scratch need not learn to pass a mask through first.
+  # Decode a correction: the previous stage's mask logits (within +-residual_limit) and its presence
+  # (+4 or -2) are added to the decoded ones. Off, it is SAM 2 as it was published; on, a decoder
+  # trained from scratch need not learn to pass a mask through first.
+  residual_limit: float = 8.0  # lower: sure mistakes are easier to learn to correct, and to make
   loss_weight: float = 1.0  # of this stage in the training loss
 
   def __post_init__(self):
     if not 0 <= self.reach <= 6:
       raise ValueError(f"reach is {self.reach}; it must be 0 to 6")
+    if not self.residual_limit > 0:
+      raise ValueError(f"residual_limit is {self.residual_limit}; it must be positive")
     if self.anchors < 0:
       raise ValueError(f"anchors is {self.anchors}; it must not be negative")
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rfmedsam2_jax.refinement.prompts import RESIDUAL_LIMIT
 from rfmedsam2_jax.refinement.volume import StageResult, sigmoid
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
@@ -39,6 +38,7 @@ def blended(
   weight: float,
   resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
   seen: np.ndarray | None = None,
+  limit: float = 8.0,
 ) -> np.ndarray:
   """Probability of one organ on the prepared grid.
 
@@ -49,6 +49,7 @@ def blended(
     resize: linear resize of [n, h, w] to [n, H, W], half-pixel centres.
     seen: [D, 4G, 4G], the generator's log-odds as the first stage saw them. If given, what the
       stages changed of them is added to the generator's own, instead of the masks replacing them.
+    limit: of the log-odds that the first stage adds to, see StageConfig.residual_limit.
 
   Returns:
     float32 [D, H, W].
@@ -62,15 +63,15 @@ def blended(
       refined = resize(sigmoid(logits), generator.shape[1:])
     else:
       # Absence (-1024) still outweighs any vote for presence after this.
-      change = np.maximum(logits, -2.5 * RESIDUAL_LIMIT) - _limited(seen[slices])
-      refined = sigmoid(_limited(generator[slices]) + resize(change, generator.shape[1:]))
+      change = np.maximum(logits, -2.5 * limit) - _limited(seen[slices], limit)
+      refined = sigmoid(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
     probability[slices] = weight * probability[slices] + (1 - weight) * refined
   return probability
 
 
-def _limited(logits: np.ndarray) -> np.ndarray:
+def _limited(logits: np.ndarray, limit: float) -> np.ndarray:
   # As far as a residual stage sees them.
-  return np.clip(logits.astype(np.float32), -RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+  return np.clip(logits.astype(np.float32), -limit, limit)
 
 
 def fuse(

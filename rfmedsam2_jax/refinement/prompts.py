@@ -18,7 +18,6 @@ from rfmedsam2_jax.refinement.config import StageConfig
 Array = Any  # a JAX array or, in what the host uses, a numpy array
 
 LOGIT_LIMIT = 32.0  # SAM 2 clamps mask prompts to +-32 (sam2_image_predictor.py)
-RESIDUAL_LIMIT = 8.0  # of mask logits that are added to decoded ones; these can still overrule them
 # Log-odds of a structure where the stage before saw it, and where not: gaps outnumber islands.
 RESIDUAL_PRESENT, RESIDUAL_ABSENT = 4.0, -2.0
 
@@ -178,7 +177,7 @@ def residual_of(cells: CellPrompts, stage: StageConfig) -> tuple[Array, Array]:
   if not stage.residual:
     return jnp.zeros_like(cells.logits), jnp.zeros_like(cells.presence)
   shown = (cells.has_mask & stage.mask)[:, None, None]
-  mask = jnp.where(shown, jnp.clip(cells.logits, -RESIDUAL_LIMIT, RESIDUAL_LIMIT), 0.0)
+  mask = jnp.where(shown, jnp.clip(cells.logits, -stage.residual_limit, stage.residual_limit), 0.0)
   return mask, jnp.where(cells.presence > 0, RESIDUAL_PRESENT, RESIDUAL_ABSENT)
 
 
