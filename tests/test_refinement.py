@@ -336,13 +336,18 @@ def test_a_volume_of_gathered_cells_equals_the_grid():
 CORRECTED = SAM2(dataclasses.replace(SMALL, adapters=AdapterConfig(False, False, mask=True)))
 
 
+def corrected_features(params):
+  return jax.jit(lambda x: stages_lib.encode_slices(CORRECTED, params, x))(images(DEPTH))
+
+
 def test_a_mask_adapter_adds_what_it_makes_of_the_masks_of_the_slices_around():
   """Nearby masks by a plain loop; absent organs are -8, slices beyond the volume 0."""
   params = drawn(CORRECTED.config)
   without = jax.tree.map(lambda x: x, params)
   without["sam_mask_decoder"].pop("adapter")
   config, cells = dataclasses.replace(CONFIG, stages=(NEAR,)), start_cells()
-  with_it, _ = on_grid(params, config, cells, model=CORRECTED)[0]
+  features = corrected_features(params)
+  with_it, _ = on_grid(params, config, cells, model=CORRECTED, features=features)[0]
   plain, _ = on_grid(without, config, cells)[0]
   nearby = np.zeros((2, DEPTH, 5, MASK_SIDE, MASK_SIDE), np.float32)
   for k, z, r in np.ndindex(2, DEPTH, 5):
@@ -350,15 +355,18 @@ def test_a_mask_adapter_adds_what_it_makes_of_the_masks_of_the_slices_around():
     if 0 <= there < DEPTH:
       shown = cells.logits[k * DEPTH + there].clip(-8, 8) if PRESENT[k, there] else -8.0
       nearby[k, z, r] = shown
-  stride4 = np.tile(features_of(params).high_res[0], (2, 1, 1, 1))
+  pixels = (images(DEPTH) - stages_lib.IMAGE_MEAN) / stages_lib.IMAGE_STD
+  pixels = pixels.reshape(DEPTH, MASK_SIDE, 4, MASK_SIDE, 4, 3).mean((2, 4))
+  fine = np.concatenate([features.high_res[0], pixels], -1).astype(np.float32)
+  fine = np.tile(fine, (2, 1, 1, 1))
   nearby = nearby.reshape(-1, *nearby.shape[2:])
   trained = {"params": params["sam_mask_decoder"]["adapter"]}
-  expected = MaskAdapter().apply(trained, stride4, nearby)
+  expected = MaskAdapter().apply(trained, fine, nearby)
   assert np.abs(expected).max() > 0.1
   assert relative(with_it.logits - plain.logits, expected) < 1e-4  # a difference of larger numbers
   np.testing.assert_array_equal(with_it.presence, plain.presence)
-  fresh = MaskAdapter().init(jax.random.key(0), stride4, nearby)
-  assert not MaskAdapter().apply(fresh, stride4, nearby).any()
+  fresh = MaskAdapter().init(jax.random.key(0), fine, nearby)
+  assert not MaskAdapter().apply(fresh, fine, nearby).any()
 
 
 @pytest.mark.parametrize("memory", ["neighbours", "none", "stream"])
@@ -366,7 +374,8 @@ def test_a_volume_with_a_mask_adapter_equals_the_grid(memory):
   params = drawn(CORRECTED.config)
   config = dataclasses.replace(CONFIG, stages=(dataclasses.replace(NEAR, memory=memory),) * 2)
   found = run_volume(params, config, model=CORRECTED)
-  expected = on_grid(params, config, start_cells(), model=CORRECTED)
+  features = corrected_features(params)
+  expected = on_grid(params, config, start_cells(), model=CORRECTED, features=features)
   if memory == "stream":  # trained as `neighbours`; what is added to its masks is the same
     without = jax.tree.map(lambda x: x, params)
     without["sam_mask_decoder"].pop("adapter")

@@ -17,30 +17,34 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def stages(first: str, second: str = "") -> str:
-  """The override of both stages, residual as in configs/hippocampus.yaml."""
-  common = "residual: true"
-  one, two = (", ".join(filter(None, [common, more])) for more in (first, second or first))
-  return f"refinement.stages=[{{{one}}}, {{{two}, pointers: true}}]"
+COMMON = "residual: true, residual_limit: 3"  # of every stage in configs/hippocampus.yaml
+
+
+def stages(change: str) -> str:
+  """The override that changes both stages of configs/hippocampus.yaml alike."""
+  both = f"{COMMON}, {change}"
+  return f"refinement.stages=[{{{both}}}, {{{both}, pointers: true}}]"
 
 
 # What is trained differently; the first row is the config as it is.
 ROWS: dict[str, list[str]] = {
   "both-stages": [],
-  "stage-1-alone": ["refinement.stages=[{residual: true}]"],
-  "no-memory": ["refinement.stages=[{residual: true, memory: none}, "
-                "{residual: true, memory: none}]"],
+  "stage-1-alone": [f"refinement.stages=[{{{COMMON}}}]"],
+  "no-memory": [stages("memory: none")],
   "no-dwconv-adapter": ["sam2.adapters.dwconv=false"],
   "no-cnn-adapter": ["sam2.adapters.cnn=false"],
-  "no-adapters": ["sam2.adapters.dwconv=false", "sam2.adapters.cnn=false"],
+  "no-mask-adapter": ["sam2.adapters.mask=false"],
+  "no-adapters": [f"sam2.adapters.{kind}=false" for kind in ("dwconv", "cnn", "mask")],
   "box-alone": [stages("mask: false")],
   "mask-alone": [stages("box: false")],
 }
 # The first row's run, scored in other ways: options and overrides of score_run.py.
 SCORED: dict[str, list[str]] = {
-  "stream": [stages("memory: stream", "memory: stream")],
+  "stream": [stages("memory: stream")],
   "oracle-boxes": ["--prompts", "oracle"],
   "no-generator-vote": ["refinement.generator_weight=0"],
+  "background-by-threshold": ["refinement.background=threshold"],
+  "masks-replaced": ["refinement.fusion=masks"],
   "erosion": ["--corrupt", "erosion"],
   "dilation": ["--corrupt", "dilation"],
   "gaps": ["--corrupt", "gaps"],

@@ -83,9 +83,9 @@ class MaskDecoder(nn.Module):
     """The neck's finer levels as the upscaling wants them: C/8 and C/4 channels."""
     return self.conv_s0(stride4_BHWC), self.conv_s1(stride8_BHWC)
 
-  def correct(self, stride4_NHWC: Array, nearby_NRHW: Array) -> Array:
+  def correct(self, fine_NHWC: Array, nearby_NRHW: Array) -> Array:
     """What the MaskAdapter adds to mask logits, float32 [N, 4G, 4G]."""
-    return self.adapter(stride4_NHWC, nearby_NRHW)
+    return self.adapter(fine_NHWC, nearby_NRHW)
 
   def __call__(
     self,
@@ -93,7 +93,7 @@ class MaskDecoder(nn.Module):
     positions_GGC: Array,
     prompts_NQC: Array,
     exists_NQ: Array,
-    high_res: tuple[Array, Array],
+    high_res: tuple[Array, ...],
     multimask: bool = False,
     dynamic_multimask: bool = False,
   ) -> Decoded:
@@ -114,7 +114,7 @@ class MaskDecoder(nn.Module):
     tokens, image = self.transformer(embedding_NGGC, positions_GGC, tokens, exists)
     mask_tokens = tokens[:, 2 : 2 + len(self.output_hypernetworks_mlps)]
 
-    image = rematerialised(MaskDecoder._upscale, self.remat)(self, image, *high_res)
+    image = rematerialised(MaskDecoder._upscale, self.remat)(self, image, *high_res[:2])
 
     ious = self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32)
     presence = self.pred_obj_score_head(tokens[:, 0])[:, 0].astype(jnp.float32)

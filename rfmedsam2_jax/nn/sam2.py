@@ -127,11 +127,12 @@ class ImageFeatures(NamedTuple):
 
   Attributes:
     embedding: [B, G, G, C], before any memory and without `no_mem_embed`.
-    high_res: [B, 4G, 4G, C/8] and [B, 2G, 2G, C/4], already projected for the decoder.
+    high_res: [B, 4G, 4G, C/8] and [B, 2G, 2G, C/4], already projected for the decoder; for a
+      MaskAdapter also the image [B, 4G, 4G, 3].
   """
 
   embedding: Array
-  high_res: tuple[Array, Array]
+  high_res: tuple[Array, ...]
 
 
 class SAM2(nn.Module):
@@ -208,7 +209,11 @@ class SAM2(nn.Module):
     if images_BSS3.shape[1:] != (side, side, 3):
       raise ValueError(f"images are {images_BSS3.shape}; this SAM 2 takes [B, {side}, {side}, 3]")
     stride4, stride8, stride16 = self.image_encoder(images_BSS3)
-    return ImageFeatures(stride16, self.sam_mask_decoder.project_high_res(stride4, stride8))
+    high_res: tuple[Array, ...] = self.sam_mask_decoder.project_high_res(stride4, stride8)
+    if self.config.adapters.mask:
+      pixels = images_BSS3.reshape(-1, side // 4, 4, side // 4, 4, 3).mean((2, 4))
+      high_res += (pixels.astype(self.config.compute_dtype),)
+    return ImageFeatures(stride16, high_res)
 
   def remember(
     self, embedding_NGGC: Array, mask_logits_Nhh: Array, present_N: Array, binarize: bool = False
@@ -257,7 +262,7 @@ class SAM2(nn.Module):
   def decode(
     self,
     embedding_NGGC: Array,
-    high_res: tuple[Array, Array],
+    high_res: tuple[Array, ...],
     prompts: Prompts,
     multimask: bool = False,
     dynamic_multimask: bool = False,
@@ -292,14 +297,15 @@ class SAM2(nn.Module):
       pointer=jnp.where(present[:, None], decoded.pointer, no_pointer),
     )
 
-  def correct_masks(self, stride4: Array, nearby_NRhh: Array) -> Array:
+  def correct_masks(self, high_res: tuple[Array, ...], nearby_NRhh: Array) -> Array:
     """What the MaskAdapter adds to mask logits of cells, float32 [N, 4G, 4G].
 
     Args:
-      stride4: the first of `ImageFeatures.high_res`, of the same cells.
+      high_res: of the same cells, see ImageFeatures.
       nearby_NRhh: mask logits of the slices around, R = 2 mask_reach + 1; 0 where there is none.
     """
-    return self.sam_mask_decoder.correct(stride4, nearby_NRhh)
+    fine = jnp.concatenate([high_res[0], high_res[2]], axis=-1)
+    return self.sam_mask_decoder.correct(fine, nearby_NRhh)
 
   def mask_prompt(self, masks_NSS: Array) -> Array:
     """A given mask (0 or 1, image resolution) as a mask prompt [N, 4G, 4G] on its own scale.
@@ -322,7 +328,7 @@ class SAM2(nn.Module):
     )
     if c.adapters.mask:
       nearby = decoded.masks.repeat(2 * c.adapters.mask_reach + 1, axis=1)
-      self.correct_masks(features.high_res[0], nearby)
+      self.correct_masks(features.high_res, nearby)
     gated = self.gate(decoded)
     maps = self.remember(features.embedding, gated.masks[:, 0], decoded.presence > 0)
     slots = MemorySlots(

@@ -121,7 +121,7 @@ def decode_cells(
   params: Params,
   stage: StageConfig,
   conditioned: Array,
-  high_res: tuple[Array, Array],
+  high_res: tuple[Array, ...],
   cells: CellPrompts,
 ) -> CellOutputs:
   """Masks from conditioned features and prompts: box and mask together, mask token 0 only."""
@@ -145,7 +145,7 @@ def bias_of(
   model: SAM2,
   params: Params,
   stage: StageConfig,
-  high_res: tuple[Array, Array],
+  high_res: tuple[Array, ...],
   cells: CellPrompts,
 ) -> tuple[Array, Array]:
   """What is added to decoded mask logits [N, 4G, 4G] and presence logits [N]: see `residual_of`,
@@ -154,7 +154,7 @@ def bias_of(
   if model.config.adapters.mask:
     # Without the mask as a prompt the adapter has the image alone.
     nearby = cells.nearby if stage.mask else jnp.zeros_like(cells.nearby)
-    mask = mask + apply(model.config, params, high_res[0], nearby, method="correct_masks")
+    mask = mask + apply(model.config, params, high_res, nearby, method="correct_masks")
   return mask, presence
 
 

@@ -55,7 +55,7 @@ def decode_cells(
   model: SAM2,
   params: Params,
   conditioned: Array,
-  high_res: tuple[Array, Array],
+  high_res: tuple[Array, ...],
   prompts: Prompts,
   multimask: bool,
   dynamic_multimask: bool,
