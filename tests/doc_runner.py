@@ -1,6 +1,7 @@
 """Runs one documented command as a reader would, or says why only its arguments are checked."""
 
 import argparse
+import contextlib
 import importlib.util
 import re
 import runpy
@@ -223,15 +224,21 @@ class Runner:
     if not (ROOT / words[0]).is_file():
       raise Wrong(words, "there is no such file")
     words = ["1" if word == "N" else word.strip("[]") for word in words]
-    parse = argparse.ArgumentParser.parse_args
 
-    def parse_only(self, *arguments, **options):
-      parse(self, *arguments, **options)
-      raise _Parsed
+    def only(parse):
+      def parse_only(self, *arguments, **options):
+        parse(self, *arguments, **options)
+        raise _Parsed
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_only), mock.patch.object(
-      sys, "argv", words
-    ), mock.patch.object(sys, "path", [str((ROOT / words[0]).parent), *sys.path]):
+      return parse_only
+
+    parser = argparse.ArgumentParser
+    folders = [str((ROOT / words[0]).parent), *sys.path]
+    with contextlib.ExitStack() as stack:
+      for name in ("parse_args", "parse_intermixed_args"):
+        stack.enter_context(mock.patch.object(parser, name, only(getattr(parser, name))))
+      stack.enter_context(mock.patch.object(sys, "argv", words))
+      stack.enter_context(mock.patch.object(sys, "path", folders))
       try:
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
       except _Parsed:
