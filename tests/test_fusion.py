@@ -3,7 +3,7 @@
 import numpy as np
 
 from rfmedsam2_jax.data.squash import resize_linear
-from rfmedsam2_jax.refinement import StageResult, blended, fuse
+from rfmedsam2_jax.refinement import RefinementConfig, StageResult, blended, fuse
 from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given, with_oracle
 
 SHAPE = (1, 1, 4)
@@ -69,11 +69,16 @@ def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
   cells = np.array([[0, 0], [0, 2], [1, 1]])
   result = StageResult(cells, logits, *UNUSED)
   vote = 1 / (1 + np.exp(-2.0))
-  mine = lambda weight: blended(odds, result, 0, weight, lambda x, _: x)[:, 0, 0]  # noqa: E731
+
+  def mine(weight):
+    config = RefinementConfig(generator_weight=weight)
+    return blended(odds, odds, result, 0, config, lambda x, _: x)[:, 0, 0]
+
   np.testing.assert_allclose(mine(0.0), [0, vote, 1 / (1 + np.exp(-1))], atol=1e-4)
   both = [0.25 * vote, vote, 0.25 * vote + 0.75 / (1 + np.exp(-1))]
   np.testing.assert_allclose(mine(0.25), both, atol=1e-4)
-  np.testing.assert_allclose(blended(odds, None, 0, 0.0, None), vote, atol=1e-4)
+  alone = blended(odds, odds, None, 0, RefinementConfig(), None)
+  np.testing.assert_allclose(alone, vote, atol=1e-4)
 
 
 def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator():
@@ -86,10 +91,10 @@ def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator():
   cells = np.array([[0, 0], [0, 1], [0, 2]])
   result = StageResult(cells, changed[:3], *UNUSED)
   resize = lambda x, shape: resize_linear(x, shape[0])  # noqa: E731
-  labels = blended(odds, result, 0, 0.0, resize, seen) > 0.5
+  labels = blended(odds, seen, result, 0, RefinementConfig(fusion="changes"), resize) > 0.5
   np.testing.assert_array_equal(labels[[0, 3]], odds[[0, 3]] > 0)
   assert not labels[1].any() and labels[2, 4:8, 4:8].all()
-  replaced = blended(odds, result, 0, 0.0, resize) > 0.5
+  replaced = blended(odds, seen, result, 0, RefinementConfig(), resize) > 0.5
   assert (replaced[0] != (odds[0] > 0)).any(), "the mask grid alone is too coarse for this"
 
 

@@ -38,6 +38,9 @@ def take_generator(source: Path, run: Path, config: Path, overrides: list[str]) 
   for part in ("data", "plan", "generator", "seed"):
     if getattr(wanted, part) != getattr(before, part):
       raise SystemExit(f"{source}: its {part} is not that of {config}; train it anew")
+  if wanted.refiner.held_back != before.refiner.held_back:
+    raise SystemExit(f"{source}: its generator saw other cases, since its refiner.held_back is "
+                     f"{before.refiner.held_back}; train it anew")
   run.mkdir(parents=True)
   for name in SHARED:
     path = source / name

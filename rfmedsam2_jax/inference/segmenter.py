@@ -97,16 +97,13 @@ class Segmentation:
 
     On the canonical native grid (z, y, x), or on the prepared one.
     """
-    result = self.results[stage - 1] if stage else None
-    refinement = self.segmenter.refinement
     probability = blended(
       self.generated.log_odds[organ],
-      result,
+      self.generated.prompts.logits[organ],
+      self.results[stage - 1] if stage else None,
       organ,
-      refinement.generator_weight,
+      self.segmenter.refinement,
       _resize_plane,
-      self.generated.prompts.logits[organ] if refinement.fusion == "changes" else None,
-      refinement.stages[0].residual_limit if refinement.stages else 8.0,
     )
     if prepared_grid:
       return probability

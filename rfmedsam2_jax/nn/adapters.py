@@ -91,12 +91,11 @@ class MaskAdapter(nn.Module):
 
     Args:
       fine_NHWC: features of stride 4 and the image, see ImageFeatures.
-      nearby_NRHW: mask logits of the slices around, the cell's own in the middle; 0 where unknown.
+      nearby_NRHW: mask logits within +-8 of the slices around, the cell's own in the middle; 0
+        where unknown (refinement.prompts.nearby_logits).
     """
-    logits = jnp.clip(nearby_NRHW, -MASK_LIMIT, MASK_LIMIT) / MASK_LIMIT
-    x = jnp.concatenate(
-      [fine_NHWC, jnp.moveaxis(logits, 1, -1).astype(fine_NHWC.dtype)], axis=-1
-    )
+    nearby = jnp.moveaxis(nearby_NRHW / MASK_LIMIT, 1, -1).astype(fine_NHWC.dtype)
+    x = jnp.concatenate([fine_NHWC, nearby], axis=-1)
     fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_0")(x))
     coarse = conv2d(2 * self.width, 3, 2, padding=1, dtype=self.dtype, name="coarse_0")(fine)
     coarse = conv2d(2 * self.width, 3, padding=1, dtype=self.dtype, name="coarse_1")(gelu(coarse))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.volume import StageResult, sigmoid
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
@@ -33,23 +34,22 @@ def cell_logits(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray
 
 def blended(
   generator: np.ndarray,
+  seen: np.ndarray,
   result: StageResult | None,
   organ: int,
-  weight: float,
+  config: RefinementConfig,
   resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
-  seen: np.ndarray | None = None,
-  limit: float = 8.0,
 ) -> np.ndarray:
   """Probability of one organ on the prepared grid.
 
   Args:
     generator: [D, H, W], the generator's log-odds of this organ. They stand where no cell was run.
+    seen: [D, 4G, 4G], the same as the first stage saw them.
     result: of a stage, or None for the generator alone.
-    weight: share of the generator where a cell was run.
+    config: its `generator_weight` is the share of the generator where a cell was run; with `fusion:
+      changes`, what the stages changed of `seen` is added to the generator's own log-odds, instead
+      of the masks replacing them.
     resize: linear resize of [n, h, w] to [n, H, W], half-pixel centres.
-    seen: [D, 4G, 4G], the generator's log-odds as the first stage saw them. If given, what the
-      stages changed of them is added to the generator's own, instead of the masks replacing them.
-    limit: of the log-odds that the first stage adds to, see StageConfig.residual_limit.
 
   Returns:
     float32 [D, H, W].
@@ -59,12 +59,14 @@ def blended(
     return probability
   slices, logits = cell_logits(result, organ)
   if len(slices):
-    if seen is None:
+    if config.fusion == "masks":
       refined = resize(sigmoid(logits), generator.shape[1:])
     else:
+      limit = config.stages[0].residual_limit
       # Absence (-1024) still outweighs any vote for presence after this.
       change = np.maximum(logits, -2.5 * limit) - _limited(seen[slices], limit)
       refined = sigmoid(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
+    weight = config.generator_weight
     probability[slices] = weight * probability[slices] + (1 - weight) * refined
   return probability
 

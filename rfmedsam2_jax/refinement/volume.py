@@ -273,18 +273,8 @@ class _Features:
     return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)
 
 
-def _gather(
-  model: SAM2, prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray
-) -> CellPrompts:
-  adapters, nearby = model.config.adapters, None
-  if adapters.mask:
-    around = at[:, None] + np.arange(-adapters.mask_reach, adapters.mask_reach + 1)
-    depth = prompts.presence.shape[1]
-    here = organ[:, None], np.clip(around, 0, depth - 1)
-    logits = prompts.logits[here].astype(np.float32)
-    nearby = nearby_logits(logits, prompts.presence[here], (around >= 0) & (around < depth))
+def _gather(prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray) -> CellPrompts:
   return CellPrompts(
-    nearby=nearby,
     logits=prompts.logits[organ, at].astype(np.float32),
     presence=prompts.presence[organ, at],
     boxes=prompts.boxes[organ, at],
@@ -295,12 +285,27 @@ def _gather(
   )
 
 
-def _scores(model, prompts, live, cells, size) -> np.ndarray:
+def _gather_to_decode(
+  model: SAM2, prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray
+) -> CellPrompts:
+  """With what a MaskAdapter asks for; memories and scores have no need of it."""
+  cells, adapters = _gather(prompts, organ, at), model.config.adapters
+  if not adapters.mask:
+    return cells
+  around = at[:, None] + np.arange(-adapters.mask_reach, adapters.mask_reach + 1)
+  depth = prompts.presence.shape[1]
+  here = organ[:, None], np.clip(around, 0, depth - 1)
+  logits = prompts.logits[here].astype(np.float32)
+  inside = (around >= 0) & (around < depth)
+  return cells._replace(nearby=nearby_logits(logits, prompts.presence[here], inside))
+
+
+def _scores(prompts, live, cells, size) -> np.ndarray:
   """Anchor scores [K, D]; zero where a cell is not live."""
   scores = np.zeros(live.shape, np.float32)
   organ, at = cells.T
   for where, index in _batches(len(cells), size):
-    batch = _gather(model, prompts, organ[index], at[index])
+    batch = _gather(prompts, organ[index], at[index])
     n = where.stop - where.start
     scores[organ[where], at[where]] = np.asarray(_score(batch.presence, batch.logits))[:n]
   return scores
@@ -318,7 +323,7 @@ def _run_cells(
   total = bucket(len(cells), size)
   compiling("the network", (model, stage, size, total, encoded.room), report)
   if stage.memory == "neighbours":
-    scores = _scores(model, prompts, live, cells, size)
+    scores = _scores(prompts, live, cells, size)
     # Padded, so that volumes of similar depth share a compilation; padding is not live.
     deep = [(0, 0), (0, -depth % DEPTH_BUCKET)]
     grids = (np.pad(x, deep) for x in (live, scores, prompts.given))
@@ -330,7 +335,7 @@ def _run_cells(
     progress, maps = Progress("memories", report), []
     for where, index in _batches(len(cells), size):
       progress(where.start, len(cells))
-      batch = _gather(model, prompts, organ[index], at[index])
+      batch = _gather(prompts, organ[index], at[index])
       remembered = _remember(model, params, encoded.store.embedding, rows[index], batch)
       maps.append(_host(remembered, where.stop - where.start))
     store = _joined(maps, total)
@@ -338,7 +343,7 @@ def _run_cells(
   progress = Progress("cells", report)
   for where, index in _batches(len(cells), size):
     progress(where.start, len(cells))
-    batch = _gather(model, prompts, organ[index], at[index])
+    batch = _gather_to_decode(model, prompts, organ[index], at[index])
     if stage.memory == "neighbours":
       o, z = organ[index], at[index]
       valid = table.valid[o, z]
@@ -362,7 +367,7 @@ def _run_stream(
   live one that are not live are skipped, not remembered.
   """
   del pointers  # the recurrence makes its own
-  scores = _scores(model, prompts, live, cells, config.cells_per_batch)
+  scores = _scores(prompts, live, cells, config.cells_per_batch)
   found = []
   progress, organs = Progress("structures", report), np.unique(cells[:, 0])
   for done, organ in enumerate(organs):
@@ -375,7 +380,8 @@ def _run_stream(
     span = _padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True
-    cell = jax.tree.map(jnp.asarray, _gather(model, prompts, np.full(total, organ), span))
+    gathered = _gather_to_decode(model, prompts, np.full(total, organ), span)
+    cell = jax.tree.map(jnp.asarray, gathered)
     batch = sam_prompts(cell, stage.box, stage.mask)
     store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
     features = _rows(encoded.store, store_rows)
