@@ -83,6 +83,8 @@ class Config:
       raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
     if self.data.sam_context and len(self.data.sam_channels) == 3:
       raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
+    if self.refiner.mask_adapter.loop.steps and not self.sam2.adapters.mask:
+      raise ValueError("refiner.mask_adapter.loop.steps is given, but sam2.adapters.mask is false")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -47,6 +47,7 @@ from rfmedsam2_jax.phases import (
   generator_network,
   generator_phase,
   init_generator,
+  mask_adapter_phase,
   refiner_phase,
 )
 from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
@@ -294,9 +295,9 @@ def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
     "labels": json.loads(json.dumps(dataclasses.asdict(plan.labels))),
     "versions": versions(),
   }
-  if phase == "refiner":
-    return about | {"sam2": config_json(config.sam2)}
-  return about | {"generator": _describe(config, plan)}
+  if phase == "generator":
+    return about | {"generator": _describe(config, plan)}
+  return about | {"sam2": config_json(config.sam2)}
 
 
 def _check_generator(run: RunFolder, config: Config, plan: Plan) -> None:
@@ -349,7 +350,8 @@ def _train_network(
     return whole(merge(kept, state.frozen), mesh)
 
   def validate(state: TrainState, step: int) -> tuple[dict[str, float], Path | None]:
-    trained: dict[str, Any] = {phase.name: final(state)}
+    network = "generator" if phase.name == "generator" else "refiner"
+    trained: dict[str, Any] = {network: final(state)}
     some = held_out[: settings.loop.validation_cases]
     scores, shown = quick_scores(dataclasses.replace(segmenter, **trained), some, report)
     if not run.writes or shown is None:
@@ -471,42 +473,63 @@ def _refiner(
   report: Report,
   profile: bool,
 ) -> Segmenter:
-  """Trains SAM 2 as the refiner, or loads it where it is trained already."""
+  """Trains SAM 2 as the refiner, its MaskAdapter first, or loads it where it is trained already."""
   settings, plan = config.refiner, segmenter.plan
-  if not run.params("refiner").is_dir():
-    init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-    params = _starting_refiner(run, config, init_key, report)
-    params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
 
-    def batches_from(rows: Sequence[int], start: int) -> Any:
-      return refiner_batches(
-        run / "preprocessed",
-        train,
-        RunConfig(
-          image_size=config.sam2.image_size,
-          slices=settings.slices,
-          structures=min(settings.structures, len(plan.labels.structures)),
-          channels=config.data.sam_channels,
-          context=config.data.sam_context,
-          oversample_foreground=settings.oversample_foreground,
-        ),
-        plan.labels.membership,
-        settings.batch_size,
-        settings.augmentation,
-        settings.corruption,
-        config.seed,
-        prompts=run / "prompts",
-        rows=rows,
-        start=start,
-        loader=config.data.loader,
+  def trained(phase: Phase, params: Params, key: jax.Array) -> Params:
+    if not run.params(phase.name).is_dir():
+      batches = functools.partial(
+        _refiner_batches, run, config, plan, train, phase.settings.batch_size
       )
+      _train_network(
+        phase, run, config, segmenter, train, held_out, params, batches, key, report, profile
+      )
+    return load_params(run.params(phase.name), _refiner_shapes(segmenter))
 
-    _train_network(
-      refiner_phase(config, plan), run, config, segmenter, train, held_out, params, batches_from,
-      train_key, report, profile,
-    )
-  params = load_params(run.params("refiner"), _refiner_shapes(segmenter))
+  if run.params("refiner").is_dir():
+    params = load_params(run.params("refiner"), _refiner_shapes(segmenter))
+    return dataclasses.replace(segmenter, refiner=params)
+  key = jax.random.key(config.seed)
+  init_key, train_key = jax.random.split(jax.random.fold_in(key, 1))
+  params = _starting_refiner(run, config, init_key, report)
+  if settings.mask_adapter.loop.steps:
+    params = trained(mask_adapter_phase(config, plan), params, jax.random.fold_in(key, 2))
+  params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
+  params = trained(refiner_phase(config, plan), params, train_key)
   return dataclasses.replace(segmenter, refiner=params)
+
+
+def _refiner_batches(
+  run: RunFolder,
+  config: Config,
+  plan: Plan,
+  train: Sequence[str],
+  batch_size: int,
+  rows: Sequence[int],
+  start: int,
+) -> Any:
+  settings = config.refiner
+  return refiner_batches(
+    run / "preprocessed",
+    train,
+    RunConfig(
+      image_size=config.sam2.image_size,
+      slices=settings.slices,
+      structures=min(settings.structures, len(plan.labels.structures)),
+      channels=config.data.sam_channels,
+      context=config.data.sam_context,
+      oversample_foreground=settings.oversample_foreground,
+    ),
+    plan.labels.membership,
+    batch_size,
+    settings.augmentation,
+    settings.corruption,
+    config.seed,
+    prompts=run / "prompts",
+    rows=rows,
+    start=start,
+    loader=config.data.loader,
+  )
 
 
 def _samples(phase: Phase) -> dict[str, int]:

@@ -1,9 +1,10 @@
-"""The two phases of training as data: which network, what of it is trained, on what batches.
+"""The phases of training as data: which network, what of it is trained, on what batches.
 
 In: a config and a plan. Used where they are trained (experiment) and where only their shapes are
 looked at (the `shard` command).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -28,7 +29,7 @@ class Phase(NamedTuple):
   batch: shapes of a whole batch, see data.pipeline.
   """
 
-  name: Literal["generator", "refiner"]
+  name: Literal["generator", "mask_adapter", "refiner"]
   settings: GeneratorConfig | RefinerConfig
   init: Callable[[jax.Array], Params]
   patterns: Sequence[str]
@@ -64,6 +65,19 @@ def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
   # Fully convolutional: the smallest patch will do.
   image = jnp.zeros((1, *unet.config.divisor, channels))
   return unet.init(key, image, deep_supervision=True)["params"]
+
+
+def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
+  """The MaskAdapter alone, on the refiner's batches; its parameters are all of SAM 2's."""
+  alone = config.refiner.mask_adapter
+  settings = dataclasses.replace(
+    config.refiner,
+    trainable=("sam_mask_decoder/adapter/*",),
+    **{name: getattr(alone, name) for name in ("batch_size", "microbatches", "loop", "optimizer")},
+  )
+  phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
+  loss = refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True)
+  return phase._replace(name="mask_adapter", loss=loss)
 
 
 def refiner_phase(config: Config, plan: Plan) -> Phase:

@@ -361,16 +361,15 @@ def test_a_mask_adapter_adds_what_it_makes_of_the_masks_of_the_slices_around():
       nearby[k, z, r] = shown
   pixels = (images(DEPTH) - stages_lib.IMAGE_MEAN) / stages_lib.IMAGE_STD
   pixels = pixels.reshape(DEPTH, MASK_SIDE, 4, MASK_SIDE, 4, 3).mean((2, 4))
-  fine = np.concatenate([features.high_res[0], pixels], -1).astype(np.float32)
-  fine = np.tile(fine, (2, 1, 1, 1))
+  pixels = np.tile(pixels, (2, 1, 1, 1)).astype(np.float32)
   nearby = nearby.reshape(-1, *nearby.shape[2:])
   trained = {"params": params["sam_mask_decoder"]["adapter"]}
-  expected = MaskAdapter().apply(trained, fine, nearby)
+  expected = MaskAdapter().apply(trained, pixels, nearby)
   assert np.abs(expected).max() > 0.1
   assert relative(with_it.logits - plain.logits, expected) < 1e-4  # a difference of larger numbers
   np.testing.assert_array_equal(with_it.presence, plain.presence)
-  fresh = MaskAdapter().init(jax.random.key(0), fine, nearby)
-  assert not MaskAdapter().apply(fresh, fine, nearby).any()
+  fresh = MaskAdapter().init(jax.random.key(0), pixels, nearby)
+  assert not MaskAdapter().apply(fresh, pixels, nearby).any()
 
 
 @pytest.mark.parametrize("memory", ["neighbours", "none"])
@@ -387,6 +386,22 @@ def test_a_volume_with_a_mask_adapter_equals_the_grid(memory):
     # Masks between stages are kept as float16.
     ours, theirs = result.logits[now][shown], np.asarray(outputs.logits)[index][shown]
     assert relative(ours, theirs) < (5e-3 if number else 1e-3)
+
+
+def test_a_mask_adapter_alone_corrects_as_beside_a_decoder_that_is_silent():
+  params = silenced_decoder(drawn(CORRECTED.config))
+  stages = tuple(dataclasses.replace(s, residual=True) for s in CONFIG.stages)
+  config, cells = dataclasses.replace(CONFIG, stages=stages), start_cells()
+  arguments = (cells, np.ones((1, DEPTH), bool), np.array([DEPTH]))
+  alone = jax.jit(functools.partial(stages_lib.masks_on_grid, CORRECTED, params, config))
+  features = corrected_features(params)
+  beside = on_grid(params, config, cells, model=CORRECTED, features=features)
+  for (ours, live), (theirs, lives) in zip(
+    alone(images(DEPTH), *arguments), beside, strict=True
+  ):
+    np.testing.assert_array_equal(live, lives)
+    np.testing.assert_array_equal(np.asarray(ours.presence) > 0, np.asarray(theirs.presence) > 0)
+    assert relative(ours.logits[live], theirs.logits[live]) < 1e-5
 
 
 def test_a_stream_hears_its_mask_adapter():

@@ -1,5 +1,6 @@
 """Training: what is trained, how a run goes on where it stopped, and what it refuses."""
 
+import functools
 import json
 import os
 import signal
@@ -33,9 +34,11 @@ from rfmedsam2_jax.training.state import (
   make_optimizer,
   merge,
   partition,
+  silenced_decoder,
 )
 from rfmedsam2_jax.training.step import make_step
 from rfmedsam2_jax.training.telemetry import Telemetry
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -180,6 +183,41 @@ def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypa
   assert seen["generator"] | seen["refiner"] == set(load_split(run / "splits.json").train)
   # Only what the refiner learns from needs the generator's masks.
   assert {path.stem for path in (run / "prompts").glob("*.npy")} == seen["refiner"]
+
+
+def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monkeypatch, capsys):
+  """Terminated on the way; its parameters are what the refiner, without a step, is left with."""
+  before = Telemetry.before
+
+  def be_terminated(self, done):
+    before(self, done)
+    if done == 1:  # the generator has one step, done == 0
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  run = tmp_path / "run"
+  command = ["train", str(tiny_config), "--out", str(run), "sam2.adapters.mask=true",
+             "generator.loop.steps=1", "refiner.mask_adapter.loop.steps=3", "refiner.loop.steps=0"]
+  with monkeypatch.context() as patch:
+    patch.setattr(Telemetry, "before", be_terminated)
+    assert main(command) == 75
+  assert "the mask_adapter is saved at step 2 of 3" in capsys.readouterr().err
+  assert main([*command, "--resume"]) == 0
+  config = load_config(run / "config.yaml")
+  init_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+  flat = functools.partial(traverse_util.flatten_dict, sep="/")
+  start = flat(silenced_decoder(init_params(config.sam2, init_key)))
+  first, last = (flat(load_checkpoint(run / name / "params").params)
+                 for name in ("mask_adapter", "refiner"))
+  changed = {name for name, x in start.items() if not np.allclose(x, first[name], atol=1e-6)}
+  assert changed == {name for name in first if name.startswith("sam_mask_decoder/adapter/")}
+  for name, value in first.items():
+    np.testing.assert_array_equal(value, last[name])
+
+
+def test_steps_for_a_mask_adapter_that_is_not_there_are_refused(tiny_config, tmp_path, capsys):
+  assert main(["train", str(tiny_config), "--out", str(tmp_path / "run"),
+               "refiner.mask_adapter.loop.steps=3"]) == 2
+  assert "but sam2.adapters.mask is false" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, capsys):

@@ -1,12 +1,12 @@
 """The ablations and the weak-generator study: one resumable run per row, one small file per result.
 
 python benchmarks/accuracy/study.py CONFIG --generator RUN --work FOLDER --results FOLDER
-    [--only NAME ...] [--list]
+    [--only NAME ...] [--list] [key=value ...]
 
 Every row of `ROWS` trains a refiner of its own on the generator of RUN (ours.py --from); rows of
 `SCORED` score the first row's run in another way. Rows of `WEAK` train a generator on a few cases,
-and a refiner on these or on all others. All are scored by score_run.py. Rows whose file is there
-are skipped, a row that was stopped goes on: give the same command again.
+and a refiner on these or on all others. All are scored by score_run.py. Overrides are of every row.
+Rows whose file is there are skipped, a row that was stopped goes on: give the same command again.
 """
 
 import argparse
@@ -26,6 +26,8 @@ def stages(change: str) -> str:
   return f"refinement.stages=[{{{both}}}, {{{both}, pointers: true}}]"
 
 
+NO_MASK_ADAPTER = ["sam2.adapters.mask=false", "refiner.mask_adapter.loop.steps=0"]
+
 # What is trained differently; the first row is the config as it is.
 ROWS: dict[str, list[str]] = {
   "both-stages": [],
@@ -33,8 +35,9 @@ ROWS: dict[str, list[str]] = {
   "no-memory": [stages("memory: none")],
   "no-dwconv-adapter": ["sam2.adapters.dwconv=false"],
   "no-cnn-adapter": ["sam2.adapters.cnn=false"],
-  "no-mask-adapter": ["sam2.adapters.mask=false"],
-  "no-adapters": [f"sam2.adapters.{kind}=false" for kind in ("dwconv", "cnn", "mask")],
+  "no-mask-adapter": NO_MASK_ADAPTER,
+  "no-adapters": ["sam2.adapters.dwconv=false", "sam2.adapters.cnn=false", *NO_MASK_ADAPTER],
+  "mask-adapter-alone": ["refiner.loop.steps=0"],
   "box-alone": [stages("mask: false")],
   "mask-alone": [stages("box: false")],
 }
@@ -50,24 +53,30 @@ SCORED: dict[str, list[str]] = {
   "gaps": ["--corrupt", "gaps"],
   "islands": ["--corrupt", "islands"],
 }
-# Whole runs whose generator sees a few of the 160 training cases; the refiner those, or the others.
+# Whole runs whose generator sees a few of the 160 training cases, for as many steps as these take,
+# and has no vote in the fused masks. The refiner sees those cases, or the others, which teach it
+# more.
+FEW = ["refinement.generator_weight=0", "generator.loop.steps=500"]
+SOME = ["refinement.generator_weight=0", "generator.loop.steps=1000"]
+LONGER = "refiner.mask_adapter.loop.steps=6000"
 WEAK: dict[str, list[str]] = {
-  "cases-5": ["data.split.train_cases=5", "refiner.held_back=0"],
-  "cases-20": ["data.split.train_cases=20", "refiner.held_back=0"],
-  "generator-5": ["refiner.held_back=0.96875"],
-  "generator-20": ["refiner.held_back=0.875"],
+  "cases-5": [*FEW, "data.split.train_cases=5"],
+  "cases-20": [*SOME, "data.split.train_cases=20"],
+  "generator-5": [*FEW, "refiner.held_back=0.96875", LONGER],
+  "generator-20": [*SOME, "refiner.held_back=0.875", LONGER],
 }
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("config", type=Path)
+  parser.add_argument("overrides", nargs="*")
   parser.add_argument("--generator", type=Path, required=True, help="a finished run")
   parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
   parser.add_argument("--results", type=Path, required=True, help="folder of the JSON files")
   parser.add_argument("--only", nargs="+", choices=[*ROWS, *SCORED, *WEAK])
   parser.add_argument("--list", action="store_true", help="say what is there and what is not")
-  options = parser.parse_args()
+  options = parser.parse_intermixed_args()
   reference = options.work / next(iter(ROWS))
   for name in options.only or [*ROWS, *SCORED, *WEAK]:
     out = options.results / f"{name}.json"
@@ -80,7 +89,7 @@ def main() -> None:
       made_from = ["--from", str(options.generator)] if name in ROWS else []
       changes = ROWS[name] if name in ROWS else WEAK[name]
       commands.append(["ours.py", str(options.config), "--run", str(run), "--out", str(trained),
-                       *made_from, *changes])
+                       *made_from, *options.overrides, *changes])
     scored, how = (reference, SCORED[name]) if name in SCORED else (run, [])
     commands.append(["score_run.py", str(scored), "--out", str(out), *how])
     for script, *arguments in commands:

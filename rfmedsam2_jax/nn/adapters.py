@@ -75,8 +75,9 @@ class MaskAdapter(nn.Module):
   """A correction of mask logits by convolutions on the mask grid; an adapter of our own.
 
   What SAM 2's decoder says of a mask prompt has passed a grid of stride 16. This small U-Net of two
-  levels sees the mask of the stage before as it is, on the slices around too, beside the slice
-  itself and its finest features. It is for stages whose masks are nearly right.
+  levels sees the mask of the stage before as it is, on the slices around too, and the slice. It is
+  for stages whose masks are nearly right, and can be trained without the rest of SAM 2, which is
+  ten times as fast (`RefinerConfig.mask_adapter`).
 
   Args:
     width: channels at full resolution; twice as many at half.
@@ -86,16 +87,16 @@ class MaskAdapter(nn.Module):
   dtype: DType = jnp.float32
 
   @nn.compact
-  def __call__(self, fine_NHWC: Array, nearby_NRHW: Array) -> Array:
+  def __call__(self, pixels_NHWC: Array, nearby_NRHW: Array) -> Array:
     """What is added to the mask logits, float32 [N, H, W].
 
     Args:
-      fine_NHWC: features of stride 4 and the image, see ImageFeatures.
+      pixels_NHWC: the slice, see ImageFeatures.
       nearby_NRHW: mask logits within +-8 of the slices around, the cell's own in the middle; 0
         where unknown (refinement.prompts.nearby_logits).
     """
-    nearby = jnp.moveaxis(nearby_NRHW / MASK_LIMIT, 1, -1).astype(fine_NHWC.dtype)
-    x = jnp.concatenate([fine_NHWC, nearby], axis=-1)
+    nearby = jnp.moveaxis(nearby_NRHW / MASK_LIMIT, 1, -1).astype(pixels_NHWC.dtype)
+    x = jnp.concatenate([pixels_NHWC, nearby], axis=-1)
     fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_0")(x))
     coarse = conv2d(2 * self.width, 3, 2, padding=1, dtype=self.dtype, name="coarse_0")(fine)
     coarse = conv2d(2 * self.width, 3, padding=1, dtype=self.dtype, name="coarse_1")(gelu(coarse))

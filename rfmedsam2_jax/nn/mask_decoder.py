@@ -83,9 +83,9 @@ class MaskDecoder(nn.Module):
     """The neck's finer levels as the upscaling wants them: C/8 and C/4 channels."""
     return self.conv_s0(stride4_BHWC), self.conv_s1(stride8_BHWC)
 
-  def correct(self, fine_NHWC: Array, nearby_NRHW: Array) -> Array:
+  def correct(self, pixels_NHWC: Array, nearby_NRHW: Array) -> Array:
     """What the MaskAdapter adds to mask logits, float32 [N, 4G, 4G]."""
-    return self.adapter(fine_NHWC, nearby_NRHW)
+    return self.adapter(pixels_NHWC, nearby_NRHW)
 
   def __call__(
     self,

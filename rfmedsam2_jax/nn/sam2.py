@@ -127,12 +127,13 @@ class ImageFeatures(NamedTuple):
 
   Attributes:
     embedding: [B, G, G, C], before any memory and without `no_mem_embed`.
-    high_res: [B, 4G, 4G, C/8] and [B, 2G, 2G, C/4], already projected for the decoder; for a
-      MaskAdapter also the image [B, 4G, 4G, 3].
+    high_res: [B, 4G, 4G, C/8] and [B, 2G, 2G, C/4], already projected for the decoder.
+    pixels: the image [B, 4G, 4G, 3] for a MaskAdapter; None without one.
   """
 
   embedding: Array
   high_res: tuple[Array, ...]
+  pixels: Array | None = None
 
 
 class SAM2(nn.Module):
@@ -209,11 +210,15 @@ class SAM2(nn.Module):
     if images_BSS3.shape[1:] != (side, side, 3):
       raise ValueError(f"images are {images_BSS3.shape}; this SAM 2 takes [B, {side}, {side}, 3]")
     stride4, stride8, stride16 = self.image_encoder(images_BSS3)
-    high_res: tuple[Array, ...] = self.sam_mask_decoder.project_high_res(stride4, stride8)
-    if self.config.adapters.mask:
-      pixels = images_BSS3.reshape(-1, side // 4, 4, side // 4, 4, 3).mean((2, 4))
-      high_res += (pixels.astype(self.config.compute_dtype),)
-    return ImageFeatures(stride16, high_res)
+    high_res = self.sam_mask_decoder.project_high_res(stride4, stride8)
+    pixels = self.pixels(images_BSS3) if self.config.adapters.mask else None
+    return ImageFeatures(stride16, high_res, pixels)
+
+  def pixels(self, images_BSS3: Array) -> Array:
+    """Slices on the mask grid [B, 4G, 4G, 3], as the MaskAdapter sees them."""
+    side = images_BSS3.shape[1] // 4
+    pixels = images_BSS3.reshape(-1, side, 4, side, 4, 3).mean((2, 4))
+    return pixels.astype(self.config.compute_dtype)
 
   def remember(
     self, embedding_NGGC: Array, mask_logits_Nhh: Array, present_N: Array, binarize: bool = False
@@ -297,15 +302,14 @@ class SAM2(nn.Module):
       pointer=jnp.where(present[:, None], decoded.pointer, no_pointer),
     )
 
-  def correct_masks(self, high_res: tuple[Array, ...], nearby_NRhh: Array) -> Array:
+  def correct_masks(self, pixels_Nhh3: Array, nearby_NRhh: Array) -> Array:
     """What the MaskAdapter adds to mask logits of cells, float32 [N, 4G, 4G].
 
     Args:
-      high_res: of the same cells, see ImageFeatures.
+      pixels_Nhh3: of the cells' slices, see ImageFeatures.
       nearby_NRhh: mask logits of the slices around, R = 2 mask_reach + 1; 0 where there is none.
     """
-    fine = jnp.concatenate([high_res[0], high_res[2]], axis=-1)
-    return self.sam_mask_decoder.correct(fine, nearby_NRhh)
+    return self.sam_mask_decoder.correct(pixels_Nhh3, nearby_NRhh)
 
   def mask_prompt(self, masks_NSS: Array) -> Array:
     """A given mask (0 or 1, image resolution) as a mask prompt [N, 4G, 4G] on its own scale.
@@ -326,9 +330,9 @@ class SAM2(nn.Module):
       features.high_res,
       box_prompts(jnp.zeros((n, 4)), mask=mask),
     )
-    if c.adapters.mask:
+    if features.pixels is not None:
       nearby = decoded.masks.repeat(2 * c.adapters.mask_reach + 1, axis=1)
-      self.correct_masks(features.high_res, nearby)
+      self.correct_masks(features.pixels, nearby)
     gated = self.gate(decoded)
     maps = self.remember(features.embedding, gated.masks[:, 0], decoded.presence > 0)
     slots = MemorySlots(

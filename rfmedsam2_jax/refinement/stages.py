@@ -62,8 +62,11 @@ class CellSlots(NamedTuple):
 
 def encode_slices(model: SAM2, params: Params, slices: Array) -> ImageFeatures:
   """Features of slices [B, S, S, 3] with intensities in [0, 1]."""
-  images = (slices - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
-  return apply(model.config, params, images, method="encode_image")
+  return apply(model.config, params, _normalised(slices), method="encode_image")
+
+
+def _normalised(slices: Array) -> Array:
+  return (slices - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
 
 
 def remember_cells(model: SAM2, params: Params, embedding: Array, cells: CellPrompts) -> Array:
@@ -113,7 +116,7 @@ def refine_cells(
     ),
     method="condition",
   )
-  return decode_cells(model, params, stage, conditioned, features.high_res, cells)
+  return decode_cells(model, params, stage, conditioned, features, cells)
 
 
 def decode_cells(
@@ -121,13 +124,13 @@ def decode_cells(
   params: Params,
   stage: StageConfig,
   conditioned: Array,
-  high_res: tuple[Array, ...],
+  features: ImageFeatures,
   cells: CellPrompts,
 ) -> CellOutputs:
   """Masks from conditioned features and prompts: box and mask together, mask token 0 only."""
   prompts = sam_prompts(cells, stage.box, stage.mask)
-  decoded = apply(model.config, params, conditioned, high_res, prompts, method="decode")
-  mask, presence = bias_of(model, params, stage, high_res, cells)
+  decoded = apply(model.config, params, conditioned, features.high_res, prompts, method="decode")
+  mask, presence = bias_of(model, params, stage, features.pixels, cells)
   decoded = decoded._replace(
     masks=decoded.masks.astype(jnp.float32) + mask[:, None],
     presence=decoded.presence.astype(jnp.float32) + presence,
@@ -145,16 +148,16 @@ def bias_of(
   model: SAM2,
   params: Params,
   stage: StageConfig,
-  high_res: tuple[Array, ...],
+  pixels: Array | None,
   cells: CellPrompts,
 ) -> tuple[Array, Array]:
   """What is added to decoded mask logits [N, 4G, 4G] and presence logits [N]: see `residual_of`,
-  and the MaskAdapter's correction."""
+  and the MaskAdapter's correction, where there are `pixels` (ImageFeatures) for it."""
   mask, presence = residual_of(cells, stage)
-  if model.config.adapters.mask:
+  if pixels is not None:
     # Without the mask as a prompt the adapter has the image alone.
     nearby = cells.nearby if stage.mask else jnp.zeros_like(cells.nearby)
-    mask = mask + apply(model.config, params, high_res, nearby, method="correct_masks")
+    mask = mask + apply(model.config, params, pixels, nearby, method="correct_masks")
   return mask, presence
 
 
@@ -176,6 +179,19 @@ def nearby_on_grid(
     around(cells.logits), around(cells.presence), around(inside.reshape(-1))
   )
   return nearby.reshape(-1, *nearby.shape[2:])
+
+
+def live_on_grid(cells: CellPrompts, config: RefinementConfig, inside_TL: Array) -> Array:
+  """Cells that a stage runs at prediction, bool [T, L]."""
+  # What a stage says of padding must not make slices of the volume live.
+  present = (cells.presence > 0).reshape(inside_TL.shape) & inside_TL
+  return live_cells(present, config.live_margin) & inside_TL
+
+
+def of_cells(x: Array, tracks: int, length: int) -> Array:
+  """What belongs to the slices [B * L, ...] of runs, for each of their cells [B * T * L, ...]."""
+  x = x.reshape(-1, 1, length, *x.shape[1:])
+  return jnp.broadcast_to(x, (len(x), tracks, *x.shape[2:])).reshape(-1, *x.shape[3:])
 
 
 def absent_pointer(params: Params, like: Array) -> Array:
@@ -231,23 +247,19 @@ def stage_on_grid(
   Returns:
     CellOutputs of all cells; live bool [N], those that the stage would run at prediction.
   """
-  runs, length = inside.shape
+  length = inside.shape[1]
   count = cells.presence.shape[0]
-  tracks = count // (runs * length)
-  grid = (runs * tracks, length)
+  tracks = count // inside.size
+  grid = (count // length, length)
   inside_TL = jnp.repeat(inside, tracks, axis=0)
-  # What a stage says of padding must not make slices of the volume live.
-  present = (cells.presence > 0).reshape(grid) & inside_TL
-  live = live_cells(present, config.live_margin) & inside_TL
-  cell_slice = jnp.arange(runs)[:, None, None] * length + jnp.arange(length)
-  cell_slice = jnp.broadcast_to(cell_slice, (runs, tracks, length)).reshape(-1)
-  cell_features = jax.tree.map(lambda x: x[cell_slice], features)
+  live = live_on_grid(cells, config, inside_TL)
+  cell_features = jax.tree.map(lambda x: of_cells(x, tracks, length), features)
   if model.config.adapters.mask:
     reach = model.config.adapters.mask_reach
     cells = cells._replace(nearby=nearby_on_grid(cells, grid, inside_TL, reach))
   if stage.memory == "none":
     conditioned = apply(model.config, params, cell_features.embedding, method="unconditioned")
-    outputs = decode_cells(model, params, stage, conditioned, cell_features.high_res, cells)
+    outputs = decode_cells(model, params, stage, conditioned, cell_features, cells)
     return outputs, live.reshape(-1)
   table, positions = grid_slots(
     stage,
@@ -258,7 +270,7 @@ def stage_on_grid(
     inside=inside_TL,
   )
   width = table.slices.shape[-1]
-  first = jnp.arange(runs * tracks, dtype=jnp.int32)[:, None, None] * length
+  first = jnp.arange(grid[0], dtype=jnp.int32)[:, None, None] * length
   slots = CellSlots(
     (first + table.slices).reshape(count, width),
     table.rows.reshape(count, width),
@@ -301,4 +313,36 @@ def all_stages_on_grid(
     presence = jnp.where(live, outputs.presence, ABSENT_LOGIT)
     cells = next_prompts(outputs.logits, presence, model.config.image_size, config.box_margin)
     pointers = jnp.where(live[:, None], outputs.pointer, absent_pointer(params, outputs.pointer))
+  return results
+
+
+def masks_on_grid(
+  model: SAM2,
+  params: Params,
+  config: RefinementConfig,
+  slices: Array,
+  cells: CellPrompts,
+  inside: Array,
+  depth: Array,
+) -> list[tuple[CellOutputs, Array]]:
+  """As `all_stages_on_grid`, of the MaskAdapter alone: the rest of SAM 2 is not run.
+
+  Every structure stays where the stage before saw it, and the predicted IoU is 0.
+  """
+  del depth  # of pointers
+  pixels = apply(model.config, params, _normalised(slices), method="pixels")
+  length, count = inside.shape[1], cells.presence.shape[0]
+  tracks = count // inside.size
+  pixels, inside_TL = of_cells(pixels, tracks, length), jnp.repeat(inside, tracks, axis=0)
+  nothing = jnp.zeros(count)
+  results = []
+  for stage in config.stages:
+    live = live_on_grid(cells, config, inside_TL)
+    nearby = nearby_on_grid(cells, live.shape, inside_TL, model.config.adapters.mask_reach)
+    cells = cells._replace(nearby=nearby)
+    logits, _ = bias_of(model, params, stage, pixels, cells)
+    live = live.reshape(-1)
+    results.append((CellOutputs(logits, nothing, cells.presence, nothing[:, None]), live))
+    presence = jnp.where(live, cells.presence, ABSENT_LOGIT)
+    cells = next_prompts(logits, presence, model.config.image_size, config.box_margin)
   return results

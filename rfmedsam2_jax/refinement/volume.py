@@ -100,7 +100,7 @@ def _refine_rows(model, params, stage, features, maps, pointers, rows, cells, sl
 def _decode_rows(model, params, stage, features, rows, cells):
   here = _rows(features, rows)
   conditioned = apply(model.config, params, here.embedding, method="unconditioned")
-  return stages_lib.decode_cells(model, params, stage, conditioned, here.high_res, cells)
+  return stages_lib.decode_cells(model, params, stage, conditioned, here, cells)
 
 
 # Compiled once per (model, stage): both are hashable and static. Parameters and stores, of features
@@ -385,7 +385,7 @@ def _run_stream(
     batch = sam_prompts(cell, stage.box, stage.mask)
     store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
     features = _rows(encoded.store, store_rows)
-    mask_bias, presence_bias = _bias(model, params, stage, features.high_res, cell)
+    mask_bias, presence_bias = _bias(model, params, stage, features.pixels, cell)
     start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))
     out = _track(
       model,

@@ -62,6 +62,19 @@ class GeneratorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskAdapterConfig:
+  """Training of the MaskAdapter before that of the refiner as a whole, on the same kind of batches.
+
+  One from scratch learns several times as fast where SAM 2 is not run beside it.
+  """
+
+  batch_size: int = 2  # runs
+  microbatches: int = 1  # parts of a batch, one after the other
+  loop: LoopConfig = LoopConfig(steps=0)
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, clip_norm=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class RefinerConfig:
   """Training of SAM 2 as the refiner, on runs of consecutive slices."""
 
@@ -85,6 +98,7 @@ class RefinerConfig:
   # on those learns to leave masks alone. 0: both are trained on all.
   box_jitter: float = 0.1  # boxes are moved by up to this share of their size
   oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
+  mask_adapter: MaskAdapterConfig = MaskAdapterConfig()
   loop: LoopConfig = LoopConfig()
   optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0)
   loss: RefinerLossConfig = RefinerLossConfig()

@@ -41,7 +41,7 @@ def train_phase(
   """Trains until `config.steps`, from the newest checkpoint where there is one.
 
   Args:
-    phase: "generator" or "refiner"; names the folder of checkpoints and the lines of the log.
+    phase: as in phases.Phase; names the folder of checkpoints and the lines of the log.
     state: fresh, laid out on the mesh.
     step_fn: jitted (state, batch) -> (state, metrics), with the state donated.
     batches_from: gives the iterator of this process's rows of batch n and those after it. "case"
@@ -167,6 +167,6 @@ class _Watch:
     good = self._run.checkpoints(self._phase) / str(last) if last else "none"
     raise UserError(
       f"{self._run.path}: the {self._phase}'s loss is not finite at step {step} (cases "
-      f"{', '.join(names)}); look at these cases or lower {self._phase}.optimizer.learning_rate, "
+      f"{', '.join(names)}); look at these cases or lower the learning_rate of its optimizer, "
       f"and go on with --resume (last good checkpoint: {good})"
     )

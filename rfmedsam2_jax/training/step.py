@@ -1,5 +1,6 @@
 """One training step of the generator and of the refiner: pure functions of (state, batch)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.prompts import CellPrompts, next_prompts
-from rfmedsam2_jax.refinement.stages import all_stages_on_grid
+from rfmedsam2_jax.refinement.stages import all_stages_on_grid, masks_on_grid
 from rfmedsam2_jax.training.config import GeneratorConfig, OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.training.state import Params, TrainState, ema_update, merge
 
@@ -123,8 +124,18 @@ def stage0_cells(batch: Batch, refinement: RefinementConfig, side: int) -> CellP
   return next_prompts(logits, certain, side, refinement.box_margin)
 
 
-def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementConfig) -> Loss:
-  """Sum over stages of the weighted losses of all live cells, see data.pipeline.refiner_batches."""
+def refiner_loss_fn(
+  model: SAM2, config: RefinerConfig, refinement: RefinementConfig, masks_alone: bool = False
+) -> Loss:
+  """Sum over stages of the weighted losses of all live cells, see data.pipeline.refiner_batches.
+
+  Args:
+    masks_alone: of the masks as the MaskAdapter alone corrects them, see `masks_on_grid`.
+  """
+  all_stages = masks_on_grid if masks_alone else all_stages_on_grid
+  weights = config.loss
+  if masks_alone:
+    weights = dataclasses.replace(weights, iou=0.0, presence=0.0)
 
   def loss(params: Params, batch: Batch, key: Array, axes: tuple[str, ...] = ()):
     runs, tracks, length, height, width = batch["logits"].shape
@@ -132,7 +143,7 @@ def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementCo
     cells = stage0_cells(batch, refinement, side)
     cells = cells._replace(boxes=jittered(cells.boxes, config.box_jitter, side, key, axes))
     slices = batch["images"].reshape(runs * length, side, side, 3)
-    results = all_stages_on_grid(
+    results = all_stages(
       model, params, refinement, slices, cells, batch["inside"], batch["depth"]
     )
     target = batch["masks"].reshape(-1, height, width)
@@ -148,7 +159,7 @@ def refiner_loss_fn(model: SAM2, config: RefinerConfig, refinement: RefinementCo
     ):
       counts = (live | present) & inside & certain
       value, parts = refiner_loss(
-        out.logits, out.iou, out.presence, target, known, present, counts, config.loss, axes
+        out.logits, out.iou, out.presence, target, known, present, counts, weights, axes
       )
       total = total + stage.loss_weight * value
       metrics |= {f"stage{number}/{name}": part for name, part in parts.items()}
