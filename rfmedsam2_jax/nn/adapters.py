@@ -77,7 +77,7 @@ class MaskAdapter(nn.Module):
   What SAM 2's decoder says of a mask prompt has passed a grid of stride 16. This small U-Net of two
   levels sees the mask of the stage before as it is, on the slices around too, and the slice. It is
   for stages whose masks are nearly right, and can be trained without the rest of SAM 2, which is
-  ten times as fast (`RefinerConfig.mask_adapter`).
+  four times as fast (`RefinerConfig.mask_adapter`).
 
   Args:
     width: channels at full resolution; twice as many at half.
