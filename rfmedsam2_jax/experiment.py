@@ -7,74 +7,37 @@ has finished it.
 
 import contextlib
 import dataclasses
-import functools
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from rfmedsam2_jax.config import Config, config_yaml, load_config
 from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
-from rfmedsam2_jax.data.files import load_json, replacing, save_json
+from rfmedsam2_jax.data.files import load_json, save_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint, make_fingerprint
-from rfmedsam2_jax.data.pipeline import RunConfig, generator_batches, refiner_batches
 from rfmedsam2_jax.data.plan import Plan, load_plan, make_plan, save_plan
-from rfmedsam2_jax.data.preprocessing import (
-  Prepared,
-  load_case,
-  prepare_atoms,
-  preprocess,
-  save_case,
-  stored_cases,
-)
+from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess, save_case, stored_cases
 from rfmedsam2_jax.data.splits import Split, divide, load_split, make_split, save_split
 from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.segmenter import (
-  Segmenter,
-  run_generator,
+from rfmedsam2_jax.inference.segmenter import Segmenter
+from rfmedsam2_jax.networks import (
+  check_generator,
+  generator_shapes,
+  refiner_shapes,
+  train_generator,
+  train_refiner,
+  untrained,
+  write_prompts,
 )
-from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.parallel import hosts
-from rfmedsam2_jax.parallel.mesh import check_batch, local_rows, make_mesh
-from rfmedsam2_jax.parallel.rules import place, whole
-from rfmedsam2_jax.phases import (
-  Phase,
-  generator_network,
-  generator_phase,
-  init_generator,
-  mask_adapter_phase,
-  refiner_phase,
-)
 from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
-from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.report.curves import save_curves
-from rfmedsam2_jax.training.checkpoints import has_checkpoint
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
-from rfmedsam2_jax.training.loop import train_phase
-from rfmedsam2_jax.training.state import (
-  Params,
-  TrainState,
-  init_state,
-  make_optimizer,
-  merge,
-  silenced_decoder,
-  with_frozen_as,
-)
-from rfmedsam2_jax.training.step import compile_step, make_step
-from rfmedsam2_jax.validation import quick_scores, validate_run
-from rfmedsam2_jax.weights.checkpoint import (
-  check_starting_point,
-  config_json,
-  read_config,
-  starting_params,
-)
-from rfmedsam2_jax.weights.generator import check_generator_start, generator_json
-from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
+from rfmedsam2_jax.validation import validate_run
+from rfmedsam2_jax.weights.checkpoint import check_starting_point
+from rfmedsam2_jax.weights.orbax import load_params
 
 
 def train(
@@ -109,15 +72,15 @@ def train(
       run.write("versions.json", json.dumps(versions(), indent=1) + "\n")
     began = time.monotonic()
     split, plan = _plan(run, dataset, config, report)
-    _check_generator(run, config, plan)
+    check_generator(run, config, plan)
     for_generator, for_refiner = divide(split.train, config.refiner.held_back, config.seed)
     cases = {case.identifier: case for case in dataset.cases}
     _preprocess(run, [cases[name] for name in split.train], dataset, plan, config, report)
     held_out = [cases[name] for name in split.validation]
     report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    segmenter = _generator(run, config, plan, for_generator, held_out, report, profile)
-    _write_prompts(run, segmenter, for_refiner, report)
-    segmenter = _refiner(run, config, segmenter, for_refiner, held_out, report, profile)
+    segmenter = train_generator(run, config, plan, for_generator, held_out, report, profile)
+    write_prompts(run, segmenter, for_refiner, report)
+    segmenter = train_refiner(run, config, segmenter, for_refiner, held_out, report, profile)
     if run.writes:
       save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = validate_run(run, segmenter, held_out, report)
@@ -156,9 +119,9 @@ def load_run(path: str | Path) -> Segmenter:
     if not run.params(phase).is_dir():
       raise UserError(f"{path}: its {phase} is not trained yet; finish the run with train --resume")
   plan = load_plan(run / "plan.json")
-  segmenter = _untrained(config, plan)
-  generator = load_params(run.params("generator"), _generator_shapes(segmenter))
-  refiner = load_params(run.params("refiner"), _refiner_shapes(segmenter))
+  segmenter = untrained(config, plan)
+  generator = load_params(run.params("generator"), generator_shapes(segmenter))
+  refiner = load_params(run.params("refiner"), refiner_shapes(segmenter))
   known = run / "fingerprint.json"
   fingerprint = load_json(known, Fingerprint) if known.exists() else None
   if fingerprint is not None and len(fingerprint.channels) != len(plan.channels):
@@ -248,293 +211,3 @@ def _preprocess(
       save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
                 plan.labels, config.seed)
       progress(done, len(mine))
-
-
-def _untrained(config: Config, plan: Plan) -> Segmenter:
-  channels = len(plan.channels)
-  wrong = [channel for channel in config.data.sam_channels if not 0 <= channel < channels]
-  if wrong:
-    raise UserError(
-      f"data.sam_channels: has {wrong[0]}, but images have channels 0 to {channels - 1}"
-    )
-  return Segmenter(
-    plan=plan,
-    unet=generator_network(config, plan),
-    generator={},
-    sam2=SAM2(config.sam2),
-    refiner=None,
-    refinement=config.refinement,
-    inference=config.inference,
-    sam_channels=config.data.sam_channels,
-    sam_context=config.data.sam_context,
-  )
-
-
-def _generator_shapes(segmenter: Segmenter) -> Any:
-  init = functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels))
-  return jax.eval_shape(init, jax.random.key(0))
-
-
-def _refiner_shapes(segmenter: Segmenter) -> Any:
-  return jax.eval_shape(functools.partial(init_params, segmenter.sam2.config), jax.random.key(0))
-
-
-def _count(params: Any) -> int:
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-
-
-def _describe(config: Config, plan: Plan) -> dict[str, Any]:
-  structures = [[structure.name, structure.values] for structure in plan.labels.structures]
-  return generator_json(generator_network(config, plan), len(plan.channels), structures)
-
-
-def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
-  about = {
-    "phase": phase,
-    "config": json.loads(json.dumps(dataclasses.asdict(config))),
-    "labels": json.loads(json.dumps(dataclasses.asdict(plan.labels))),
-    "versions": versions(),
-  }
-  if phase == "generator":
-    return about | {"generator": _describe(config, plan)}
-  return about | {"sam2": config_json(config.sam2)}
-
-
-def _check_generator(run: RunFolder, config: Config, plan: Plan) -> None:
-  """Sees to it that the generator can start as the config says, without reading parameters.
-
-  Raises:
-    UserError: no checkpoint, one of another network or of other labels, or no steps from scratch.
-  """
-  settings = config.generator
-  if run.params("generator").is_dir() or has_checkpoint(run.checkpoints("generator")):
-    return
-  if settings.init_from:
-    check_generator_start(settings.init_from, _describe(config, plan))
-  elif not settings.loop.steps:
-    raise UserError("generator.loop.steps: is 0, which leaves a generator from scratch untrained; "
-                    "give steps, or a trained one with generator.init_from")
-
-
-def _train_network(
-  phase: Phase,
-  run: RunFolder,
-  config: Config,
-  segmenter: Segmenter,
-  train: Sequence[str],
-  held_out: Sequence[Case],
-  params: Params,
-  batches_from: Callable[[Sequence[int], int], Any],
-  key: jax.Array,
-  report: Report,
-  profile: bool,
-) -> None:
-  """Trains one of the two networks and keeps its final parameters in the run's folder.
-
-  Args:
-    train: identifiers of the cases that batches come from.
-    params: fresh.
-    batches_from: gives an iterator of some rows of a batch and those after it.
-  """
-  settings, mesh = phase.settings, make_mesh(config.mesh)
-  optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-  check_batch(mesh, settings.batch_size, settings.microbatches, phase.name)
-  state = place(init_state(params, phase.patterns, optimizer, key), mesh)
-  report(
-    f"{phase.name}: {_count(params) / 1e6:.2f} M parameters, "
-    f"{_count(state.trained) / 1e6:.2f} M of them trained"
-  )
-
-  def final(state: TrainState) -> Params:
-    kept = state.ema if settings.optimizer.ema_decay else state.trained
-    return whole(merge(kept, state.frozen), mesh)
-
-  def validate(state: TrainState, step: int) -> tuple[dict[str, float], Path | None]:
-    network = "generator" if phase.name == "generator" else "refiner"
-    trained: dict[str, Any] = {network: final(state)}
-    some = held_out[: settings.loop.validation_cases]
-    scores, shown = quick_scores(dataclasses.replace(segmenter, **trained), some, report)
-    if not run.writes or shown is None:
-      return scores, None
-    path = run / "pictures" / f"{phase.name}-{step:06d}.png"
-    return scores, save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
-
-  state = train_phase(
-    phase.name,
-    run,
-    settings.loop,
-    state,
-    compile_step(
-      make_step(phase.loss, optimizer, settings.optimizer, mesh, settings.microbatches),
-      state,
-      mesh,
-    ),
-    functools.partial(batches_from, local_rows(mesh, settings.batch_size)),
-    mesh,
-    train,
-    _samples(phase),
-    validate if held_out else None,
-    report,
-    profile,
-  )
-  save_params(run.params(phase.name), final(state), _about(config, segmenter.plan, phase.name))
-
-
-def _generator(
-  run: RunFolder,
-  config: Config,
-  plan: Plan,
-  train: Sequence[str],
-  held_out: Sequence[Case],
-  report: Report,
-  profile: bool,
-) -> Segmenter:
-  """Trains the generator, or loads it where it is trained already."""
-  segmenter = _untrained(config, plan)
-  settings, phase = config.generator, generator_phase(config, plan)
-  if not run.params("generator").is_dir():
-    init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
-    params = jax.jit(phase.init)(init_key)
-    if settings.init_from and not has_checkpoint(run.checkpoints("generator")):
-      params = load_params(settings.init_from, params)
-      about = read_about(settings.init_from)
-      run.write("generator_init_from.json", json.dumps(about, indent=1) + "\n")
-      report(f"generator: starts from {settings.init_from}")
-    if not settings.loop.steps:
-      save_params(run.params("generator"), params, _about(config, plan, "generator"))
-      report("generator: used as it is, no steps")
-      return dataclasses.replace(segmenter, generator=params)
-
-    def batches_from(rows: Sequence[int], start: int) -> Any:
-      return generator_batches(
-        run / "preprocessed",
-        train,
-        plan.patch_size,
-        settings.batch_size,
-        settings.augmentation,
-        config.seed,
-        settings.oversample_foreground,
-        rows=rows,
-        start=start,
-        loader=config.data.loader,
-      )
-
-    _train_network(
-      phase, run, config, segmenter, train, held_out, params, batches_from, train_key, report,
-      profile,
-    )
-  params = load_params(run.params("generator"), _generator_shapes(segmenter))
-  return dataclasses.replace(segmenter, generator=params)
-
-
-def _write_prompts(
-  run: RunFolder, segmenter: Segmenter, identifiers: Sequence[str], report: Report
-) -> None:
-  """The generator's mask logits of the training cases, float16 [K, D, 4G, 4G] each."""
-  progress = Progress("prompts of the training cases", report)
-  with hosts.together():
-    mine = [
-      name for name in hosts.share(identifiers) if not (run / "prompts" / f"{name}.npy").exists()
-    ]
-    progress(0, len(mine))
-    for done, identifier in enumerate(mine, 1):
-      path = run / "prompts" / f"{identifier}.npy"
-      case = load_case(run / "preprocessed", identifier)
-      prepared = Prepared(np.asarray(case.image), case.window, case.restore)
-      made = run_generator(segmenter, prepared, report)
-      with replacing(path) as temporary:
-        np.save(temporary, made.prompts.logits)
-      progress(done, len(mine))
-
-
-def _starting_refiner(
-  run: RunFolder, config: Config, key: jax.Array, report: Report
-) -> Params:
-  """SAM 2 before the first step: from the checkpoint that the config names, or from scratch."""
-  source = config.refiner.init_from
-  # Once the phase has a checkpoint of its own, that will replace all values given here.
-  if source and not has_checkpoint(run.checkpoints("refiner")):
-    params = starting_params(source, config.sam2, key)
-    run.write("init_from.json", json.dumps(read_config(source)[1], indent=1) + "\n")
-    report(f"refiner: starts from {source}")
-    return params
-  params = init_params(config.sam2, key)
-  if not source and any(stage.residual for stage in config.refinement.stages):
-    params = silenced_decoder(params)
-  return params
-
-
-def _refiner(
-  run: RunFolder,
-  config: Config,
-  segmenter: Segmenter,
-  train: Sequence[str],
-  held_out: Sequence[Case],
-  report: Report,
-  profile: bool,
-) -> Segmenter:
-  """Trains SAM 2 as the refiner, its MaskAdapter first, or loads it where it is trained already."""
-  settings, plan = config.refiner, segmenter.plan
-
-  def trained(phase: Phase, params: Params, key: jax.Array) -> Params:
-    if not run.params(phase.name).is_dir():
-      batches = functools.partial(
-        _refiner_batches, run, config, plan, train, phase.settings.batch_size
-      )
-      _train_network(
-        phase, run, config, segmenter, train, held_out, params, batches, key, report, profile
-      )
-    return load_params(run.params(phase.name), _refiner_shapes(segmenter))
-
-  if run.params("refiner").is_dir():
-    params = load_params(run.params("refiner"), _refiner_shapes(segmenter))
-    return dataclasses.replace(segmenter, refiner=params)
-  key = jax.random.key(config.seed)
-  init_key, train_key = jax.random.split(jax.random.fold_in(key, 1))
-  params = _starting_refiner(run, config, init_key, report)
-  if settings.mask_adapter.loop.steps:
-    params = trained(mask_adapter_phase(config, plan), params, jax.random.fold_in(key, 2))
-  params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
-  params = trained(refiner_phase(config, plan), params, train_key)
-  return dataclasses.replace(segmenter, refiner=params)
-
-
-def _refiner_batches(
-  run: RunFolder,
-  config: Config,
-  plan: Plan,
-  train: Sequence[str],
-  batch_size: int,
-  rows: Sequence[int],
-  start: int,
-) -> Any:
-  settings = config.refiner
-  return refiner_batches(
-    run / "preprocessed",
-    train,
-    RunConfig(
-      image_size=config.sam2.image_size,
-      slices=settings.slices,
-      structures=min(settings.structures, len(plan.labels.structures)),
-      channels=config.data.sam_channels,
-      context=config.data.sam_context,
-      oversample_foreground=settings.oversample_foreground,
-    ),
-    plan.labels.membership,
-    batch_size,
-    settings.augmentation,
-    settings.corruption,
-    config.seed,
-    prompts=run / "prompts",
-    rows=rows,
-    start=start,
-    loader=config.data.loader,
-  )
-
-
-def _samples(phase: Phase) -> dict[str, int]:
-  """What one step goes through: volumes are crops of one each."""
-  if phase.name == "generator":
-    return {"volumes": phase.batch["image"].shape[0]}
-  runs, structures, slices = phase.batch["masks"].shape[:3]
-  return {"volumes": runs, "slices": runs * slices, "cells": runs * structures * slices}

@@ -1,6 +1,6 @@
 """The phases of training as data: which network, what of it is trained, on what batches.
 
-In: a config and a plan. Used where they are trained (experiment) and where only their shapes are
+In: a config and a plan. Used where they are trained (networks) and where only their shapes are
 looked at (the `shard` command).
 """
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from rfmedsam2_jax import experiment
+from rfmedsam2_jax import networks
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
@@ -169,13 +169,13 @@ def test_the_demos_run_killed_by_sigkill_in_each_phase_resumes_to_the_same_bits(
 
 
 def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypatch):
-  seen, original = {}, experiment._train_network
+  seen, original = {}, networks._train_network
 
   def watched(phase, run, config, segmenter, train, *rest):
     seen[phase.name] = set(train)
     return original(phase, run, config, segmenter, train, *rest)
 
-  monkeypatch.setattr(experiment, "_train_network", watched)
+  monkeypatch.setattr(networks, "_train_network", watched)
   run = tmp_path / "run"
   assert main(["train", str(tiny_config), "--out", str(run), "refiner.held_back=0.34",
                "generator.loop.steps=1", "refiner.loop.steps=1"]) == 0

@@ -1,8 +1,8 @@
 """The folder of a run: who may write to it, and what lies where.
 
 config.yaml, dataset facts (splits.json, fingerprint.json, plan.json), versions.json,
-log.jsonl, preprocessed/, prompts/, generator/ and refiner/ (checkpoints and final params),
-validation.json.
+log.jsonl, preprocessed/, prompts/, generator/ and refiner/ (checkpoints and final params), where
+it is trained apart mask_adapter/, validation.json.
 """
 
 import contextlib
