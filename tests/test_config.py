@@ -20,6 +20,17 @@ def test_every_config_loads_and_survives_being_written(path, tmp_path):
   assert load_config(copy) == config
 
 
+def test_the_longer_hippocampus_config_differs_in_loops_alone():
+  def without_loops(tree):
+    return {k: without_loops(v) if isinstance(v, dict) else v for k, v in tree.items()
+            if k != "loop"}
+
+  short, long = (dataclasses.asdict(load_config(CONFIGS / f"{name}.yaml"))
+                 for name in ("hippocampus", "hippocampus-90"))
+  assert short != long
+  assert without_loops(short) == without_loops(long)
+
+
 def test_presets_and_overrides_are_applied(tmp_path):
   path = tmp_path / "c.yaml"
   path.write_text("sam2: {preset: sam2.1_hiera_tiny, adapters: {width: 8}}\nseed: 3\n")
