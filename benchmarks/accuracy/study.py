@@ -58,7 +58,7 @@ SCORED: dict[str, list[str]] = {
 # more.
 FEW = ["refinement.generator_weight=0", "generator.loop.steps=500"]
 SOME = ["refinement.generator_weight=0", "generator.loop.steps=1000"]
-LONGER = "refiner.mask_adapter.loop.steps=6000"
+LONGER = "refiner.mask_adapter.loop.steps=10000"
 WEAK: dict[str, list[str]] = {
   "cases-5": [*FEW, "data.split.train_cases=5"],
   "cases-20": [*SOME, "data.split.train_cases=20"],
