@@ -31,8 +31,8 @@ ALLOWED = {
   "report": {"nn", "data", "losses", "metrics", "inference", "training"},
 }
 LAST = {
-  "config", "phases", "experiment", "shard", "api", "prompting", "serve", "cli", "quickstart",
-  "validation", "__init__", "__main__",
+  "config", "phases", "networks", "experiment", "shard", "api", "prompting", "serve", "cli",
+  "quickstart", "validation", "__init__", "__main__",
 }
 
 
