@@ -38,6 +38,7 @@ from rfmedsam2_jax.phases import (
 from rfmedsam2_jax.progress import Progress, Report
 from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.training.checkpoints import has_checkpoint
+from rfmedsam2_jax.training.config import config_key
 from rfmedsam2_jax.training.folder import RunFolder, versions
 from rfmedsam2_jax.training.loop import train_phase
 from rfmedsam2_jax.training.state import (
@@ -151,7 +152,7 @@ def _train_network(
   """
   settings, mesh = phase.settings, make_mesh(config.mesh)
   optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-  check_batch(mesh, settings.batch_size, settings.microbatches, phase.name)
+  check_batch(mesh, settings.batch_size, settings.microbatches, config_key(phase.name))
   state = place(init_state(params, phase.patterns, optimizer, key), mesh)
   report(
     f"{phase.name}: {_count(params) / 1e6:.2f} M parameters, "

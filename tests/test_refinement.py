@@ -299,7 +299,7 @@ def test_gradients_through_empty_slots_are_finite():
   assert not np.asarray(gradients[2])[0].any() and np.asarray(gradients[2]).any()
   assert np.asarray(gradients[3]).any()  # pointers carry a gradient
   alone = jax.jit(stages_lib.decode_cells, static_argnums=(0, 2))(
-    MODEL, params, ALONE, features.embedding + params["no_mem_embed"], features.high_res, cells
+    MODEL, params, ALONE, features.embedding + params["no_mem_embed"], features, cells
   )
   assert relative(out.logits[3], alone.logits[3]) < 1e-5
   assert relative(out.logits[2], alone.logits[2]) > 1e-3

@@ -309,11 +309,17 @@ def all_stages_on_grid(
       model, params, stage, config, features, cells, pointers, inside, depth
     )
     results.append((outputs, live))
-    # At prediction a cell that is not live is not run: no organ, and no pointer of one.
-    presence = jnp.where(live, outputs.presence, ABSENT_LOGIT)
-    cells = next_prompts(outputs.logits, presence, model.config.image_size, config.box_margin)
+    cells = _following(model, config, outputs, live)
     pointers = jnp.where(live[:, None], outputs.pointer, absent_pointer(params, outputs.pointer))
   return results
+
+
+def _following(
+  model: SAM2, config: RefinementConfig, outputs: CellOutputs, live: Array
+) -> CellPrompts:
+  """The next stage's prompts, as at prediction: a cell that is not live is not run, no organ."""
+  presence = jnp.where(live, outputs.presence, ABSENT_LOGIT)
+  return next_prompts(outputs.logits, presence, model.config.image_size, config.box_margin)
 
 
 def masks_on_grid(
@@ -342,7 +348,7 @@ def masks_on_grid(
     cells = cells._replace(nearby=nearby)
     logits, _ = bias_of(model, params, stage, pixels, cells)
     live = live.reshape(-1)
-    results.append((CellOutputs(logits, nothing, cells.presence, nothing[:, None]), live))
-    presence = jnp.where(live, cells.presence, ABSENT_LOGIT)
-    cells = next_prompts(logits, presence, model.config.image_size, config.box_margin)
+    outputs = CellOutputs(logits, nothing, cells.presence, nothing[:, None])
+    results.append((outputs, live))
+    cells = _following(model, config, outputs, live)
   return results

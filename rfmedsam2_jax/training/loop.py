@@ -17,7 +17,7 @@ from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import place_batch
 from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
 from rfmedsam2_jax.training.checkpoints import Checkpoints
-from rfmedsam2_jax.training.config import LoopConfig
+from rfmedsam2_jax.training.config import LoopConfig, config_key
 from rfmedsam2_jax.training.folder import RunFolder
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
@@ -164,9 +164,10 @@ class _Watch:
     # The loss is the same in every process, so that all of them come here.
     names = sorted({name for some in hosts.gather(mine) for name in some})
     last = self._checkpoints.latest()
+    rate = f"{config_key(self._phase)}.optimizer.learning_rate"
     good = self._run.checkpoints(self._phase) / str(last) if last else "none"
     raise UserError(
       f"{self._run.path}: the {self._phase}'s loss is not finite at step {step} (cases "
-      f"{', '.join(names)}); look at these cases or lower the learning_rate of its optimizer, "
+      f"{', '.join(names)}); look at these cases or lower {rate}, "
       f"and go on with --resume (last good checkpoint: {good})"
     )
