@@ -19,8 +19,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.inference.slice_frame import VoxelPrompt
 from rfmedsam2_jax.inference.tracked import PromptedVolume
-from rfmedsam2_jax.tracking import TrackingConfig
-from rfmedsam2_jax.tracking import volume as tracking_volume
+from rfmedsam2_jax.tracking import TrackingConfig, features
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 
 pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
@@ -119,9 +118,9 @@ def test_what_is_saved_is_what_track_gives_and_corrections_encode_nothing(
   client, place, monkeypatch
 ):
   encoded = []
-  encode = tracking_volume._encode
+  encode = features._encode
   monkeypatch.setattr(
-    tracking_volume, "_encode", lambda *args: encoded.append(len(args[2])) or encode(*args)
+    features, "_encode", lambda *args: encoded.append(len(args[2])) or encode(*args)
   )
   volume = opened(client)["volume"]
   assert client.get(f"/api/volumes/{volume}/nii.gz").status_code == 400  # nothing is there yet

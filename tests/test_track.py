@@ -13,7 +13,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.inference.prompt_files import parse_box, parse_point, read_prompts
 from rfmedsam2_jax.nn import SAM2
-from rfmedsam2_jax.tracking import SlicePrompt
+from rfmedsam2_jax.tracking import SlicePrompt, features
 from rfmedsam2_jax.tracking import volume as tracking_volume
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
@@ -143,13 +143,13 @@ def test_a_sparse_label_map_prompts_with_masks(scan, checkpoint, tmp_path, capsy
 
 def test_a_correction_reads_cached_features_and_changes_its_slice(scan, checkpoint, monkeypatch):
   encoded = []
-  encode = tracking_volume._encode
+  encode = features._encode
 
   def count(model, params, images):
     encoded.append(len(images))
     return encode(model, params, images)
 
-  monkeypatch.setattr(tracking_volume, "_encode", count)
+  monkeypatch.setattr(features, "_encode", count)
   volume = load_image(scan)
   first = rfmedsam2_jax.VoxelPrompt(1, box=((5, 6, 4), (5, 13, 11)))
   later = rfmedsam2_jax.VoxelPrompt(1, points=((8.0, 10.0, 8.0, True), (8.0, 20.0, 25.0, False)))

@@ -11,7 +11,7 @@ from test_tracking_parity import SCENARIOS, Pair, assert_the_same_volume, scaled
 from rfmedsam2_jax import memory
 from rfmedsam2_jax.nn import SAM2, mask_decoder, memory_attention, prompt_encoder
 from rfmedsam2_jax.nn import sam2 as sam2_module
-from rfmedsam2_jax.tracking import TrackingConfig, VolumeTracker, recurrence
+from rfmedsam2_jax.tracking import TrackingConfig, VolumeTracker, features, recurrence
 from rfmedsam2_jax.tracking import volume as tracking_volume
 
 POINTS, VANISH = "points, points with boxes, and a mask", "objects that vanish and return"
@@ -25,7 +25,7 @@ def reference(scenario):
 
 def again(found: Pair, scenario, **options):
   """Our side of a pair once more, as the code is now."""
-  for cached in (tracking_volume._encode, tracking_volume._sweep, tracking_volume._decode_prompted,
+  for cached in (features._encode, tracking_volume._sweep, tracking_volume._decode_prompted,
                  tracking_volume._take_given):
     cached.clear_cache()
   depth, _, (prompts,) = SCENARIOS[scenario]

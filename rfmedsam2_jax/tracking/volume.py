@@ -6,7 +6,6 @@ is. Features stay on the host where corrections are to come.
 In: slices and `SlicePrompt`s. Out: `Tracks`, or batches of them as they are made.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from rfmedsam2_jax import memory
-from rfmedsam2_jax.nn import SAM2, ImageFeatures, MemorySlots, apply
+from rfmedsam2_jax.nn import SAM2, MemorySlots, apply
 from rfmedsam2_jax.tracking import recurrence
 from rfmedsam2_jax.tracking.config import TrackingConfig
-from rfmedsam2_jax.tracking.image import encode_images
+from rfmedsam2_jax.tracking.features import FeatureStore
 from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
 from rfmedsam2_jax.tracking.recurrence import Cells
 
@@ -88,7 +87,6 @@ def _take_given(model, params, features, masks):
   return cells, maps
 
 
-_encode = jax.jit(encode_images, static_argnums=0)
 _sweep = jax.jit(recurrence.sweep, static_argnums=(0, 9), donate_argnums=2)
 _remember = jax.jit(recurrence.remember_cells, static_argnums=(0, 4))
 
@@ -116,7 +114,7 @@ class VolumeTracker:
   ):
     self._model, self._params, self._config = model, params, config
     self._depth, self._progress = depth, progress
-    self._features = _FeatureStore(model, params, config, slices)
+    self._features = FeatureStore(model, params, config, slices)
 
   def track(self, prompts: Sequence[SlicePrompt], arrived: Arrived = _unheard) -> Tracks:
     """Follows the prompted objects in both directions.
@@ -411,56 +409,3 @@ def _check_complete(prompts: Sequence[SlicePrompt], first: int) -> None:
 def _power_of_two(number: int) -> int:
   """The smallest one that is not smaller."""
   return 1 << (number - 1).bit_length()
-
-
-class _FeatureStore:
-  """Features of slices: encoded once, on the host where corrections may want them again."""
-
-  def __init__(self, model: SAM2, params: Params, config: TrackingConfig, slices):
-    self._model, self._params, self._slices = model, params, slices
-    self._batch = config.slices_per_batch
-    self._dtype = None
-    if config.cache != "none":
-      self._dtype = np.dtype(ml_dtypes.bfloat16 if config.cache == "bfloat16" else np.float32)
-    self._host: dict[int, ImageFeatures] = {}
-
-  def get(self, slices: np.ndarray, keep: bool = False) -> ImageFeatures:
-    """Features of slices on the device, padded at the end to whole batches.
-
-    Args:
-      keep: hold these as they are: prompted slices are few, and wanted twice.
-    """
-    numbers = [int(z) for z in slices]
-    missing = [z for z in dict.fromkeys(numbers) if z not in self._host]
-    fresh: dict[int, ImageFeatures] = {}
-    for first in range(0, len(missing), self._batch):
-      chunk = missing[first : first + self._batch]
-      padded = np.pad(chunk, (0, self._batch - len(chunk)), mode="edge")
-      features = _encode(self._model, self._params, self._slices(padded))
-      if numbers == chunk and not keep:
-        self._remember(chunk, jax.tree.map(np.asarray, features))
-        return features
-      host = jax.tree.map(np.asarray, features)
-      fresh |= {z: jax.tree.map(lambda x, i=i: x[i], host) for i, z in enumerate(chunk)}
-      self._remember(chunk, host, keep)
-    wanted = numbers + [numbers[-1]] * (-len(numbers) % self._batch)
-    rows = [fresh.get(z) or self._host[z] for z in wanted]
-    dtype = self._model.config.compute_dtype
-    return jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs).astype(dtype)), *rows)
-
-  def ahead(self, batches: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
-    """Features of one batch of slices after the other; each is made while the last is used."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      made = None
-      for slices in batches:
-        made, ready = pool.submit(self.get, slices), made
-        if ready:
-          yield ready.result()
-      if made:
-        yield made.result()
-
-  def _remember(self, numbers: list[int], features: ImageFeatures, keep: bool = False) -> None:
-    if keep or self._dtype is not None:
-      for i, z in enumerate(numbers):
-        one = jax.tree.map(lambda x, i=i: x[i], features)
-        self._host[z] = one if keep else jax.tree.map(lambda x: x.astype(self._dtype), one)
