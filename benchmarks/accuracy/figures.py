@@ -3,8 +3,9 @@
 python benchmarks/accuracy/figures.py plots RESULTS --out FOLDER
 python benchmarks/accuracy/figures.py cases RUN FILE.json --out FOLDER
 
-RESULTS is the folder of the JSON files. `cases` segments two cases: the one whose Dice after the
-last stage is the median of FILE.json, and the worst.
+RESULTS is the folder of the JSON files, those of the ablation on a weak generator in its folder
+`weak`. `cases` segments two cases: the one whose Dice after the last stage is the median of
+FILE.json, and the worst.
 """
 
 import argparse
@@ -56,30 +57,36 @@ def draw_against(results: Path, out: Path) -> None:
 
 def draw_ablation(results: Path, out: Path) -> None:
   """The change of the Dice from the generator to the last stage, with its interval, by row."""
-  shown = [name for name in (*ROWS, *SCORED) if stages_of(results / f"{name}.json")]
-  figure = Figure(figsize=(7, 0.5 + 0.32 * len(shown)))
-  axes = figure.add_subplot()
-  for height, name in enumerate(reversed(shown)):
-    stages = list(stages_of(results / f"{name}.json").values())
-    mean, low, high = difference(stages[-1], stages[0])
-    axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue")
-  axes.set_yticks(range(len(shown)), list(reversed(shown)))
-  axes.axvline(0, color="gray", linewidth=0.8)
-  axes.set_xlabel("Dice of the last stage less that of the generator (95 % interval)")
+  figure = Figure(figsize=(11, 0.8 + 0.3 * len((*ROWS, *SCORED))))
+  panels = {"generator of 160 cases": results, "generator of 5 cases": results / "weak"}
+  for number, (title, folder) in enumerate(panels.items()):
+    shown = [name for name in (*ROWS, *SCORED) if stages_of(folder / f"{name}.json")]
+    axes = figure.add_subplot(1, len(panels), number + 1)
+    for height, name in enumerate(reversed(shown)):
+      stages = list(stages_of(folder / f"{name}.json").values())
+      mean, low, high = difference(stages[-1], stages[0])
+      axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue")
+    axes.set_yticks(range(len(shown)), list(reversed(shown)))
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_title(title)
+    axes.set_xlabel("Dice of the last stage less the generator's (95 %)")
+  figure.tight_layout()
   save(figure, out / "ablation.png")
 
 
 def draw_weak(results: Path, out: Path) -> None:
-  """Mean Dice by stage of weak generators."""
+  """Mean Dice by stage: of weak generators, and of a good one's masks with mistakes put in."""
   corrupted = [name for name, options in SCORED.items() if "--corrupt" in options]
-  figure = Figure(figsize=(6, 4))
-  axes = figure.add_subplot()
-  for name in (*WEAK, next(iter(ROWS)), *corrupted):
-    stages = list(stages_of(results / f"{name}.json").values())
-    axes.plot(range(len(stages)), [mean_of(stage, "dice") for stage in stages], "o-", label=name)
-  axes.set_xticks(range(3), ["generator", "stage 1", "stage 2"])
-  axes.set_ylabel("mean Dice of 40 cases")
-  axes.legend(fontsize=8)
+  figure = Figure(figsize=(9, 4))
+  for number, rows in enumerate(((*WEAK, next(iter(ROWS))), corrupted)):
+    axes = figure.add_subplot(1, 2, number + 1)
+    for name in rows:
+      stages = list(stages_of(results / f"{name}.json").values())
+      axes.plot(range(len(stages)), [mean_of(stage, "dice") for stage in stages], "o-", label=name)
+    axes.set_xticks(range(3), ["generator", "stage 1", "stage 2"])
+    axes.set_ylabel("mean Dice of 40 cases")
+    axes.legend(fontsize=8)
+  figure.tight_layout()
   save(figure, out / "weak.png")
 
 
