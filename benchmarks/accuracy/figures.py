@@ -60,13 +60,13 @@ def draw_ablation(results: Path, out: Path) -> None:
   figure = Figure(figsize=(11, 0.8 + 0.3 * len((*ROWS, *SCORED))))
   panels = {"generator of 160 cases": results, "generator of 5 cases": results / "weak"}
   for number, (title, folder) in enumerate(panels.items()):
-    shown = [name for name in (*ROWS, *SCORED) if stages_of(folder / f"{name}.json")]
+    found = {name: stages_of(folder / f"{name}.json") for name in reversed((*ROWS, *SCORED))}
+    shown = {name: list(stages.values()) for name, stages in found.items() if stages}
     axes = figure.add_subplot(1, len(panels), number + 1)
-    for height, name in enumerate(reversed(shown)):
-      stages = list(stages_of(folder / f"{name}.json").values())
+    for height, stages in enumerate(shown.values()):
       mean, low, high = difference(stages[-1], stages[0])
       axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue")
-    axes.set_yticks(range(len(shown)), list(reversed(shown)))
+    axes.set_yticks(range(len(shown)), list(shown))
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set_title(title)
     axes.set_xlabel("Dice of the last stage less the generator's (95 %)")
