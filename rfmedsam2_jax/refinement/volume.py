@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax import tracking
-from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, apply
+from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, apply
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
 from rfmedsam2_jax.progress import Passing, Progress, Report, below, compiling, silent
 from rfmedsam2_jax.refinement import stages as stages_lib
@@ -28,6 +28,7 @@ from rfmedsam2_jax.refinement.prompts import (
   next_prompts,
   sam_prompts,
 )
+from rfmedsam2_jax.refinement.store import SliceStore, batches, bucket, joined, on_host, padded
 
 Params = dict[str, Any]
 
@@ -76,14 +77,6 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
   return (0.5 * (1.0 + np.tanh(0.5 * x))).astype(np.float32)
 
 
-def bucket(count: int, size: int) -> int:
-  """The smallest size * 2^n that holds `count`, so that volumes share compilations."""
-  total = size
-  while total < count:
-    total *= 2
-  return total
-
-
 def _rows(store: Any, rows: Any) -> Any:
   return jax.tree.map(lambda x: x[rows], store)
 
@@ -105,7 +98,6 @@ def _decode_rows(model, params, stage, features, rows, cells):
 
 # Compiled once per (model, stage): both are hashable and static. Parameters and stores, of features
 # and of memories, lie on every device.
-_encode = spread(stages_lib.encode_slices, static=[0], whole=[1])
 _remember = spread(_remember_rows, static=[0], whole=[1, 2])
 _refine = spread(_refine_rows, static=[0, 2], whole=[1, 3, 4, 5])
 _decode = spread(_decode_rows, static=[0, 2], whole=[1, 3])
@@ -114,17 +106,6 @@ _bias = jax.jit(stages_lib.bias_of, static_argnums=(0, 2))
 _next = jax.jit(next_prompts, static_argnums=(2, 3))
 _score = jax.jit(anchor_score)
 _slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
-
-
-def _padded(array: np.ndarray, count: int) -> np.ndarray:
-  return np.pad(array, [(0, count - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
-
-
-def _batches(count: int, size: int):
-  """Index batches of fixed size; the last one repeats its last index."""
-  for first in range(0, count, size):
-    stop = min(first + size, count)
-    yield slice(first, stop), _padded(np.arange(first, stop), size)
 
 
 def refine_volume(
@@ -149,7 +130,7 @@ def refine_volume(
   prompts = prompts._replace(logits=prompts.logits.copy())
   absent = np.asarray(params["no_obj_ptr"], np.float32).reshape(-1)
   params = everywhere(params)
-  encoded = _Features(model, params, slices, config.slices_per_batch * device_count())
+  encoded = SliceStore(model, params, slices, config.slices_per_batch * device_count())
   organs, depth = prompts.presence.shape
   pointers = np.broadcast_to(absent, (organs, depth, model.config.d_model))
   result = _nothing(model)
@@ -203,9 +184,9 @@ def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
   organ, at = cells.T
   new: list[CellPrompts] = []
   size = config.cells_per_batch
-  for where, index in _batches(len(cells), size):
+  for where, index in batches(len(cells), size):
     batch = _next(outputs.logits[index], outputs.presence[index], side, config.box_margin)
-    new.append(_host(batch, where.stop - where.start))
+    new.append(on_host(batch, where.stop - where.start))
   cell = jax.tree.map(lambda *parts: np.concatenate(parts), *new)
   presence = np.zeros_like(prompts.presence)
   has_mask = np.zeros_like(prompts.has_mask)
@@ -223,54 +204,6 @@ def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
   return prompts._replace(
     logits=logits, presence=presence, boxes=boxes, has_box=has_box, has_mask=has_mask
   )
-
-
-def _host(tree: Any, count: int) -> Any:
-  """The first `count` rows of device arrays, as numpy arrays."""
-  return jax.tree.map(lambda x: np.asarray(x)[:count], tree)
-
-
-def _joined(parts: list[Any], total: int) -> Any:
-  """Rows of several trees one after the other, padded to `total`, on every device."""
-  # On the host, since every number of parts would be compiled anew on the device.
-  return everywhere(jax.tree.map(lambda *xs: _padded(np.concatenate(xs), total), *parts))
-
-
-class _Features:
-  """Features of the slices that live cells need, each encoded once, in a store of bucketed size."""
-
-  def __init__(self, model: SAM2, params: Params, slices, batch: int):
-    self._model, self._params, self._slices, self._batch = model, params, slices, batch
-    self._row: dict[int, int] = {}
-    self._parts: list[ImageFeatures] = []
-    self.store: ImageFeatures
-
-  @property
-  def count(self) -> int:
-    return len(self._row)
-
-  def need(self, wanted: np.ndarray, report: Report) -> None:
-    missing = [int(z) for z in wanted if int(z) not in self._row]
-    compiling("the image encoder", (self._model, self._batch), report)
-    progress = Progress("encoding, slices", report)
-    for first in range(0, len(missing), self._batch):
-      progress(first, len(missing))
-      chunk = missing[first : first + self._batch]
-      images = self._slices(_padded(np.array(chunk), self._batch))
-      features = _encode(self._model, self._params, images)
-      self._parts.append(_host(features, len(chunk)))
-      for z in chunk:
-        self._row[z] = len(self._row)
-    if missing:
-      self.store = _joined(self._parts, self.room)
-
-  @property
-  def room(self) -> int:
-    """Rows of the store."""
-    return bucket(len(self._row), self._batch)
-
-  def rows(self, slices: np.ndarray) -> np.ndarray:
-    return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)
 
 
 def _gather(prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray) -> CellPrompts:
@@ -304,7 +237,7 @@ def _scores(prompts, live, cells, size) -> np.ndarray:
   """Anchor scores [K, D]; zero where a cell is not live."""
   scores = np.zeros(live.shape, np.float32)
   organ, at = cells.T
-  for where, index in _batches(len(cells), size):
+  for where, index in batches(len(cells), size):
     batch = _gather(prompts, organ[index], at[index])
     n = where.stop - where.start
     scores[organ[where], at[where]] = np.asarray(_score(batch.presence, batch.logits))[:n]
@@ -328,20 +261,20 @@ def _run_cells(
     deep = [(0, 0), (0, -depth % DEPTH_BUCKET)]
     grids = (np.pad(x, deep) for x in (live, scores, prompts.given))
     max_given = int(prompts.given.sum(axis=1).max())
-    table, positions = _host(_slots(stage, *grids, depth, max_given), len(live))
+    table, positions = on_host(_slots(stage, *grids, depth, max_given), len(live))
     # Where a cell's memory lies in the store of live cells; empty slots point at row 0.
     place = np.zeros(live.shape, np.int32)
     place[organ, at] = np.arange(len(cells))
     progress, maps = Progress("memories", report), []
-    for where, index in _batches(len(cells), size):
+    for where, index in batches(len(cells), size):
       progress(where.start, len(cells))
       batch = _gather(prompts, organ[index], at[index])
-      remembered = _remember(model, params, encoded.store.embedding, rows[index], batch)
-      maps.append(_host(remembered, where.stop - where.start))
-    store = _joined(maps, total)
-    pointer_store = everywhere(_padded(pointers[organ, at], total))
+      remembered = _remember(model, params, encoded.features.embedding, rows[index], batch)
+      maps.append(on_host(remembered, where.stop - where.start))
+    store = joined(maps, total)
+    pointer_store = everywhere(padded(pointers[organ, at], total))
   progress = Progress("cells", report)
-  for where, index in _batches(len(cells), size):
+  for where, index in batches(len(cells), size):
     progress(where.start, len(cells))
     batch = _gather_to_decode(model, prompts, organ[index], at[index])
     if stage.memory == "neighbours":
@@ -350,11 +283,11 @@ def _run_cells(
       row = np.where(valid, place[o[:, None], np.minimum(table.slices[o, z], depth - 1)], 0)
       slots = stages_lib.CellSlots(row, table.rows[o, z], valid, positions[o, z])
       out = _refine(
-        model, params, stage, encoded.store, store, pointer_store, rows[index], batch, slots
+        model, params, stage, encoded.features, store, pointer_store, rows[index], batch, slots
       )
     else:
-      out = _decode(model, params, stage, encoded.store, rows[index], batch)
-    outputs.append(_host(out, where.stop - where.start))
+      out = _decode(model, params, stage, encoded.features, rows[index], batch)
+    outputs.append(on_host(out, where.stop - where.start))
   return stages_lib.CellOutputs(*(np.concatenate(parts) for parts in zip(*outputs, strict=True)))
 
 
@@ -377,14 +310,14 @@ def _run_stream(
     length = last - first + 1
     total = bucket(length, config.slices_per_batch)
     compiling("the network", (model, stage, total, live.shape[1]), report)
-    span = _padded(np.arange(first, last + 1), total)
+    span = padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True
     gathered = _gather_to_decode(model, prompts, np.full(total, organ), span)
     cell = jax.tree.map(jnp.asarray, gathered)
     batch = sam_prompts(cell, stage.box, stage.mask)
     store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
-    features = _rows(encoded.store, store_rows)
+    features = _rows(encoded.features, store_rows)
     mask_bias, presence_bias = _bias(model, params, stage, features.pixels, cell)
     start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))
     out = _track(

@@ -1,0 +1,131 @@
+"""Prompts of the stages: what masks, boxes and presence become before SAM 2 hears of them."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small_refinement import DEPTH, params_of, start_cells
+from small_sam2 import MASK_SIDE, MODEL, SIDE
+
+from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+from rfmedsam2_jax.refinement import RefinementConfig
+from rfmedsam2_jax.refinement.prompts import (
+  anchor_score,
+  boxes_of,
+  live_cells,
+  sam_prompts,
+  scaled_boxes,
+  stage0_logits,
+)
+
+
+def test_live_cells_lie_within_the_margin_of_present_ones():
+  present = np.array([[0, 0, 0, 0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]], bool)
+  expected = np.array([[0, 1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 1, 1, 1, 1]], bool)
+  for array in (present, jnp.asarray(present)):
+    np.testing.assert_array_equal(live_cells(array, RefinementConfig().live_margin), expected)
+  np.testing.assert_array_equal(live_cells(present, 0), present)
+
+
+def test_stage_0_logits_are_log_odds_within_32():
+  rng = np.random.default_rng(0)
+  logits = (rng.standard_normal((500, 5)) * 10).astype(np.float32)
+  logits[0] = 0, 200, -200, 100, 99
+  logits[1] = 3, 3, 3, 3, 3
+  exact = logits.astype(np.float64)
+  expected = np.empty((500, 4))
+  for k in range(1, 5):
+    others = np.delete(exact, k, axis=1)
+    expected[:, k - 1] = exact[:, k] - np.logaddexp.reduce(others, axis=1)
+  found = stage0_logits(jnp.asarray(logits), False)
+  np.testing.assert_allclose(found, expected.clip(-32, 32), rtol=1e-5, atol=1e-5)
+  regions = stage0_logits(jnp.asarray(logits), True)
+  np.testing.assert_array_equal(regions, logits.clip(-32, 32))
+
+
+def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch):
+  """The generator sees every channel; presence and boxes are those of its arg-max."""
+  from rfmedsam2_jax.inference import segmenter as segmenter_lib
+
+  rng = np.random.default_rng(0)
+  height, width = 40, 52  # larger than the 16 x 16 mask prompts
+  slab = rng.standard_normal((3, height, width, 3)).astype(np.float32) * 8
+  slab[..., 1] -= 60
+  slab[0, 10:20, 13:26, 1] = 90
+  seen = []
+  monkeypatch.setattr(
+    segmenter_lib, "predict_slabs",
+    lambda forward, image, *rest: seen.append(image) or [(slice(0, 3), slab)],
+  )
+  plan = types.SimpleNamespace(
+    labels=types.SimpleNamespace(structures=("a", "b"), regions=False), patch_size=(3, 40, 52)
+  )
+  unet = UNet(UNetConfig(), 3)
+  owner = segmenter_lib.Segmenter(plan, unet, {}, MODEL, None, RefinementConfig(box_margin=0.0))
+  image = np.zeros((2, 3, height, width), np.float32)
+  made = segmenter_lib.run_generator(owner, types.SimpleNamespace(image=image))
+  assert seen[0] is image
+  prompts = made.prompts
+  odds = np.moveaxis(np.asarray(stage0_logits(jnp.asarray(slab), False)), -1, 0)
+  expected = jax.image.resize(odds, (2, 3, MASK_SIDE, MASK_SIDE), "linear", antialias=True)
+  np.testing.assert_allclose(prompts.logits, expected, rtol=2e-3, atol=2e-2)
+  np.testing.assert_array_equal(prompts.presence[0], [1, 0, 0])
+  scale = np.array([SIDE / width, SIDE / height] * 2)
+  np.testing.assert_allclose(prompts.boxes[0, 0], [13, 10, 25, 19] * scale, rtol=1e-6)
+
+
+def test_boxes_are_inclusive_indices_scaled_by_the_sides():
+  masks = np.zeros((3, 20, 40), bool)
+  masks[0, 5:9, 10:31] = True
+  masks[1, 19, 39] = True
+  scale = np.array([64 / 40, 64 / 20] * 2)
+  for array in (masks, jnp.asarray(masks)):
+    boxes, present = scaled_boxes(array, 64, 0.0)
+    np.testing.assert_array_equal(present, [True, True, False])
+    np.testing.assert_allclose(boxes[0], [10, 5, 30, 8] * scale, rtol=1e-6)
+    np.testing.assert_allclose(boxes[1], [39, 19, 39, 19] * scale, rtol=1e-6)
+    np.testing.assert_array_equal(boxes[2], 0)
+    wide, _ = scaled_boxes(array, 64, 3.0)
+    np.testing.assert_allclose(wide[0], [10, 5, 30, 8] * scale + [-3, -3, 3, 3], rtol=1e-6)
+    np.testing.assert_allclose(wide[1, 2:], [63, 63])  # clipped to the image
+    np.testing.assert_array_equal(boxes_of(array, 1.0)[0][0], [9, 4, 31, 9])
+
+
+def test_the_prompt_encoder_adds_half_a_pixel_to_corners():
+  params = params_of()
+  cells = jax.tree.map(lambda x: x[:DEPTH], start_cells())
+  encode = lambda model, prompts: model.sam_prompt_encoder(prompts)[0]  # noqa: E731
+  tokens = MODEL.apply({"params": params}, sam_prompts(cells, True, True), method=encode)
+  encoder = params["sam_prompt_encoder"]
+  matrix = encoder["pe_layer"]["positional_encoding_gaussian_matrix"]
+  for corner in range(2):
+    place = 2 * np.pi * (2 * (cells.boxes[1].reshape(2, 2)[corner] + 0.5) / SIDE - 1) @ matrix
+    expected = np.concatenate([np.sin(place), np.cos(place)])
+    expected = expected + encoder[f"point_embeddings_{2 + corner}"][0]
+    np.testing.assert_allclose(tokens[1, corner], expected, atol=1e-4)
+
+
+def test_prompts_hold_the_tokens_of_the_correction_path():
+  """One not-a-point token behind boxes and clicks, two where there is neither."""
+  cells = jax.tree.map(lambda x: x[:3], start_cells())
+  labels = lambda *use: np.asarray(sam_prompts(cells, *use).labels)  # noqa: E731
+  exists = lambda row: [int(x) for x in row if x != -2]  # noqa: E731
+  assert [exists(row) for row in labels(True, True)] == [[-1, -1], [2, 3, -1], [2, 3, -1]]
+  assert [exists(row) for row in labels(False, True)] == [[-1, -1]] * 3
+  np.testing.assert_array_equal(sam_prompts(cells, True, True).has_mask, [False, True, True])
+  assert not sam_prompts(cells, True, False).has_mask.any()
+  clicks = np.array([[1, -2], [1, 0], [1, -2]])
+  cells = cells._replace(points=np.ones((3, 2, 2)), point_labels=clicks)
+  assert [exists(row) for row in labels(True, True)] == [
+    [1, -1], [2, 3, 1, 0, -1], [2, 3, 1, -1]
+  ]
+
+
+def test_the_anchor_score_is_presence_times_mean_foreground_probability():
+  logits = np.full((3, 4, 4), -5.0, np.float32)
+  logits[0, 0, :2] = 1.0, 3.0
+  logits[1] = logits[0]
+  mean = (1 / (1 + np.exp(-1.0)) + 1 / (1 + np.exp(-3.0))) / 2
+  score = anchor_score(jnp.array([1.0, 0.5, 1.0]), jnp.asarray(logits))
+  np.testing.assert_allclose(score, [mean, mean / 2, 0], rtol=1e-6)
