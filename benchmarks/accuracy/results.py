@@ -2,11 +2,12 @@
 
 python benchmarks/accuracy/results.py score WORK DATASET --out FILE.json    a run of nnunet.py
 python benchmarks/accuracy/results.py table FILE.json ... [--against NAME]
+python benchmarks/accuracy/results.py stages FILE.json ...
 
 A file holds what was run, seconds by part, and the scores of every stage (rfmedsam2_jax's
 `evaluate`, the same for all). `table` prints means over the cases and, against one of them, the
 mean paired differences of Dice and HD95 with their 95 % intervals: 10,000 resamplings of the cases,
-seed 0.
+seed 0. `stages` prints one line per file: what its last stage has more than its own stage 0.
 """
 
 import argparse
@@ -83,33 +84,60 @@ def difference(
   return float(paired.mean()), float(low), float(high)
 
 
+def shown_difference(a: dict[str, Any], b: dict[str, Any], metric: str, digits: int) -> str:
+  mean, low, high = difference(a, b, metric)
+  return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def shown_cost(content: dict[str, Any]) -> list[str]:
+  """Seconds and peak GiB per volume, where they were measured."""
+  per_volume, peak = content["seconds"].get("per volume"), content.get("peak_gib")
+  return ["" if value is None else f"{value:.1f}" for value in (per_volume, peak)]
+
+
+def stages_table(paths: list[Path]) -> str:
+  lines = [
+    "| | Dice of stages 0, 1, 2 | last less first | surface Dice 1 mm | HD95 mm | last less first "
+    "| s per volume | GiB |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for path in paths:
+    content = json.loads(path.read_text("utf-8"))
+    stages = list(content["stages"].values())
+    first, last = stages[0], stages[-1]
+    cells = [
+      path.stem, ", ".join(f"{mean_of(stage, 'dice'):.4f}" for stage in stages),
+      shown_difference(last, first, "dice", 4), f"{mean_of(last, 'surface_dice'):.3f}",
+      f"{mean_of(last, 'hd95'):.2f}", shown_difference(last, first, "hd95", 2),
+      *shown_cost(content),
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 def table(paths: list[Path], against: str | None) -> str:
   rows = {}
   for path in paths:
     content = json.loads(path.read_text("utf-8"))
     seconds = content.get("training", {}).get("seconds", content["seconds"])
     minutes = sum(seconds.get(part, 0) for part in ("preprocessing", "training")) / 60
-    cost = content["seconds"].get("per volume"), content.get("peak_gib")
     for name, stage in content["stages"].items():
-      rows[f"{path.stem}: {name}"] = (stage, minutes, *cost)
+      rows[f"{path.stem}: {name}"] = (stage, minutes, shown_cost(content))
   reference = rows[against][0] if against else None
   lines = [
     "| | minutes | Dice | surface Dice 1 mm | HD95 mm | s per volume | GiB | difference of Dice | "
     "of HD95 |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
-  for name, (stage, minutes, per_volume, peak) in rows.items():
+  for name, (stage, minutes, cost) in rows.items():
     dice, surface, distance = (mean_of(stage, metric) for metric in METRICS)
     cells = [
       name, f"{minutes:.1f}" if minutes else "", f"{dice:.4f}", f"{surface:.4f}", f"{distance:.2f}",
-      "" if per_volume is None else f"{per_volume:.1f}", "" if peak is None else f"{peak:.1f}",
+      *cost,
     ]
     for metric, digits in (("dice", 4), ("hd95", 2)):
-      shown = ""
-      if reference is not None and name != against:
-        mean, low, high = difference(stage, reference, metric)
-        shown = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-      cells.append(shown)
+      compared = reference is not None and name != against
+      cells.append(shown_difference(stage, reference, metric, digits) if compared else "")
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
@@ -122,11 +150,15 @@ def main() -> None:
   one.add_argument("dataset", type=Path)
   one.add_argument("--out", type=Path, required=True)
   all_of = commands.add_parser("table")
-  all_of.add_argument("files", type=Path, nargs="+")
+  each = commands.add_parser("stages")
+  for command in (all_of, each):
+    command.add_argument("files", type=Path, nargs="+")
   all_of.add_argument("--against", help="a row, as it is printed")
   options = parser.parse_args()
   if options.command == "score":
     score_nnunet(options.work, options.dataset, options.out)
+  elif options.command == "stages":
+    print(stages_table(options.files))
   else:
     print(table(options.files, options.against))
 
