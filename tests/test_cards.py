@@ -71,13 +71,13 @@ def test_scores_are_those_of_the_run():
 
 def test_known_failures_are_those_of_the_run():
   stages = read("validation.json")
-  gain = stages["stage2"]["mean"]["dice"] - stages["stage0"]["mean"]["dice"]
-  assert f"stage 2 is {gain:.4f} of Dice above the generator" in CARD
+  loss = stages["stage0"]["mean"]["dice"] - stages["stage2"]["mean"]["dice"]
+  assert f"stage 2 is {loss:.4f} of Dice below the generator" in CARD
   cases = stages["stage2"]["cases"]
   below = {c for c, s in cases.items() if mean(x["dice"] for x in s.values()) < 0.8}
-  assert below == {"hippocampus_164", "hippocampus_358"}
-  assert {c for c, s in cases.items() if min(x["hd95"] for x in s.values()) > 6} == {
-    "hippocampus_060"}
+  assert below == {"hippocampus_164"}
+  assert {c for c, s in cases.items() if max(x["hd95"] for x in s.values()) >= 4} == below
+  assert [x["hd95"] for x in cases["hippocampus_164"].values()] == [4, 5]
   trust = rows((DOCS / "trust.md").read_text("utf-8"))
   whole = float(trust["as it is"][2])
   assert f"as thick cost {whole - float(trust['3'][2]):.3f} of Dice" in CARD
