@@ -61,7 +61,7 @@ def draw_ablation(results: Path, out: Path) -> None:
   panels = {"generator of 160 cases": results, "generator of 5 cases": results / "weak"}
   for number, (title, folder) in enumerate(panels.items()):
     found = {name: stages_of(folder / f"{name}.json") for name in reversed((*ROWS, *SCORED))}
-    shown = {name: list(stages.values()) for name, stages in found.items() if stages}
+    shown = {name: list(stages.values()) for name, stages in found.items() if len(stages) > 1}
     axes = figure.add_subplot(1, len(panels), number + 1)
     for height, stages in enumerate(shown.values()):
       mean, low, high = difference(stages[-1], stages[0])

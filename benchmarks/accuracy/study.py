@@ -43,6 +43,7 @@ ROWS: dict[str, list[str]] = {
 }
 # The first row's run, scored in other ways: options and overrides of score_run.py.
 SCORED: dict[str, list[str]] = {
+  "generator-alone": ["refinement.stages=[]"],
   "stream": [stages("memory: stream")],
   "oracle-boxes": ["--prompts", "oracle"],
   "no-generator-vote": ["refinement.generator_weight=0"],
