@@ -26,6 +26,7 @@ def stages(change: str) -> str:
   return f"refinement.stages=[{{{both}}}, {{{both}, pointers: true}}]"
 
 
+NO_VOTE = "refinement.generator_weight=0"
 NO_MASK_ADAPTER = ["sam2.adapters.mask=false", "refiner.mask_adapter.loop.steps=0"]
 
 # What is trained differently; the first row is the config as it is.
@@ -46,19 +47,19 @@ SCORED: dict[str, list[str]] = {
   "generator-alone": ["refinement.stages=[]"],
   "stream": [stages("memory: stream")],
   "oracle-boxes": ["--prompts", "oracle"],
-  "no-generator-vote": ["refinement.generator_weight=0"],
+  "no-generator-vote": [NO_VOTE],
   "background-by-threshold": ["refinement.background=threshold"],
   "masks-replaced": ["refinement.fusion=masks"],
-  "erosion": ["--corrupt", "erosion"],
-  "dilation": ["--corrupt", "dilation"],
-  "gaps": ["--corrupt", "gaps"],
-  "islands": ["--corrupt", "islands"],
+  "erosion": ["--corrupt", "erosion", NO_VOTE],
+  "dilation": ["--corrupt", "dilation", NO_VOTE],
+  "gaps": ["--corrupt", "gaps", NO_VOTE],
+  "islands": ["--corrupt", "islands", NO_VOTE],
 }
 # Whole runs whose generator sees a few of the 160 training cases, for as many steps as these take,
 # and has no vote in the fused masks. The refiner sees those cases, or the others, which teach it
 # more.
-FEW = ["refinement.generator_weight=0", "generator.loop.steps=500"]
-SOME = ["refinement.generator_weight=0", "generator.loop.steps=1000"]
+FEW = [NO_VOTE, "generator.loop.steps=500"]
+SOME = [NO_VOTE, "generator.loop.steps=1000"]
 LONGER = "refiner.mask_adapter.loop.steps=10000"
 WEAK: dict[str, list[str]] = {
   "cases-5": [*FEW, "data.split.train_cases=5"],
