@@ -107,7 +107,9 @@ def draw_cases(run: Path, scores: Path, out: Path) -> None:
       volume.geometry.spacing, slice_axis=segmenter.plan.slice_axis,
     ))
   out.mkdir(parents=True, exist_ok=True)
-  print(save_contact_sheet(out / "cases.png", sheets, segmenter.plan.labels.structures))
+  print(save_contact_sheet(
+    out / "cases.png", sheets, segmenter.plan.labels.structures, slices_per_case=2
+  ))
 
 
 def main() -> None:

@@ -1,0 +1,63 @@
+"""How much of the hippocampus' Dice is lost at the cut between its two labels.
+
+python benchmarks/accuracy/cut.py RUN
+
+In the references of Task04_Hippocampus a coronal plane cuts anterior from posterior. Prints, for
+the generator and every stage, means over RUN's validation cases: the Dice of the two labels, the
+Dice of both as one, the Dice of the two where the predicted voxels are cut by the reference's
+plane, and how many slices the predicted cut lies beside it.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.data.datasets import read_case, read_dataset
+from rfmedsam2_jax.data.splits import load_split
+from rfmedsam2_jax.experiment import load_run
+from rfmedsam2_jax.inference.segmenter import label_maps, segment_volume
+from rfmedsam2_jax.metrics import dice
+
+ANTERIOR, POSTERIOR = 1, 2
+CORONAL = 1  # axis of the canonical orientation (data.volumes) along which rows run to the back
+
+
+def sides(labels: np.ndarray) -> np.ndarray:
+  """The label [rows] that prevails in each coronal plane; where none is, that of the nearest."""
+  counts = [(labels == label).sum(axis=(0, 2)) for label in (ANTERIOR, POSTERIOR)]
+  there = np.flatnonzero(sum(counts))
+  nearest = [there[np.abs(there - row).argmin()] for row in range(labels.shape[CORONAL])]
+  return np.where(counts[0] >= counts[1], ANTERIOR, POSTERIOR)[nearest]
+
+
+def measures(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, float, float, int]:
+  """Dice of the labels, of both as one, with the true cut; slices between the two cuts."""
+  cut = np.where(predicted > 0, sides(truth)[None, :, None], 0)
+  both = [np.mean([dice(guess == label, truth == label) for label in (ANTERIOR, POSTERIOR)])
+          for guess in (predicted, cut)]
+  apart = np.count_nonzero(sides(predicted) != sides(truth))
+  return float(both[0]), dice(predicted > 0, truth > 0), float(both[1]), apart
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("run", type=Path)
+  run = parser.parse_args().run
+  config, segmenter = load_config(run / "config.yaml"), load_run(run)
+  dataset = read_dataset(config.data.dataset, config.data.structures)
+  held_out = load_split(run / "splits.json").validation
+  found: list[list[tuple[float, float, float, int]]] = []
+  for case in dataset.cases:
+    if case.identifier in held_out:
+      volume, truth = read_case(case, len(dataset.channels), dataset.labels)
+      maps = label_maps([segment_volume(segmenter, volume)])
+      found.append([measures(labels, truth) for labels in maps])
+  print("| | Dice | both as one | with the true cut | slices off |\n|---|---|---|---|---|")
+  for stage, (labels, one, true_cut, apart) in enumerate(np.mean(found, axis=0)):
+    print(f"| stage {stage} | {labels:.4f} | {one:.4f} | {true_cut:.4f} | {apart:.2f} |")
+
+
+if __name__ == "__main__":
+  main()
