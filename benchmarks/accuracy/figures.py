@@ -57,18 +57,20 @@ def draw_against(results: Path, out: Path) -> None:
 
 def draw_ablation(results: Path, out: Path) -> None:
   """The change of the Dice from the generator to the last stage, with its interval, by row."""
-  figure = Figure(figsize=(11, 0.8 + 0.3 * len((*ROWS, *SCORED))))
-  panels = {"generator of 160 cases": results, "generator of 5 cases": results / "weak"}
-  for number, (title, folder) in enumerate(panels.items()):
+  panels = {}
+  for title, folder in (("160 cases", results), ("5 cases", results / "weak")):
     found = {name: stages_of(folder / f"{name}.json") for name in reversed((*ROWS, *SCORED))}
-    shown = {name: list(stages.values()) for name, stages in found.items() if len(stages) > 1}
+    panels[title] = {n: list(stages.values()) for n, stages in found.items() if len(stages) > 1}
+  panels = {title: shown for title, shown in panels.items() if shown}
+  figure = Figure(figsize=(5.5 * len(panels), 0.8 + 0.3 * len((*ROWS, *SCORED))))
+  for number, (title, shown) in enumerate(panels.items()):
     axes = figure.add_subplot(1, len(panels), number + 1)
     for height, stages in enumerate(shown.values()):
       mean, low, high = difference(stages[-1], stages[0])
       axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue")
     axes.set_yticks(range(len(shown)), list(shown))
     axes.axvline(0, color="gray", linewidth=0.8)
-    axes.set_title(title)
+    axes.set_title(f"generator of {title}")
     axes.set_xlabel("Dice of the last stage less the generator's (95 %)")
   figure.tight_layout()
   save(figure, out / "ablation.png")
