@@ -15,7 +15,7 @@ from rfmedsam2_jax.inference.evaluate import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.inference.segmenter import Segmenter, label_maps, segment_volume
 from rfmedsam2_jax.metrics import dice
 from rfmedsam2_jax.parallel import hosts
-from rfmedsam2_jax.progress import Progress, Report
+from rfmedsam2_jax.progress import Progress, Report, silent
 from rfmedsam2_jax.report.contact_sheet import SheetCase
 from rfmedsam2_jax.training.folder import RunFolder
 
@@ -30,7 +30,7 @@ def quick_scores(
     progress, mine = Progress("validation, cases", report), hosts.share(cases)
     for done, case in enumerate(mine):
       progress(done, len(mine))
-      volume, truth, maps = _stage_maps(segmenter, case, report)
+      volume, truth, maps = stage_maps(segmenter, case, report)
       if shown is None:
         stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
         shown = SheetCase(
@@ -61,7 +61,7 @@ def validate_run(
     mine = hosts.share(cases)
     progress(0, len(mine))
     for done, case in enumerate(mine, 1):
-      volume, truth, maps = _stage_maps(segmenter, case, report)
+      volume, truth, maps = stage_maps(segmenter, case, report)
       for stage, guess in enumerate(maps):
         found[stage][case.identifier] = evaluate_arrays(
           guess, truth, volume.geometry.spacing, labels.structures, labels.ignore
@@ -82,8 +82,8 @@ def validate_run(
   return result
 
 
-def _stage_maps(
-  segmenter: Segmenter, case: Case, report: Report
+def stage_maps(
+  segmenter: Segmenter, case: Case, report: Report = silent
 ) -> tuple[Volume, np.ndarray, list[np.ndarray]]:
   """A labelled case: its image, its true label map, and the label map of every stage."""
   labels = segmenter.plan.labels

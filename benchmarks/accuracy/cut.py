@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2_jax.config import load_config
-from rfmedsam2_jax.data.datasets import read_case, read_dataset
+from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.experiment import load_run
-from rfmedsam2_jax.inference.segmenter import label_maps, segment_volume
 from rfmedsam2_jax.metrics import dice
+from rfmedsam2_jax.validation import stage_maps
 
 ANTERIOR, POSTERIOR = 1, 2
 CORONAL = 1  # axis of the canonical orientation (data.volumes) along which rows run to the back
@@ -51,8 +51,7 @@ def main() -> None:
   found: list[list[tuple[float, float, float, int]]] = []
   for case in dataset.cases:
     if case.identifier in held_out:
-      volume, truth = read_case(case, len(dataset.channels), dataset.labels)
-      maps = label_maps([segment_volume(segmenter, volume)])
+      _, truth, maps = stage_maps(segmenter, case)
       found.append([measures(labels, truth) for labels in maps])
   print("| | Dice | both as one | with the true cut | slices off |\n|---|---|---|---|---|")
   for stage, (labels, one, true_cut, apart) in enumerate(np.mean(found, axis=0)):

@@ -19,10 +19,10 @@ from results import by_case, difference, mean_of
 from study import ROWS, SCORED, WEAK
 
 from rfmedsam2_jax.config import load_config
-from rfmedsam2_jax.data.datasets import read_case, read_dataset
+from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.experiment import load_run
-from rfmedsam2_jax.inference.segmenter import label_maps, segment_volume
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+from rfmedsam2_jax.validation import stage_maps
 
 BUDGETS = (30, 90)  # minutes
 
@@ -57,13 +57,13 @@ def draw_against(results: Path, out: Path) -> None:
 
 def draw_ablation(results: Path, out: Path) -> None:
   """The change of the Dice from the generator to the last stage, with its interval, by row."""
-  panels = {}
-  for title, folder in (("160 cases", results), ("5 cases", results / "weak")):
-    found = {name: stages_of(folder / f"{name}.json") for name in reversed((*ROWS, *SCORED))}
-    panels[title] = {n: list(stages.values()) for n, stages in found.items() if len(stages) > 1}
-  panels = {title: shown for title, shown in panels.items() if shown}
-  figure = Figure(figsize=(5.5 * len(panels), 0.8 + 0.3 * len((*ROWS, *SCORED))))
-  for number, (title, shown) in enumerate(panels.items()):
+  names = (*ROWS, *SCORED)
+  panels = {"160 cases": results, "5 cases": results / "weak"}
+  panels = {title: folder for title, folder in panels.items() if folder.is_dir()}
+  figure = Figure(figsize=(5.5 * len(panels), 0.8 + 0.3 * len(names)))
+  for number, (title, folder) in enumerate(panels.items()):
+    found = {name: list(stages_of(folder / f"{name}.json").values()) for name in reversed(names)}
+    shown = {name: stages for name, stages in found.items() if len(stages) > 1}
     axes = figure.add_subplot(1, len(panels), number + 1)
     for height, stages in enumerate(shown.values()):
       mean, low, high = difference(stages[-1], stages[0])
@@ -101,8 +101,7 @@ def draw_cases(run: Path, scores: Path, out: Path) -> None:
   sheets = []
   for name in (ordered[len(ordered) // 2], ordered[0]):
     case = next(case for case in dataset.cases if case.identifier == name)
-    volume, truth = read_case(case, len(dataset.channels), dataset.labels)
-    maps = label_maps([segment_volume(segmenter, volume)])
+    volume, truth, maps = stage_maps(segmenter, case)
     titles = ["generator", *(f"stage {n}" for n in range(1, len(maps)))]
     sheets.append(SheetCase(
       f"{name} ({last[name]:.3f})", volume.array[0], truth, dict(zip(titles, maps, strict=True)),

@@ -42,7 +42,8 @@ ROWS: dict[str, list[str]] = {
   "box-alone": [stages("mask: false")],
   "mask-alone": [stages("box: false")],
 }
-# The first row's run, scored in other ways: options and overrides of score_run.py.
+# The first row's run, scored in other ways: options and overrides of score_run.py. The generator
+# would vote for the mistakes that --corrupt puts into its masks.
 SCORED: dict[str, list[str]] = {
   "generator-alone": ["refinement.stages=[]"],
   "stream": [stages("memory: stream")],
