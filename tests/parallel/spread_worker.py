@@ -11,6 +11,7 @@ import numpy as np
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.experiment import load_run
 from rfmedsam2_jax.inference import segmenter
+from rfmedsam2_jax.refinement import store
 from rfmedsam2_jax.refinement import volume as volume_lib
 
 run, volume, out = sys.argv[1:]
@@ -27,7 +28,7 @@ def counted(function, name, used):
 
 used: dict[str, int] = {}
 for module, name in (
-  (volume_lib, "_encode"), (volume_lib, "_remember"), (volume_lib, "_refine"),
+  (store, "_encode"), (volume_lib, "_remember"), (volume_lib, "_refine"),
   (segmenter, "_unet_forward"),
 ):
   setattr(module, name, counted(getattr(module, name), name, used))
