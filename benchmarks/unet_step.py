@@ -1,7 +1,9 @@
 """A training step of the prompt generator beside nnU-Net's network in PyTorch, in one process.
 
 python benchmarks/unet_step.py [--threads 2] [--repeats 5] [--features 32 64 128 256]
-    [--patch 40 56 40] [--batch 2] [--official-features 32 64 128 256]
+    [--patch 40 56 40] [--batch 2] [--official-features 32 64 128 256] [--cpu-devices 2]
+
+`--cpu-devices` is mesh.cpu_devices: ours shares the batch between so many.
 
 Both sides: the same patches, Dice and cross-entropy with deep supervision, gradient, clipping,
 optimizer (ours AdamW with averaged weights, PyTorch's SGD with Nesterov momentum, as nnU-Net has
@@ -14,17 +16,19 @@ import time
 import numpy as np
 from side_by_side import HEADER, alternate, parser, row, use_cores
 
+from rfmedsam2_jax.parallel.devices import divide_cpu
+
 
 def ours(features, patch, batch, image, target):
   import jax
-  import jax.numpy as jnp
 
-  from rfmedsam2_jax.nn.remat import compiler_options
   from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+  from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
+  from rfmedsam2_jax.parallel.rules import place
   from rfmedsam2_jax.phases import init_generator
   from rfmedsam2_jax.training.config import GeneratorConfig
   from rfmedsam2_jax.training.state import init_state, make_optimizer
-  from rfmedsam2_jax.training.step import generator_loss_fn, make_step
+  from rfmedsam2_jax.training.step import compile_step, generator_loss_fn, make_step
 
   stages = len(features)
   unet = UNet(
@@ -35,13 +39,12 @@ def ours(features, patch, batch, image, target):
   loss = generator_loss_fn(unet, settings, np.array([[0, 0], [1, 0], [0, 1]], bool), False)
   optimizer = make_optimizer(settings.optimizer, 1000)
   params = jax.jit(lambda key: init_generator(unet, 1, key))(jax.random.key(0))
-  state = init_state(params, ("*",), optimizer, jax.random.key(1))
-  data = {"image": jnp.asarray(image), "target": jnp.asarray(target)}
+  mesh = make_mesh(MeshConfig())
+  state = place(init_state(params, ("*",), optimizer, jax.random.key(1)), mesh)
+  data = place_batch({"image": image, "target": target}, mesh)
   began = time.perf_counter()
-  step = jax.jit(
-    make_step(loss, optimizer, settings.optimizer), donate_argnums=0,
-    compiler_options=compiler_options(),
-  ).lower(state, data).compile()
+  step = compile_step(make_step(loss, optimizer, settings.optimizer, mesh), state, mesh)
+  step = step.lower(state, data).compile()
   print(f"ours: compiled in {time.perf_counter() - began:.0f} s")
 
   def run():
@@ -101,8 +104,10 @@ def main() -> None:
   p.add_argument("--official-features", type=int, nargs="*", default=[32, 64, 128, 256])
   p.add_argument("--patch", type=int, nargs=3, default=[40, 56, 40])
   p.add_argument("--batch", type=int, default=2)
+  p.add_argument("--cpu-devices", type=int, default=1)
   options = p.parse_args()
   use_cores(options.threads)
+  divide_cpu(options.cpu_devices)
   rng = np.random.default_rng(0)
   image = rng.standard_normal((options.batch, *options.patch, 1), np.float32)
   target = rng.integers(0, 3, (options.batch, *options.patch), np.uint8)

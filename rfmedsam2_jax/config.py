@@ -44,7 +44,7 @@ _RANGES: dict[str, tuple[float, float]] = {
   ), _SHARE),
   "poolings": (0, 16), "clip_norm": (1e-12, 1e12), "spacing": (1e-3, 1e4), "patch_size": (1, 2**12),
   "mask_reach": (0, 16), "mirrored": (0, 2), "mirror_axes": (0, 2), "sam_channels": (0, 2**10),
-  "fraction": (0.0, 1.0),
+  "fraction": (0.0, 1.0), "cpu_devices": (1, 2**10),
 }
 
 

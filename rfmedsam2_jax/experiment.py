@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rfmedsam2_jax.config import Config, config_yaml, load_config
 from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
 from rfmedsam2_jax.data.files import load_json, save_json
@@ -32,6 +34,7 @@ from rfmedsam2_jax.networks import (
   write_prompts,
 )
 from rfmedsam2_jax.parallel import hosts
+from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
@@ -56,6 +59,9 @@ def train(
     UserError: a folder in use or not to be overwritten, data that cannot be read, a loss that is
       not finite.
   """
+  if not divide_cpu(config.mesh.cpu_devices):
+    report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
+           f"{jax.local_device_count()}: they stay")
   dataset = read_dataset(config.data.dataset, config.data.structures)
   source = config.refiner.init_from
   if source and not resume:

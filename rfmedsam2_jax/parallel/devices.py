@@ -1,5 +1,6 @@
-"""What devices can do at most, how full they are, and what a program asks of one."""
+"""How many devices a CPU is; what devices can do at most, and hold; what a program asks of one."""
 
+import os
 import resource
 from typing import Any
 
@@ -21,6 +22,22 @@ PEAK_FLOPS = (
   ("TPU v5", 459e12),
   ("TPU v4", 275e12),
 )
+
+
+def divide_cpu(count: int) -> bool:
+  """Lets JAX take the CPU for `count` devices; an environment that names a number prevails.
+
+  Returns:
+    False if JAX has taken it for another number already.
+  """
+  forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if count == 1 or forced or "JAX_NUM_CPU_DEVICES" in os.environ:
+    return True
+  try:
+    jax.config.update("jax_num_cpu_devices", count)
+  except RuntimeError:  # it has looked at its devices
+    return jax.default_backend() != "cpu" or jax.local_device_count() == count
+  return True
 
 
 def peak_flops(kind: str) -> float | None:

@@ -22,14 +22,22 @@ BATCH_AXES = ("data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each axis; their product is the number of devices. One may be -1: the rest."""
+  """Devices along each of `AXES`; their product is their number. One may be -1: the rest."""
 
   data: int = -1  # copies of the parameters, each with its share of the batch
   fsdp: int = 1   # parts of parameters and optimizer state; memory falls, traffic rises
   model: int = 1  # parts of the widths of attention and MLPs, for networks too large otherwise
+  # Devices that `train` makes of a CPU, where JAX has no others. XLA does the 2D convolutions of a
+  # device, and more, on one core.
+  cpu_devices: int = 1
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    """Along `AXES`."""
+    return self.data, self.fsdp, self.model
 
   def __post_init__(self):
-    sizes = dataclasses.astuple(self)
+    sizes = self.sizes
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f"mesh is {sizes}; give sizes from 1 on, and -1 (the rest) at most once")
 
@@ -41,7 +49,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     UserError: so many devices do not exist, or are left over.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = list(dataclasses.astuple(config))
+  sizes = list(config.sizes)
   known = math.prod(size for size in sizes if size != -1)
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
   if -1 in sizes:

@@ -16,6 +16,7 @@ from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn import PRESETS, init_params
 from rfmedsam2_jax.parallel.collectives import Collective, collectives_of
+from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
 from rfmedsam2_jax.parallel.report import bytes_per_device
 from rfmedsam2_jax.training.config import OptimizerConfig
@@ -165,6 +166,22 @@ def test_a_batch_that_does_not_spread_is_refused():
     check_batch(mesh, 12, 1, "generator")
   with pytest.raises(UserError, match="2 microbatches; use a multiple of 16"):
     check_batch(mesh, 8, 2, "generator")
+
+
+def test_a_cpu_is_divided_into_devices_that_share_the_batch(tiny_config, tmp_path):
+  command = [sys.executable, "-m", "rfmedsam2_jax", "train", str(tiny_config), "--out",
+             str(tmp_path / "run"), "mesh.cpu_devices=3"]
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  done = subprocess.run(command, capture_output=True, text=True, env=environment)
+  assert done.returncode == 2
+  assert "generator.batch_size is 2: cannot be spread over 3 devices" in done.stderr
+
+
+def test_a_cpu_that_is_in_use_stays_as_it_is():
+  count = jax.local_device_count()
+  assert divide_cpu(count)
+  assert not divide_cpu(count + 2)
+  assert jax.local_device_count() == count
 
 
 def test_two_rests_are_refused(tiny_config):
