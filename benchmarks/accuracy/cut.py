@@ -4,8 +4,9 @@ python benchmarks/accuracy/cut.py RUN
 
 In the references of Task04_Hippocampus a coronal plane cuts anterior from posterior. Prints, for
 the generator and every stage, means over RUN's validation cases: the Dice of the two labels, the
-Dice of both as one, the Dice of the two where the predicted voxels are cut by the reference's
-plane, and how many slices the predicted cut lies beside it.
+Dice of both as one, the Dice of the two where the predicted voxels are cut anew, by the label that
+prevails in each of the prediction's own planes and by the reference's, and how many slices the
+predicted cut lies beside the reference's.
 """
 
 import argparse
@@ -32,13 +33,15 @@ def sides(labels: np.ndarray) -> np.ndarray:
   return np.where(counts[0] >= counts[1], ANTERIOR, POSTERIOR)[nearest]
 
 
-def measures(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, float, float, int]:
-  """Dice of the labels, of both as one, with the true cut; slices between the two cuts."""
-  cut = np.where(predicted > 0, sides(truth)[None, :, None], 0)
-  both = [np.mean([dice(guess == label, truth == label) for label in (ANTERIOR, POSTERIOR)])
-          for guess in (predicted, cut)]
+def measures(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, ...]:
+  """Dice of the labels, both as one, with its own cut and the true one; slices between these."""
+  cuts = [np.where(predicted > 0, sides(labels)[None, :, None], 0) for labels in (predicted, truth)]
+  plain, own_cut, true_cut = (
+    float(np.mean([dice(guess == label, truth == label) for label in (ANTERIOR, POSTERIOR)]))
+    for guess in (predicted, *cuts)
+  )
   apart = np.count_nonzero(sides(predicted) != sides(truth))
-  return float(both[0]), dice(predicted > 0, truth > 0), float(both[1]), apart
+  return plain, dice(predicted > 0, truth > 0), own_cut, true_cut, apart
 
 
 def main() -> None:
@@ -48,14 +51,15 @@ def main() -> None:
   config, segmenter = load_config(run / "config.yaml"), load_run(run)
   dataset = read_dataset(config.data.dataset, config.data.structures)
   held_out = load_split(run / "splits.json").validation
-  found: list[list[tuple[float, float, float, int]]] = []
+  found: list[list[tuple[float, ...]]] = []
   for case in dataset.cases:
     if case.identifier in held_out:
       _, truth, maps = stage_maps(segmenter, case)
       found.append([measures(labels, truth) for labels in maps])
-  print("| | Dice | both as one | with the true cut | slices off |\n|---|---|---|---|---|")
-  for stage, (labels, one, true_cut, apart) in enumerate(np.mean(found, axis=0)):
-    print(f"| stage {stage} | {labels:.4f} | {one:.4f} | {true_cut:.4f} | {apart:.2f} |")
+  print("| | Dice | both as one | with its own cut | with the true cut | slices off |")
+  print("|---|---|---|---|---|---|")
+  for stage, (*scores, apart) in enumerate(np.mean(found, axis=0)):
+    print(f"| stage {stage} | {' | '.join(f'{score:.4f}' for score in scores)} | {apart:.2f} |")
 
 
 if __name__ == "__main__":

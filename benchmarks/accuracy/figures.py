@@ -84,6 +84,8 @@ def draw_weak(results: Path, out: Path) -> None:
     axes = figure.add_subplot(1, 2, number + 1)
     for name in rows:
       stages = list(stages_of(results / f"{name}.json").values())
+      if not stages:
+        continue
       axes.plot(range(len(stages)), [mean_of(stage, "dice") for stage in stages], "o-", label=name)
     axes.set_xticks(range(3), ["generator", "stage 1", "stage 2"])
     axes.set_ylabel("mean Dice of 40 cases")
