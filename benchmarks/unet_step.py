@@ -16,8 +16,6 @@ import time
 import numpy as np
 from side_by_side import HEADER, alternate, parser, row, use_cores
 
-from rfmedsam2_jax.parallel.devices import divide_cpu
-
 
 def ours(features, patch, batch, image, target):
   import jax
@@ -107,6 +105,8 @@ def main() -> None:
   p.add_argument("--cpu-devices", type=int, default=1)
   options = p.parse_args()
   use_cores(options.threads)
+  from rfmedsam2_jax.parallel.devices import divide_cpu
+
   divide_cpu(options.cpu_devices)
   rng = np.random.default_rng(0)
   image = rng.standard_normal((options.batch, *options.patch, 1), np.float32)

@@ -35,13 +35,13 @@ def sides(labels: np.ndarray) -> np.ndarray:
 
 def measures(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, ...]:
   """Dice of the labels, both as one, with its own cut and the true one; slices between these."""
-  cuts = [np.where(predicted > 0, sides(labels)[None, :, None], 0) for labels in (predicted, truth)]
+  own, true = sides(predicted), sides(truth)
+  cuts = [np.where(predicted > 0, side[None, :, None], 0) for side in (own, true)]
   plain, own_cut, true_cut = (
     float(np.mean([dice(guess == label, truth == label) for label in (ANTERIOR, POSTERIOR)]))
     for guess in (predicted, *cuts)
   )
-  apart = np.count_nonzero(sides(predicted) != sides(truth))
-  return plain, dice(predicted > 0, truth > 0), own_cut, true_cut, apart
+  return plain, dice(predicted > 0, truth > 0), own_cut, true_cut, np.count_nonzero(own != true)
 
 
 def main() -> None:

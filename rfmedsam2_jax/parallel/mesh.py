@@ -28,7 +28,7 @@ class MeshConfig:
   fsdp: int = 1   # parts of parameters and optimizer state; memory falls, traffic rises
   model: int = 1  # parts of the widths of attention and MLPs, for networks too large otherwise
   # Devices that `train` makes of a CPU, where JAX has no others. XLA does the 2D convolutions of a
-  # device, and more, on one core.
+  # device on one core.
   cpu_devices: int = 1
 
   @property
