@@ -225,7 +225,8 @@ def damaged(kind: str, unseen: Path, folder: Path) -> Path:
 )
 def test_a_bad_input_is_one_line_and_leaves_nothing(tiny_run, unseen, tmp_path, capsys, kind, says):
   path = damaged(kind, unseen, tmp_path)
-  status, _, error = run(capsys, "predict", tiny_run, path, "--out", tmp_path / "out")
+  # Quiet: after three seconds a slow machine's progress would be said, too.
+  status, _, error = run(capsys, "predict", tiny_run, path, "--out", tmp_path / "out", "--quiet")
   assert status == 2
   assert error.startswith("rfmedsam2: ") and error.count("\n") == 1
   assert path.name in error and says in error
@@ -252,7 +253,7 @@ def broken_dataset(kind: str, phantoms: Path, folder: Path) -> Path:
 )
 def test_a_bad_label_is_one_line(phantoms, tiny_config, tmp_path, capsys, kind, says):
   data = broken_dataset(kind, phantoms, tmp_path)
-  status, _, error = run(capsys, "train", tiny_config, f"data.dataset={data}", "--out",
+  status, _, error = run(capsys, "train", tiny_config, f"data.dataset={data}", "--quiet", "--out",
                          tmp_path / "run")
   assert status == 2 and error.count("\n") == 1 and says in error and "labelsTr" in error
 
@@ -290,7 +291,8 @@ def test_a_damaged_checkpoint_is_one_line(tiny_run, unseen, tmp_path, capsys):
   for file in (tmp_path / "run" / "refiner" / "params").rglob("*"):
     if file.is_file():
       file.write_bytes(b"")
-  status, _, error = run(capsys, "predict", tmp_path / "run", unseen, "--out", tmp_path / "out")
+  status, _, error = run(capsys, "predict", tmp_path / "run", unseen, "--quiet", "--out",
+                         tmp_path / "out")
   assert status == 2 and error.count("\n") == 1 and "checkpoint" in error
 
 
