@@ -61,12 +61,12 @@ SCORED: dict[str, list[str]] = {
 # more.
 FEW = [NO_VOTE, "generator.loop.steps=500"]
 SOME = [NO_VOTE, "generator.loop.steps=1000"]
-LONGER = "refiner.mask_adapter.loop.steps=10000"
+ADAPTER = "refiner.mask_adapter.loop.steps="
 WEAK: dict[str, list[str]] = {
   "cases-5": [*FEW, "data.split.train_cases=5"],
   "cases-20": [*SOME, "data.split.train_cases=20"],
-  "generator-5": [*FEW, "refiner.held_back=0.96875", LONGER],
-  "generator-20": [*SOME, "refiner.held_back=0.875", LONGER],
+  "generator-5": [*FEW, "refiner.held_back=0.96875", f"{ADAPTER}16000"],
+  "generator-20": [*SOME, "refiner.held_back=0.875", f"{ADAPTER}10000"],
 }
 
 
