@@ -78,14 +78,14 @@ def main() -> None:
     try:
       for line in process.stderr:
         print(line, end="", file=sys.stderr, flush=True)
-        # Everything after the preparation is training, prompts of the training cases included.
         now = time.monotonic()
+        clock.add(part, now - since)  # with every line: a run that is killed keeps its time
+        since = now
+        # Everything after the preparation is training, prompts of the training cases included.
         if part == "preprocessing" and " prepared " in line:
-          clock.add(part, now - since)
-          part, since = "training", now
+          part = "training"
         elif part == "training" and trained.is_dir():
-          clock.add(part, now - since)
-          part, since = "scoring", now
+          part = "scoring"
     except KeyboardInterrupt:
       process.send_signal(signal.SIGTERM)
   clock.add(part, time.monotonic() - since)
