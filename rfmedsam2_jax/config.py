@@ -85,6 +85,10 @@ class Config:
       raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
     if self.refiner.mask_adapter.loop.steps and not self.sam2.adapters.mask:
       raise ValueError("refiner.mask_adapter.loop.steps is given, but sam2.adapters.mask is false")
+    residual = all(stage.residual for stage in self.refinement.stages)
+    if self.refiner.mask_adapter.loop.steps and not residual:
+      raise ValueError("refiner.mask_adapter.loop.steps is given, but a stage is not residual: "
+                       "without the mask before it there is nothing to correct; make all residual")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,7 +1,7 @@
 """A whole run: from a config to two trained networks and their scores, and back from its folder.
 
 The order of things: fingerprint and plan, preprocessing, the generator, its prompts for the
-training cases, the refiner, validation. Each part is skipped where an earlier, interrupted attempt
+refiner's cases, the refiner, validation. Each part is skipped where an earlier, interrupted attempt
 has finished it.
 """
 
@@ -35,6 +35,8 @@ from rfmedsam2_jax.networks import (
 )
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import divide_cpu
+from rfmedsam2_jax.parallel.mesh import make_mesh
+from rfmedsam2_jax.phases import check_batches
 from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
@@ -62,10 +64,15 @@ def train(
   if not divide_cpu(config.mesh.cpu_devices):
     report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
            f"{jax.local_device_count()}: they stay")
+  # What can be known to fail does so now, not after the generator.
+  check_batches(config, make_mesh(config.mesh))
   dataset = read_dataset(config.data.dataset, config.data.structures)
+  if not resume:
+    names = [case.identifier for case in dataset.cases]
+    divide(make_split(names, config.data.split).train, config.refiner.held_back, config.seed)
   source = config.refiner.init_from
   if source and not resume:
-    check_starting_point(source, config.sam2)  # now, not after the generator
+    check_starting_point(source, config.sam2)
     if Path(source).absolute().is_relative_to(Path(out).absolute()):
       raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
   with _open_run(out, resume, overwrite) as run:

@@ -25,7 +25,7 @@ from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.inference.segmenter import Segmenter, run_generator
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.parallel import hosts
-from rfmedsam2_jax.parallel.mesh import check_batch, local_rows, make_mesh
+from rfmedsam2_jax.parallel.mesh import local_rows, make_mesh
 from rfmedsam2_jax.parallel.rules import place, whole
 from rfmedsam2_jax.phases import (
   Phase,
@@ -38,7 +38,6 @@ from rfmedsam2_jax.phases import (
 from rfmedsam2_jax.progress import Progress, Report
 from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.training.checkpoints import has_checkpoint
-from rfmedsam2_jax.training.config import config_key
 from rfmedsam2_jax.training.folder import RunFolder, versions
 from rfmedsam2_jax.training.loop import train_phase
 from rfmedsam2_jax.training.state import (
@@ -114,6 +113,10 @@ def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
   return about | {"sam2": config_json(config.sam2)}
 
 
+def _begun(run: RunFolder, phase: str) -> bool:
+  return run.params(phase).is_dir() or has_checkpoint(run.checkpoints(phase))
+
+
 def check_generator(run: RunFolder, config: Config, plan: Plan) -> None:
   """Sees to it that the generator can start as the config says, without reading parameters.
 
@@ -121,7 +124,7 @@ def check_generator(run: RunFolder, config: Config, plan: Plan) -> None:
     UserError: no checkpoint, one of another network or of other labels, or no steps from scratch.
   """
   settings = config.generator
-  if run.params("generator").is_dir() or has_checkpoint(run.checkpoints("generator")):
+  if _begun(run, "generator"):
     return
   if settings.init_from:
     check_generator_start(settings.init_from, _describe(config, plan))
@@ -152,7 +155,6 @@ def _train_network(
   """
   settings, mesh = phase.settings, make_mesh(config.mesh)
   optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-  check_batch(mesh, settings.batch_size, settings.microbatches, config_key(phase.name))
   state = place(init_state(params, phase.patterns, optimizer, key), mesh)
   report(
     f"{phase.name}: {_count(params) / 1e6:.2f} M parameters, "
@@ -244,8 +246,8 @@ def train_generator(
 def write_prompts(
   run: RunFolder, segmenter: Segmenter, identifiers: Sequence[str], report: Report
 ) -> None:
-  """The generator's mask logits of the training cases, float16 [K, D, 4G, 4G] each."""
-  progress = Progress("prompts of the training cases", report)
+  """The generator's mask logits of the refiner's cases, float16 [K, D, 4G, 4G] each."""
+  progress = Progress("prompts of the refiner's cases", report)
   with hosts.together():
     mine = [
       name for name in hosts.share(identifiers) if not (run / "prompts" / f"{name}.npy").exists()
@@ -266,8 +268,8 @@ def _starting_refiner(
 ) -> Params:
   """SAM 2 before the first step: from the checkpoint that the config names, or from scratch."""
   source = config.refiner.init_from
-  # Once the phase has a checkpoint of its own, that will replace all values given here.
-  if source and not has_checkpoint(run.checkpoints("refiner")):
+  # Once a phase has parameters of its own, these will replace all values given here.
+  if source and not (_begun(run, "mask_adapter") or _begun(run, "refiner")):
     params = starting_params(source, config.sam2, key)
     run.write("init_from.json", json.dumps(read_config(source)[1], indent=1) + "\n")
     report(f"refiner: starts from {source}")

@@ -11,15 +11,20 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.inference.segmenter import unet_for
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.unet import UNet
-from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig
+from rfmedsam2_jax.parallel.mesh import check_batch
+from rfmedsam2_jax.training.config import GeneratorConfig, RefinerConfig, config_key
 from rfmedsam2_jax.training.state import Params, with_frozen_as
 from rfmedsam2_jax.training.step import Loss, generator_loss_fn, refiner_loss_fn
+
+PhaseName = Literal["generator", "mask_adapter", "refiner"]
+Settings = GeneratorConfig | RefinerConfig
 
 
 class Phase(NamedTuple):
@@ -29,12 +34,26 @@ class Phase(NamedTuple):
   batch: shapes of a whole batch, see data.pipeline.
   """
 
-  name: Literal["generator", "mask_adapter", "refiner"]
-  settings: GeneratorConfig | RefinerConfig
+  name: PhaseName
+  settings: Settings
   init: Callable[[jax.Array], Params]
   patterns: Sequence[str]
   loss: Loss
   batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def phases_of(config: Config) -> dict[PhaseName, Settings]:
+  """What a run goes through, in this order: a refiner always, the others where they have steps."""
+  others: dict[PhaseName, Settings] = {
+    "generator": config.generator, "mask_adapter": mask_adapter_settings(config)
+  }
+  return {name: x for name, x in others.items() if x.loop.steps} | {"refiner": config.refiner}
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+  """Raises UserError unless the batch of every phase spreads over the mesh."""
+  for name, settings in phases_of(config).items():
+    check_batch(mesh, settings.batch_size, settings.microbatches, config_key(name))
 
 
 def generator_network(config: Config, plan: Plan) -> UNet:
@@ -67,14 +86,19 @@ def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
   return unet.init(key, image, deep_supervision=True)["params"]
 
 
-def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
-  """The MaskAdapter alone, on the refiner's batches; its parameters are all of SAM 2's."""
+def mask_adapter_settings(config: Config) -> RefinerConfig:
+  """The refiner's, with what `refiner.mask_adapter` has of its own."""
   alone = config.refiner.mask_adapter
-  settings = dataclasses.replace(
+  return dataclasses.replace(
     config.refiner,
     trainable=("sam_mask_decoder/adapter/*",),
     **{name: getattr(alone, name) for name in ("batch_size", "microbatches", "loop", "optimizer")},
   )
+
+
+def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
+  """The MaskAdapter alone, on the refiner's batches; its parameters are all of SAM 2's."""
+  settings = mask_adapter_settings(config)
   phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
   loss = refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True)
   return phase._replace(name="mask_adapter", loss=loss)
@@ -103,3 +127,8 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
       "structures": jax.ShapeDtypeStruct((runs, structures), jnp.int32),
     },
   )
+
+
+PHASES: dict[PhaseName, Callable[[Config, Plan], Phase]] = {
+  "generator": generator_phase, "mask_adapter": mask_adapter_phase, "refiner": refiner_phase
+}

@@ -1,4 +1,4 @@
-"""The `shard` command: both phases' steps on a mesh of devices that need not exist."""
+"""The `shard` command: the steps of all phases on a mesh of devices that need not exist."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,8 +11,9 @@ from rfmedsam2_jax.data.plan import ChannelRule, Plan, pooling
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.parallel.mesh import check_batch, make_mesh
 from rfmedsam2_jax.parallel.report import report_step
-from rfmedsam2_jax.phases import generator_phase, refiner_phase
+from rfmedsam2_jax.phases import PHASES, PhaseName
 from rfmedsam2_jax.progress import Report, silent
+from rfmedsam2_jax.training.config import config_key
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 from rfmedsam2_jax.training.step import compile_step, make_step
 
@@ -21,7 +22,7 @@ def shard(
   config: Config,
   channels: int,
   structures: int,
-  phases: Sequence[str],
+  phases: Sequence[PhaseName],
   report: Callable[[str], None] = print,
   compiles: bool = True,
   progress: Report = silent,
@@ -30,7 +31,7 @@ def shard(
 
   Args:
     channels, structures: of the data set.
-    phases: of "generator" and "refiner".
+    phases: whose steps, see phases.Phase.
     compiles: False leaves out what only the compiled step tells.
     progress: takes lines about what is done.
 
@@ -39,11 +40,10 @@ def shard(
   """
   mesh = make_mesh(config.mesh)
   plan = _plan_of_shapes(config, channels, structures)
-  make = {"generator": generator_phase, "refiner": refiner_phase}
-  for phase in (make[name](config, plan) for name in phases):
+  for phase in (PHASES[name](config, plan) for name in phases):
     settings = phase.settings
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
-    check_batch(mesh, settings.batch_size, settings.microbatches, phase.name)
+    check_batch(mesh, settings.batch_size, settings.microbatches, config_key(phase.name))
     optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
     state = jax.eval_shape(
       lambda key, phase=phase, optimizer=optimizer: init_state(

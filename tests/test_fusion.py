@@ -1,9 +1,14 @@
 """One label map from per-organ probabilities, and the first prompts of the truth and of people."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pytest
 
 from rfmedsam2_jax.data.squash import resize_linear
-from rfmedsam2_jax.refinement import RefinementConfig, StageResult, blended, fuse
+from rfmedsam2_jax.inference.segmenter import label_map
+from rfmedsam2_jax.refinement import RefinementConfig, StageConfig, StageResult, blended, fuse
 from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given, with_oracle
 
 SHAPE = (1, 1, 4)
@@ -56,11 +61,23 @@ def test_the_generator_alone_is_the_arg_max_of_its_softmax():
   assert (softmax.max(axis=-1) < 0.5).any()
 
 
-def test_background_as_the_rest_leaves_no_gap_between_neighbours_that_are_unsure():
+@pytest.mark.parametrize("background, expected", [
+  ("threshold", [0, 0, 0, 2]), ("rest", [1, 0, 0, 2]),
+])
+def test_background_as_the_rest_leaves_no_gap_between_neighbours_that_are_unsure(
+  background, expected
+):
   """Both are below the threshold, but together they rule background out."""
   unsure = source([0.45, 0.45, 0.2, 0.3], [0.4, 0.1, 0.2, 0.6])
-  assert fuse([unsure], (1, 2), SHAPE).labels.ravel().tolist() == [0, 0, 0, 2]
-  assert fuse([unsure], (1, 2), SHAPE, exclusive=True).labels.ravel().tolist() == [1, 0, 0, 2]
+  segmenter = SimpleNamespace(
+    plan=SimpleNamespace(labels=SimpleNamespace(output_values=(1, 2), regions=False)),
+    refinement=RefinementConfig(background=background),
+  )
+  found: Any = SimpleNamespace(
+    segmenter=segmenter, prepared=SimpleNamespace(restore=SimpleNamespace(native_shape=SHAPE)),
+    probability=lambda stage, organ: unsure(organ))
+  assert label_map([found], 0).ravel().tolist() == [1, 0, 0, 2]  # a softmax's
+  assert label_map([found], 1).ravel().tolist() == expected
 
 
 def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
@@ -81,17 +98,21 @@ def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
   np.testing.assert_allclose(alone, vote, atol=1e-4)
 
 
-def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator():
-  """What no stage changed is the generator's, to the voxel; absence and large changes win."""
+@pytest.mark.parametrize("limit", [3.0, 8.0])
+def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator(limit):
+  """What no stage changed, within its limit, is the generator's, to the voxel; absence and large
+  changes win."""
   rng = np.random.default_rng(0)
   odds = (6 * rng.standard_normal((4, 12, 12))).astype(np.float16)
   seen = resize_linear(odds, 8).astype(np.float16)
-  changed = seen.copy()
+  changed = seen.clip(-limit, limit)
   changed[1], changed[2, 2:6, 2:6] = -1024, 20
   cells = np.array([[0, 0], [0, 1], [0, 2]])
   result = StageResult(cells, changed[:3], *UNUSED)
   resize = lambda x, shape: resize_linear(x, shape[0])  # noqa: E731
-  labels = blended(odds, seen, result, 0, RefinementConfig(fusion="changes"), resize) > 0.5
+  stage = StageConfig(residual=True, residual_limit=limit)
+  config = RefinementConfig((stage, stage), fusion="changes")
+  labels = blended(odds, seen, result, 0, config, resize) > 0.5
   np.testing.assert_array_equal(labels[[0, 3]], odds[[0, 3]] > 0)
   assert not labels[1].any() and labels[2, 4:8, 4:8].all()
   replaced = blended(odds, seen, result, 0, RefinementConfig(), resize) > 0.5

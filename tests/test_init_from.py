@@ -14,9 +14,11 @@ from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn import AdapterConfig, init_params
 from rfmedsam2_jax.weights.checkpoint import (
+  check_starting_point,
   load_checkpoint,
   save_checkpoint,
   starting_params,
+  with_adapters,
 )
 
 NONE = AdapterConfig(dwconv=False, cnn=False)
@@ -95,6 +97,16 @@ def test_a_run_is_a_starting_point_with_its_adapters(trained, tiny_config):
   ):
     with pytest.raises(UserError, match=says):
       starting_params(source, dataclasses.replace(config, adapters=adapters), jax.random.key(1))
+
+
+def test_a_mask_adapter_of_another_reach_is_refused(converted, tmp_path):
+  config, params, _ = load_checkpoint(converted)
+  theirs = dataclasses.replace(config, adapters=AdapterConfig(mask=True, mask_reach=1))
+  save_checkpoint(tmp_path / "ckpt", theirs, with_adapters(params, theirs, jax.random.key(0)), {})
+  check_starting_point(tmp_path / "ckpt", theirs)
+  for ours in (AdapterConfig(mask_reach=1), AdapterConfig(mask=True)):
+    with pytest.raises(UserError, match="mask=true and .*mask_width=.* and .*mask_reach=1"):
+      check_starting_point(tmp_path / "ckpt", dataclasses.replace(config, adapters=ours))
 
 
 @pytest.mark.parametrize("option, says", [

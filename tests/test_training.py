@@ -186,7 +186,7 @@ def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypa
 
 
 def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monkeypatch, capsys):
-  """Terminated on the way; its parameters are what the refiner, without a step, is left with."""
+  """Terminated on the way, with the same result; the refiner, without a step, is left with it."""
   before = Telemetry.before
 
   def be_terminated(self, done):
@@ -194,9 +194,11 @@ def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monk
     if done == 1:  # the generator has one step, done == 0
       os.kill(os.getpid(), signal.SIGTERM)
 
-  run = tmp_path / "run"
-  command = ["train", str(tiny_config), "--out", str(run), "sam2.adapters.mask=true",
-             "generator.loop.steps=1", "refiner.mask_adapter.loop.steps=3", "refiner.loop.steps=0"]
+  run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+  settings = ["sam2.adapters.mask=true", "generator.loop.steps=1",
+              "refiner.mask_adapter.loop.steps=3", "refiner.loop.steps=0"]
+  command = ["train", str(tiny_config), "--out", str(run), *settings]
+  assert main(["train", str(tiny_config), "--out", str(undisturbed), *settings]) == 0
   with monkeypatch.context() as patch:
     patch.setattr(Telemetry, "before", be_terminated)
     assert main(command) == 75
@@ -206,18 +208,30 @@ def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monk
   init_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
   flat = functools.partial(traverse_util.flatten_dict, sep="/")
   start = flat(silenced_decoder(init_params(config.sam2, init_key)))
-  first, last = (flat(load_checkpoint(run / name / "params").params)
-                 for name in ("mask_adapter", "refiner"))
+  first, last, whole = (
+    flat(load_checkpoint(folder / "params").params)
+    for folder in (run / "mask_adapter", run / "refiner", undisturbed / "mask_adapter"))
   changed = {name for name, x in start.items() if not np.allclose(x, first[name], atol=1e-6)}
   assert changed == {name for name in first if name.startswith("sam_mask_decoder/adapter/")}
   for name, value in first.items():
     np.testing.assert_array_equal(value, last[name])
+    np.testing.assert_array_equal(value, whole[name])
 
 
-def test_steps_for_a_mask_adapter_that_is_not_there_are_refused(tiny_config, tmp_path, capsys):
-  assert main(["train", str(tiny_config), "--out", str(tmp_path / "run"),
-               "refiner.mask_adapter.loop.steps=3"]) == 2
-  assert "but sam2.adapters.mask is false" in capsys.readouterr().err
+@pytest.mark.parametrize("settings, says", [
+  (["refiner.mask_adapter.loop.steps=3"], "but sam2.adapters.mask is false"),
+  (["refiner.mask_adapter.loop.steps=3", "sam2.adapters.mask=true",
+    "refinement.stages=[{residual: true}, {}]"], "but a stage is not residual"),
+  (["refiner.held_back=0.9"], "0.9 of 3 training cases leaves the generator none"),
+  (["refinement.background=rest", "refinement.threshold=0.4"], "background: rest there is none"),
+])
+def test_settings_that_do_not_fit_together_are_refused_before_anything_is_done(
+  tiny_config, tmp_path, capsys, settings, says
+):
+  assert main(["train", str(tiny_config), "--out", str(tmp_path / "run"), *settings]) == 2
+  error = capsys.readouterr().err
+  assert says in error and error.count("\n") == 1
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, capsys):

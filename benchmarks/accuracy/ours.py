@@ -81,7 +81,7 @@ def main() -> None:
         now = time.monotonic()
         clock.add(part, now - since)  # with every line: a run that is killed keeps its time
         since = now
-        # Everything after the preparation is training, prompts of the training cases included.
+        # Everything after the preparation is training, prompts of the refiner's cases included.
         if part == "preprocessing" and " prepared " in line:
           part = "training"
         elif part == "training" and trained.is_dir():

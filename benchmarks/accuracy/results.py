@@ -73,10 +73,15 @@ def difference(
   a: dict[str, Any], b: dict[str, Any], metric: str = "dice"
 ) -> tuple[float, float, float]:
   """Mean of a - b over the cases, and its 95 % interval."""
-  of_a, of_b = by_case(a, metric), by_case(b, metric)
-  if of_a.keys() != of_b.keys():
+  if a.keys() != b.keys():
     raise SystemExit("the files have scores of different cases")
-  paired = np.array([of_a[case] - of_b[case] for case in sorted(of_a)])
+  # Structure by structure: the distance of one that a method lost is None, and would make the mean
+  # of the others look like progress.
+  pairs = {case: [(a[case][name][metric], b[case][name][metric]) for name in a[case]] for case in a}
+  paired = np.array([
+    np.mean([x - y for x, y in pairs[case] if None not in (x, y)] or [np.nan])
+    for case in sorted(pairs)
+  ])
   paired = paired[np.isfinite(paired)]
   rng = np.random.default_rng(0)
   means = paired[rng.integers(len(paired), size=(RESAMPLINGS, len(paired)))].mean(1)

@@ -1,7 +1,7 @@
 """The ablations and the weak-generator study: one resumable run per row, one small file per result.
 
-python benchmarks/accuracy/study.py CONFIG --generator RUN --work FOLDER --results FOLDER
-    [--only NAME ...] [--list] [key=value ...]
+python benchmarks/accuracy/study.py CONFIG [key=value ...] --generator RUN --work FOLDER
+    --results FOLDER [--list] [--only NAME ...]
 
 Every row of `ROWS` trains a refiner of its own on the generator of RUN (ours.py --from); rows of
 `SCORED` score the first row's run in another way. Rows of `WEAK` train a generator on a few cases,
@@ -27,7 +27,6 @@ def stages(change: str) -> str:
 
 
 NO_VOTE = "refinement.generator_weight=0"
-NO_MASK_ADAPTER = ["sam2.adapters.mask=false", "refiner.mask_adapter.loop.steps=0"]
 
 # What is trained differently; the first row is the config as it is.
 ROWS: dict[str, list[str]] = {
@@ -36,8 +35,7 @@ ROWS: dict[str, list[str]] = {
   "no-memory": [stages("memory: none")],
   "no-dwconv-adapter": ["sam2.adapters.dwconv=false"],
   "no-cnn-adapter": ["sam2.adapters.cnn=false"],
-  "no-mask-adapter": NO_MASK_ADAPTER,
-  "no-adapters": ["sam2.adapters.dwconv=false", "sam2.adapters.cnn=false", *NO_MASK_ADAPTER],
+  "no-mask-adapter": ["sam2.adapters.mask=false", "refiner.mask_adapter.loop.steps=0"],
   "mask-adapter-alone": ["refiner.loop.steps=0"],
   "box-alone": [stages("mask: false")],
   "mask-alone": [stages("box: false")],

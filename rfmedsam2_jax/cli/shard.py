@@ -13,7 +13,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("config", type=Path, help="YAML file, see configs/")
   parser.add_argument("overrides", nargs="*", help="values by path, mesh.fsdp=8")
   parser.add_argument("--devices", type=int, required=True, help="number of devices of the mesh")
-  parser.add_argument("--phase", choices=("generator", "refiner"), help="one phase (both)")
+  parser.add_argument("--phase", choices=("generator", "mask_adapter", "refiner"),
+                      help="one phase (all that have steps)")
   parser.add_argument("--channels", type=int, default=1, help="of the images (1)")
   parser.add_argument("--structures", type=int, default=15, help="to be segmented (15)")
   parser.add_argument(
@@ -30,12 +31,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
     raise UserError("--devices, --channels and --structures: give numbers from 1 on")
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", options.devices)
+  from rfmedsam2_jax.phases import phases_of
   from rfmedsam2_jax.shard import shard
 
+  config = load_config(options.config, options.overrides)
   lines: list[str] = []
   shard(
-    load_config(options.config, options.overrides), options.channels, options.structures,
-    [options.phase] if options.phase else ["generator", "refiner"],
+    config, options.channels, options.structures,
+    [options.phase] if options.phase else list(phases_of(config)),
     lines.append, not options.no_compile, console.line,
   )
   console.result("\n".join(lines), {"lines": lines})

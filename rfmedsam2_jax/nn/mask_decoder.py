@@ -93,7 +93,7 @@ class MaskDecoder(nn.Module):
     positions_GGC: Array,
     prompts_NQC: Array,
     exists_NQ: Array,
-    high_res: tuple[Array, ...],
+    high_res: tuple[Array, Array],
     multimask: bool = False,
     dynamic_multimask: bool = False,
   ) -> Decoded:
@@ -114,7 +114,7 @@ class MaskDecoder(nn.Module):
     tokens, image = self.transformer(embedding_NGGC, positions_GGC, tokens, exists)
     mask_tokens = tokens[:, 2 : 2 + len(self.output_hypernetworks_mlps)]
 
-    image = rematerialised(MaskDecoder._upscale, self.remat)(self, image, *high_res[:2])
+    image = rematerialised(MaskDecoder._upscale, self.remat)(self, image, *high_res)
 
     ious = self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32)
     presence = self.pred_obj_score_head(tokens[:, 0])[:, 0].astype(jnp.float32)

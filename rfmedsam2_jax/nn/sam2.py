@@ -132,7 +132,7 @@ class ImageFeatures(NamedTuple):
   """
 
   embedding: Array
-  high_res: tuple[Array, ...]
+  high_res: tuple[Array, Array]
   pixels: Array | None = None
 
 
@@ -267,7 +267,7 @@ class SAM2(nn.Module):
   def decode(
     self,
     embedding_NGGC: Array,
-    high_res: tuple[Array, ...],
+    high_res: tuple[Array, Array],
     prompts: Prompts,
     multimask: bool = False,
     dynamic_multimask: bool = False,

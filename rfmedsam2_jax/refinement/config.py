@@ -55,5 +55,8 @@ class RefinementConfig:
   def __post_init__(self):
     if self.stages and self.stages[0].pointers:
       raise ValueError("stages[0].pointers is true, but no stage before it makes object pointers")
+    if self.background == "rest" and self.threshold != 0.5:
+      raise ValueError(f"threshold is {self.threshold}, but with background: rest there is none; "
+                       "leave it 0.5")
     if not 0.0 <= self.generator_weight <= 1.0:
       raise ValueError(f"generator_weight is {self.generator_weight}; it must be between 0 and 1")

@@ -333,7 +333,8 @@ def masks_on_grid(
 ) -> list[tuple[CellOutputs, Array]]:
   """As `all_stages_on_grid`, of the MaskAdapter alone: the rest of SAM 2 is not run.
 
-  Every structure stays where the stage before saw it, and the predicted IoU is 0.
+  As beside a decoder that is silent: stages have to be `residual`. Every structure stays where the
+  stage before saw it, and the predicted IoU is 0.
   """
   del depth  # of pointers
   pixels = apply(model.config, params, _normalised(slices), method="pixels")
@@ -346,9 +347,9 @@ def masks_on_grid(
     live = live_on_grid(cells, config, inside_TL)
     nearby = nearby_on_grid(cells, live.shape, inside_TL, model.config.adapters.mask_reach)
     cells = cells._replace(nearby=nearby)
-    logits, _ = bias_of(model, params, stage, pixels, cells)
+    logits, presence = bias_of(model, params, stage, pixels, cells)
     live = live.reshape(-1)
-    outputs = CellOutputs(logits, nothing, cells.presence, nothing[:, None])
+    outputs = CellOutputs(logits, nothing, presence, nothing[:, None])
     results.append((outputs, live))
     cells = _following(model, config, outputs, live)
   return results

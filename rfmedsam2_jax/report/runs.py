@@ -82,14 +82,18 @@ def _of_config(folder: Path, remarks: list[str]) -> list[tuple[str, str]]:
   """What a person asks first; the whole is in config.yaml."""
   try:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    sam2, refinement = config["sam2"], config["refinement"]
+    sam2, refinement, refiner = config["sam2"], config["refinement"], config["refiner"]
+    alone = refiner.get("mask_adapter", {}).get("loop", {}).get("steps", 0)
+    first = f"{alone} steps of the MaskAdapter alone, then " if alone else ""
+    held_back = refiner.get("held_back", 0)
     return [
       ("data set", Path(str(config["data"]["dataset"])).name),
       ("generator", f"{config['generator']['loop']['steps']} steps, "
                     f"features {_list(config['generator']['features'])}"),
-      ("refiner", f"{config['refiner']['loop']['steps']} steps, images of "
+      ("refiner", f"{first}{refiner['loop']['steps']} steps, images of "
                   f"{sam2['image_size']} pixels, {len(refinement['stages'])} stages"),
-      ("started from", config["refiner"].get("init_from") or "random weights"),
+      *([("held back from the generator", f"{held_back:.0%} of the cases")] if held_back else []),
+      ("started from", refiner.get("init_from") or "random weights"),
       ("seed", str(config["seed"])),
     ]
   except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):

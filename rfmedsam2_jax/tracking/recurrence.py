@@ -55,7 +55,7 @@ def decode_cells(
   model: SAM2,
   params: Params,
   conditioned: Array,
-  high_res: tuple[Array, ...],
+  high_res: tuple[Array, Array],
   prompts: Prompts,
   multimask: bool,
   dynamic_multimask: bool,

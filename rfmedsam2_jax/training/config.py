@@ -65,7 +65,8 @@ class GeneratorConfig:
 class MaskAdapterConfig:
   """Training of the MaskAdapter before that of the refiner as a whole, on the same kind of batches.
 
-  One from scratch learns several times as fast where SAM 2 is not run beside it.
+  One from scratch learns several times as fast where SAM 2 is not run beside it. For stages that
+  are `residual`; with loop.steps=0 it is trained with all else.
   """
 
   batch_size: int = 2  # runs

@@ -162,6 +162,8 @@ def refiner_loss_fn(
         out.logits, out.iou, out.presence, target, known, present, counts, weights, axes
       )
       total = total + stage.loss_weight * value
+      if masks_alone:
+        parts = {name: parts[name] for name in ("focal", "dice")}
       metrics |= {f"stage{number}/{name}": part for name, part in parts.items()}
     return total, metrics
 
