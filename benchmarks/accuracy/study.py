@@ -4,15 +4,18 @@ python benchmarks/accuracy/study.py CONFIG [key=value ...] --generator RUN --wor
     --results FOLDER [--list] [--only NAME ...]
 
 Every row of `ROWS` trains a refiner of its own on the generator of RUN (ours.py --from); rows of
-`SCORED` score the first row's run in another way. Rows of `WEAK` train a generator on a few cases,
-and a refiner on these or on all others. All are scored by score_run.py. Overrides are of every row.
-Rows whose file is there are skipped, a row that was stopped goes on: give the same command again.
+`SCORED` and `CORRUPTED` score the run of one of these in another way. Rows of `WEAK` train a
+generator on a few cases, and a refiner on these or on all others. All are scored by score_run.py.
+Overrides are of every row. Rows whose file is there are skipped, a row that was stopped goes on:
+give the same command again.
 """
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
+
+from score_run import CORRUPTIONS
 
 HERE = Path(__file__).parent
 
@@ -39,20 +42,28 @@ ROWS: dict[str, list[str]] = {
   "mask-adapter-alone": ["refiner.loop.steps=0"],
   "box-alone": [stages("mask: false")],
   "mask-alone": [stages("box: false")],
+  "trained-on-mistakes": [
+    f"refiner.corruption.{key}={value}" for key, value in {
+      "morphology_probability": 0.6, "morphology": 2, "drop_probability": 0.2,
+      "island_probability": 0.6,
+    }.items()
+  ] + ["refiner.mask_adapter.loop.steps=3000"],
 }
-# The first row's run, scored in other ways: options and overrides of score_run.py. The generator
-# would vote for the mistakes that --corrupt puts into its masks.
-SCORED: dict[str, list[str]] = {
-  "generator-alone": ["refinement.stages=[]"],
-  "stream": [stages("memory: stream")],
-  "oracle-boxes": ["--prompts", "oracle"],
-  "no-generator-vote": [NO_VOTE],
-  "background-by-threshold": ["refinement.background=threshold"],
-  "masks-replaced": ["refinement.fusion=masks"],
-  "erosion": ["--corrupt", "erosion", NO_VOTE],
-  "dilation": ["--corrupt", "dilation", NO_VOTE],
-  "gaps": ["--corrupt", "gaps", NO_VOTE],
-  "islands": ["--corrupt", "islands", NO_VOTE],
+# A row's run, scored in other ways: options and overrides of score_run.py.
+SCORED: dict[str, tuple[str, list[str]]] = {
+  "generator-alone": ("both-stages", ["refinement.stages=[]"]),
+  "stream": ("both-stages", [stages("memory: stream")]),
+  "oracle-boxes": ("both-stages", ["--prompts", "oracle"]),
+  "no-generator-vote": ("both-stages", [NO_VOTE]),
+  "background-by-threshold": ("both-stages", ["refinement.background=threshold"]),
+  "masks-replaced": ("both-stages", ["refinement.fusion=masks"]),
+}
+# With mistakes in the generator's masks, for which it would vote; the same, where the refiner was
+# trained on such.
+CORRUPTED: dict[str, tuple[str, list[str]]] = {
+  f"{kind}{suffix}": (row, ["--corrupt", kind, NO_VOTE])
+  for row, suffix in {"both-stages": "", "trained-on-mistakes": "-trained"}.items()
+  for kind in CORRUPTIONS
 }
 # Whole runs whose generator sees a few of the 160 training cases, for as many steps as these take,
 # and has no vote in the fused masks. The refiner sees those cases, or the others, which teach it
@@ -75,24 +86,24 @@ def main() -> None:
   parser.add_argument("--generator", type=Path, required=True, help="a finished run")
   parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
   parser.add_argument("--results", type=Path, required=True, help="folder of the JSON files")
-  parser.add_argument("--only", nargs="+", choices=[*ROWS, *SCORED, *WEAK])
+  parser.add_argument("--only", nargs="+", choices=[*ROWS, *SCORED, *CORRUPTED, *WEAK])
   parser.add_argument("--list", action="store_true", help="say what is there and what is not")
   options = parser.parse_intermixed_args()
-  reference = options.work / next(iter(ROWS))
-  for name in options.only or [*ROWS, *SCORED, *WEAK]:
+  scored_only = SCORED | CORRUPTED
+  for name in options.only or [*ROWS, *scored_only, *WEAK]:
     out = options.results / f"{name}.json"
     if options.list or out.exists():
       print(f"{name}: {'done' if out.exists() else 'to do'}")
       continue
     run, trained = options.work / name, options.work / f"{name}.json"
     commands = []
-    if name not in SCORED:
+    if name not in scored_only:
       made_from = ["--from", str(options.generator)] if name in ROWS else []
       changes = ROWS[name] if name in ROWS else WEAK[name]
       commands.append(["ours.py", str(options.config), "--run", str(run), "--out", str(trained),
                        *made_from, *options.overrides, *changes])
-    scored, how = (reference, SCORED[name]) if name in SCORED else (run, [])
-    commands.append(["score_run.py", str(scored), "--out", str(out), *how])
+    row, how = scored_only.get(name, (name, []))
+    commands.append(["score_run.py", str(options.work / row), "--out", str(out), *how])
     for script, *arguments in commands:
       print(f"{name}: {script} {' '.join(arguments)}", flush=True)
       subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
