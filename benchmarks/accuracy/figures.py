@@ -70,6 +70,7 @@ def draw_ablation(results: Path, out: Path) -> None:
       axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue")
     axes.set_yticks(range(len(shown)), list(shown))
     axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=0.01)
     axes.set_title(f"generator of {title}")
     axes.set_xlabel("Dice of the last stage less the generator's (95 %)")
   figure.tight_layout()
