@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from results import by_case, difference, mean_of
+from score_run import CORRUPTIONS
 from study import CORRUPTED, ROWS, SCORED
 
 from rfmedsam2_jax.config import load_config
@@ -78,7 +79,8 @@ def draw_ablation(results: Path, out: Path) -> None:
 
 
 def draw_weak(results: Path, out: Path) -> None:
-  """Mean Dice by stage: of weak generators, and of a good one's masks with mistakes put in."""
+  """Mean Dice by stage: of weak generators, and of a good one's masks with mistakes put in, dotted
+  where the refiner was trained on such."""
   titles = {
     "generator-5": "5 cases", "generator-20": "20 cases", next(iter(ROWS)): "160 cases",
     "cases-5": "5, and the refiner no others", "cases-20": "20, and the refiner no others",
@@ -87,12 +89,16 @@ def draw_weak(results: Path, out: Path) -> None:
   for number, rows in enumerate((titles, CORRUPTED)):
     axes = figure.add_subplot(1, 2, number + 1)
     axes.set_title(("a generator of", "a good one, masks with")[number])
-    for name in rows:
+    colours = len(CORRUPTIONS) if rows is CORRUPTED else len(rows)
+    for index, name in enumerate(rows):
       stages = list(stages_of(results / f"{name}.json").values())
       if not stages:
         continue
-      axes.plot(range(len(stages)), [mean_of(stage, "dice") for stage in stages],
-                "o:" if name.endswith("-trained") else "o-", label=titles.get(name, name))
+      axes.plot(
+        range(len(stages)), [mean_of(stage, "dice") for stage in stages],
+        f"C{index % colours}{':' if name.endswith('-trained') else '-'}", marker="o",
+        label=titles.get(name, name),
+      )
     axes.set_xticks(range(3), ["generator", "stage 1", "stage 2"])
     axes.set_ylabel("mean Dice of 40 cases")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
