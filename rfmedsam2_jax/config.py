@@ -83,12 +83,13 @@ class Config:
       raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
     if self.data.sam_context and len(self.data.sam_channels) == 3:
       raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
-    if self.refiner.mask_adapter.loop.steps and not self.sam2.adapters.mask:
-      raise ValueError("refiner.mask_adapter.loop.steps is given, but sam2.adapters.mask is false")
-    residual = all(stage.residual for stage in self.refinement.stages)
-    if self.refiner.mask_adapter.loop.steps and not residual:
-      raise ValueError("refiner.mask_adapter.loop.steps is given, but a stage is not residual: "
-                       "without the mask before it there is nothing to correct; make all residual")
+    if self.refiner.mask_adapter.loop.steps:
+      given = "refiner.mask_adapter.loop.steps is given, but"
+      if not self.sam2.adapters.mask:
+        raise ValueError(f"{given} sam2.adapters.mask is false")
+      if not all(stage.residual for stage in self.refinement.stages):
+        raise ValueError(f"{given} a stage is not residual: without the mask before it there is "
+                         "nothing to correct; make all residual")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -36,7 +36,7 @@ from rfmedsam2_jax.networks import (
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import make_mesh
-from rfmedsam2_jax.phases import check_batches
+from rfmedsam2_jax.phases import check_batches, phases_of
 from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.folder import RunFolder, open_run, versions
@@ -65,16 +65,16 @@ def train(
     report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
            f"{jax.local_device_count()}: they stay")
   # What can be known to fail does so now, not after the generator.
-  check_batches(config, make_mesh(config.mesh))
+  check_batches(phases_of(config), make_mesh(config.mesh))
   dataset = read_dataset(config.data.dataset, config.data.structures)
   if not resume:
     names = [case.identifier for case in dataset.cases]
     divide(make_split(names, config.data.split).train, config.refiner.held_back, config.seed)
-  source = config.refiner.init_from
-  if source and not resume:
-    check_starting_point(source, config.sam2)
-    if Path(source).absolute().is_relative_to(Path(out).absolute()):
-      raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
+    if source := config.refiner.init_from:
+      check_starting_point(source, config.sam2)
+      if Path(source).absolute().is_relative_to(Path(out).absolute()):
+        raise UserError(
+          f"{source}: lies in the run that is to be written; train into another folder")
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
       report = _silent

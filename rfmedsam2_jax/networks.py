@@ -211,7 +211,7 @@ def train_generator(
   if not run.params("generator").is_dir():
     init_key, train_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     params = jax.jit(phase.init)(init_key)
-    if settings.init_from and not has_checkpoint(run.checkpoints("generator")):
+    if settings.init_from and not _begun(run, "generator"):
       params = load_params(settings.init_from, params)
       about = read_about(settings.init_from)
       run.write("generator_init_from.json", json.dumps(about, indent=1) + "\n")

@@ -6,7 +6,7 @@ looked at (the `shard` command).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -50,9 +50,9 @@ def phases_of(config: Config) -> dict[PhaseName, Settings]:
   return {name: x for name, x in others.items() if x.loop.steps} | {"refiner": config.refiner}
 
 
-def check_batches(config: Config, mesh: Mesh) -> None:
+def check_batches(phases: Mapping[PhaseName, Settings], mesh: Mesh) -> None:
   """Raises UserError unless the batch of every phase spreads over the mesh."""
-  for name, settings in phases_of(config).items():
+  for name, settings in phases.items():
     check_batch(mesh, settings.batch_size, settings.microbatches, config_key(name))
 
 

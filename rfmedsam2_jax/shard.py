@@ -9,11 +9,10 @@ from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.plan import ChannelRule, Plan, pooling
 from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.parallel.mesh import check_batch, make_mesh
+from rfmedsam2_jax.parallel.mesh import make_mesh
 from rfmedsam2_jax.parallel.report import report_step
-from rfmedsam2_jax.phases import PHASES, PhaseName
+from rfmedsam2_jax.phases import PHASES, PhaseName, check_batches
 from rfmedsam2_jax.progress import Report, silent
-from rfmedsam2_jax.training.config import config_key
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 from rfmedsam2_jax.training.step import compile_step, make_step
 
@@ -40,10 +39,11 @@ def shard(
   """
   mesh = make_mesh(config.mesh)
   plan = _plan_of_shapes(config, channels, structures)
-  for phase in (PHASES[name](config, plan) for name in phases):
+  made = [PHASES[name](config, plan) for name in phases]
+  check_batches({phase.name: phase.settings for phase in made}, mesh)
+  for phase in made:
     settings = phase.settings
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
-    check_batch(mesh, settings.batch_size, settings.microbatches, config_key(phase.name))
     optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
     state = jax.eval_shape(
       lambda key, phase=phase, optimizer=optimizer: init_state(

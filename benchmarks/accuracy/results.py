@@ -77,11 +77,11 @@ def difference(
     raise SystemExit("the files have scores of different cases")
   # Structure by structure: the distance of one that a method lost is None, and would make the mean
   # of the others look like progress.
-  pairs = {case: [(a[case][name][metric], b[case][name][metric]) for name in a[case]] for case in a}
-  paired = np.array([
-    np.mean([x - y for x, y in pairs[case] if None not in (x, y)] or [np.nan])
-    for case in sorted(pairs)
-  ])
+  def change(case: str) -> float:
+    pairs = [(a[case][name][metric], b[case][name][metric]) for name in a[case]]
+    return float(np.mean([x - y for x, y in pairs if None not in (x, y)] or [np.nan]))
+
+  paired = np.array([change(case) for case in sorted(a)])
   paired = paired[np.isfinite(paired)]
   rng = np.random.default_rng(0)
   means = paired[rng.integers(len(paired), size=(RESAMPLINGS, len(paired)))].mean(1)

@@ -29,6 +29,11 @@ def stages(change: str) -> str:
   return f"refinement.stages=[{{{both}}}, {{{both}, pointers: true}}]"
 
 
+def adapter_alone(steps: int) -> str:
+  """The override of how long the MaskAdapter is trained before all else."""
+  return f"refiner.mask_adapter.loop.steps={steps}"
+
+
 NO_VOTE = "refinement.generator_weight=0"
 
 # What is trained differently; the first row is the config as it is.
@@ -38,25 +43,24 @@ ROWS: dict[str, list[str]] = {
   "no-memory": [stages("memory: none")],
   "no-dwconv-adapter": ["sam2.adapters.dwconv=false"],
   "no-cnn-adapter": ["sam2.adapters.cnn=false"],
-  "no-mask-adapter": ["sam2.adapters.mask=false", "refiner.mask_adapter.loop.steps=0"],
+  "no-mask-adapter": ["sam2.adapters.mask=false", adapter_alone(0)],
   "mask-adapter-alone": ["refiner.loop.steps=0"],
   "box-alone": [stages("mask: false")],
   "mask-alone": [stages("box: false")],
   "trained-on-mistakes": [
-    f"refiner.corruption.{key}={value}" for key, value in {
-      "morphology_probability": 0.6, "morphology": 2, "drop_probability": 0.2,
-      "island_probability": 0.6,
-    }.items()
-  ] + ["refiner.mask_adapter.loop.steps=3000"],
+    "refiner.corruption.morphology_probability=0.6", "refiner.corruption.morphology=2",
+    "refiner.corruption.drop_probability=0.2", "refiner.corruption.island_probability=0.6",
+    adapter_alone(3000),
+  ],
 }
-# A row's run, scored in other ways: options and overrides of score_run.py.
-SCORED: dict[str, tuple[str, list[str]]] = {
-  "generator-alone": ("both-stages", ["refinement.stages=[]"]),
-  "stream": ("both-stages", [stages("memory: stream")]),
-  "oracle-boxes": ("both-stages", ["--prompts", "oracle"]),
-  "no-generator-vote": ("both-stages", [NO_VOTE]),
-  "background-by-threshold": ("both-stages", ["refinement.background=threshold"]),
-  "masks-replaced": ("both-stages", ["refinement.fusion=masks"]),
+# The first row's run, scored in other ways: options and overrides of score_run.py.
+SCORED: dict[str, list[str]] = {
+  "generator-alone": ["refinement.stages=[]"],
+  "stream": [stages("memory: stream")],
+  "oracle-boxes": ["--prompts", "oracle"],
+  "no-generator-vote": [NO_VOTE],
+  "background-by-threshold": ["refinement.background=threshold"],
+  "masks-replaced": ["refinement.fusion=masks"],
 }
 # With mistakes in the generator's masks, for which it would vote; the same, where the refiner was
 # trained on such.
@@ -70,12 +74,11 @@ CORRUPTED: dict[str, tuple[str, list[str]]] = {
 # more.
 FEW = [NO_VOTE, "generator.loop.steps=500"]
 SOME = [NO_VOTE, "generator.loop.steps=1000"]
-ADAPTER = "refiner.mask_adapter.loop.steps="
 WEAK: dict[str, list[str]] = {
   "cases-5": [*FEW, "data.split.train_cases=5"],
   "cases-20": [*SOME, "data.split.train_cases=20"],
-  "generator-5": [*FEW, "refiner.held_back=0.96875", f"{ADAPTER}16000"],
-  "generator-20": [*SOME, "refiner.held_back=0.875", f"{ADAPTER}10000"],
+  "generator-5": [*FEW, "refiner.held_back=0.96875", adapter_alone(16000)],
+  "generator-20": [*SOME, "refiner.held_back=0.875", adapter_alone(10000)],
 }
 
 
@@ -89,7 +92,7 @@ def main() -> None:
   parser.add_argument("--only", nargs="+", choices=[*ROWS, *SCORED, *CORRUPTED, *WEAK])
   parser.add_argument("--list", action="store_true", help="say what is there and what is not")
   options = parser.parse_intermixed_args()
-  scored_only = SCORED | CORRUPTED
+  scored_only = {name: ("both-stages", how) for name, how in SCORED.items()} | CORRUPTED
   for name in options.only or [*ROWS, *scored_only, *WEAK]:
     out = options.results / f"{name}.json"
     if options.list or out.exists():
