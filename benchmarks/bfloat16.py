@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rfmedsam2_jax.config import Config, config_yaml, load_config
+from rfmedsam2_jax.config.experiment import Config, config_yaml, load_config
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
-from rfmedsam2_jax.experiment import train
 from rfmedsam2_jax.nn import init_params
+from rfmedsam2_jax.training.run import train
 from rfmedsam2_jax.training.state import silenced_decoder
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 

@@ -23,11 +23,12 @@ from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.plan import ChannelRule, Plan
 from rfmedsam2_jax.data.probabilities import write_probability
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image
-from rfmedsam2_jax.inference.case_details import examine
-from rfmedsam2_jax.inference.config import InferenceConfig
-from rfmedsam2_jax.inference.segmenter import Segmenter, segment_volume, unet_for
+from rfmedsam2_jax.model import unet_for
 from rfmedsam2_jax.nn import PRESETS, SAM2, init_params
 from rfmedsam2_jax.refinement import RefinementConfig
+from rfmedsam2_jax.segmentation.config import InferenceConfig
+from rfmedsam2_jax.segmentation.details import examine
+from rfmedsam2_jax.segmentation.segmenter import Segmenter, segment_volume
 
 ORGANS = 14  # 15 classes with background
 

@@ -57,6 +57,7 @@ import numpy as np
 import side_by_side
 from small_sam2 import drawn
 
+from rfmedsam2_jax.config.training import OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.nn import (
   PRESETS,
   SAM2,
@@ -69,7 +70,6 @@ from rfmedsam2_jax.nn import (
 from rfmedsam2_jax.parallel.devices import peak_flops
 from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig
-from rfmedsam2_jax.training.config import OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer
 from rfmedsam2_jax.training.step import compile_step, make_step, refiner_loss_fn
 

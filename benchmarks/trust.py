@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2_jax.api import load
 from rfmedsam2_jax.data.datasets import read_case, read_dataset
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.data.resampling import antialiased_matrix, apply_separable, nearest_matrix
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.data.volumes import Geometry, Volume
-from rfmedsam2_jax.inference.case_details import Details, examine
-from rfmedsam2_jax.inference.segmenter import Segmenter, segment_volume
-from rfmedsam2_jax.metrics import dice
+from rfmedsam2_jax.evaluation.metrics import dice
+from rfmedsam2_jax.model import load
+from rfmedsam2_jax.segmentation.details import Details, examine
+from rfmedsam2_jax.segmentation.segmenter import Segmenter, segment_volume
 
 KINDS = ("spacing", "extent", "intensities", "stages")
 BINS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0001)

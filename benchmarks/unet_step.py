@@ -20,11 +20,11 @@ from side_by_side import HEADER, alternate, parser, row, use_cores
 def ours(features, patch, batch, image, target):
   import jax
 
+  from rfmedsam2_jax.config.training import GeneratorConfig
+  from rfmedsam2_jax.model import init_generator
   from rfmedsam2_jax.nn.unet import UNet, UNetConfig
   from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
   from rfmedsam2_jax.parallel.rules import place
-  from rfmedsam2_jax.phases import init_generator
-  from rfmedsam2_jax.training.config import GeneratorConfig
   from rfmedsam2_jax.training.state import init_state, make_optimizer
   from rfmedsam2_jax.training.step import compile_step, generator_loss_fn, make_step
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from rfmedsam2_jax import interruption
+from rfmedsam2_jax.base import interruption
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

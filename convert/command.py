@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.cli.entry import place_line, quiet_libraries
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.progress import Passing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,11 +18,11 @@ from convert.nnunet_plans import Converted, read_plans
 from convert.nnunet_weights import load_checkpoint, network_params
 from convert.outputs import check_target
 from convert.sources import file_sha256
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.data.files import read_json, replacing_whole
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.data.run_folder import versions
 from rfmedsam2_jax.nn.unet import UNet
-from rfmedsam2_jax.progress import Passing, Report, silent
-from rfmedsam2_jax.training.folder import versions
 from rfmedsam2_jax.weights.generator import generator_json
 from rfmedsam2_jax.weights.orbax import save_params
 

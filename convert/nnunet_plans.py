@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, read_labels
 from rfmedsam2_jax.data.plan import PLANES, ChannelRule, PlanConfig, Triple
 from rfmedsam2_jax.data.volumes import load_image
-from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.nn.unet import UNetConfig
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.sources import read_torch
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.model import init_generator
 from rfmedsam2_jax.nn.unet import UNet
-from rfmedsam2_jax.phases import init_generator
 
 # Where each kind of tensor goes, and the order of its axes there.
 _RULES = (

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 
 
 def check_target(path: Path, overwrite: bool, is_ours: bool) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from convert.sources import OFFICIAL_ANCHOR
-from rfmedsam2_jax.config import load_config
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 

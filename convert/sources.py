@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 
 # The one tensor by which the network is found inside a file: theirs and Hugging Face's name.
 OFFICIAL_ANCHOR = "image_encoder.trunk.patch_embed.proj.weight"

@@ -13,13 +13,13 @@ from convert.outputs import check_target
 from convert.recognise import choose_config
 from convert.sources import Source, read_source
 from convert.verify import Witness, check_installed, verify
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.data.files import replacing_whole
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.data.run_folder import versions
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.initialisation import init_params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
-from rfmedsam2_jax.progress import Passing, Report, silent
-from rfmedsam2_jax.training.folder import versions
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint, with_adapters
 from rfmedsam2_jax.weights.names import from_official, official_shapes, to_official
 

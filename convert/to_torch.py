@@ -8,9 +8,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from convert.outputs import check_target
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.data.files import replacing_whole
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.progress import Passing, Report, silent
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.names import to_official
 

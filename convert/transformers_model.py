@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.official import Named, flat, nchw, nhwc
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.nn.memory_attention import MemorySlots
 from rfmedsam2_jax.nn.prompt_encoder import Prompts
 from rfmedsam2_jax.nn.sam2 import SAM2, SAM2Config
-from rfmedsam2_jax.progress import Passing, Report, silent
 
 # Largest difference relative to the largest value; float32 leaves about 1e-6.
 TOLERANCE = 1e-4

@@ -13,20 +13,23 @@
 TYPE_CHECKING = False  # that of `typing`, which takes its time
 
 if TYPE_CHECKING:
-  from rfmedsam2_jax.api import load, predict, segment, segment_details, segment_file
-  from rfmedsam2_jax.errors import UserError
-  from rfmedsam2_jax.inference.slice_frame import VoxelPrompt
+  from rfmedsam2_jax.base.errors import UserError
+  from rfmedsam2_jax.model import load
   from rfmedsam2_jax.nn import PRESETS, SAM2, SAM2Config, apply, init
-  from rfmedsam2_jax.prompting import open_volume, write_tracked
+  from rfmedsam2_jax.prompted.files import open_volume, write_tracked
+  from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
+  from rfmedsam2_jax.segmentation.predict import predict, segment, segment_details, segment_file
   from rfmedsam2_jax.tracking import TrackingConfig
 
 _HOMES = {
-  "load": "api", "predict": "api", "segment": "api", "segment_details": "api",
-  "segment_file": "api",
-  "UserError": "errors",
-  "VoxelPrompt": "inference.slice_frame", "TrackingConfig": "tracking",
-  "open_volume": "prompting", "write_tracked": "prompting",
-  "PRESETS": "nn", "SAM2": "nn", "SAM2Config": "nn", "apply": "nn", "init": "nn",
+  "load": "model",
+  **dict.fromkeys(
+    ("predict", "segment", "segment_details", "segment_file"), "segmentation.predict"
+  ),
+  "UserError": "base.errors",
+  "VoxelPrompt": "prompted.slice_frame", "TrackingConfig": "tracking",
+  "open_volume": "prompted.files", "write_tracked": "prompted.files",
+  **dict.fromkeys(("PRESETS", "SAM2", "SAM2Config", "apply", "init"), "nn"),
 }
 __all__ = [
   "PRESETS", "SAM2", "SAM2Config", "TrackingConfig", "UserError", "VoxelPrompt", "apply", "init",

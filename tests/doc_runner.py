@@ -16,10 +16,10 @@ from doc_lines import ROOT, commands_of
 from doc_places import Places, small
 
 from convert import command as convert
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import entry
-from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.data.phantom import PhantomConfig
-from rfmedsam2_jax.errors import UserError
 
 # Programs whose commands no test runs, and why. CONTRIBUTING.md has the same list.
 NOT_RUN = {
@@ -130,7 +130,7 @@ class Runner:
     else:
       # The server would wait for a browser, and thirty phantoms take a minute.
       with mock.patch("uvicorn.Server.run"), mock.patch(
-        "rfmedsam2_jax.quickstart.PhantomConfig", few_phantoms
+        "rfmedsam2_jax.cli.demo.PhantomConfig", few_phantoms
       ):
         status = entry.main(words)
     if status:

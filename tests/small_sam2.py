@@ -6,7 +6,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.nn import SAM2, AdapterConfig, SAM2Config, init_params
 from rfmedsam2_jax.refinement.prompts import scaled_boxes
-from rfmedsam2_jax.refinement.volume import VolumePrompts
+from rfmedsam2_jax.refinement.refine import VolumePrompts
 
 SMALL = SAM2Config(
   image_size=64,

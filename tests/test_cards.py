@@ -10,10 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.data.plan import load_plan
+from rfmedsam2_jax.model import generator_network, init_generator
 from rfmedsam2_jax.nn import init
-from rfmedsam2_jax.phases import generator_network, init_generator
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -100,7 +100,7 @@ def test_several_runs_are_averaged(tiny_run, unseen, tmp_path, capsys):
 @pytest.fixture
 def prompts_seen(monkeypatch):
   """The prompts of every volume that is refined; refinement itself runs as always."""
-  from rfmedsam2_jax.inference import segmenter
+  from rfmedsam2_jax.segmentation import segmenter
 
   seen = []
   refine_volume = segmenter.refine_volume

@@ -4,9 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.evaluate import evaluate_folders, save_scores, table
+from rfmedsam2_jax.evaluation.scores import evaluate_folders, save_scores, table
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 1.5, 0, -10], [0, 0, 3, 5], [0, 0, 0, 1]])
 LABELS = Labels((Structure("left", (1,)), Structure("whole", (1, 2))), True, (1, 2), ignore=9)

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfmedsam2_jax.data.squash import resize_linear
-from rfmedsam2_jax.inference.segmenter import label_map
+from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig, StageResult, blended, fuse
-from rfmedsam2_jax.refinement.sources import GivenPrompt, generated, with_given, with_oracle
+from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
+from rfmedsam2_jax.segmentation.segmenter import label_map
 
 SHAPE = (1, 1, 4)
 # What fusion does not look at, of three cells: predicted IoU, presence, boxes.

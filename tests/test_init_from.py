@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.config import load_config
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.nn import AdapterConfig, init_params
 from rfmedsam2_jax.weights.checkpoint import (
   check_starting_point,

@@ -37,7 +37,7 @@ def test_importing_jax_is_no_bad_moment(tmp_path, number, after):
 def test_what_python_cannot_interrupt_ends_too():
   process = started(script="""
 import hashlib
-from rfmedsam2_jax import interruption
+from rfmedsam2_jax.base import interruption
 interruption.install()
 print("now", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without a line of Python
@@ -53,7 +53,7 @@ def test_a_file_that_is_being_written_goes_and_the_old_one_stays(tmp_path):
   (tmp_path / "result").write_text("old")
   process = started(tmp_path / "result", script="""
 import os, signal, sys
-from rfmedsam2_jax import interruption
+from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.data.files import replacing
 interruption.install()
 with replacing(sys.argv[1]) as temporary:
@@ -70,7 +70,7 @@ def test_ignored_signals_stay_ignored():
   """As nohup and a shell's background jobs want it."""
   process = started(script="""
 import os, signal
-from rfmedsam2_jax import interruption
+from rfmedsam2_jax.base import interruption
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 interruption.install()
 os.kill(os.getpid(), signal.SIGHUP)

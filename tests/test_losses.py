@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rfmedsam2_jax import losses
+from rfmedsam2_jax.nn import losses
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

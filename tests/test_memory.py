@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rfmedsam2_jax import memory
+from rfmedsam2_jax.nn import memory_bank as memory
 
 
 def table_of(live, reach=3, anchors=1, score=None, given=None, max_given=0, **options):

@@ -3,7 +3,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from rfmedsam2_jax.metrics import dice, mean_score, score, surface_distances
+from rfmedsam2_jax.evaluation.metrics import dice, mean_score, score, surface_distances
 
 SPACING = (3.0, 0.8, 1.1)
 

@@ -8,8 +8,8 @@ from flax.traverse_util import flatten_dict
 from tiny_config import TINY
 
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.config import parse_config
-from rfmedsam2_jax.experiment import load_run
+from rfmedsam2_jax.config.experiment import parse_config
+from rfmedsam2_jax.model import load
 from rfmedsam2_jax.nn import BUFFERS, SAM2, UNet, UNetConfig, init_params
 from rfmedsam2_jax.nn.layers import layer_norm
 from rfmedsam2_jax.nn.unet import InstanceNorm
@@ -175,7 +175,7 @@ def test_a_run_in_half_precision_computed_again_by_blocks_ends_as_any_other(
     "sam2.remat=dots", "refiner.frozen_dtype=bfloat16", "refiner.trainable=['*adapter*']",
     f"refiner.init_from={tmp_path / 'start'}",
   ]) == 0
-  found = load_run(tmp_path / "run")
+  found = load(tmp_path / "run")
   assert found.sam2.config.remat == "dots" and found.unet.config.remat == "block"
   config, saved, about = load_checkpoint(tmp_path / "run" / "refiner" / "params")
   assert "remat" not in about["sam2"] and config.remat == "none"

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from rfmedsam2_jax import progress
+from rfmedsam2_jax.base import progress
+from rfmedsam2_jax.base.progress import Lines, Passing, Progress
 from rfmedsam2_jax.cli.console import CLEAR, Console
-from rfmedsam2_jax.progress import Lines, Passing, Progress
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_log_gets_few_passing_lines_and_all_others(clock):
 SCRIPT = """
 import sys
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.progress import Passing
+from rfmedsam2_jax.base.progress import Passing
 console = Console({options})
 console.line("reading")
 console.line(Passing("slices: 1/9" + "." * 500))

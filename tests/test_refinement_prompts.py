@@ -46,7 +46,7 @@ def test_stage_0_logits_are_log_odds_within_32():
 
 def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch):
   """The generator sees every channel; presence and boxes are those of its arg-max."""
-  from rfmedsam2_jax.inference import segmenter as segmenter_lib
+  from rfmedsam2_jax.segmentation import segmenter as segmenter_lib
 
   rng = np.random.default_rng(0)
   height, width = 40, 52  # larger than the 16 x 16 mask prompts

@@ -19,10 +19,10 @@ from small_refinement import (
 )
 from small_sam2 import MODEL, SIDE, drawn, images, volume_prompts, with_presence
 
-from rfmedsam2_jax.losses import RefinerLossConfig
+from rfmedsam2_jax.config.training import RefinerConfig
+from rfmedsam2_jax.nn.losses import RefinerLossConfig
 from rfmedsam2_jax.refinement import RefinementConfig
 from rfmedsam2_jax.refinement.prompts import next_prompts
-from rfmedsam2_jax.training.config import RefinerConfig
 from rfmedsam2_jax.training.state import silenced_decoder
 from rfmedsam2_jax.training.step import refiner_loss_fn
 

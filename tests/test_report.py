@@ -4,9 +4,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Structure
 from rfmedsam2_jax.data.phantom import PhantomConfig, organ_names, phantom_case
-from rfmedsam2_jax.errors import UserError
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.report.curves import read_log, save_curves
 

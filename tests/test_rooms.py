@@ -1,6 +1,7 @@
 """The rooms of the package and the way through them: who may import whom (docs/architecture.md)."""
 
 import ast
+import collections
 import tomllib
 from pathlib import Path
 
@@ -8,32 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rfmedsam2_jax"
 
-LEAVES = {"errors", "interruption", "progress"}
-# What each room may import besides itself and the leaves.
-ALLOWED = {
-  "errors": set(),
-  "interruption": set(),
-  "progress": set(),
-  "nn": set(),
-  "losses": set(),
-  "metrics": set(),
-  "data": set(),
-  "parallel": set(),
-  "weights": {"nn"},
-  "memory": {"nn"},
-  "tracking": {"nn", "memory"},
-  "refinement": {"nn", "parallel", "memory", "tracking"},
-  "inference": {"nn", "data", "metrics", "parallel", "memory", "tracking", "refinement"},
-  "training": {
-    "nn", "data", "losses", "metrics", "parallel", "weights", "memory", "tracking", "refinement",
-    "inference",
-  },
-  "report": {"nn", "data", "losses", "metrics", "inference", "training"},
-}
-LAST = {
-  "config", "phases", "networks", "experiment", "shard", "api", "prompting", "serve", "cli",
-  "quickstart", "validation", "__init__", "__main__",
-}
+# From the ground up: a room imports itself and what stands before it.
+ORDER = (
+  "base", "nn", "data", "parallel", "weights", "tracking", "refinement", "evaluation",
+  "segmentation", "report", "prompted", "config", "model", "serve", "training", "cli",
+)
+# Rooms that stand side by side.
+APART = [{"evaluation", "segmentation"}, {"evaluation", "prompted"}, {"segmentation", "prompted"}]
+# What only the rooms from one on may import of other people's packages.
+FIRST_ROOM = {"optax": "training", "tensorboardX": "training"}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -54,6 +38,16 @@ def imports_of(path: Path) -> set[str]:
   return found
 
 
+def packages_of(path: Path) -> set[str]:
+  """Top-level packages that a file imports, anywhere in it."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    found |= {name.split(".")[0] for name in names}
+  return found
+
+
 def room_of(path: Path) -> str:
   return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -68,15 +62,27 @@ def test_every_room_is_part_of_the_wheel():
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_rooms_import_only_what_lies_before_them(path):
   room = room_of(path)
-  if room in LAST:
+  if room in ("__init__", "__main__"):
     return
-  assert room in ALLOWED, f"{room} is a new room: say what it may import"
-  assert imports_of(path) <= ALLOWED[room] | LEAVES | {room}
+  assert room in ORDER, f"{room} is a new room: say where it stands"
+  before = set(ORDER[: ORDER.index(room) + 1])
+  neighbours = set().union(*(pair - {room} for pair in APART if room in pair))
+  assert imports_of(path) <= before - neighbours
+
+
+@pytest.mark.parametrize("package", FIRST_ROOM)
+def test_rooms_before_training_do_not_know_its_packages(package):
+  first = ORDER.index(FIRST_ROOM[package])
+  for path in PACKAGE.rglob("*.py"):
+    if room_of(path) in ORDER[:first]:
+      assert package not in packages_of(path), path
+
+
+def test_no_three_modules_have_one_name():
+  names = collections.Counter(path.stem for path in PACKAGE.rglob("*.py"))
+  assert [name for name, n in names.items() if n > 2 and name != "__init__"] == []
 
 
 def test_the_package_never_imports_torch_or_the_converter():
   for path in PACKAGE.rglob("*.py"):
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-      names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-      names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-      assert not any(name.split(".")[0] in ("torch", "convert") for name in names), path
+    assert not packages_of(path) & {"torch", "convert"}, path

@@ -17,8 +17,8 @@ from small_sam2 import MODEL, SMALL, drawn
 
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.volumes import load_image
-from rfmedsam2_jax.inference.slice_frame import VoxelPrompt
-from rfmedsam2_jax.inference.tracked import PromptedVolume
+from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
+from rfmedsam2_jax.prompted.tracked import PromptedVolume
 from rfmedsam2_jax.tracking import TrackingConfig, features
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 

@@ -28,5 +28,5 @@ def test_the_site_builds_without_warnings(tmp_path):
     if not {"_build", "_api"} & set(page.parts):
       built = (tmp_path / "html" / page.relative_to(DOCS)).with_suffix(".html")
       assert built.is_file(), f"{page} is in no toctree of docs/index.md"
-  api = (tmp_path / "html" / "_api" / "rfmedsam2_jax.api.html").read_text("utf-8")
+  api = (tmp_path / "html" / "_api" / "rfmedsam2_jax.segmentation.predict.html").read_text("utf-8")
   assert "Label map uint8 or uint16 [D, H, W]" in api

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rfmedsam2_jax.inference.sliding_window import importance, predict_slabs, window_starts
+from rfmedsam2_jax.segmentation.sliding_window import importance, predict_slabs, window_starts
 
 
 def all_at_once(forward, image, patch, overlap):

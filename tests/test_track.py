@@ -11,8 +11,8 @@ from tests_data import ORIENTATIONS, reoriented
 import rfmedsam2_jax
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.volumes import load_image
-from rfmedsam2_jax.inference.prompt_files import parse_box, parse_point, read_prompts
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.prompted.prompt_files import parse_box, parse_point, read_prompts
 from rfmedsam2_jax.tracking import SlicePrompt, features
 from rfmedsam2_jax.tracking import volume as tracking_volume
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
@@ -244,7 +244,7 @@ def test_depth_and_direction_share_one_compilation(checkpoint):
 def test_a_bad_prompt_is_one_line_before_the_network_is_loaded(
   scan, checkpoint, tmp_path, capsys, monkeypatch, arguments, says
 ):
-  monkeypatch.delattr("rfmedsam2_jax.prompting.load_checkpoint")
+  monkeypatch.delattr("rfmedsam2_jax.prompted.files.load_checkpoint")
   status, _, error = track(capsys, scan, checkpoint, tmp_path / "out", *arguments)
   assert status == 2 and error.count("\n") == 1 and says in error
   assert not (tmp_path / "out").exists()

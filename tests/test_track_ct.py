@@ -10,7 +10,7 @@ from torch_sam2 import torch
 
 from convert.__main__ import main as convert
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.metrics import dice
+from rfmedsam2_jax.evaluation.metrics import dice
 from rfmedsam2_jax.nn import PRESETS
 
 SCAN = Path(__file__).resolve().parents[2] / "shared" / "data" / "ct_abdomen_512"

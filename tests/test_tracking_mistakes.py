@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_tracking_parity import SCENARIOS, Pair, assert_the_same_volume, scaled
 
-from rfmedsam2_jax import memory
 from rfmedsam2_jax.nn import SAM2, mask_decoder, memory_attention, prompt_encoder
+from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn import sam2 as sam2_module
 from rfmedsam2_jax.tracking import TrackingConfig, VolumeTracker, features, recurrence
 from rfmedsam2_jax.tracking import volume as tracking_volume

@@ -16,18 +16,18 @@ import optax
 import pytest
 from flax import traverse_util
 
-from rfmedsam2_jax import networks
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config.training import OptimizerConfig
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.data.splits import load_split
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.experiment import load_run
+from rfmedsam2_jax.model import load
 from rfmedsam2_jax.nn import init_params
 from rfmedsam2_jax.nn.sam2 import BUFFERS
+from rfmedsam2_jax.training import train_networks as networks
 from rfmedsam2_jax.training.checkpoints import Checkpoints, has_checkpoint
-from rfmedsam2_jax.training.config import OptimizerConfig
-from rfmedsam2_jax.training.folder import open_run
+from rfmedsam2_jax.training.lock import open_run
 from rfmedsam2_jax.training.state import (
   init_state,
   learning_rate,
@@ -102,7 +102,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def final_params(run: Path) -> list[np.ndarray]:
-  segmenter = load_run(run)
+  segmenter = load(run)
   return [np.asarray(x) for x in jax.tree.leaves([segmenter.generator, segmenter.refiner])]
 
 
@@ -271,7 +271,7 @@ def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):
 def test_a_run_in_use_is_refused_and_a_dead_owner_leaves_no_lock(tmp_path):
   run = tmp_path / "run"
   hold = (
-    "import sys, time; from rfmedsam2_jax.training.folder import open_run\n"
+    "import sys, time; from rfmedsam2_jax.training.lock import open_run\n"
     f"with open_run({str(run)!r}, False, False) as r:\n"
     "  r.write('config.yaml', ''); print('held', flush=True); time.sleep(60)"
   )

@@ -18,10 +18,10 @@ from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
 from rfmedsam2_jax.data.preprocessing import Restore, preprocess
 from rfmedsam2_jax.data.volumes import load_image
-from rfmedsam2_jax.inference.config import WarningConfig
-from rfmedsam2_jax.inference.details import StageDetails, StructureDetails, structure_details
-from rfmedsam2_jax.inference.unusual import unusual_input, unusual_stages
 from rfmedsam2_jax.refinement import Fused, StageResult
+from rfmedsam2_jax.segmentation.config import WarningConfig
+from rfmedsam2_jax.segmentation.notices import unusual_input, unusual_stages
+from rfmedsam2_jax.segmentation.structures import StageDetails, StructureDetails, structure_details
 
 
 @pytest.fixture(scope="module")

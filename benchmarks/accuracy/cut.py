@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.splits import load_split
-from rfmedsam2_jax.experiment import load_run
-from rfmedsam2_jax.metrics import dice
-from rfmedsam2_jax.validation import stage_maps
+from rfmedsam2_jax.evaluation.metrics import dice
+from rfmedsam2_jax.model import load
+from rfmedsam2_jax.training.validation import stage_maps
 
 ANTERIOR, POSTERIOR = 1, 2
 CORONAL = 1  # axis of the canonical orientation (data.volumes) along which rows run to the back
@@ -48,7 +48,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("run", type=Path)
   run = parser.parse_args().run
-  config, segmenter = load_config(run / "config.yaml"), load_run(run)
+  config, segmenter = load_config(run / "config.yaml"), load(run)
   dataset = read_dataset(config.data.dataset, config.data.structures)
   held_out = load_split(run / "splits.json").validation
   found: list[list[tuple[float, ...]]] = []

@@ -19,11 +19,11 @@ from results import by_case, difference, mean_of
 from score_run import CORRUPTIONS
 from study import CORRUPTED, ROWS, SCORED
 
-from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.data.datasets import read_dataset
-from rfmedsam2_jax.experiment import load_run
+from rfmedsam2_jax.model import load
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
-from rfmedsam2_jax.validation import stage_maps
+from rfmedsam2_jax.training.validation import stage_maps
 
 BUDGETS = (30, 90)  # minutes
 
@@ -110,7 +110,7 @@ def draw_cases(run: Path, scores: Path, out: Path) -> None:
   """The typical case and the worst, with the contours of every stage."""
   last = by_case(list(stages_of(scores).values())[-1], "dice")
   ordered = sorted(last, key=last.__getitem__)
-  config, segmenter = load_config(run / "config.yaml"), load_run(run)
+  config, segmenter = load_config(run / "config.yaml"), load(run)
   dataset = read_dataset(config.data.dataset, config.data.structures)
   sheets = []
   for name in (ordered[len(ordered) // 2], ordered[0]):

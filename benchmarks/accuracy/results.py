@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.data.datasets import read_dataset
-from rfmedsam2_jax.inference.evaluate import as_dict, evaluate_folders
+from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders
 
 RESAMPLINGS = 10_000
 METRICS = ("dice", "surface_dice", "hd95")

@@ -21,14 +21,17 @@ import numpy as np
 from results import save
 from scipy import ndimage
 
-from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.data.datasets import IGNORED, read_case, read_dataset
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess
+from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.splits import load_split
-from rfmedsam2_jax.data.squash import resize_linear
-from rfmedsam2_jax.experiment import load_run
-from rfmedsam2_jax.inference.evaluate import Scores, as_dict, evaluate_arrays
-from rfmedsam2_jax.inference.segmenter import (
+from rfmedsam2_jax.evaluation.scores import Scores, as_dict, evaluate_arrays
+from rfmedsam2_jax.model import load
+from rfmedsam2_jax.refinement import refine_volume
+from rfmedsam2_jax.refinement.first_prompts import generated, with_oracle
+from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes
+from rfmedsam2_jax.segmentation.segmenter import (
   Generated,
   Segmentation,
   Segmenter,
@@ -37,9 +40,6 @@ from rfmedsam2_jax.inference.segmenter import (
   sam_slices,
   truth_boxes,
 )
-from rfmedsam2_jax.refinement import refine_volume
-from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes
-from rfmedsam2_jax.refinement.sources import generated, with_oracle
 
 CORRUPTIONS = ("erosion", "dilation", "gaps", "islands")
 
@@ -94,7 +94,7 @@ def main() -> None:
   options = parser.parse_intermixed_args()
   config = load_config(options.run / "config.yaml", options.overrides)
   segmenter = dataclasses.replace(
-    load_run(options.run), refinement=config.refinement, inference=config.inference
+    load(options.run), refinement=config.refinement, inference=config.inference
   )
   labels, sam2 = segmenter.plan.labels, segmenter.sam2
   dataset = read_dataset(config.data.dataset, config.data.structures)

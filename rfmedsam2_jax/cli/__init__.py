@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if arguments is None:
     # Before anything that takes time; `interruption` takes what came meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    from rfmedsam2_jax import interruption
+    from rfmedsam2_jax.base import interruption
 
     interruption.install()
   from rfmedsam2_jax.cli import entry

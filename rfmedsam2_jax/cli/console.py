@@ -7,8 +7,9 @@ import sys
 import time
 from typing import Any
 
-from rfmedsam2_jax import interruption
-from rfmedsam2_jax.progress import Lines, Passing
+from rfmedsam2_jax.base import interruption
+from rfmedsam2_jax.base.errors import printable
+from rfmedsam2_jax.base.progress import Lines, Passing
 
 CLEAR = "\r\x1b[2K"  # the line that the terminal's cursor is on
 
@@ -95,7 +96,3 @@ class Console:
     else:
       print(json.dumps(content, default=str), flush=True)
 
-
-def printable(text: str) -> str:
-  """One line without control characters, which names of files may hold, as Python writes them."""
-  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

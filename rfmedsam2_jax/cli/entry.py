@@ -12,10 +12,10 @@ from pathlib import Path
 
 import shtab
 
-from rfmedsam2_jax import interruption
+from rfmedsam2_jax.base import interruption
+from rfmedsam2_jax.base.errors import RESUME, Stopped, UserError
+from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.errors import RESUME, Stopped, UserError
-from rfmedsam2_jax.progress import Passing
 
 COMMANDS = ("train", "shard", "predict", "evaluate", "report", "track", "serve", "quickstart")
 

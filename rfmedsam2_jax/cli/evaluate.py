@@ -24,10 +24,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.base.progress import Progress
   from rfmedsam2_jax.data.datasets import Labels, read_dataset
   from rfmedsam2_jax.data.plan import load_plan
-  from rfmedsam2_jax.inference.evaluate import as_dict, evaluate_folders, save_scores, table
-  from rfmedsam2_jax.progress import Progress
+  from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
 
   labels: Labels | None = None
   if options.labels:

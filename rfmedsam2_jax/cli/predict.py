@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.errors import UserError
 
 HELP = "segment volumes with a trained run"
 
@@ -46,8 +46,9 @@ def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.api import load, predict
-  from rfmedsam2_jax.progress import Passing
+  from rfmedsam2_jax.base.progress import Passing
+  from rfmedsam2_jax.model import load
+  from rfmedsam2_jax.segmentation.predict import predict
 
   runs, inputs = _split_runs(options.paths)
   models = []

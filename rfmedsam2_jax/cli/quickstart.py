@@ -25,7 +25,7 @@ def packaged_config(name: str) -> Path:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.quickstart import quickstart
+  from rfmedsam2_jax.cli.demo import quickstart
 
   means = quickstart(
     packaged_config("quickstart.yaml"), options.overrides, options.out, options.resume,

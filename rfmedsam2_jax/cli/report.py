@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.errors import UserError
 
 HELP = "make pages of a run and of predictions, with a viewer of the volumes"
 

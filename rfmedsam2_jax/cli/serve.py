@@ -5,8 +5,8 @@ import secrets
 import socket
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.errors import UserError
 
 HELP = "a local web page: prompt a volume with boxes and points, track, correct, save"
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
       f"serve needs {error.name}; install it: pip install 'rfmedsam2-jax[serve]'"
     ) from None
   from rfmedsam2_jax.nn import SAM2
-  from rfmedsam2_jax.prompting import at_side
+  from rfmedsam2_jax.prompted.files import at_side
   from rfmedsam2_jax.serve.app import Pages, make_app
   from rfmedsam2_jax.serve.guard import LOOPBACK
   from rfmedsam2_jax.serve.studio import Studio

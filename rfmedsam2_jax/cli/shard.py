@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.errors import UserError
 
 HELP = "show what training would hold and send on a mesh, without its devices"
 
@@ -25,14 +25,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
   import jax
 
-  from rfmedsam2_jax.config import load_config
+  from rfmedsam2_jax.config.experiment import load_config
 
   if options.devices < 1 or options.channels < 1 or options.structures < 1:
     raise UserError("--devices, --channels and --structures: give numbers from 1 on")
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", options.devices)
-  from rfmedsam2_jax.phases import phases_of
-  from rfmedsam2_jax.shard import shard
+  from rfmedsam2_jax.training.phases import phases_of
+  from rfmedsam2_jax.training.shard import shard
 
   config = load_config(options.config, options.overrides)
   lines: list[str] = []

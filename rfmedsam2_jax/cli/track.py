@@ -56,16 +56,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.base.progress import Passing, Progress
   from rfmedsam2_jax.data.volumes import load_image
-  from rfmedsam2_jax.inference.tracked import parse_window
-  from rfmedsam2_jax.progress import Passing, Progress
-  from rfmedsam2_jax.prompting import (
+  from rfmedsam2_jax.prompted.files import (
     check_prompts,
     open_volume,
     prompts_of_options,
     result_paths,
     write_tracked,
   )
+  from rfmedsam2_jax.prompted.tracked import parse_window
   from rfmedsam2_jax.tracking import TrackingConfig
 
   # Everything that can be wrong is looked at before anything that takes long.

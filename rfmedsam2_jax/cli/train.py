@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.errors import UserError
 
 HELP = "train generator and refiner on a data set"
 
@@ -23,9 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.config import load_config
-  from rfmedsam2_jax.experiment import train
+  from rfmedsam2_jax.config.experiment import load_config
   from rfmedsam2_jax.parallel import hosts
+  from rfmedsam2_jax.training.run import train
 
   hosts.initialise(options.distributed)
   config = load_config(options.config, options.overrides)

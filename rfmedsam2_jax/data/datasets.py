@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import STRICT, read_json
 from rfmedsam2_jax.data.itk import is_series
 from rfmedsam2_jax.data.volumes import (
@@ -22,7 +23,6 @@ from rfmedsam2_jax.data.volumes import (
   load_image,
   load_label_map,
 )
-from rfmedsam2_jax.errors import UserError
 
 IGNORED = 255  # the atom of voxels that no loss and no score may see
 

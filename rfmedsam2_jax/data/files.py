@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from rfmedsam2_jax import interruption
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base import interruption
+from rfmedsam2_jax.base.errors import UserError
 
 # For `__pydantic_config__` of the dataclasses that are stored: an unknown key is an error.
 STRICT = pydantic.ConfigDict(extra="forbid")
 
 T = TypeVar("T")
+
+_FURTHEST = 1e9  # voxels or mm
 
 
 @contextlib.contextmanager
@@ -110,3 +112,9 @@ def load_json(path: str | Path, kind: type[T]) -> T:
     raise UserError(
       f"{path}: {where}: {first['msg']}; it was not written by this version, make it anew"
     ) from None
+
+
+def is_row(row: Any, width: int) -> bool:
+  """Whether JSON has `width` numbers, none of them NaN or too large for a coordinate."""
+  return isinstance(row, list) and len(row) == width and all(
+    isinstance(v, int | float) and abs(v) < _FURTHEST for v in row)

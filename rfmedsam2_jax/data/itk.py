@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 
 ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file

@@ -19,8 +19,8 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

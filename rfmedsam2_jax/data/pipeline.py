@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.augmentation import (
   AugmentationConfig,
   augment_intensity,
@@ -26,11 +27,10 @@ from rfmedsam2_jax.data.augmentation import (
   sample_patch,
   transform_slices,
 )
-from rfmedsam2_jax.data.corruption import PromptCorruptionConfig, corrupt, logits_of_truth
 from rfmedsam2_jax.data.datasets import IGNORED
 from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case
-from rfmedsam2_jax.data.squash import as_rgb, resize_area, resize_linear, window_slices
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig, corrupt, logits_of_truth
+from rfmedsam2_jax.data.sam_slices import as_rgb, resize_area, resize_linear, window_slices
 
 _ENDLESS = 1 << 40  # samples of an iterator: more than any training takes
 _OPEN_CASES = 200  # kept memory-mapped; each holds up to three of the process's file descriptors

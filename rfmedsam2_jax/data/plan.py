@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.files import STRICT, load_json, save_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
-from rfmedsam2_jax.errors import UserError
 
 SliceAxis = Literal[0, 1, 2]  # canonical z, y, x
 PLANES: dict[str, SliceAxis] = {"axial": 0, "coronal": 1, "sagittal": 2}

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import scipy.ndimage
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.files import STRICT, load_json, replacing, save_json
 from rfmedsam2_jax.data.fingerprint import nonzero_box
@@ -26,7 +27,6 @@ from rfmedsam2_jax.data.resampling import (
   support,
 )
 from rfmedsam2_jax.data.volumes import Volume
-from rfmedsam2_jax.errors import UserError
 
 # A volume longer than this (mm) has a wrong header; so has one that is resampled to more than
 # _LARGEST voxels and more than _FINER times its own.

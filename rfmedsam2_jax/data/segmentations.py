@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 from scipy import ndimage
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.itk import simpleitk
 from rfmedsam2_jax.data.volumes import Geometry, write_label_map
-from rfmedsam2_jax.errors import UserError
 
 Format = Literal["nifti", "nrrd"]
 FORMAT_ENDINGS: dict[Format, str] = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd"}

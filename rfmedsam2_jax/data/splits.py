@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import STRICT, load_json, save_json
-from rfmedsam2_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.errors import UserError
 
 # Of a damaged header nibabel writes to standard error what it then raises.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Params = dict[str, Any]  # nested, of arrays
 DType = Any
 
 

@@ -1,8 +1,7 @@
 """The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet).
 
-In: normalised patches (data.preprocessing). Out: logits per class, which inference.sliding_window
-joins to a volume and refinement.prompts turns into boxes and mask prompts. Submodules are named as
-in nnU-Net (`encoder/stages_0/convs_0`, `decoder/transpconvs_0`, `decoder/seg_layers_0`).
+In: normalised patches (data.preprocessing). Out: logits per class, which segmentation joins to a
+volume and refinement.prompts turns into boxes and mask prompts. Submodules are named as in nnU-Net (`encoder/stages_0/convs_0`, `decoder/transpconvs_0`, `decoder/seg_layers_0`).
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from rfmedsam2_jax.errors import RESUME, UserError
+from rfmedsam2_jax.base.errors import RESUME, UserError
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.fusion import Fused, blended, fuse
-from rfmedsam2_jax.refinement.volume import StageResult, VolumePrompts, refine_volume
+from rfmedsam2_jax.refinement.refine import StageResult, VolumePrompts, refine_volume
 
 __all__ = [
   "Fused",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rfmedsam2_jax.refinement.config import RefinementConfig
-from rfmedsam2_jax.refinement.volume import StageResult, sigmoid
+from rfmedsam2_jax.refinement.refine import StageResult, sigmoid
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
 Source = Callable[[int], np.ndarray]

@@ -2,7 +2,7 @@
 
 A stage only needs what the previous stage said, so its cells are independent of each other: N of
 them are one batched call. In training the cells of a run are all there at once (`stage_on_grid`);
-at prediction refinement.volume gathers live cells into batches of fixed size.
+at prediction refinement.refine gathers live cells into batches of fixed size.
 
 In: features and `CellPrompts`. Out: `CellOutputs`, from which refinement.prompts makes the next
 stage's prompts and refinement.fusion the label map.
@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax import memory
 from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, MemorySlots, apply
+from rfmedsam2_jax.nn import memory_bank as memory
+from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
   CellPrompts,
@@ -27,7 +28,6 @@ from rfmedsam2_jax.refinement.prompts import (
 )
 
 Array = Any  # a JAX array; numpy arrays are taken too
-Params = dict[str, Any]
 
 # SAM 2's input statistics (sam2/utils/transforms.py), the usual ones of ImageNet.
 IMAGE_MEAN = (0.485, 0.456, 0.406)

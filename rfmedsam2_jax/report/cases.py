@@ -12,16 +12,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.measures import voxel_ml
 from rfmedsam2_jax.data.volumes import ENDINGS, NIFTI_ENDINGS, Volume, load_image, load_label_map
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.details import StructureDetails
-from rfmedsam2_jax.inference.evaluate import evaluate_arrays
-from rfmedsam2_jax.inference.unusual import Notice
-from rfmedsam2_jax.metrics import Score
+from rfmedsam2_jax.evaluation.metrics import Score
+from rfmedsam2_jax.evaluation.scores import evaluate_arrays
 from rfmedsam2_jax.report.layers import viewer_layers
 from rfmedsam2_jax.report.predictions import Prediction, without_folders
+from rfmedsam2_jax.segmentation.notices import Notice
+from rfmedsam2_jax.segmentation.structures import StructureDetails
 
 _MOST_VALUES = 1000  # of a label map
 LAST = -1  # stands for the final label map among the numbers of stages

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.datasets import Structure
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.metrics import dice
+from rfmedsam2_jax.evaluation.metrics import dice
 
 _PANEL = 2.1  # inches, width of a panel
 _MARGIN = 0.5  # share of the structures' extent that is shown around them, half on either side

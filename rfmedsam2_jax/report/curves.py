@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.errors import UserError
 
 Curves = dict[str, list[tuple[int, float]]]
 

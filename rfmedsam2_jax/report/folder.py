@@ -18,12 +18,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Progress
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.files import read_json, replacing_whole
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.evaluate import Scores, as_dict, label_maps
-from rfmedsam2_jax.metrics import Score
-from rfmedsam2_jax.progress import Progress
+from rfmedsam2_jax.evaluation.metrics import Score
+from rfmedsam2_jax.evaluation.scores import Scores, as_dict, label_maps
 from rfmedsam2_jax.report import niivue
 from rfmedsam2_jax.report.cases import LAST, CaseReport, examine_case, find_image
 from rfmedsam2_jax.report.plots import box_plot, css_colour

@@ -9,13 +9,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.files import load_json, read_json
 from rfmedsam2_jax.data.volumes import is_volume_name
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.details import StructureDetails
-from rfmedsam2_jax.inference.evaluate import label_maps
-from rfmedsam2_jax.inference.unusual import Notice
+from rfmedsam2_jax.evaluation.scores import label_maps
+from rfmedsam2_jax.segmentation.notices import Notice
+from rfmedsam2_jax.segmentation.structures import StructureDetails
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.data.plan import Plan, load_plan
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.evaluate import Scores, from_dict
+from rfmedsam2_jax.evaluation.scores import Scores, from_dict
 from rfmedsam2_jax.report.curves import curves_svg, read_log
 from rfmedsam2_jax.report.predictions import without_folders
 

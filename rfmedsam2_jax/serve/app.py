@@ -14,13 +14,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from rfmedsam2_jax.cli.console import printable
+from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.segmentations import write_segmentation
 from rfmedsam2_jax.data.volumes import Geometry
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
-from rfmedsam2_jax.inference.tracked import TrackedVolume, parse_window
+from rfmedsam2_jax.prompted.slice_frame import Plane, VoxelPrompt
+from rfmedsam2_jax.prompted.tracked import TrackedVolume, parse_window
 from rfmedsam2_jax.serve.folder import ENDINGS, find_below, is_volume_name, volumes_below
 from rfmedsam2_jax.serve.guard import Guard
 from rfmedsam2_jax.serve.studio import Job, Opened, Studio, Unknown

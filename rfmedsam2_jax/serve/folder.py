@@ -11,9 +11,9 @@ from pathlib import Path
 
 import nibabel as nib
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.itk import WITH_VOXELS, claimed_voxels, is_series
 from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS
-from rfmedsam2_jax.errors import UserError
 
 # .nhdr and .mhd name their voxels' file: these are left to the other commands.
 ENDINGS = (*NIFTI_ENDINGS, *WITH_VOXELS)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.volumes import Volume, load_image
-from rfmedsam2_jax.errors import UserError
-from rfmedsam2_jax.inference.slice_frame import Plane, VoxelPrompt
-from rfmedsam2_jax.inference.tracked import PromptedVolume, TrackedVolume
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.prompted.slice_frame import Plane, VoxelPrompt
+from rfmedsam2_jax.prompted.tracked import PromptedVolume, TrackedVolume
 from rfmedsam2_jax.serve.folder import check_volume
 from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
 

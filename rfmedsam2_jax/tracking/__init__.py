@@ -1,6 +1,6 @@
 """Prompted segmentation of a volume: SAM 2's own recurrence over slices, both directions."""
 
-from rfmedsam2_jax.tracking.config import TrackingConfig
+from rfmedsam2_jax.tracking.features import TrackingConfig
 from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
 from rfmedsam2_jax.tracking.recurrence import (
   Bias,
@@ -10,7 +10,7 @@ from rfmedsam2_jax.tracking.recurrence import (
   sweep,
   track,
 )
-from rfmedsam2_jax.tracking.volume import Arrived, Batch, Tracks, VolumeTracker
+from rfmedsam2_jax.tracking.tracker import Arrived, Batch, Tracks, VolumeTracker
 
 __all__ = [
   "Arrived",

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax import memory
 from rfmedsam2_jax.nn import (
   ABSENT_LOGIT,
   SAM2,
@@ -24,9 +23,10 @@ from rfmedsam2_jax.nn import (
   apply,
   no_prompts,
 )
+from rfmedsam2_jax.nn import memory_bank as memory
+from rfmedsam2_jax.nn.layers import Params
 
 Array = Any  # a JAX array; on the host the same tuples hold numpy arrays
-Params = dict[str, Any]
 
 _GIVEN_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
 

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rfmedsam2_jax.errors import Stopped, UserError
+from rfmedsam2_jax.base.errors import Stopped, UserError
+from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration
+from rfmedsam2_jax.config.training import LoopConfig, config_key
+from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import place_batch
-from rfmedsam2_jax.progress import PRINTED, Progress, Report, duration
 from rfmedsam2_jax.training.checkpoints import Checkpoints
-from rfmedsam2_jax.training.config import LoopConfig, config_key
-from rfmedsam2_jax.training.folder import RunFolder
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
 from rfmedsam2_jax.training.telemetry import Telemetry
@@ -41,7 +41,7 @@ def train_phase(
   """Trains until `config.steps`, from the newest checkpoint where there is one.
 
   Args:
-    phase: as in phases.Phase; names the folder of checkpoints and the lines of the log.
+    phase: as in training.phases.Phase; names the folder of checkpoints and the lines of the log.
     state: fresh, laid out on the mesh.
     step_fn: jitted (state, batch) -> (state, metrics), with the state donated.
     batches_from: gives the iterator of this process's rows of batch n and those after it. "case"

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.config.training import OptimizerConfig
+from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.sam2 import BUFFERS
-from rfmedsam2_jax.training.config import OptimizerConfig
-
-Params = dict[str, Any]
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -11,16 +11,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rfmedsam2_jax.losses import generator_loss, refiner_loss
+from rfmedsam2_jax.config.training import GeneratorConfig, OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.nn.losses import generator_loss, refiner_loss
 from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.prompts import CellPrompts, next_prompts
 from rfmedsam2_jax.refinement.stages import all_stages_on_grid, masks_on_grid
-from rfmedsam2_jax.training.config import GeneratorConfig, OptimizerConfig, RefinerConfig
-from rfmedsam2_jax.training.state import Params, TrainState, ema_update, merge
+from rfmedsam2_jax.training.state import TrainState, ema_update, merge
 
 Array = jax.Array
 Batch = dict[str, Array]

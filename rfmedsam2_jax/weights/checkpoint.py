@@ -13,17 +13,11 @@ import jax
 import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.nn.initialisation import init_params
-from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
-from rfmedsam2_jax.weights.orbax import (
-  Params,
-  first_line,
-  load_params,
-  read_about,
-  save_params,
-)
+from rfmedsam2_jax.weights.orbax import first_line, load_params, read_about, save_params
 
 # Fields that change what is computed, but not which parameters there are.
 _FREE = ("image_size", "dtype", "remat", "adapters")

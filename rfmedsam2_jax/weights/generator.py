@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.weights.checkpoint import short
 from rfmedsam2_jax.weights.orbax import read_about

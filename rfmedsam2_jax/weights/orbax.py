@@ -17,9 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from rfmedsam2_jax.errors import UserError
-
-Params = dict[str, Any]
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.nn.layers import Params
 
 # Of a damaged folder Orbax's tasks fail by the dozen; the first is raised, the others are logged.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)

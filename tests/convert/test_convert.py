@@ -300,7 +300,7 @@ def test_an_existing_output_is_not_lost(state, checkpoint, tiny_yaml, tmp_path, 
 
 INTERRUPTED = """
 import os, signal, sys, time
-from rfmedsam2_jax import interruption
+from rfmedsam2_jax.base import interruption
 interruption.install()
 from convert import command, to_orbax
 save = to_orbax.save_checkpoint

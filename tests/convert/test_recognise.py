@@ -8,7 +8,7 @@ from torch_sam2 import torch
 
 from convert.recognise import OFFICIAL, recognise
 from convert.report import MEMORY, match
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.nn import PRESETS
 from rfmedsam2_jax.weights.names import official_shapes
 

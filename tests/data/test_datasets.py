@@ -5,6 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import (
   IGNORED,
   find_inputs,
@@ -13,7 +14,6 @@ from rfmedsam2_jax.data.datasets import (
   with_labels,
 )
 from rfmedsam2_jax.data.splits import SplitConfig, divide, load_split, make_split, save_split
-from rfmedsam2_jax.errors import UserError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 

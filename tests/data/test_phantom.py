@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.phantom import PhantomConfig, organ_names, phantom_case, write_phantom
-from rfmedsam2_jax.errors import UserError
 
 SMALL = PhantomConfig(cases=3, test_cases=1, seed=5)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.augmentation import (
   NO_AUGMENTATION,
   AugmentationConfig,
@@ -17,17 +18,16 @@ from rfmedsam2_jax.data.augmentation import (
   draw_affine,
   sample_patch,
 )
-from rfmedsam2_jax.data.corruption import (
+from rfmedsam2_jax.data.datasets import Labels, Structure
+from rfmedsam2_jax.data.pipeline import LoaderConfig, RunConfig, generator_batches, refiner_batches
+from rfmedsam2_jax.data.preprocessing import Prepared, Restore, save_case
+from rfmedsam2_jax.data.prompt_mistakes import (
   NO_CORRUPTION,
   PromptCorruptionConfig,
   corrupt,
   logits_of_truth,
 )
-from rfmedsam2_jax.data.datasets import Labels, Structure
-from rfmedsam2_jax.data.pipeline import LoaderConfig, RunConfig, generator_batches, refiner_batches
-from rfmedsam2_jax.data.preprocessing import Prepared, Restore, save_case
-from rfmedsam2_jax.data.squash import resize_area, resize_linear
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.data.sam_slices import resize_area, resize_linear
 
 LABELS = Labels((Structure("core", (1,)), Structure("whole", (1, 2))), True, (1, 2), ignore=9)
 SHAPES = ((14, 40, 32), (9, 36, 44), (5, 30, 30))

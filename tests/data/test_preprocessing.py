@@ -10,6 +10,7 @@ import pytest
 import scipy.ndimage
 import SimpleITK as sitk
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import resampling
 from rfmedsam2_jax.data.datasets import (
   IGNORED,
@@ -47,7 +48,6 @@ from rfmedsam2_jax.data.preprocessing import (
   stored_cases,
 )
 from rfmedsam2_jax.data.volumes import load_image, load_label_map
-from rfmedsam2_jax.errors import UserError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 LABELS = Labels((Structure("a", (1,)), Structure("b", (2,))), False, (1, 2), ignore=3)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.volumes import load_image, load_label_map, write_label_map
-from rfmedsam2_jax.errors import UserError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from rfmedsam2_jax.config import Config, DataConfig, config_yaml
+from rfmedsam2_jax.config.experiment import Config, DataConfig, config_yaml
 from rfmedsam2_jax.nn import PRESETS, MemorySlots, apply, init_params, pieces
 from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter, DWConvAdapter
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder

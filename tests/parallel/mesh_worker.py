@@ -25,9 +25,9 @@ import numpy as np
 from jax.sharding import Mesh
 from small_sam2 import MODEL, SIDE, drawn
 
+from rfmedsam2_jax.config.training import GeneratorConfig, OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.parallel import hosts, rules
-from rfmedsam2_jax.parallel.collectives import collectives_of
 from rfmedsam2_jax.parallel.mesh import (
   MeshConfig,
   batch_shards,
@@ -36,7 +36,7 @@ from rfmedsam2_jax.parallel.mesh import (
   place_batch,
 )
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
-from rfmedsam2_jax.training.config import GeneratorConfig, OptimizerConfig, RefinerConfig
+from rfmedsam2_jax.training.collectives import collectives_of
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 from rfmedsam2_jax.training.step import (
   compile_step,

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from rfmedsam2_jax.model import load
+
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 EVERY = 5  # steps between saves
@@ -79,9 +81,8 @@ def lost_steps(run: Path) -> int:
 def params_of(run: Path, phase: str) -> list[np.ndarray]:
   import jax
 
-  from rfmedsam2_jax.experiment import load_run
 
-  return [np.asarray(x) for x in jax.tree.leaves(getattr(load_run(run), phase))]
+  return [np.asarray(x) for x in jax.tree.leaves(getattr(load(run), phase))]
 
 
 def main() -> int:

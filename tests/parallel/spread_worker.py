@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from rfmedsam2_jax.data.volumes import load_image
-from rfmedsam2_jax.experiment import load_run
-from rfmedsam2_jax.inference import segmenter
+from rfmedsam2_jax.model import load
 from rfmedsam2_jax.refinement import store
 from rfmedsam2_jax.refinement import volume as volume_lib
+from rfmedsam2_jax.segmentation import segmenter
 
 run, volume, out = sys.argv[1:]
 
@@ -32,7 +32,7 @@ for module, name in (
   (segmenter, "_unet_forward"),
 ):
   setattr(module, name, counted(getattr(module, name), name, used))
-found = segmenter.segment_volume(load_run(run), load_image(volume, 1))
+found = segmenter.segment_volume(load(run), load_image(volume, 1))
 arrays = {
   f"{name}{stage}": getattr(result, name)
   for stage, result in enumerate(found.results) for name in result._fields

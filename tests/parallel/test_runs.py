@@ -19,7 +19,7 @@ import pytest
 import yaml
 from tiny_config import TINY
 
-from rfmedsam2_jax.experiment import load_run
+from rfmedsam2_jax.model import load
 
 pytestmark = pytest.mark.full
 
@@ -75,7 +75,7 @@ def wait_for_step(run, phase, step):
 
 
 def assert_same_parameters(run, other):
-  a, b = load_run(run), load_run(other)
+  a, b = load(run), load(other)
   for phase in ("generator", "refiner"):
     pairs = zip(
       jax.tree.leaves(getattr(a, phase)), jax.tree.leaves(getattr(b, phase)), strict=True

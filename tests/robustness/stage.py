@@ -72,9 +72,9 @@ def write_foreign(place: Path) -> None:
 
 @cache
 def _model(run: Path):
-  from rfmedsam2_jax.experiment import load_run
+  from rfmedsam2_jax.model import load
 
-  return load_run(run)
+  return load(run)
 
 
 def affine() -> np.ndarray:

@@ -7,7 +7,7 @@ READ_DAMAGED = """
 import shutil, sys
 from pathlib import Path
 import numpy as np
-from rfmedsam2_jax.errors import UserError
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.weights.orbax import load_params, save_params
 
 params = {f"m{i}": {"kernel": np.full((16, 16), i, np.float32)} for i in range(30)}

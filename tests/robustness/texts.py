@@ -147,7 +147,7 @@ def says_the_config(path: Path, found) -> str:
 @kind("configs")
 def configs():
   def loaded(folder, content):
-    from rfmedsam2_jax.config import load_config
+    from rfmedsam2_jax.config.experiment import load_config
 
     path = folder / "config.yaml"
     path.write_bytes(content)

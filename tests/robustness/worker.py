@@ -50,10 +50,10 @@ def warm(stage) -> None:
   ):
     assert rfmedsam2(arguments) == 0
   # The run that no case damages is loaded once.
-  from rfmedsam2_jax import api
+  from rfmedsam2_jax import model
 
-  load = api.load_run
-  api.load_run = lambda path: stage.model if Path(path) == stage.run else load(path)
+  load = model.load
+  model.load = lambda path: stage.model if Path(path) == stage.run else load(path)
 
 
 def run(case: Case, seed: int, stage) -> dict:
@@ -85,7 +85,7 @@ def run(case: Case, seed: int, stage) -> dict:
 
 def call(attempt, said: Path) -> tuple[int | None, str]:
   """Exit status, and the message of a UserError of the API."""
-  from rfmedsam2_jax.errors import UserError
+  from rfmedsam2_jax.base.errors import UserError
 
   with captured(said):
     try:

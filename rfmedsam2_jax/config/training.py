@@ -1,0 +1,112 @@
+"""How the two networks are trained: steps, optimizer, what is saved and when."""
+
+import dataclasses
+from typing import Literal
+
+from rfmedsam2_jax.data.augmentation import AugmentationConfig
+from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig
+from rfmedsam2_jax.nn.losses import GeneratorLossConfig, RefinerLossConfig
+from rfmedsam2_jax.nn.remat import Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW or SGD with warm-up and decay to zero, clipped by global norm."""
+
+  name: Literal["adamw", "sgd"] = "adamw"  # sgd has Nesterov momentum 0.99, as in nnU-Net
+  learning_rate: float = 1e-3  # peak, after warm-up
+  schedule: Literal["cosine", "poly"] = "cosine"  # poly: (1 - step / steps)^0.9, as in nnU-Net
+  warmup_steps: int = 50  # linear from 0
+  weight_decay: float = 1e-4  # on arrays of two or more axes only; gains and biases are left alone
+  clip_norm: float = 12.0  # global norm of the gradient; larger gradients are scaled down
+  ema_decay: float = 0.99  # of the averaged weights that are kept in the end; 0 keeps the last ones
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """One phase of training."""
+
+  steps: int = 1000
+  log_every: int = 20  # steps between lines of the log; each is a mean over them
+  checkpoint_every: int = 200  # steps; at most so many are lost when a run is killed
+  keep_checkpoints: int = 2  # the last ones
+  keep_best: int = 0  # further ones, those with the highest mean Dice at `validate_every`
+  validate_every: int = 0  # steps; 0 validates only at the end
+  validation_cases: int = 4  # cases of a validation between; all are scored at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+  """The prompt generator (3D U-Net) and its training."""
+
+  init_from: str = ""  # checkpoint folder of a generator to start from; "" starts from scratch
+  # Made by `python -m convert nnunet`; relative to the working directory. Network and labels must
+  # be the checkpoint's. With loop.steps=0 it is used as it is.
+  features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
+  convs_per_stage: int = 2
+  decoder_convs: int | None = None  # per stage of the decoder; None: as many as convs_per_stage
+  mirrored: tuple[int, ...] = ()
+  # Axes (0 slices, 1 rows, 2 columns) along which the network sees volumes mirrored: one that was
+  # trained on files that are not stored as LPS, see docs/convert.md.
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
+  remat: Remat = "none"
+  # What is kept of a convolution with its norm for the backward pass. "none": all. "block": its
+  # input, at a third more time per step. "dots": also the convolution's output, at little more.
+  batch_size: int = 2
+  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
+  oversample_foreground: float = 0.33  # share of patches centred on some structure
+  loop: LoopConfig = LoopConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  loss: GeneratorLossConfig = GeneratorLossConfig()
+  augmentation: AugmentationConfig = AugmentationConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskAdapterConfig:
+  """Training of the MaskAdapter before that of the refiner as a whole, on the same kind of batches.
+
+  One from scratch learns several times as fast where SAM 2 is not run beside it. For stages that
+  are `residual`; with loop.steps=0 it is trained with all else.
+  """
+
+  batch_size: int = 2  # runs
+  microbatches: int = 1  # parts of a batch, one after the other
+  loop: LoopConfig = LoopConfig(steps=0)
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, clip_norm=1.0)
+
+
+def config_key(phase: str) -> str:
+  """Where a phase's settings lie in the config, for messages."""
+  return "refiner.mask_adapter" if phase == "mask_adapter" else phase
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerConfig:
+  """Training of SAM 2 as the refiner, on runs of consecutive slices."""
+
+  init_from: str = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
+  # Made by `python -m convert`, or refiner/params of a run; relative to the working directory. The
+  # network must be that of `sam2`; image side, dtype and adapters are the config's own. The decoder
+  # is left as it is in residual stages too, where one from scratch starts silent.
+  trainable: tuple[str, ...] = ("*adapter*",)
+  # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
+  # frozen, without gradient or optimizer state. "*" trains everything.
+  frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # in which frozen weights are held
+  # bfloat16 rounds them to 8 bits, for good: what is saved in the end are the rounded values. Worth
+  # it together with sam2.dtype=bfloat16, which computes with such values anyway.
+  batch_size: int = 1  # runs
+  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
+  slices: int = 8  # consecutive slices of a run; memory and time grow with it
+  structures: int = 2  # organs of a run
+  held_back: float = 0.0
+  # Share of the training cases that the generator does not see and that the refiner is trained on
+  # alone. A generator does better on cases that it has seen than on new ones, and a refiner trained
+  # on those learns to leave masks alone. 0: both are trained on all.
+  box_jitter: float = 0.1  # boxes are moved by up to this share of their size
+  oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
+  mask_adapter: MaskAdapterConfig = MaskAdapterConfig()
+  loop: LoopConfig = LoopConfig()
+  optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0)
+  loss: RefinerLossConfig = RefinerLossConfig()
+  augmentation: AugmentationConfig = AugmentationConfig()
+  corruption: PromptCorruptionConfig = PromptCorruptionConfig()

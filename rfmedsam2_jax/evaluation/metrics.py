@@ -1,0 +1,108 @@
+"""Scores of a segmentation: Dice, surface Dice, 95 % Hausdorff distance, volumes.
+
+Takes whole volumes (slices without the structure included) as boolean arrays; evaluation.scores
+reads the files. numpy and scipy only.
+
+Surfaces are the voxels of a mask that have a face neighbour outside of it (beyond the array's
+border counts as outside); distances are between voxel centres, in mm, so that a surface distance
+is exact for the grid and anisotropic spacing is respected.
+
+Empty masks: where prediction and reference are both empty, Dice and surface Dice are nan ("no
+statement") and means leave them out. Where only one is empty both are 0, which counts. The
+Hausdorff distance is nan in both cases: no distance is fair to a structure that was missed, and
+its Dice of 0 already says so.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """One structure of one case."""
+
+  dice: float
+  surface_dice: float  # share of both surfaces that lies within the tolerance of the other
+  hd95: float  # mm, the larger of the two directed 95 % distances
+  volume: float  # ml, prediction
+  reference_volume: float  # ml
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+  """Dice of two masks, bool of any equal shape; nan if both are empty."""
+  total = np.count_nonzero(prediction) + np.count_nonzero(reference)
+  return 2 * np.count_nonzero(prediction & reference) / total if total else float("nan")
+
+
+def surface_distances(
+  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Distances in mm from every surface voxel of one mask to the nearest of the other's.
+
+  Args:
+    prediction, reference: bool [D, H, W], neither empty.
+    spacing: mm, in the order of the axes.
+
+  Returns:
+    from the prediction's surface to the reference's, and the other way, float64 [n] each.
+  """
+  # Both surfaces lie in the box of the union, and so does every distance between them.
+  box = ndimage.find_objects((prediction | reference).astype(np.uint8))[0]
+  surfaces = [_surface(mask[box]) for mask in (prediction, reference)]
+  ours, theirs = surfaces
+  to_theirs = ndimage.distance_transform_edt(~theirs, sampling=spacing)[ours]
+  to_ours = ndimage.distance_transform_edt(~ours, sampling=spacing)[theirs]
+  return to_theirs, to_ours
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+  return mask & ~ndimage.binary_erosion(mask)
+
+
+def score(
+  prediction: np.ndarray,
+  reference: np.ndarray,
+  spacing: tuple[float, ...],
+  tolerance: float = 1.0,
+  known: np.ndarray | None = None,
+) -> Score:
+  """Scores one structure.
+
+  Args:
+    prediction, reference: bool [D, H, W].
+    spacing: mm, in the order of the axes.
+    tolerance: mm, of the surface Dice.
+    known: bool [D, H, W]; voxels without a reference (nnU-Net's ignore label) are left out.
+  """
+  if prediction.shape != reference.shape:
+    raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} differ")
+  if known is not None:
+    prediction, reference = prediction & known, reference & known
+  millilitres = float(np.prod(spacing)) / 1000
+  volumes = [float(np.count_nonzero(m)) * millilitres for m in (prediction, reference)]
+  if not volumes[0] or not volumes[1]:
+    empty = float("nan") if volumes[0] == volumes[1] else 0.0
+    return Score(empty, empty, float("nan"), *volumes)
+  distances = surface_distances(prediction, reference, spacing)
+  within = sum(np.count_nonzero(d <= tolerance) for d in distances)
+  return Score(
+    dice=dice(prediction, reference),
+    surface_dice=within / sum(d.size for d in distances),
+    hd95=max(float(np.percentile(d, 95)) for d in distances),
+    volume=volumes[0],
+    reference_volume=volumes[1],
+  )
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+  """Mean of every score over those that make a statement; nan where none does."""
+
+  def mean(name: str) -> float:
+    values = np.array([getattr(s, name) for s in scores], np.float64)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
+
+  return Score(**{field.name: mean(field.name) for field in dataclasses.fields(Score)})

@@ -1,1 +1,0 @@
-"""Prediction: sliding window, segmenter, evaluation."""

@@ -1,0 +1,128 @@
+"""The one factory: a config and a plan, or the folder of a run, become networks with parameters.
+
+    model = rfmedsam2_jax.load("runs/hippocampus")
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.config.experiment import Config, load_config
+from rfmedsam2_jax.data.files import load_json
+from rfmedsam2_jax.data.fingerprint import Fingerprint
+from rfmedsam2_jax.data.plan import Plan, load_plan
+from rfmedsam2_jax.data.run_folder import RunFolder
+from rfmedsam2_jax.nn import SAM2, init_params
+from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.nn.remat import Remat
+from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+from rfmedsam2_jax.segmentation.segmenter import Segmenter
+from rfmedsam2_jax.weights.orbax import load_params
+
+
+def load(path: str | Path) -> Segmenter:
+  """The segmenter of a finished run folder.
+
+  Raises:
+    UserError: no run, or one that is not finished.
+  """
+  run = RunFolder(path)
+  if not run.config.exists():
+    raise UserError(f"{path}: is no run (it has no config.yaml); give a folder made by train")
+  config = load_config(run.config)
+  for phase in ("generator", "refiner"):
+    if not run.params(phase).is_dir():
+      raise UserError(f"{path}: its {phase} is not trained yet; finish the run with train --resume")
+  plan = load_plan(run / "plan.json")
+  segmenter = untrained(config, plan)
+  generator = load_params(run.params("generator"), generator_shapes(segmenter))
+  refiner = load_params(run.params("refiner"), refiner_shapes(segmenter))
+  known = run / "fingerprint.json"
+  fingerprint = load_json(known, Fingerprint) if known.exists() else None
+  if fingerprint is not None and len(fingerprint.channels) != len(plan.channels):
+    raise UserError(f"{known}: has {len(fingerprint.channels)} channels, plan.json "
+                    f"{len(plan.channels)}; copy both from the run again")
+  return dataclasses.replace(
+    segmenter,
+    generator=generator,
+    refiner=refiner,
+    name=run.path.resolve().name,
+    fingerprint=fingerprint,
+  )
+
+
+def untrained(config: Config, plan: Plan) -> Segmenter:
+  """A segmenter whose networks have no parameters yet.
+
+  Raises:
+    UserError: `data.sam_channels` names a channel that images do not have.
+  """
+  channels = len(plan.channels)
+  wrong = [channel for channel in config.data.sam_channels if not 0 <= channel < channels]
+  if wrong:
+    raise UserError(
+      f"data.sam_channels: has {wrong[0]}, but images have channels 0 to {channels - 1}"
+    )
+  return Segmenter(
+    plan=plan,
+    unet=generator_network(config, plan),
+    generator={},
+    sam2=SAM2(config.sam2),
+    refiner=None,
+    refinement=config.refinement,
+    inference=config.inference,
+    sam_channels=config.data.sam_channels,
+    sam_context=config.data.sam_context,
+  )
+
+
+def generator_shapes(segmenter: Segmenter) -> Any:
+  """The tree of the generator's parameters as shapes and dtypes."""
+  init = functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels))
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def refiner_shapes(segmenter: Segmenter) -> Any:
+  """The tree of SAM 2's parameters as shapes and dtypes."""
+  return jax.eval_shape(functools.partial(init_params, segmenter.sam2.config), jax.random.key(0))
+
+
+def generator_network(config: Config, plan: Plan) -> UNet:
+  g = config.generator
+  return unet_for(
+    plan, g.features, g.convs_per_stage, g.dtype, g.remat, g.decoder_convs, g.mirrored
+  )
+
+
+def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
+  # Fully convolutional: the smallest patch will do.
+  image = jnp.zeros((1, *unet.config.divisor, channels))
+  return unet.init(key, image, deep_supervision=True)["params"]
+
+
+def unet_for(
+  plan: Plan, features: Sequence[int] | None, convs_per_stage: int, dtype: str,
+  remat: Remat = "none", decoder_convs: int | None = None,
+  mirrored: tuple[int, ...] = (),
+) -> UNet:
+  """The generator that a plan asks for; by default nnU-Net's widths, 32 doubling up to 320."""
+  stages = len(plan.strides)
+  if features is None:
+    features = [min(32 * 2**stage, 320) for stage in range(stages)]
+  if len(features) != stages:
+    raise UserError(
+      f"generator.features: has {len(features)} widths, but the plan's U-Net has {stages} stages; "
+      "give one width per stage or set plan.poolings"
+    )
+  outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
+  config = UNetConfig(
+    tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype, remat, decoder_convs,
+    mirrored,
+  )
+  return UNet(config, outputs)

@@ -1,0 +1,1 @@
+"""Segmentation by hand: a person's prompts, and volumes followed from them."""

@@ -1,0 +1,173 @@
+"""Prompted tracking of files: a checkpoint of SAM 2, a NIfTI volume and prompts in, a folder out.
+
+    prompted = rfmedsam2_jax.open_volume("ckpt", "ct.nii.gz", window=(40, 400))
+    found = prompted.track([rfmedsam2_jax.VoxelPrompt(1, box=((60, 80, 90), (60, 140, 170)))])
+    found = prompted.correct(found, [rfmedsam2_jax.VoxelPrompt(1, points=((75, 100, 120, True),))])
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data.datasets import Structure
+from rfmedsam2_jax.data.files import claim, replacing
+from rfmedsam2_jax.data.itk import simpleitk
+from rfmedsam2_jax.data.measures import volumes_ml
+from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format, write_segmentation
+from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image
+from rfmedsam2_jax.nn import SAM2, SAM2Config
+from rfmedsam2_jax.prompted import prompt_files
+from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
+from rfmedsam2_jax.prompted.tracked import DEFAULTS, PromptedVolume, TrackedVolume
+from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+from rfmedsam2_jax.tracking import TrackingConfig
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint, read_config
+
+Window = tuple[float, float] | None
+
+
+def open_volume(
+  checkpoint: str | Path,
+  image: str | Path | Volume,
+  plane: Plane = "axial",
+  window: Window = None,
+  image_size: int | None = None,
+  config: TrackingConfig = DEFAULTS,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PromptedVolume:
+  """A volume that can be prompted.
+
+  Args:
+    checkpoint: folder that `python -m convert` made.
+    image: a NIfTI file, or one that is loaded.
+    plane: across which the slices are cut.
+    window: centre and width of the intensities that SAM sees; None: percentiles of the volume.
+    image_size: side of the square that slices are squashed to; None: the checkpoint's.
+    config: of the tracking.
+
+  Raises:
+    UserError: no checkpoint, no volume, a side that is not divisible by 32.
+  """
+  found = load_checkpoint(checkpoint)
+  sam2 = at_side(found.config, image_size)
+  volume = image if isinstance(image, Volume) else load_image(image)
+  return PromptedVolume(SAM2(sam2), found.params, volume, config, plane, window, progress)
+
+
+def check_prompts(
+  checkpoint: str | Path,
+  volume: Volume,
+  prompts: list[VoxelPrompt],
+  plane: Plane = "axial",
+  image_size: int | None = None,
+) -> None:
+  """Raises what `open_volume` and the first `track` would, before the network is loaded."""
+  sam2 = at_side(read_config(checkpoint)[0], image_size)
+  SliceFrame(volume, plane, sam2.image_size).rounds(prompts)
+
+
+def at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
+  """The network at another side than the checkpoint's; UserError unless divisible by 32."""
+  if image_size is None:
+    return sam2
+  if image_size < 64 or image_size % 32:
+    raise UserError(f"--image-size {image_size}: give a multiple of 32 from 64 on")
+  return dataclasses.replace(sam2, image_size=image_size)
+
+
+def write_tracked(
+  out: str | Path,
+  volume: Volume,
+  found: TrackedVolume,
+  about: dict[str, Any] | None = None,
+  overwrite: bool = False,
+  format: Format = "nifti",
+) -> list[Path]:
+  """Writes NAME.nii.gz on the input's grid, NAME.json of scores and NAME.png, a contact sheet.
+
+  Args:
+    format: of the label map; "nrrd" makes it NAME.seg.nrrd, a segmentation of 3D Slicer.
+
+  Raises:
+    UserError: results that exist already, unless `overwrite`; a folder that cannot be made.
+  """
+  targets = result_paths(out, volume.geometry.path, overwrite, format)
+  label_map, scores, picture = targets
+  structures = tuple(Structure(f"label {value}", (value,)) for value in found.structures)
+  case = SheetCase(
+    label_map.name.removesuffix(FORMAT_ENDINGS[format]), volume.array[0], None,
+    {"tracked": found.labels}, volume.spacing, found.window, found.slice_axis,
+  )
+  save_contact_sheet(picture, [case], structures, crop=False)
+  with replacing(scores) as temporary:
+    text = json.dumps({**(about or {}), **_scores(volume, found)}, indent=1)
+    temporary.write_text(text + "\n")
+  names = {structure.values[0]: structure.name for structure in structures}
+  write_segmentation(label_map, found.labels, volume.geometry, names)
+  return targets
+
+
+def result_paths(
+  out: str | Path, image: Path, overwrite: bool, format: Format = "nifti"
+) -> list[Path]:
+  """The files that `write_tracked` writes; makes their folder, and refuses what exists."""
+  if format == "nrrd":
+    simpleitk("--format nrrd")  # said now if it is missing
+  name = image.resolve().name
+  ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
+  name = name.removesuffix(ending)
+  targets = [Path(out) / f"{name}{ending}" for ending in (FORMAT_ENDINGS[format], ".json", ".png")]
+  if image.exists() and any(path.exists() and path.samefile(image) for path in targets):
+    raise UserError(f"{image}: would be replaced by its own result; choose another --out")
+  claim(out, targets, overwrite)
+  return targets
+
+
+def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
+  """Per structure: volume, and on every slice where it is, presence and predicted IoU."""
+  ml = volumes_ml(found.labels, volume.spacing)
+  numbers = _file_numbers(volume.geometry, found.slice_axis)
+  prompted = set(found.tracks.prompted)
+  result = {}
+  for track, value in enumerate(found.structures):
+    slices = [
+      {
+        "slice": int(numbers[z]),
+        "presence": round(float(found.presence[track, z]), 4),
+        "iou": round(float(found.iou[track, z]), 4),
+        "prompted": (track, int(z)) in prompted,
+      }
+      for z in np.flatnonzero(found.presence[track] > 0.5)
+    ]
+    result[str(value)] = {"volume_ml": round(ml.get(value, 0.0), 3), "slices": slices}
+  return {"structures": result}
+
+
+def _file_numbers(geometry: Geometry, axis: int) -> np.ndarray:
+  """The file's own number of every slice."""
+  numbers = np.arange(geometry.canonical_shape[axis])
+  return numbers[::-1] if geometry.flipped[axis] else numbers
+
+
+def prompts_of_options(
+  volume: Volume,
+  boxes: list[str],
+  points: list[str],
+  files: list[Path],
+  masks: list[Path],
+  plane: Plane,
+  world: bool,
+) -> list[VoxelPrompt]:
+  """Everything that a command line says about what to follow."""
+  g = volume.geometry
+  return [
+    *(prompt_files.parse_box(text, g, plane, world) for text in boxes),
+    *(prompt_files.parse_point(text, g, plane, world) for text in points),
+    *(p for path in files for p in prompt_files.read_prompts(path, g, world)),
+    *(p for path in masks for p in prompt_files.read_masks(path, g)),
+  ]

@@ -1,0 +1,150 @@
+"""Where a person's prompts lie: voxels of a volume become slices and coordinates of SAM 2's square.
+
+Needs no network, so that what contradicts itself is found before one is loaded.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data.plan import PLANES
+from rfmedsam2_jax.data.sam_slices import resize_linear
+from rfmedsam2_jax.data.volumes import Volume
+from rfmedsam2_jax.tracking import SlicePrompt
+
+Plane = Literal["axial", "coronal", "sagittal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VoxelPrompt:
+  """What a person says of one structure, in voxels of the canonical volume.
+
+  Attributes:
+    label: value of the structure in the label map, above 0.
+    box: two corners (z, y, x), on one slice; or None.
+    points: (z, y, x, inside) each, on one slice.
+    mask: bool [D, H, W] with labels on the slices that count; or None. Excludes the others.
+    round: 0 for the first prompts; later rounds correct what was found before them, or begin a
+      structure.
+    source: what is named if something is wrong with it.
+  """
+
+  label: int
+  box: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+  points: tuple[tuple[float, float, float, bool], ...] = ()
+  mask: np.ndarray | None = None
+  round: int = 0
+  source: str = "prompt"
+
+
+class SliceFrame:
+  """The slices of a volume along a plane, squashed to squares.
+
+  Args:
+    plane: across which the slices are cut.
+    side: of SAM 2's square.
+  """
+
+  def __init__(self, volume: Volume, plane: Plane, side: int):
+    self._axis = PLANES[plane]
+    self._plane = plane
+    self._side = side
+    self._path = volume.geometry.path
+    shape = volume.array.shape[1:]
+    self._order = [self._axis, *(a for a in range(3) if a != self._axis)]
+    self._shape = tuple(shape[a] for a in self._order)
+
+  def rounds(
+    self, prompts: Sequence[VoxelPrompt]
+  ) -> tuple[tuple[int, ...], list[list[SlicePrompt]]]:
+    """The structures that prompts name, in the order in which they begin, and each round's prompts.
+
+    Raises:
+      UserError: no prompts, or one that is outside the volume, spans slices, or contradicts
+        another.
+    """
+    if not prompts:
+      raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
+    # A structure that is prompted later must not change the place of another.
+    first = sorted(prompts, key=lambda p: (p.round, p.label))
+    structures = tuple(dict.fromkeys(p.label for p in first))
+    wrong = next((label for label in structures if not 1 <= label <= 65535), None)
+    if wrong is not None:
+      raise UserError(f"label {wrong}: is no label value; use 1 to 65535")
+    rounds = sorted({p.round for p in prompts})
+    given = [
+      self.place([p for p in prompts if p.round == number], structures)
+      for number in rounds
+    ]
+    return structures, given
+
+  def place(
+    self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]
+  ) -> list[SlicePrompt]:
+    """One prompt per structure and slice: points and boxes of the same slice join.
+
+    Raises:
+      UserError: as `rounds`.
+    """
+    found: dict[tuple[int, int], SlicePrompt] = {}
+    for prompt in prompts:
+      track = structures.index(prompt.label)
+      if prompt.mask is not None:
+        new = self._from_mask(track, prompt.mask)
+      else:
+        new = [self._from_points(track, prompt)]
+      for one in new:
+        key = track, one.slice
+        found[key] = _joined(found[key], one, prompt.source) if key in found else one
+    return [found[key] for key in sorted(found)]
+
+  def _from_points(self, track: int, prompt: VoxelPrompt) -> SlicePrompt:
+    rows = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
+    inside = [p[3] for p in prompt.points]
+    if not len(rows) or not np.isfinite(rows).all():
+      raise UserError(f"{prompt.source}: has no coordinates; give a box or points")
+    placed = np.moveaxis(rows, 1, 0)
+    z, y, x = placed[self._order]
+    depth, height, width = self._shape
+    for values, size in ((z, depth), (y, height), (x, width)):
+      if (values < -0.5).any() or (values > size - 0.5).any():
+        raise UserError(
+          f"{prompt.source}: lies outside of {self._path.name} ({depth} {self._plane} slices of "
+          f"{height} x {width} voxels); correct its coordinates"
+        )
+    slices = np.unique(np.clip(np.rint(z).astype(int), 0, depth - 1))
+    if len(slices) > 1:
+      raise UserError(f"{prompt.source}: spans {self._plane} slices {slices[0]} to {slices[-1]}; "
+                      "give one prompt per slice")
+    scale = np.array([self._side / width, self._side / height])
+    xy = np.stack([x, y], axis=1) * scale
+    box = None
+    if prompt.box is not None:
+      (x0, y0), (x1, y1) = xy[:2].min(axis=0), xy[:2].max(axis=0)
+      box, xy = (float(x0), float(y0), float(x1), float(y1)), xy[2:]
+    return SlicePrompt(
+      track, int(slices[0]), xy.astype(np.float32), np.array(inside, np.int32), box
+    )
+
+  def _from_mask(self, track: int, mask: np.ndarray) -> list[SlicePrompt]:
+    slices = np.moveaxis(mask, self._axis, 0)
+    numbers = np.flatnonzero(slices.any(axis=(1, 2)))
+    # As the official predictor brings masks to its side.
+    masks = resize_linear(slices[numbers].astype(np.float32), self._side) >= 0.5
+    return [SlicePrompt(track, int(z), mask=one) for z, one in zip(numbers, masks, strict=True)]
+
+
+def _joined(one: SlicePrompt, other: SlicePrompt, source: str) -> SlicePrompt:
+  masks = one.mask is not None or other.mask is not None
+  if masks or (one.box is not None and other.box is not None):
+    what = "a mask besides another prompt" if masks else "two boxes"
+    raise UserError(f"{source}: gives {what} for one structure on slice {one.slice}; keep one")
+  return dataclasses.replace(
+    one,
+    points=np.concatenate([one.points, other.points]),
+    labels=np.concatenate([one.labels, other.labels]),
+    box=one.box if one.box is not None else other.box,
+  )

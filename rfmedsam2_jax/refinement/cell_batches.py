@@ -1,0 +1,93 @@
+"""What refinement.refine gathers cells from: features of slices, and rows in batches of fixed size.
+
+Shapes are few: batches have one size, and stores grow by doubling, so that volumes share
+compilations.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from rfmedsam2_jax.base.progress import Progress, Report, compiling
+from rfmedsam2_jax.nn import SAM2, ImageFeatures
+from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.parallel.spread import everywhere, spread
+from rfmedsam2_jax.refinement.stages import encode_slices
+
+_encode = spread(encode_slices, static=[0], whole=[1])
+
+
+def bucket(count: int, size: int) -> int:
+  """The smallest size * 2^n that holds `count`, so that volumes share compilations."""
+  total = size
+  while total < count:
+    total *= 2
+  return total
+
+
+def padded(array: np.ndarray, count: int) -> np.ndarray:
+  """Rows, `count` of them: the last one is repeated."""
+  return np.pad(array, [(0, count - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
+
+
+def batches(count: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+  """Index batches of fixed size; the last one repeats its last index."""
+  for first in range(0, count, size):
+    stop = min(first + size, count)
+    yield slice(first, stop), padded(np.arange(first, stop), size)
+
+
+def on_host(tree: Any, count: int) -> Any:
+  """The first `count` rows of device arrays, as numpy arrays."""
+  return jax.tree.map(lambda x: np.asarray(x)[:count], tree)
+
+
+def joined(parts: list[Any], total: int) -> Any:
+  """Rows of several trees one after the other, padded to `total`, on every device."""
+  # On the host, since every number of parts would be compiled anew on the device.
+  return everywhere(jax.tree.map(lambda *xs: padded(np.concatenate(xs), total), *parts))
+
+
+class SliceStore:
+  """Features of the slices that live cells need, each encoded once, in a store of few sizes."""
+
+  def __init__(
+    self,
+    model: SAM2,
+    params: Params,
+    slices: Callable[[np.ndarray], np.ndarray],
+    batch: int,
+  ):
+    self._model, self._params, self._slices, self._batch = model, params, slices, batch
+    self._row: dict[int, int] = {}
+    self._parts: list[ImageFeatures] = []
+    self.features: ImageFeatures
+
+  @property
+  def count(self) -> int:
+    return len(self._row)
+
+  def need(self, wanted: np.ndarray, report: Report) -> None:
+    missing = [int(z) for z in wanted if int(z) not in self._row]
+    compiling("the image encoder", (self._model, self._batch), report)
+    progress = Progress("encoding, slices", report)
+    for first in range(0, len(missing), self._batch):
+      progress(first, len(missing))
+      chunk = missing[first : first + self._batch]
+      images = self._slices(padded(np.array(chunk), self._batch))
+      features = _encode(self._model, self._params, images)
+      self._parts.append(on_host(features, len(chunk)))
+      for z in chunk:
+        self._row[z] = len(self._row)
+    if missing:
+      self.features = joined(self._parts, self.room)
+
+  @property
+  def room(self) -> int:
+    """Rows of the store."""
+    return bucket(len(self._row), self._batch)
+
+  def rows(self, slices: np.ndarray) -> np.ndarray:
+    return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)

@@ -1,0 +1,134 @@
+"""A segmented volume with all that is known of it: label maps, details, warnings, probabilities.
+
+In: `Segmentation`s of one volume, one per run. Out: `Details`, for Python and for CASE.json.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Progress, Report, silent
+from rfmedsam2_jax.data.volumes import Geometry, Volume
+from rfmedsam2_jax.refinement import Fused
+from rfmedsam2_jax.segmentation.notices import Notice, unusual_input, unusual_stages
+from rfmedsam2_jax.segmentation.segmenter import Segmentation, fused
+from rfmedsam2_jax.segmentation.structures import StructureDetails, structure_details
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Details:
+  """What was found in a volume and how sure it is. Arrays have the input's own axes.
+
+  Attributes:
+    maps: label map of every stage, generator first, uint8 or uint16, canonical [z, y, x].
+    structures: by name, in the order of the plan.
+    warnings: what is unusual; empty if nothing is.
+  """
+
+  segmentations: Sequence[Segmentation]
+  geometry: Geometry
+  maps: tuple[np.ndarray, ...]
+  structures: dict[str, StructureDetails]
+  warnings: tuple[Notice, ...]
+
+  @property
+  def labels(self) -> np.ndarray:
+    """The label map, uint8 or uint16."""
+    return self.stage(-1)
+
+  def stage(self, number: int) -> np.ndarray:
+    """The label map after a stage, 0 for the generator's."""
+    return self.geometry.to_native(self.maps[number])
+
+  def probability(self, structure: str) -> np.ndarray:
+    """Foreground probability of a structure after the last stage, float32.
+
+    The mean over the runs, from which the label map is made.
+
+    Raises:
+      UserError: no structure of that name.
+    """
+    if structure not in self.structures:
+      names = ", ".join(self.structures)
+      raise UserError(f"{structure}: is no structure of this model; choose from {names}")
+    organ = list(self.structures).index(structure)
+    last = len(self.maps) - 1
+    total = self.segmentations[0].probability(last, organ)
+    for found in self.segmentations[1:]:
+      total = total + found.probability(last, organ)
+    return self.geometry.to_native(total / np.float32(len(self.segmentations)))
+
+  @property
+  def slice_axis(self) -> int:
+    """The input's axis along which slices were refined; with several runs, the first one's."""
+    return self.geometry.axes[self.segmentations[0].segmenter.plan.slice_axis]
+
+  def as_dict(self) -> dict[str, Any]:
+    """For JSON: numbers rounded to six digits, None where there is no statement."""
+    spacing = np.empty(3)
+    spacing[list(self.geometry.axes)] = self.geometry.spacing
+    return _rounded({
+      "shape": list(self.geometry.shape),
+      "spacing_mm": spacing.tolist(),
+      "slice_axis": self.slice_axis,
+      "warnings": [dataclasses.asdict(notice) for notice in self.warnings],
+      "stages": len(self.maps),
+      "structures": {k: dataclasses.asdict(found) for k, found in self.structures.items()},
+    })
+
+
+def examine(
+  segmentations: Sequence[Segmentation],
+  volume: Volume,
+  watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
+  report: Report = silent,
+) -> Details:
+  """Label maps of every stage and all that is known of them.
+
+  Args:
+    segmentations: of `volume`.
+    watch: takes the probability of every organ after the last stage, see `fuse`.
+    report: takes lines about what is done.
+  """
+  first = segmentations[0].segmenter
+  stages, organs = first.stages, len(first.plan.labels.structures)
+  progress = Progress("label maps, structures", report)
+
+  def fuse_stage(stage: int) -> Fused:
+    def seen(organ: int, probability: np.ndarray) -> None:
+      progress(stage * organs + organ, stages * organs)
+      if stage == stages - 1:
+        watch(organ, probability)
+
+    return fused(segmentations, stage, seen)
+
+  # One after the other: what fuses a stage is as large as the volume.
+  maps = [fuse_stage(stage).labels for stage in range(stages - 1)]
+  last = fuse_stage(stages - 1)
+  maps.append(last.labels)
+  structures = structure_details(segmentations, maps, last, volume.geometry)
+  notices = [
+    *(
+      notice for found in segmentations
+      for notice in unusual_input(found.segmenter, found.prepared.restore, volume.array)
+    ),
+    *unusual_stages(structures, first.inference.warnings),
+  ]
+  # Runs that were trained on the same cases say the same.
+  return Details(
+    segmentations, volume.geometry, tuple(maps), structures, tuple(dict.fromkeys(notices))
+  )
+
+
+def _rounded(tree: Any) -> Any:
+  if isinstance(tree, dict):
+    return {key: _rounded(value) for key, value in tree.items()}
+  if isinstance(tree, list | tuple):
+    return [_rounded(value) for value in tree]
+  if isinstance(tree, float):
+    return float(f"{tree:.6g}") if math.isfinite(tree) else None
+  return tree

@@ -1,0 +1,104 @@
+"""What a person should know before trusting a segmentation: each notice is one sentence.
+
+In: a volume and the fingerprint of the training cases, or the details of a segmentation. Out:
+`Notice`s, which say what is unusual, compared to what, and what to do.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+
+from rfmedsam2_jax.data.fingerprint import image_quantiles
+from rfmedsam2_jax.data.preprocessing import Restore
+from rfmedsam2_jax.segmentation.config import WarningConfig
+from rfmedsam2_jax.segmentation.intensity_shift import distances
+from rfmedsam2_jax.segmentation.segmenter import Segmenter
+from rfmedsam2_jax.segmentation.structures import StructureDetails
+
+_FEWEST = 3  # training cases, below which their distances say nothing about the next one's
+_AXES = ("head-foot", "front-back", "left-right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+  """kind: of what it warns. message: one sentence for a person."""
+
+  kind: Literal["stages", "spacing", "extent", "intensities"]
+  message: str
+
+
+def unusual_input(
+  segmenter: Segmenter, restore: Restore, image: np.ndarray
+) -> Iterator[Notice]:
+  """Where an input is far from the cases that were trained on; nothing if they are not known.
+
+  Args:
+    restore: of the prepared input. image: float32 [C, D, H, W], before it was prepared.
+  """
+  if segmenter.fingerprint is None:
+    return
+  config, cases = segmenter.inference.warnings, segmenter.fingerprint.cases
+  spacings = np.array([case.spacing for case in cases])
+  cropped = segmenter.plan.crops_to_nonzero
+  shapes = np.array([case.nonzero_shape if cropped else case.shape for case in cases])
+  spacing = np.array(restore.native_spacing)
+  size = spacing * (np.array(restore.upper) - np.array(restore.lower))
+  yield from _outside(
+    "spacing", "voxel size", spacing, spacings, config.spacing_factor,
+    "check the header; if it is right, expect worse results or train with such volumes",
+  )
+  yield from _outside(
+    "extent", "field of view", size, shapes * spacings, config.extent_factor,
+    "check that it shows what was trained on, and look at structures near its border",
+  )
+  known = [case.quantiles for case in cases if case.quantiles is not None]
+  if len(known) < _FEWEST:
+    return
+  for channel, (rule, mine) in enumerate(
+    zip(segmenter.plan.channels, image_quantiles(image), strict=True)
+  ):
+    apart, among = distances(mine, [quantiles[channel] for quantiles in known], rule)
+    if apart > max(config.intensity_factor * among, config.intensity_distance):
+      yield Notice("intensities", (
+        f"the intensities of {rule.name} are {apart:.2f} standard deviations from those of the "
+        f"nearest training case, where each of the {len(known)} training cases is within "
+        f"{among:.2f} of another; check modality, units (Hounsfield for CT) and contrast phase, or "
+        "train with such images"
+      ))
+
+
+def _outside(
+  kind: Literal["spacing", "extent"], what: str, values: np.ndarray, known: np.ndarray,
+  factor: float, advice: str,
+) -> Iterator[Notice]:
+  """A notice per axis (z, y, x) on which mm lie beyond those of all cases [n, 3]."""
+  for name, value, low, high in zip(_AXES, values, known.min(axis=0), known.max(axis=0),
+                                    strict=True):
+    if value > factor * high or value * factor < low:
+      yield Notice(kind, f"the {what} along {name} is {_short(value)} mm, that of the {len(known)} "
+                         f"training cases {_short(low)} to {_short(high)} mm; {advice}")
+
+
+def _short(number: float) -> str:
+  """Three digits, without an exponent."""
+  return f"{float(f'{number:.3g}'):g}"
+
+
+def unusual_stages(
+  structures: Mapping[str, StructureDetails], config: WarningConfig
+) -> Iterator[Notice]:
+  """Structures that a stage saw otherwise than the last one."""
+  for name, found in structures.items():
+    apart = [stage for stage in found.stages if stage.dice_with_last is not None]
+    worst = min(apart, key=lambda stage: stage.dice_with_last or 0.0, default=None)
+    if worst is None or (worst.dice_with_last or 0.0) >= config.stage_dice:
+      continue
+    stage = f"stage {worst.stage}" if worst.stage else "the generator"
+    yield Notice("stages", (
+      f"{name}: {stage} found {_short(worst.volume_ml)} ml and the last stage "
+      f"{_short(found.volume_ml)} ml with a Dice of {worst.dice_with_last:.2f}, where stages "
+      f"usually agree by {config.stage_dice:.2f} or more; look at this structure in every "
+      "stage (--save-stages)"
+    ))

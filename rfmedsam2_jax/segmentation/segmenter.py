@@ -1,0 +1,265 @@
+"""The segmenter: a volume in, a label map out.
+
+preprocess -> generator by sliding window -> prompts -> stages of refinement -> fusion class by
+class on the input's own grid. Host memory stays bounded: logits of all classes exist for a slab at
+a time; what is kept of the generator is float16 log-odds on the prepared grid.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rfmedsam2_jax.base.progress import Progress, Report, compiling, silent
+from rfmedsam2_jax.data.fingerprint import Fingerprint
+from rfmedsam2_jax.data.plan import Plan
+from rfmedsam2_jax.data.preprocessing import Prepared, prepare_atoms, preprocess
+from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
+from rfmedsam2_jax.data.sam_slices import as_rgb, resize_linear, window_slices, with_neighbours
+from rfmedsam2_jax.data.volumes import Volume
+from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.nn.unet import UNet
+from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
+from rfmedsam2_jax.refinement import (
+  Fused,
+  RefinementConfig,
+  StageResult,
+  blended,
+  fuse,
+  refine_volume,
+)
+from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
+from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes, stage0_logits
+from rfmedsam2_jax.refinement.refine import VolumePrompts
+from rfmedsam2_jax.segmentation.config import InferenceConfig
+from rfmedsam2_jax.segmentation.sliding_window import predict_slabs
+
+_CHUNK = 65536  # voxels per compiled call of the log-odds
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segmenter:
+  """All that prediction needs of one run; networks and configs are static, parameters plain dicts.
+
+  refiner: parameters of `sam2`, or None for the generator alone.
+  sam_channels, sam_context: what SAM 2 sees in its three colours, see config.DataConfig.
+  name: of the run's folder. fingerprint: of the cases that were trained on, if it is known.
+  """
+
+  plan: Plan
+  unet: UNet
+  generator: Params
+  sam2: SAM2
+  refiner: Params | None
+  refinement: RefinementConfig
+  inference: InferenceConfig = InferenceConfig()
+  sam_channels: tuple[int, ...] = (0,)
+  sam_context: bool = False
+  name: str = ""
+  fingerprint: Fingerprint | None = None
+
+  @property
+  def stages(self) -> int:
+    """Number of label maps that a prediction has: the generator's and one per stage."""
+    return 1 + (len(self.refinement.stages) if self.refiner is not None else 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generated:
+  """What the generator says of a prepared volume.
+
+  log_odds: float16 [K, D, H, W]. prompts: for the first stage.
+  """
+
+  log_odds: np.ndarray
+  prompts: VolumePrompts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segmentation:
+  """A segmented volume; label maps are made from it by `label_map`."""
+
+  segmenter: Segmenter
+  prepared: Prepared
+  generated: Generated
+  results: list[StageResult]
+
+  def probability(self, stage: int, organ: int, prepared_grid: bool = False) -> np.ndarray:
+    """Foreground probability of one organ after a stage (0: generator), float32 [D, H, W].
+
+    On the canonical native grid (z, y, x), or on the prepared one.
+    """
+    probability = blended(
+      self.generated.log_odds[organ],
+      self.generated.prompts.logits[organ],
+      self.results[stage - 1] if stage else None,
+      organ,
+      self.segmenter.refinement,
+      _resize_plane,
+    )
+    if prepared_grid:
+      return probability
+    return self.prepared.restore.to_native(probability, fill=0.0)
+
+
+def segment_volume(
+  segmenter: Segmenter,
+  volume: Volume,
+  truth_atoms: np.ndarray | None = None,
+  given: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
+  progress: Report = silent,
+) -> Segmentation:
+  """Segments one volume.
+
+  Args:
+    truth_atoms: uint8 [z, y, x] on the native canonical grid: prompts come from it (oracle).
+    given: gives a person's prompts on the grid that this segmenter has prepared.
+    progress: takes lines about what is done.
+  """
+  prepared = preprocess(volume, segmenter.plan)
+  made = run_generator(segmenter, prepared, progress)
+  if segmenter.refiner is None:
+    return Segmentation(segmenter, prepared, made, [])
+  side = segmenter.sam2.config.image_size
+  prompts = made.prompts
+  if truth_atoms is not None:
+    atoms = prepare_atoms(truth_atoms, segmenter.plan, prepared.restore)
+    boxes, present = truth_boxes(atoms, segmenter)
+    prompts = with_oracle(prompts, boxes, present, side)
+  if given is not None:
+    prompts = with_given(prompts, given(segmenter, prepared), side, side // 4, resize_linear)
+  results = refine_volume(
+    segmenter.sam2,
+    segmenter.refiner,
+    segmenter.refinement,
+    functools.partial(sam_slices, segmenter, prepared),
+    prompts,
+    progress,
+  )
+  return Segmentation(segmenter, prepared, made, results)
+
+
+def run_generator(
+  segmenter: Segmenter, prepared: Prepared, report: Report = silent
+) -> Generated:
+  """The generator over a prepared volume, and the first stage's prompts from it."""
+  plan, config = segmenter.plan, segmenter.inference
+  organs, regions = len(plan.labels.structures), plan.labels.regions
+  depth, height, width = prepared.image.shape[1:]
+  sam = segmenter.sam2.config
+  side, mask_side = sam.image_size, 4 * sam.grid
+  log_odds = np.empty((organs, depth, height, width), np.float16)
+  logits = np.empty((organs, depth, mask_side, mask_side), np.float16)
+  boxes = np.zeros((organs, depth, 4), np.float32)
+  present = np.zeros((organs, depth), bool)
+  batch = config.batch_size * device_count()
+  compiling("the generator", (segmenter.unet, plan.patch_size, batch), report)
+  slabs = predict_slabs(
+    functools.partial(_unet_forward, segmenter.unet, everywhere(segmenter.generator)),
+    prepared.image,
+    plan.patch_size,
+    config.overlap,
+    batch,
+    config.mirror_axes,
+    segmenter.unet.config.mirrored,
+    Progress("generator, windows", report),
+  )
+  for where, slab in slabs:
+    odds = _log_odds(slab, regions)
+    winner = None if regions else slab.argmax(axis=-1)
+    for organ in range(organs):
+      mine = odds[organ]
+      log_odds[organ, where] = mine
+      logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
+      mask = mine > 0 if winner is None else winner == organ + 1
+      boxes[organ, where], present[organ, where] = scaled_boxes(
+        mask, side, segmenter.refinement.box_margin
+      )
+  return Generated(log_odds, generated(logits, boxes, present))
+
+
+def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
+  """Boxes float32 [K, D, 4] in pixels of the S x S image and presence bool [K, D] of the truth."""
+  member = segmenter.plan.labels.membership
+  found = []
+  for organ in range(member.shape[1]):
+    mine = np.isin(atoms, np.flatnonzero(member[:, organ]))
+    found.append(scaled_boxes(mine, segmenter.sam2.config.image_size, 0.0))
+  return np.stack([boxes for boxes, _ in found]), np.stack([present for _, present in found])
+
+
+def sam_slices(segmenter: Segmenter, prepared: Prepared, slices: np.ndarray) -> np.ndarray:
+  """Slices [n] of a prepared volume as SAM 2 sees them, float32 [n, S, S, 3] in [0, 1]."""
+  if segmenter.sam_context:
+    slices = with_neighbours(slices, prepared.image.shape[1])
+  windowed = window_slices(prepared.image[:, slices], prepared.window, segmenter.sam_channels)
+  resized = resize_linear(windowed, segmenter.sam2.config.image_size)
+  return as_rgb(resized[0] if segmenter.sam_context else resized)
+
+
+def label_maps(segmentations: Sequence[Segmentation]) -> list[np.ndarray]:
+  """The label map of every stage, generator first; see `label_map`."""
+  return [label_map(segmentations, stage) for stage in range(segmentations[0].segmenter.stages)]
+
+
+def label_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
+  """Label map after a stage (0: generator), averaged over segmentations of the same volume.
+
+  Returns:
+    uint8 or uint16 [z, y, x] on the canonical native grid.
+  """
+  return fused(segmentations, stage).labels
+
+
+def fused(
+  segmentations: Sequence[Segmentation],
+  stage: int,
+  watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
+) -> Fused:
+  """As `label_map`, with the winning probability; `watch` takes every organ's own, see `fuse`."""
+  first = segmentations[0].segmenter
+  labels = first.plan.labels
+  sources = [functools.partial(found.probability, stage) for found in segmentations]
+  return fuse(
+    sources,
+    labels.output_values,
+    segmentations[0].prepared.restore.native_shape,
+    threshold=first.refinement.threshold,
+    exclusive=stage == 0 or first.refinement.background == "rest",
+    regions=labels.regions,
+    watch=watch,
+  )
+
+
+def _apply_unet(unet: UNet, params: Params, patches: jax.Array) -> Any:
+  return unet.apply({"params": params}, patches)
+
+
+_unet_forward = spread(_apply_unet, static=[0], whole=[1])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _log_odds_chunk(logits: jax.Array, regions: bool) -> jax.Array:
+  return stage0_logits(logits, regions).T
+
+
+def _log_odds(slab: np.ndarray, regions: bool) -> np.ndarray:
+  """float32 [K, d, H, W] of logits [d, H, W, K'], in chunks of one compiled size."""
+  flat = slab.reshape(-1, slab.shape[-1])
+  parts = []
+  for first in range(0, len(flat), _CHUNK):
+    chunk = flat[first : first + _CHUNK]
+    filled = np.pad(chunk, [(0, _CHUNK - len(chunk)), (0, 0)])
+    parts.append(np.asarray(_log_odds_chunk(jnp.asarray(filled), regions))[:, : len(chunk)])
+  return np.concatenate(parts, axis=1).reshape(-1, *slab.shape[:-1])
+
+
+def _resize_plane(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Linear resize of [n, h, w] to [n, H, W]."""
+  pairs = zip(masks.shape[1:], shape, strict=True)
+  return apply_separable(masks, [linear_matrix(before, after) for before, after in pairs])

@@ -1,0 +1,214 @@
+"""What is known of a segmentation beside its label map: how sure each part of it was, and of what.
+
+In: `Segmentation`s of one volume and the label map of every stage. Out: `StructureDetails`, which
+the API gives and `predict` writes as CASE.json.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from rfmedsam2_jax.data.datasets import Labels
+from rfmedsam2_jax.data.measures import joint_counts, voxel_ml
+from rfmedsam2_jax.data.volumes import Geometry
+from rfmedsam2_jax.refinement import Fused, StageResult
+from rfmedsam2_jax.segmentation.segmenter import Segmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxDetails:
+  """What the last stage was prompted with on one slice, and what it said there.
+
+  Attributes:
+    slice: voxel along the slice axis.
+    box: first voxels along the two other axes, in their order, then the last ones, inclusive.
+    predicted_iou, presence: of the slice's mask; None where no stage was run.
+  """
+
+  slice: int
+  box: tuple[int, int, int, int]
+  predicted_iou: float | None
+  presence: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StageDetails:
+  """One structure after one stage (0: generator); None where there is no statement.
+
+  Attributes:
+    predicted_iou, presence: of its slices, see `StructureDetails`; the generator predicts neither.
+    dice_with_last: Dice with the last stage's; None if both are empty.
+  """
+
+  stage: int
+  volume_ml: float
+  predicted_iou: float | None
+  presence: float | None
+  dice_with_last: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StructureDetails:
+  """One structure of one segmentation; None where there is no statement.
+
+  Attributes:
+    label: its value in the label map.
+    presence: of its slices, as the last stage gave it, weighted by the area of their masks; if
+      every mask is empty, the largest of any slice; None if no slice was run.
+    predicted_iou: likewise; None if every mask is empty.
+    probability: mean of the winning probability over its voxels; None if it has none.
+    stages: after each.
+    boxes: on the slices where the last stage had one.
+  """
+
+  label: int
+  volume_ml: float
+  presence: float | None
+  predicted_iou: float | None
+  probability: float | None
+  stages: tuple[StageDetails, ...]
+  boxes: tuple[BoxDetails, ...]
+
+
+def structure_details(
+  segmentations: Sequence[Segmentation],
+  maps: Sequence[np.ndarray],
+  last: Fused,
+  geometry: Geometry,
+) -> dict[str, StructureDetails]:
+  """Details of every structure, by name.
+
+  Predicted IoU and presence are means over the segmentations; boxes are those of the first one.
+
+  Args:
+    maps: the label map [z, y, x] of every stage, generator first. last: the last stage's, too.
+  """
+  labels = segmentations[0].segmenter.plan.labels
+  values = np.array(sorted({0, *labels.output_values}))
+  member = _members(labels, values)
+  rank = np.zeros(values[-1] + 1, np.min_scalar_type(len(values)))
+  rank[values] = np.arange(len(values))
+  final = rank[last.labels]
+  counts = joint_counts([final], len(values))
+  tables = [joint_counts([rank[found], final], len(values)) for found in maps]
+  probability = member @ _sums(final, last.winning, len(values))
+  size = voxel_ml(geometry.spacing)
+  result = {}
+  for organ, (name, mine) in enumerate(zip(labels.names, member, strict=True)):
+    stages = []
+    for stage, table in enumerate(tables):
+      results = [found.results[stage - 1] for found in segmentations] if stage else []
+      iou, presence = _averaged([_of_cells(result, organ) for result in results])
+      before, now = int(table[mine].sum()), int(table[:, mine].sum())
+      both = int(table[np.ix_(mine, mine)].sum())
+      dice = 2 * both / (before + now) if before + now else None
+      stages.append(StageDetails(stage, before * size, iou, presence, dice))
+    voxels = int(counts[mine].sum())
+    result[name] = StructureDetails(
+      int(labels.output_values[organ]),
+      voxels * size,
+      stages[-1].presence,
+      stages[-1].predicted_iou,
+      float(probability[organ]) / voxels if voxels else None,
+      tuple(stages),
+      tuple(_boxes(segmentations[0], organ, geometry)),
+    )
+  return result
+
+
+def _members(labels: Labels, values: np.ndarray) -> np.ndarray:
+  """bool [K, V]: whether a voxel of that label belongs to structure k (regions may share it)."""
+  if labels.regions:
+    return np.array([np.isin(values, structure.values) for structure in labels.structures])
+  return np.array([values == value for value in labels.output_values])
+
+
+def _sums(labels: np.ndarray, weights: np.ndarray, values: int) -> np.ndarray:
+  """float64 [V]: sums of weights [D, H, W] over the voxels of each value."""
+  planes = zip(labels, weights, strict=True)
+  return sum(
+    (np.bincount(a.ravel(), b.ravel(), minlength=values) for a, b in planes), np.zeros(values)
+  )
+
+
+def _of_cells(result: StageResult, organ: int) -> tuple[float | None, float | None]:
+  """Predicted IoU and presence of one organ, weighted by the area of its slices' masks."""
+  mine = np.flatnonzero(result.cells[:, 0] == organ)
+  if not len(mine):
+    return None, None
+  area = (result.logits[mine] > 0).sum(axis=(1, 2)).astype(np.float64)
+  if not area.any():
+    return None, float(result.presence[mine].max())
+  iou, presence = (np.average(x[mine], weights=area) for x in (result.iou, result.presence))
+  return float(iou), float(presence)
+
+
+def _averaged(
+  found: Sequence[tuple[float | None, float | None]]
+) -> tuple[float | None, float | None]:
+  """Means over runs, of those that make a statement."""
+  columns = [[x for x in column if x is not None] for column in zip(*found, strict=True)]
+  iou, presence = (float(np.mean(column)) if column else None for column in columns or ([], []))
+  return iou, presence
+
+
+def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> list[BoxDetails]:
+  """The box on every slice of the file whose nearest prepared slice has one."""
+  prepared, axis = found.prepared, found.segmenter.plan.slice_axis
+  boxes, rows = _prompted(found, organ)
+  restore = prepared.restore
+  points = np.zeros((restore.upper[axis] - restore.lower[axis], 3))
+  points[:, axis] = np.arange(restore.lower[axis], restore.upper[axis])
+  nearest = np.rint(restore.native_to_prepared(points)[:, 0]).astype(int)
+  nearest = np.clip(nearest, 0, restore.prepared_shape[0] - 1)
+  result = []
+  for native, z in zip(points[:, axis], nearest, strict=True):
+    if int(z) not in boxes:
+      continue
+    slice_, box = _on_the_file(found, int(native), boxes[int(z)], geometry)
+    row = rows.get(int(z))
+    last = found.results[-1] if found.results else None
+    iou, presence = None, None
+    if last is not None and row is not None:
+      iou, presence = float(last.iou[row]), float(last.presence[row])
+    result.append(BoxDetails(slice_, box, iou, presence))
+  return sorted(result, key=lambda box: box.slice)
+
+
+def _prompted(found: Segmentation, organ: int) -> tuple[dict[int, np.ndarray], dict[int, int]]:
+  """Boxes (pixels of the S x S image) of one organ by prepared slice, and their rows of the result.
+
+  Without stages they are the generator's.
+  """
+  if not found.results:
+    prompts = found.generated.prompts
+    return {int(z): prompts.boxes[organ, z] for z in np.flatnonzero(prompts.has_box[organ])}, {}
+  last = found.results[-1]
+  rows = {int(last.cells[row, 1]): int(row) for row in np.flatnonzero(
+    (last.cells[:, 0] == organ) & last.has_box)}
+  return {z: last.boxes[row] for z, row in rows.items()}, rows
+
+
+def _on_the_file(
+  found: Segmentation, native: int, box: np.ndarray, geometry: Geometry
+) -> tuple[int, tuple[int, int, int, int]]:
+  """A canonical native slice and a box on it as voxels of the file."""
+  axis, restore = found.segmenter.plan.slice_axis, found.prepared.restore
+  side = found.segmenter.sam2.config.image_size
+  height, width = restore.prepared_shape[1:]
+  x0, y0, x1, y1 = box * np.array([width, height, width, height]) / side
+  # Outer edges of the voxels, which mean the same on every grid.
+  edges = np.array([[0, y0 - 0.5, x0 - 0.5], [0, y1 + 0.5, x1 + 0.5]])
+  low, high = restore.prepared_to_native(edges)
+  last = np.array(geometry.canonical_shape) - 1
+  low = np.clip(np.rint(low + 0.5), 0, last).astype(int)
+  high = np.clip(np.rint(high - 0.5), low, last).astype(int)
+  low[axis] = high[axis] = native
+  flipped = np.array(geometry.flipped)
+  low, high = np.where(flipped, last - high, low), np.where(flipped, last - low, high)
+  order = np.argsort(geometry.axes)  # the canonical axis along each of the file's
+  low, high = low[order], high[order]
+  along = geometry.axes[axis]
+  a, b = (i for i in range(3) if i != along)
+  return int(low[along]), (int(low[a]), int(low[b]), int(high[a]), int(high[b]))
