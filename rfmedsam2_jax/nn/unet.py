@@ -1,7 +1,8 @@
 """The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet).
 
 In: normalised patches (data.preprocessing). Out: logits per class, which segmentation joins to a
-volume and refinement.prompts turns into boxes and mask prompts. Submodules are named as in nnU-Net (`encoder/stages_0/convs_0`, `decoder/transpconvs_0`, `decoder/seg_layers_0`).
+volume and refinement.prompts turns into boxes and mask prompts. Submodules are named as in nnU-Net
+(`encoder/stages_0/convs_0`, `decoder/transpconvs_0`, `decoder/seg_layers_0`).
 """
 
 import dataclasses
