@@ -1,9 +1,12 @@
-"""Shared by the tests: a tiny run, trained once for a few steps on small phantoms.
+"""Shared by the tests: one cache of compiled programs, and a tiny run, trained once for a few steps.
 
 Its place also makes the helpers beside it (torch_sam2) importable from every test.
 """
 
+import fcntl
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,6 +14,37 @@ import pytest
 from tiny_config import PHANTOMS, write_tiny_config
 
 from rfmedsam2_jax.data.phantom import write_phantom
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory) -> Path:
+  """A folder of this run of the tests, the same in all processes that share them."""
+  own = tmp_path_factory.getbasetemp()
+  return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+  """What the first process that asks makes at `path`, and all others wait for."""
+  with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = path.with_name(f"{path.name}.done")
+    if not done.exists():
+      make(path)
+      done.touch()
+  return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_cache_of_programs(common):
+  """What one test has compiled none compiles again, in whatever process it runs."""
+  settings = {
+    "jax_compilation_cache_dir": str(common / "programs"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  for name, value in settings.items():
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,10 +73,9 @@ def forget_programs():
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory) -> Path:
+def phantoms(common) -> Path:
   """A data set of four small labelled phantoms and two unseen ones."""
-  folder = tmp_path_factory.mktemp("data") / "phantoms"
-  return write_phantom(folder, PHANTOMS)
+  return made_once(common / "phantoms", lambda path: write_phantom(path, PHANTOMS))
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +84,14 @@ def tiny_config(tmp_path_factory, phantoms) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, tiny_config) -> Path:
-  """A finished run of the tiny config; its networks know nothing, but everything is there."""
+def tiny_run(common, tiny_config) -> Path:
+  """A finished run of the tiny config; its networks know nothing, but everything is there.
+
+  Shared by processes: whoever wants to change it takes a copy.
+  """
   from rfmedsam2_jax.cli import main
 
-  run = tmp_path_factory.mktemp("runs") / "tiny"
-  assert main(["train", str(tiny_config), "--out", str(run)]) == 0
-  return run
+  def train(path: Path) -> None:
+    assert main(["train", str(tiny_config), "--out", str(path), "--overwrite"]) == 0
+
+  return made_once(common / "tiny_run", train)

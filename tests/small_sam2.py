@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rfmedsam2_jax.nn import SAM2, AdapterConfig, SAM2Config, init_params
+from rfmedsam2_jax.nn import SAM2, AdapterConfig, SAM2Config, param_shapes
 from rfmedsam2_jax.refinement.prompts import scaled_boxes
 from rfmedsam2_jax.refinement.refine import VolumePrompts
 
@@ -37,7 +37,7 @@ def drawn(config=SMALL, seed=0, presence_bias=3.0):
   As initialised, many tensors are zero, which hides mistakes; deviations as in torch_sam2.
   """
   rng = np.random.default_rng(seed)
-  shapes = flatten_dict(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))
+  shapes = flatten_dict(param_shapes(config))
   params = {}
   for path, x in shapes.items():
     mean, deviation = 0.0, 0.5

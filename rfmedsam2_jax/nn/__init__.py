@@ -2,7 +2,7 @@
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.functional import apply, init
-from rfmedsam2_jax.nn.initialisation import init_params
+from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import (
   ABSENT_LOGIT,
@@ -36,4 +36,5 @@ __all__ = [
   "init",
   "init_params",
   "no_prompts",
+  "param_shapes",
 ]

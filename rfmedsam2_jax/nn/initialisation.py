@@ -4,44 +4,57 @@ Linen's `init` draws each of some 500 tensors in its own piece of compiled code;
 half a minute of compilation even for `nano`. The same distributions are drawn here by numpy.
 """
 
-from typing import Any
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2, SAM2Config
 
 # The deviation of a unit normal cut at +-2, by which the draws are widened again as in JAX.
 _CUT = 0.87962566103423978
 
 
-def init_params(config: SAM2Config, key: Array) -> dict[str, Any]:
+def param_shapes(config: SAM2Config) -> Params:
+  """The tree of SAM 2's parameters as jax.ShapeDtypeStruct; made once per network and process."""
+  free = dataclasses.replace(config, dtype="float32", remat="none")
+  return jax.tree.map(lambda x: x, _shapes(free))  # dicts of the caller's own
+
+
+@functools.cache
+def _shapes(config: SAM2Config) -> Params:
+  return jax.eval_shape(functools.partial(_linen_params, config), jax.random.key(0))
+
+
+def _linen_params(config: SAM2Config, key: Array) -> Params:
+  images = jnp.zeros((1, config.image_size, config.image_size, 3))
+  return SAM2(config).init(key, images)["params"]
+
+
+def init_params(config: SAM2Config, key: Array) -> Params:
   """Fresh parameters, a nested dict of float32 arrays; the same for the same key.
 
   Under a trace (`jax.eval_shape`, `jax.jit`) it is Linen's own initialisation, whose values differ
   and whose tree, shapes and distributions do not.
   """
-  images = jnp.zeros((1, config.image_size, config.image_size, 3))
-
-  def init(key: Array) -> dict[str, Any]:
-    return SAM2(config).init(key, images)["params"]
-
   if isinstance(key, jax.core.Tracer):
-    return init(key)
+    return _linen_params(config, key)
   data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
   rng = np.random.default_rng(np.asarray(data))
-  shapes = jax.eval_shape(init, key)
   params = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: jnp.asarray(_draw(rng, [k.key for k in path], leaf.shape)), shapes
+    lambda path, leaf: jnp.asarray(_draw(rng, [k.key for k in path], leaf.shape)),
+    param_shapes(config),
   )
   if not config.adapters.own:
     return params
   # Only the modules know how theirs start. The compiler drops all draws that nobody asks for.
   own = jax.jit(lambda key: {
-    path: x for path, x in flatten_dict(init(key)).items() if "adapter" in path})(key)
+    path: x for path, x in flatten_dict(_linen_params(config, key)).items() if "adapter" in path
+  })(key)
   return unflatten_dict(flatten_dict(params) | own)
 
 

@@ -9,12 +9,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.nn.initialisation import init_params
+from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.weights.orbax import first_line, load_params, read_about, save_params
@@ -57,7 +56,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
   """
   config, about = read_config(folder)
   try:
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    shapes = param_shapes(config)
   except Exception as error:  # Flax raises many kinds for sizes that do not fit together
     raise UserError(
       f"{folder}: its config describes no network ({first_line(error)}); make it anew"

@@ -14,12 +14,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
-from rfmedsam2_jax.nn.initialisation import init_params
+from rfmedsam2_jax.nn.initialisation import param_shapes
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 
 Path = tuple[str, ...]
@@ -150,5 +149,4 @@ def official_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
 def tensor_shapes(config: SAM2Config) -> dict[Path, tuple[int, ...]]:
   """Path and shape of every parameter but the adapters'."""
   config = dataclasses.replace(config, adapters=AdapterConfig(dwconv=False, cnn=False))
-  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-  return {path: x.shape for path, x in flatten_dict(shapes).items()}
+  return {path: x.shape for path, x in flatten_dict(param_shapes(config)).items()}
