@@ -48,11 +48,8 @@ class SheetCase:
 
 
 def save_contact_sheet(
-  path: str | Path,
-  cases: Sequence[SheetCase],
-  structures: Sequence[Structure],
-  slices_per_case: int = 3,
-  crop: bool = True,
+  path: str | Path, cases: Sequence[SheetCase], structures: Sequence[Structure],
+  slices_per_case: int = 3, crop: bool = True,
 ) -> Path:
   """Writes the picture.
 
@@ -81,14 +78,13 @@ def save_contact_sheet(
     left=0.4 / width, right=1 - 0.02 / width, top=1 - title / height, bottom=legend / height,
   )
   colours: list[Any] = [tuple(c / 255 for c in colour(i)) for i in range(len(structures))]
-  for number, row in enumerate(panels):
-    for column, name in enumerate(columns):
-      axes = figure.add_subplot(grid[number, column])
-      _panel(axes, row, None if name == "image" else name, structures, colours)
-      if number == 0:
-        axes.set_title(name, color="white", fontsize=10)
-      if column == 0:
-        axes.set_ylabel(row["title"], color="white", fontsize=7)
+  axes = grid.subplots(squeeze=False)
+  for row, places in zip(panels, axes, strict=True):
+    for name, place in zip(columns, places, strict=True):
+      _panel(place, row, None if name == "image" else name, structures, colours)
+    places[0].set_ylabel(row["title"], color="white", fontsize=7)
+  for name, place in zip(columns, axes[0], strict=True):
+    place.set_title(name, color="white", fontsize=10)
   handles: list[Any] = [
     Line2D([], [], color=shown, label=s.name)
     for s, shown in zip(structures, colours, strict=True)
@@ -111,11 +107,9 @@ def _rows(
   """What the panels of each slice need: image, label maps, spacing, window."""
   axis = case.slice_axis
   values = [value for structure in structures for value in structure.values]
-  maps: dict[str, np.ndarray] = dict(case.predictions)
-  if case.truth is not None:
-    maps = {"reference": case.truth, **maps}
+  truth = {} if case.truth is None else {"reference": case.truth}
   image = _upright(case.image, axis)
-  maps = {name: _upright(array, axis) for name, array in maps.items()}
+  maps = {name: _upright(array, axis) for name, array in {**truth, **case.predictions}.items()}
   spacing = [s for a, s in enumerate(case.spacing) if a != axis]
 
   shown = np.isin(next(iter(maps.values())), values)
@@ -180,10 +174,8 @@ def _panel(
   axes.imshow(
     row["image"], cmap="gray", vmin=low, vmax=high, aspect=row["aspect"], interpolation="bilinear"
   )
-  axes.set_xticks([])
-  axes.set_yticks([])
-  for spine in axes.spines.values():
-    spine.set_visible(False)
+  axes.set(xticks=[], yticks=[])
+  axes.spines[:].set_visible(False)
   if name is None:
     return
   labels, truth = row["maps"][name], row["maps"].get("reference")
@@ -210,5 +202,4 @@ def _contour(axes, mask: np.ndarray, **style: Any) -> None:
   padded = np.pad(mask, 1).astype(np.float32)
   rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
   axes.contour(columns, rows, padded, [0.5], **style)
-  axes.set_xlim(-0.5, mask.shape[1] - 0.5)
-  axes.set_ylim(mask.shape[0] - 0.5, -0.5)
+  axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
+from matplotlib.cbook import boxplot_stats
+from matplotlib.ticker import MaxNLocator
 
 from rfmedsam2_jax.data.colours import colour
 
@@ -72,9 +73,6 @@ def box_plot(
     low, high = min(math.floor(min(every) * 10) / 10, top - 0.1), top
   else:
     low, high = 0.0, max(every) * 1.05 or 1.0
-  step = _step(high - low)
-  first = math.ceil(low / step - 1e-9)
-  marks = [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
   def place(value: float) -> float:
     return (value - low) / (high - low)
@@ -83,19 +81,12 @@ def box_plot(
   for index, (name, cases) in enumerate(known.items()):
     if not cases:
       continue
-    numbers = np.array([value for _, value in cases])
-    q1, median, q3 = np.percentile(numbers, (25, 50, 75))
-    reach = 1.5 * (q3 - q1)
-    within = numbers[(numbers >= q1 - reach) & (numbers <= q3 + reach)]
+    (box,) = boxplot_stats([value for _, value in cases])
     boxes.append(Box(
-      name, css_colour(index), float(median),
-      (place(float(within.min())), place(float(within.max()))), (place(q1), place(q3)),
-      place(median), tuple(Point(case, value, place(value)) for case, value in cases),
+      name, css_colour(index), float(box["med"]),
+      (place(box["whislo"]), place(box["whishi"])), (place(box["q1"]), place(box["q3"])),
+      place(box["med"]), tuple(Point(case, value, place(value)) for case, value in cases),
     ))
-  return BoxPlot(title, tuple(boxes), tuple((f"{mark:g}", place(mark)) for mark in marks))
-
-
-def _step(width: float) -> float:
-  """1, 2 or 5 times a power of ten, so that there are about five marks."""
-  power = 10 ** math.floor(math.log10(width / 5))
-  return next((f * power for f in (1, 2, 5) if f * power >= width / 5 - 1e-12), 10 * power)
+  marks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+  within = [mark for mark in marks if -1e-9 < place(mark) < 1 + 1e-9]
+  return BoxPlot(title, tuple(boxes), tuple((f"{mark:g}", place(mark)) for mark in within))

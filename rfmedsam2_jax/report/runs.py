@@ -9,12 +9,11 @@ from typing import Any
 
 import yaml
 
-from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.data.plan import Plan, load_plan
 from rfmedsam2_jax.evaluation.scores import Scores, from_dict
 from rfmedsam2_jax.report.curves import curves_svg, read_log
-from rfmedsam2_jax.report.predictions import without_folders
+from rfmedsam2_jax.report.predictions import noted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +40,20 @@ def read_run(folder: Path) -> RunSummary:
   """Reads what there is; a file that cannot be read becomes a remark."""
   remarks: list[str] = []
   plan: Plan | None = None
-  try:
+  with noted(remarks, folder):
     plan = load_plan(folder / "plan.json")
-  except UserError as error:
-    remarks.append(without_folders(error, folder))
   facts = [*_of_config(folder, remarks), *(_of_plan(plan) if plan else [])]
-  splits = _json(folder / "splits.json", folder, remarks)
+  splits = _json(folder / "splits.json", remarks)
   if isinstance(splits, dict):
     facts += [(f"{key} cases", str(len(v))) for key, v in splits.items() if isinstance(v, list)]
-  versions = _json(folder / "versions.json", folder, remarks)
+  versions = _json(folder / "versions.json", remarks)
   if isinstance(versions, dict):
     facts.append(("made with", ", ".join(f"{k} {v}" for k, v in versions.items())))
   curves = ""
-  try:
-    phases = read_log(folder / "log.jsonl")
-    curves = curves_svg(phases) if phases else ""
-  except UserError as error:
-    remarks.append(without_folders(error, folder))
+  with noted(remarks, folder):
+    curves = curves_svg(read_log(folder / "log.jsonl"))
   validation: tuple[Scores, ...] = ()
-  content = _json(folder / "validation.json", folder, remarks)
+  content = _json(folder / "validation.json", remarks)
   if content is not None:
     try:
       validation = tuple(from_dict(stage) for stage in content.values())
@@ -70,12 +64,11 @@ def read_run(folder: Path) -> RunSummary:
   )
 
 
-def _json(path: Path, folder: Path, remarks: list[str]) -> Any:
-  try:
-    return read_json(path)
-  except UserError as error:
-    remarks.append(without_folders(error, folder))
-    return None
+def _json(path: Path, remarks: list[str]) -> Any:
+  content = None
+  with noted(remarks, path.parent):
+    content = read_json(path)
+  return content
 
 
 def _of_config(folder: Path, remarks: list[str]) -> list[tuple[str, str]]:
