@@ -89,7 +89,7 @@ def test_missing_cases_and_other_grids_are_one_clear_line(folders):
   moved = AFFINE.copy()
   moved[0, 3] += 2
   write(folders / "ref" / "c.nii.gz", np.zeros((12, 10, 8)))
-  with pytest.raises(UserError, match="no prediction of c, .*--partial"):
+  with pytest.raises(UserError, match="no prediction of c, .*partial"):
     evaluate_folders(folders / "pred", folders / "ref")
   assert len(evaluate_folders(folders / "pred", folders / "ref", partial=True).cases) == 2
   write(folders / "pred" / "c.nii.gz", np.zeros((12, 10, 8)), moved)

@@ -78,10 +78,10 @@ def evaluate_folders(
   progress(0, len(pairs))
   for identifier, (prediction, reference) in pairs.items():
     geometry = load_image(reference).geometry
-    maps = [load_label_map(path, geometry) for path in (prediction, reference)]
+    truth, guess = (load_label_map(path, geometry) for path in (reference, prediction))
     found[identifier] = evaluate_arrays(
-      *maps, geometry.spacing, structures_of(labels, *maps), labels.ignore if labels else None,
-      tolerance,
+      guess, truth, geometry.spacing, structures_of(labels, truth, guess),
+      labels.ignore if labels else None, tolerance,
     )
     progress(len(found), len(pairs))
   occurring = {name for case in found.values() for name in case}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -72,7 +71,6 @@ def save_contact_sheet(
   width = _PANEL * len(columns) + 0.4
   height = sum(heights) + 0.06 * len(panels) + title + legend
   figure = Figure(figsize=(width, height), dpi=100, facecolor="black")
-  FigureCanvasAgg(figure)
   grid = figure.add_gridspec(
     len(panels), len(columns), height_ratios=heights, wspace=0.03, hspace=0.03,
     left=0.4 / width, right=1 - 0.02 / width, top=1 - title / height, bottom=legend / height,
@@ -85,20 +83,17 @@ def save_contact_sheet(
     places[0].set_ylabel(row["title"], color="white", fontsize=7)
   for name, place in zip(columns, axes[0], strict=True):
     place.set_title(name, color="white", fontsize=10)
-  handles: list[Any] = [
-    Line2D([], [], color=shown, label=s.name)
-    for s, shown in zip(structures, colours, strict=True)
-  ]
+  named = zip(structures, colours, strict=True)
+  handles: list[Any] = [Line2D([], [], color=shown, label=s.name) for s, shown in named]
   if "reference" in columns:
     handles.append(Line2D([], [], color="white", linestyle=":", label="reference"))
   figure.legend(
     handles=handles, loc="lower center", ncol=min(len(handles), 6), fontsize=8, frameon=False,
     labelcolor="white",
   )
-  path = Path(path)
   with replacing(path) as temporary:
     figure.savefig(temporary, format="png", facecolor="black")
-  return path
+  return Path(path)
 
 
 def _rows(
@@ -199,7 +194,6 @@ def _contour(axes, mask: np.ndarray, **style: Any) -> None:
   if not mask.any():
     return
   # Padded, so that what touches the border is closed there.
-  padded = np.pad(mask, 1).astype(np.float32)
   rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
-  axes.contour(columns, rows, padded, [0.5], **style)
+  axes.contour(columns, rows, np.pad(mask, 1).astype(np.float32), [0.5], **style)
   axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))

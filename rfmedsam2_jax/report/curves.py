@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rfmedsam2_jax.base.errors import UserError
@@ -89,7 +88,6 @@ def _figure(phases: dict[str, Curves]) -> Figure:
   validated = any(name.startswith(_VALIDATION) for curves in phases.values() for name in curves)
   rows, columns = max(len(phases), 1), 2 if validated else 1
   figure = Figure(figsize=(5.5 * columns, 3.2 * rows), dpi=100, layout="constrained")
-  FigureCanvasAgg(figure)
   grid = figure.subplots(rows, columns, squeeze=False)
   for row, (phase, curves) in zip(grid, phases.items(), strict=False):
     losses = {n: p for n, p in curves.items() if not n.startswith(_VALIDATION) and n != _RATE}

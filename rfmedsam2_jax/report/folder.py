@@ -39,17 +39,20 @@ class Written:
   Attributes:
     cases: in the report's order, worst first.
     scores: of the predictions, None without references.
-    warnings: what is unusual in the cases, as `predict` said it.
     remarks: what is missing or damaged.
     volumes_bytes: of the viewers' volumes.
   """
 
   index: Path
-  cases: tuple[CaseReport, ...]
+  cases: list[CaseReport]
   scores: Scores | None
-  warnings: tuple[str, ...]
-  remarks: tuple[str, ...]
+  remarks: list[str]
   volumes_bytes: int
+
+  @property
+  def warnings(self) -> list[str]:
+    """What is unusual in the cases, as `predict` said it."""
+    return [f"{case.name}: {notice.message}" for case in self.cases for notice in case.warnings]
 
 
 def write_report(
@@ -98,33 +101,28 @@ def write_report(
     remarks += summary.remarks if summary else ()
     if no_viewer:
       remarks.append(f"the viewer (NiiVue) is not installed: {niivue.ADVICE}")
-    scores = _scores(cases)
-    _write_pages(folder, cases, summary, {
+    written = Written(out / "index.html", cases, _scores(cases), remarks, size)
+    _write_pages(folder, written, summary, {
       "title": predictions.resolve().name if predictions else summary.name if summary else "",
-      "referenced": references is not None, "remarks": remarks, "scores": scores,
-      "no_viewer": remarks[-1] if no_viewer else None,
+      "referenced": bool(truths), "no_viewer": remarks[-1] if no_viewer else None,
     })
     if bundle:
       shutil.copyfile(bundle, folder / "static" / niivue.FILE)
-    _write_numbers(folder, cases, summary, scores, remarks)
-  warned = [f"{case.name}: {notice.message}" for case in cases for notice in case.warnings]
-  return Written(out / "index.html", tuple(cases), scores, tuple(warned), tuple(remarks), size)
+    _write_numbers(folder, written, summary)
+  return written
 
 
-def _write_numbers(
-  folder: Path, cases: list[CaseReport], summary: RunSummary | None, scores: Scores | None,
-  remarks: list[str],
-) -> None:
+def _write_numbers(folder: Path, written: Written, run: RunSummary | None) -> None:
   """report.json: what the pages say, for a program."""
+  cases = written.cases
   content = {
     "made_by": f"rfmedsam2 report {version('rfmedsam2-jax')}",
-    "run": summary.name if summary else None,
-    "scores": as_dict(scores) if scores else None,
+    "run": run.name if run else None,
+    "scores": as_dict(written.scores) if written.scores else None,
     "warnings": [
-      {"case": case.name, "kind": w.kind, "message": w.message}
-      for case in cases for w in case.warnings
+      {"case": case.name, **dataclasses.asdict(w)} for case in cases for w in case.warnings
     ],
-    "remarks": remarks,
+    "remarks": written.remarks,
     "cases": [{"case": case.name, "page": f"cases/{case.page}.html"} for case in cases],
   }
   text = json.dumps(content, indent=1, allow_nan=False)
@@ -139,22 +137,24 @@ def _write_cases(
   said = Progress("cases", progress)
   cases, size = [], 0
   for number, prediction in enumerate(found, 1):
-    page = f"{number:0{len(str(len(found)))}d}-{_file_name(prediction.name)}"
+    # As a part of a file name on every system and in every address.
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", prediction.name)[:60]
+    page = f"{number:0{len(str(len(found)))}d}-{name}"
     image = find_image(images, prediction) if images else None
-    case, layers = report_case(
-      prediction, page, labels, truths.get(prediction.name), image, voxels
-    )
+    reference = truths.get(prediction.name)
+    case, layers = report_case(prediction, page, labels, reference, image, voxels)
     missing = []
-    if truths and prediction.name not in truths:
+    if truths and not reference:
       missing.append("has no reference; it is not scored")
-    if images and image is None:
+    if images and not image:
       missing.append("its image is not in the folder of images")
-    case = dataclasses.replace(case, problems=(*case.problems, *missing))
     if layers is not None:
       (folder / "volumes").mkdir(exist_ok=True)
       text = f"window.reportCase = {json.dumps(layers, allow_nan=False)};\n"
       size += (folder / "volumes" / f"{page}.js").write_text(text, encoding="utf-8")
-    cases.append(dataclasses.replace(case, has_viewer=layers is not None))
+    cases.append(dataclasses.replace(
+      case, problems=(*case.problems, *missing), has_viewer=layers is not None
+    ))
     said(number, len(found))
   return sorted(cases, key=_worst_first), size
 
@@ -163,11 +163,6 @@ def _worst_first(case: CaseReport) -> tuple:
   """What should be looked at first: what failed, then low Dice or else low predicted IoU."""
   sure = case.dice if case.dice is not None else case.predicted_iou
   return sure is not None, case.dice is None, sure or 0.0, case.name
-
-
-def _file_name(name: str) -> str:
-  """A case's name as a part of a file name on every system and in every address."""
-  return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
 
 
 def _scores(cases: list[CaseReport], stage: int = LAST) -> Scores | None:
@@ -207,7 +202,7 @@ def _number(value: Any, digits: int = 3) -> str:
 
 
 def _write_pages(
-  folder: Path, cases: list[CaseReport], summary: RunSummary | None, told: dict[str, Any]
+  folder: Path, written: Written, run: RunSummary | None, told: dict[str, Any]
 ) -> None:
   """index.html, a page of each case, and what they load; `told` goes to the templates as it is."""
   templates = jinja2.Environment(
@@ -215,14 +210,15 @@ def _write_pages(
     lstrip_blocks=True, undefined=jinja2.StrictUndefined,
   )
   templates.filters["number"] = _number
+  cases = written.cases
   stages = sorted({n for case in cases for n in case.stage_scores if n != LAST})
   by_stage = {n: found for n in stages if (found := _scores(cases, n))}
-  validation = dict(enumerate(summary.validation)) if summary else {}
+  validation = dict(enumerate(run.validation)) if run else {}
   scored = [case for case in cases if case.dice is not None]
   values = {
-    **told, "cases": cases, "run": summary, "bundle": niivue.FILE,
+    **told, "cases": cases, "remarks": written.remarks, "run": run, "bundle": niivue.FILE,
     "made_by": f"rfmedsam2 {version('rfmedsam2-jax')}",
-    "result": _block(told["scores"], by_stage) if told["scores"] else None,
+    "result": _block(written.scores, by_stage) if written.scores else None,
     "validation": _block(validation[max(validation)], validation) if validation else None,
     "worst": scored[:3], "best": scored[:-4:-1] if len(scored) > 3 else [],
     "pages": {case.name: f"cases/{case.page}.html" for case in cases},

@@ -107,7 +107,8 @@ def _image_layer(
 ) -> tuple[tuple[float, float], bool, dict[str, str]]:
   """What becomes black and white, whether every intensity is kept exactly, and the layer."""
   if image is None:  # something for the others to lie on
-    return (0.0, 1.0), True, _layer("no image", "image", np.zeros_like(prediction, np.uint8), affine)
+    nothing = np.zeros(prediction.shape, np.uint8)
+    return (0.0, 1.0), True, _layer("no image", "image", nothing, affine)
   inside = prediction > 0 if prediction.any() else np.ones(prediction.shape, bool)
   stored, slope, intercept, exact = _stored(image)
   layer = _layer("image", "image", stored, affine, slope, intercept)

@@ -54,12 +54,12 @@ def read_predictions(folder: Path) -> list[Prediction]:
   Raises:
     UserError: no case in it, or two label maps of one case.
   """
-  maps = label_map_files(folder) if any(map(_is_volume, folder.iterdir())) else {}
+  maps = _maps(folder)
   stages: dict[str, dict[int, Path]] = {}
   for place in sorted(folder.glob("stage*")):
     number = place.name.removeprefix("stage")
-    if number.isdecimal() and place.is_dir() and any(map(_is_volume, place.iterdir())):
-      for name, path in label_map_files(place).items():
+    if number.isdecimal() and place.is_dir():
+      for name, path in _maps(place).items():
         stages.setdefault(name, {})[int(number)] = path
   names = {*maps, *stages, *(path.stem for path in folder.glob("*.json") if _is_case(path))}
   if not names:
@@ -126,14 +126,15 @@ def noted(problems: list[str], *folders: Path) -> Iterator[None]:
     problems.append(text)
 
 
-def _is_volume(path: Path) -> bool:
-  return is_volume_name(path) and path.is_file()
+def _maps(folder: Path) -> dict[str, Path]:
+  """Label maps by case; empty if there are none."""
+  there = any(is_volume_name(path) and path.is_file() for path in folder.iterdir())
+  return label_map_files(folder) if there else {}
 
 
 def _is_case(path: Path) -> bool:
   """Whether a JSON file tells of a case, whose label map may be lost."""
-  try:
+  content = None
+  with contextlib.suppress(UserError):
     content = read_json(path)
-  except UserError:
-    return False
   return isinstance(content, dict) and "case" in content and "structures" in content

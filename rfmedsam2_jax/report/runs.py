@@ -59,9 +59,8 @@ def read_run(folder: Path) -> RunSummary:
       validation = tuple(from_dict(stage) for stage in content.values())
     except (KeyError, TypeError, AttributeError, ValueError):
       remarks.append("validation.json: has no scores of stages; train the run to its end")
-  return RunSummary(
-    folder.resolve().name, plan, tuple(facts), curves, validation, tuple(remarks)
-  )
+  name = folder.resolve().name
+  return RunSummary(name, plan, tuple(facts), curves, validation, tuple(remarks))
 
 
 def _json(path: Path, remarks: list[str]) -> Any:
@@ -95,14 +94,13 @@ def _of_config(folder: Path, remarks: list[str]) -> list[tuple[str, str]]:
 
 
 def _of_plan(plan: Plan) -> list[tuple[str, str]]:
-  channels = (f"{channel.name} ({channel.kind})" for channel in plan.channels)
   return [
-    ("channels", ", ".join(channels)),
+    ("channels", ", ".join(f"{channel.name} ({channel.kind})" for channel in plan.channels)),
     ("structures", ", ".join(plan.labels.names)),
     ("voxels", f"{_list(plan.spacing, ' x ')} mm, slices first"),
     ("median shape", _list(plan.median_shape, " x ")),
     ("patch", _list(plan.patch_size, " x ")),
-    ("slices", f"{('axial', 'coronal', 'sagittal')[plan.slice_axis]}"),
+    ("slices", ("axial", "coronal", "sagittal")[plan.slice_axis]),
   ]
 
 

@@ -76,7 +76,7 @@ class Pages:
   async def open(self, request: Request) -> Response:
     asked = _Open.model_validate_json(await _body(request))
     if self._folder is None:
-      raise UserError("no folder was named; upload a volume, or start with --folder")
+      raise UserError("the server was started without a folder; upload a volume")
     path = find_below(self._folder, asked.file)
     return await self._opened(path, asked.file, asked.plane, asked.window, self._folder)
 
@@ -87,8 +87,8 @@ class Pages:
       raise UserError(f"{asked.file}: is no name of a volume; upload a file that ends in "
                       f"{', '.join(ENDINGS)}")
     limit = self._upload
-    too_large = UserError(f"{asked.file}: is larger than {limit} bytes; start with a larger "
-                          "--max-upload or put it into the folder")
+    too_large = UserError(f"{asked.file}: is larger than {limit} bytes; put it into the folder, or "
+                          "let the server take larger uploads")
     if int(request.headers.get("content-length", "0")) > limit:
       raise too_large
     with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
@@ -112,7 +112,7 @@ class Pages:
       key, opened = await run_in_threadpool(self._studio.open, path, name, plane, chosen)
     except (UserError, OSError) as error:
       told = str(error).replace(str(path), name).replace(f"{place}/", "")
-      raise UserError(told.replace("--window ", "window ")) from None
+      raise UserError(told) from None
     depth, height, width = opened.slices
     spacing = dict(zip(("axial", "coronal", "sagittal"), opened.volume.spacing, strict=True))
     return JSONResponse({
