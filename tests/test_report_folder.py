@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import re
+import sys
 import tarfile
 import threading
 
@@ -237,6 +238,19 @@ def test_bad_input_is_one_line_and_writes_nothing(folders, capsys, given, said):
   error = capsys.readouterr().err
   assert said in error and error.count("\n") == 1
   assert sorted(folders.iterdir()) == before
+
+
+def test_a_mistake_is_said_before_anything_is_loaded(folders, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "rfmedsam2_jax.report.folder", None)  # cannot be imported
+  (folders / "report").mkdir()
+  (folders / "report" / "report.json").write_text('{"made_by": "rfmedsam2 report 1"}')
+  for given, said in (
+    (["nowhere"], "is not a folder"), (["pred", "--images", "nowhere"], "is not a folder"),
+    (["pred"], "choose another --out or replace it: --overwrite"),
+  ):
+    places = [str(folders / part) if part[0].isalpha() else part for part in given]
+    assert main(["report", *places, "--out", str(folders / "report")]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_only_a_report_is_replaced_and_a_failed_one_leaves_the_old(folders, monkeypatch, capsys):

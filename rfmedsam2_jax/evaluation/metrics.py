@@ -63,11 +63,8 @@ def surface_distances(
 
 
 def score(
-  prediction: np.ndarray,
-  reference: np.ndarray,
-  spacing: tuple[float, ...],
-  tolerance: float = 1.0,
-  known: np.ndarray | None = None,
+  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
+  tolerance: float = 1.0, known: np.ndarray | None = None,
 ) -> Score:
   """Scores one structure.
 
@@ -87,13 +84,9 @@ def score(
     return Score(empty, empty, float("nan"), *volumes)
   distances = surface_distances(prediction, reference, spacing)
   within = sum(np.count_nonzero(d <= tolerance) for d in distances)
-  return Score(
-    dice=dice(prediction, reference),
-    surface_dice=within / sum(d.size for d in distances),
-    hd95=max(float(np.percentile(d, 95)) for d in distances),
-    volume=volumes[0],
-    reference_volume=volumes[1],
-  )
+  surface_dice = within / sum(d.size for d in distances)
+  hd95 = max(float(np.percentile(d, 95)) for d in distances)
+  return Score(dice(prediction, reference), surface_dice, hd95, *volumes)
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:

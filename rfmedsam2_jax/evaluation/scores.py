@@ -50,11 +50,8 @@ class Scores:
 
 
 def evaluate_folders(
-  predictions: str | Path,
-  references: str | Path,
-  labels: Labels | None = None,
-  tolerance: float = 1.0,
-  partial: bool = False,
+  predictions: str | Path, references: str | Path, labels: Labels | None = None,
+  tolerance: float = 1.0, partial: bool = False,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
   """Scores every label map of a folder against the one of the same name.
@@ -112,12 +109,8 @@ def structures_of(labels: Labels | None, *maps: np.ndarray) -> tuple[Structure, 
 
 
 def evaluate_arrays(
-  prediction: np.ndarray,
-  reference: np.ndarray,
-  spacing: tuple[float, ...],
-  structures: Sequence[Structure],
-  ignore: int | None = None,
-  tolerance: float = 1.0,
+  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
+  structures: Sequence[Structure], ignore: int | None = None, tolerance: float = 1.0,
 ) -> dict[str, Score]:
   """Scores one case of label maps, whole numbers [D, H, W] on one grid, by structure name."""
   known = None if ignore is None else reference != ignore

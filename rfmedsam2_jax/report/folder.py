@@ -56,12 +56,8 @@ class Written:
 
 
 def write_report(
-  out: Path,
-  run: Path | None = None,
-  predictions: Path | None = None,
-  references: Path | None = None,
-  images: Path | None = None,
-  overwrite: bool = False,
+  out: Path, run: Path | None = None, predictions: Path | None = None,
+  references: Path | None = None, images: Path | None = None, overwrite: bool = False,
   voxels: int = 20_000_000,
   progress: Callable[[str], None] = lambda line: None,
 ) -> Written:

@@ -39,12 +39,8 @@ def thinning(
 
 
 def viewer_layers(
-  geometry: Geometry,
-  names: Mapping[int, str],
-  image: np.ndarray | None,
-  maps: Mapping[str, np.ndarray],
-  details: CaseFile | None,
-  voxels: int,
+  geometry: Geometry, names: Mapping[int, str], image: np.ndarray | None,
+  maps: Mapping[str, np.ndarray], details: CaseFile | None, voxels: int,
 ) -> dict[str, Any]:
   """Everything that the viewer of one case shows.
 

@@ -79,14 +79,15 @@ def box_plot(
 
   boxes = []
   for index, (name, cases) in enumerate(known.items()):
-    if not cases:
-      continue
-    (box,) = boxplot_stats([value for _, value in cases])
-    boxes.append(Box(
-      name, css_colour(index), float(box["med"]),
-      (place(box["whislo"]), place(box["whishi"])), (place(box["q1"]), place(box["q3"])),
-      place(box["med"]), tuple(Point(case, value, place(value)) for case, value in cases),
-    ))
+    if cases:
+      (box,) = boxplot_stats([value for _, value in cases])
+      low_whisker, q1, median, q3, high_whisker = (
+        place(float(box[key])) for key in ("whislo", "q1", "med", "q3", "whishi")
+      )
+      boxes.append(Box(
+        name, css_colour(index), float(box["med"]), (low_whisker, high_whisker), (q1, q3), median,
+        tuple(Point(case, value, place(value)) for case, value in cases),
+      ))
   marks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
   within = [mark for mark in marks if -1e-9 < place(mark) < 1 + 1e-9]
   return BoxPlot(title, tuple(boxes), tuple((f"{mark:g}", place(mark)) for mark in within))
