@@ -105,18 +105,13 @@ def _listen(host: str, port: int) -> socket.socket:
   """A bound socket; UserError if the port is taken or the address is none of this machine."""
   if not 0 <= port <= 65535:
     raise UserError(f"--port {port}: give 0 to 65535")
-  listening = None
   try:
-    family, kind, protocol, _, address = socket.getaddrinfo(
+    family, *_, address = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listening = socket.socket(family, kind, protocol)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind(address)
-    listening.listen()  # SO_REUSEADDR lets two bind; the second cannot listen
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, dualstack_ipv6=both)
   except (OSError, OverflowError) as error:
-    if listening:
-      listening.close()
-    raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); "
+    why = str(error).split(" (while")[0]
+    raise UserError(f"--host {host} --port {port}: cannot listen there ({why}); "
                     "choose another port, or 0 for a free one") from None
-  return listening
