@@ -300,11 +300,12 @@ def test_a_box_plot_has_its_cases_in_order_and_its_outliers_outside():
   values = {"a": [("x", 0.9), ("y", 0.92), ("z", 0.91), ("w", 0.2), ("n", float("nan"))], "b": []}
   plot = box_plot("Dice", values, 1.0)
   (box,) = plot.boxes
-  assert [point.case for point in box.points] == ["w", "x", "z", "y"]
-  assert box.points[0].x == pytest.approx(0) and box.median_value == pytest.approx(0.905)
-  assert box.whiskers[0] > box.points[0].x and plot.ticks[-1] == ("1", 1.0)
+  assert [case for case, _ in box.cases] == ["w", "x", "z", "y"]
+  assert plot.x(box.cases[0][1]) == pytest.approx(0) and box.stats["med"] == pytest.approx(0.905)
+  assert box.stats["whislo"] > box.cases[0][1] and plot.ticks[-1] == ("1", 1.0)
   assert box_plot("Dice", {"a": [("x", float("nan"))]}) is None
-  assert box_plot("HD95", {"a": [("x", 0.0)]}).boxes[0].median == 0
+  plot = box_plot("HD95", {"a": [("x", 0.0)]})
+  assert plot.x(plot.boxes[0].stats["med"]) == 0
 
 
 def archive(content, name=niivue.MEMBER):
