@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.evaluation.scores import evaluate_folders, save_scores, table
 
@@ -85,11 +86,23 @@ def test_ignored_voxels_are_not_scored(folders):
   assert scores.cases["b"]["left"].dice < 1
 
 
+def test_a_mistake_is_said_before_a_volume_is_read(folders, monkeypatch, capsys):
+  monkeypatch.setattr("rfmedsam2_jax.evaluation.scores.load_image", lambda path: 1 / 0)
+  both = [str(folders / "pred"), str(folders / "ref")]
+  for given, said in (
+    ([both[0], str(folders / "no")], "no: no such file or folder"),
+    ([*both, "--labels", str(folders / "no")], "no: no such file or folder"),
+    ([*both, "--scores", str(folders)], "is a folder; name a file"),
+  ):
+    assert main(["evaluate", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_missing_cases_and_other_grids_are_one_clear_line(folders):
   moved = AFFINE.copy()
   moved[0, 3] += 2
   write(folders / "ref" / "c.nii.gz", np.zeros((12, 10, 8)))
-  with pytest.raises(UserError, match="no prediction of c, .*--partial"):
+  with pytest.raises(UserError, match="no prediction of c, .*partial"):
     evaluate_folders(folders / "pred", folders / "ref")
   assert len(evaluate_folders(folders / "pred", folders / "ref", partial=True).cases) == 2
   write(folders / "pred" / "c.nii.gz", np.zeros((12, 10, 8)), moved)

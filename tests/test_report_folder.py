@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import re
+import sys
 import tarfile
 import threading
 
@@ -239,6 +240,19 @@ def test_bad_input_is_one_line_and_writes_nothing(folders, capsys, given, said):
   assert sorted(folders.iterdir()) == before
 
 
+def test_a_mistake_is_said_before_anything_is_loaded(folders, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "rfmedsam2_jax.report.folder", None)  # cannot be imported
+  (folders / "report").mkdir()
+  (folders / "report" / "report.json").write_text('{"made_by": "rfmedsam2 report 1"}')
+  for given, said in (
+    (["nowhere"], "is not a folder"), (["pred", "--images", "nowhere"], "is not a folder"),
+    (["pred"], "choose another --out or replace it: --overwrite"),
+  ):
+    places = [str(folders / part) if part[0].isalpha() else part for part in given]
+    assert main(["report", *places, "--out", str(folders / "report")]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_only_a_report_is_replaced_and_a_failed_one_leaves_the_old(folders, monkeypatch, capsys):
   out = ["--out", str(folders / "pred"), "--overwrite"]
   assert main(["report", str(folders / "pred"), *out]) == 2
@@ -286,11 +300,12 @@ def test_a_box_plot_has_its_cases_in_order_and_its_outliers_outside():
   values = {"a": [("x", 0.9), ("y", 0.92), ("z", 0.91), ("w", 0.2), ("n", float("nan"))], "b": []}
   plot = box_plot("Dice", values, 1.0)
   (box,) = plot.boxes
-  assert [point.case for point in box.points] == ["w", "x", "z", "y"]
-  assert box.points[0].x == pytest.approx(0) and box.median_value == pytest.approx(0.905)
-  assert box.whiskers[0] > box.points[0].x and plot.ticks[-1] == ("1", 1.0)
+  assert [case for case, _ in box.cases] == ["w", "x", "z", "y"]
+  assert plot.x(box.cases[0][1]) == pytest.approx(0) and box.stats["med"] == pytest.approx(0.905)
+  assert box.stats["whislo"] > box.cases[0][1] and plot.ticks[-1] == ("1", 1.0)
   assert box_plot("Dice", {"a": [("x", float("nan"))]}) is None
-  assert box_plot("HD95", {"a": [("x", 0.0)]}).boxes[0].median == 0
+  plot = box_plot("HD95", {"a": [("x", 0.0)]})
+  assert plot.x(plot.boxes[0].stats["med"]) == 0
 
 
 def archive(content, name=niivue.MEMBER):

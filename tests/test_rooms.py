@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import re
 import tomllib
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def test_rooms_before_training_do_not_know_its_packages(package):
   for path in PACKAGE.rglob("*.py"):
     if room_of(path) in ORDER[:first]:
       assert package not in packages_of(path), path
+
+
+def test_the_architecture_page_lists_the_rooms_in_their_order():
+  page = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+  table = page[page.index("## Rooms") : page.index("## Training")]
+  assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.M)) == ORDER
 
 
 def test_no_three_modules_have_one_name():

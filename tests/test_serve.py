@@ -346,6 +346,19 @@ def test_the_command_prints_its_address_and_ends_at_once(tmp_path):
     process.kill()
 
 
+def test_a_mistake_is_said_before_the_network_is_loaded(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "rfmedsam2_jax.weights.checkpoint", None)  # cannot be imported
+  for given, said in (
+    (["no"], "no such checkpoint"), ([".", "--image-size", "100"], "--image-size 100: give"),
+    ([".", "--keep", "0"], "--keep 0: give 1 or more"), ([".", "--port", "-1"], "--port -1: give"),
+  ):
+    assert main(["serve", str(tmp_path / given[0]), *given[1:]]) == 2
+    assert said in capsys.readouterr().err
+  monkeypatch.setattr("rfmedsam2_jax.cli.serve.find_spec", lambda name: None)
+  assert main(["serve", str(tmp_path)]) == 2
+  assert "pip install 'rfmedsam2-jax[serve]'" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_one_line(tmp_path, capsys):
   with socket.create_server(("127.0.0.1", 0)) as other:
     port = other.getsockname()[1]

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
 
 HELP = "score label maps against references"
@@ -12,15 +13,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("predictions", type=Path, help="folder or file")
   parser.add_argument("references", type=Path, help="folder or file")
   parser.add_argument(
-    "--labels",
-    type=Path,
+    "--labels", type=Path,
     help="data set folder, or run, that names the structures; default: label values are the names",
   )
   parser.add_argument("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
   parser.add_argument("--partial", action="store_true", help="not all references are predicted")
-  parser.add_argument(
-    "--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)"
-  )
+  parser.add_argument("--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -29,6 +27,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.data.plan import load_plan
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
 
+  # What can be seen to be wrong, before any volume is read.
+  for path in (options.predictions, options.references, options.labels):
+    if path is not None and not path.exists():
+      raise UserError(f"{path}: no such file or folder; check the path")
+  folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
+  target = options.scores or folder / "scores.json"
+  if target.is_dir():
+    raise UserError(f"--scores {target}: is a folder; name a file")
   labels: Labels | None = None
   if options.labels:
     # A run may have been trained on a few of its data set's structures: those are scored.
@@ -38,7 +44,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
     options.predictions, options.references, labels, options.tolerance, options.partial,
     Progress("cases", console.line),
   )
-  folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
-  target = options.scores or folder / "scores.json"
   save_scores(target, scores)
   console.result(f"{table(scores)}\n\nall scores: {target}", as_dict(scores))

@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.report.folder import write_report
+  from rfmedsam2_jax.report.target import is_taken
 
   runs = [folder for folder in options.folders if (folder / "config.yaml").is_file()]
   predictions = [folder for folder in options.folders if folder not in runs]
@@ -38,9 +38,18 @@ def run(options: argparse.Namespace, console: Console) -> None:
       raise UserError(f"--{name}: belongs to predictions; name the folder that predict wrote too")
   if not 0 <= options.max_voxels < 1e6:
     raise UserError(f"--max-voxels {options.max_voxels:g}: give millions of voxels, or 0")
+  for folder in (*predictions, options.ref, options.images):
+    if folder is not None and not folder.is_dir():
+      raise UserError(f"{folder}: is not a folder; check the path")
+  out = options.out
+  if is_taken(out) and not options.overwrite:
+    raise UserError(f"{out}: exists already; choose another --out or replace it: --overwrite")
+
+  from rfmedsam2_jax.report.folder import write_report  # loads much
+
   written = write_report(
-    options.out, runs[0] if runs else None, predictions[0] if predictions else None,
-    options.ref, options.images, options.overwrite, round(options.max_voxels * 1e6), console.line,
+    out, next(iter(runs), None), next(iter(predictions), None), options.ref, options.images,
+    options.overwrite, round(options.max_voxels * 1e6), console.line,
   )
   said = [*written.warnings, *written.remarks]
   for remark in said:
@@ -50,6 +59,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
   size = f", {written.volumes_bytes / 2**20:.1f} MiB of volumes" if written.volumes_bytes else ""
   console.result(
     f"{written.index}: {len(written.cases)} cases{scored}{size}; open it in a browser",
-    {"index": written.index, "cases": len(written.cases), "dice": dice,
-     "warnings": said},
+    {"index": written.index, "cases": len(written.cases), "dice": dice, "warnings": said},
   )

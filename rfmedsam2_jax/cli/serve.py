@@ -3,10 +3,15 @@
 import argparse
 import secrets
 import socket
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
+
+if TYPE_CHECKING:
+  from starlette.applications import Starlette
 
 HELP = "a local web page: prompt a volume with boxes and points, track, correct, save"
 
@@ -31,51 +36,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  try:
-    import starlette  # noqa: F401
+  _check(options)
+  with _listen(options.host, options.port) as listening:
     import uvicorn
-  except ModuleNotFoundError as error:
-    raise UserError(
-      f"serve needs {error.name}; install it: pip install 'rfmedsam2-jax[serve]'"
-    ) from None
-  from rfmedsam2_jax.nn import SAM2
-  from rfmedsam2_jax.prompted.files import at_side
-  from rfmedsam2_jax.serve.app import Pages, make_app
-  from rfmedsam2_jax.serve.guard import LOOPBACK
-  from rfmedsam2_jax.serve.studio import Studio
-  from rfmedsam2_jax.tracking import TrackingConfig
-  from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
-  if options.folder is not None and not options.folder.is_dir():
-    raise UserError(f"--folder {options.folder}: is no folder; name one that holds volumes")
-  for name in ("keep", "max_upload", "max_voxels"):
-    if getattr(options, name) < 1:
-      raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
-  listening = _listen(options.host, options.port)
-  with listening:
-    checkpoint = load_checkpoint(options.checkpoint)
-    config = TrackingConfig(
-      multimask=not options.single_mask, dynamic_multimask=not options.single_mask,
-      objects_per_batch=1,  # one program for any number of labels; most trackings follow one
-    )
-    model = SAM2(at_side(checkpoint.config, options.image_size))
-    studio = Studio(
-      model, checkpoint.params, config, options.keep, options.max_voxels * 10**6, prepare=True
-    )
+    from rfmedsam2_jax.serve.guard import LOOPBACK
+
     token = secrets.token_urlsafe(24)
-    pages = Pages(
-      studio, options.folder.resolve() if options.folder else None,
-      options.max_upload << 20, options.checkpoint.resolve().name,
-    )
-    app = make_app(pages, options.host, token)
+    app = _app(options, token)
     if options.host not in LOOPBACK:
       console.line(
         f"WARNING: {options.host} can be reached by other machines. Whoever has the address below "
         "sees the folder's volumes, and everything travels unencrypted."
       )
-    port = listening.getsockname()[1]
     name = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{name}:{port}/#{token}"
+    address = f"http://{name}:{listening.getsockname()[1]}/#{token}"
     console.result(f"{address}\nopen it in a browser; Ctrl-C ends", {"address": address})
     server = uvicorn.Server(uvicorn.Config(
       app, log_level="warning", access_log=False, server_header=False, lifespan="off",
@@ -85,22 +60,58 @@ def run(options: argparse.Namespace, console: Console) -> None:
     server.run(sockets=[listening])
 
 
+def _check(options: argparse.Namespace) -> None:
+  """UserError for what can be seen to be wrong before the network is loaded."""
+  for package in ("starlette", "uvicorn"):
+    if find_spec(package) is None:
+      raise UserError(f"serve needs {package}; install it: pip install 'rfmedsam2-jax[serve]'")
+  if not options.checkpoint.exists():
+    raise UserError(
+      f"{options.checkpoint}: no such checkpoint; check the path or make one, docs/convert.md"
+    )
+  if options.folder is not None and not options.folder.is_dir():
+    raise UserError(f"--folder {options.folder}: is no folder; name one that holds volumes")
+  for name in ("keep", "max_upload", "max_voxels"):
+    if getattr(options, name) < 1:
+      raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
+  if (size := options.image_size) is not None and (size < 64 or size % 32):
+    raise UserError(f"--image-size {size}: give a multiple of 32 from 64 on")
+
+
+def _app(options: argparse.Namespace, token: str) -> "Starlette":
+  """The server, with the network that the options name."""
+  from rfmedsam2_jax.nn import SAM2
+  from rfmedsam2_jax.prompted.files import at_side
+  from rfmedsam2_jax.serve.app import Pages, make_app
+  from rfmedsam2_jax.serve.studio import Studio
+  from rfmedsam2_jax.tracking import TrackingConfig
+  from rfmedsam2_jax.weights.checkpoint import load_checkpoint
+
+  checkpoint = load_checkpoint(options.checkpoint)
+  config = TrackingConfig(
+    multimask=not options.single_mask, dynamic_multimask=not options.single_mask,
+    objects_per_batch=1,  # one program for any number of labels; most trackings follow one
+  )
+  studio = Studio(
+    SAM2(at_side(checkpoint.config, options.image_size)), checkpoint.params, config, options.keep,
+    options.max_voxels * 10**6, prepare=True,
+  )
+  folder = options.folder.resolve() if options.folder else None
+  pages = Pages(studio, folder, options.max_upload << 20, options.checkpoint.resolve().name)
+  return make_app(pages, options.host, token)
+
+
 def _listen(host: str, port: int) -> socket.socket:
   """A bound socket; UserError if the port is taken or the address is none of this machine."""
   if not 0 <= port <= 65535:
     raise UserError(f"--port {port}: give 0 to 65535")
-  listening = None
   try:
-    family, kind, protocol, _, address = socket.getaddrinfo(
+    family, *_, address = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listening = socket.socket(family, kind, protocol)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind(address)
-    listening.listen()  # SO_REUSEADDR lets two bind; the second cannot listen
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, dualstack_ipv6=both)
   except (OSError, OverflowError) as error:
-    if listening:
-      listening.close()
-    raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); "
+    why = str(error).split(" (while")[0]
+    raise UserError(f"--host {host} --port {port}: cannot listen there ({why}); "
                     "choose another port, or 0 for a free one") from None
-  return listening

@@ -8,7 +8,7 @@ import numpy as np
 _CHUNK = 2**22  # voxels that are counted at once; bincount takes eight bytes for each
 
 
-def voxel_ml(spacing: tuple[float, float, float]) -> float:
+def voxel_ml(spacing: tuple[float, ...]) -> float:
   """The volume of one voxel in ml; spacing in mm, in any order."""
   return float(np.prod(spacing)) / 1000
 

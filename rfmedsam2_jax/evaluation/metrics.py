@@ -1,7 +1,7 @@
 """Scores of a segmentation: Dice, surface Dice, 95 % Hausdorff distance, volumes.
 
 Takes whole volumes (slices without the structure included) as boolean arrays; evaluation.scores
-reads the files. numpy and scipy only.
+reads the files.
 
 Surfaces are the voxels of a mask that have a face neighbour outside of it (beyond the array's
 border counts as outside); distances are between voxel centres, in mm, so that a surface distance
@@ -14,10 +14,13 @@ its Dice of 0 already says so.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
+
+from rfmedsam2_jax.data.measures import voxel_ml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +54,17 @@ def surface_distances(
   """
   # Both surfaces lie in the box of the union, and so does every distance between them.
   box = ndimage.find_objects((prediction | reference).astype(np.uint8))[0]
-  surfaces = [_surface(mask[box]) for mask in (prediction, reference)]
-  ours, theirs = surfaces
+  ours, theirs = (
+    mask & ~ndimage.binary_erosion(mask) for mask in (prediction[box], reference[box])
+  )
   to_theirs = ndimage.distance_transform_edt(~theirs, sampling=spacing)[ours]
   to_ours = ndimage.distance_transform_edt(~ours, sampling=spacing)[theirs]
   return to_theirs, to_ours
 
 
-def _surface(mask: np.ndarray) -> np.ndarray:
-  return mask & ~ndimage.binary_erosion(mask)
-
-
 def score(
-  prediction: np.ndarray,
-  reference: np.ndarray,
-  spacing: tuple[float, ...],
-  tolerance: float = 1.0,
-  known: np.ndarray | None = None,
+  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
+  tolerance: float = 1.0, known: np.ndarray | None = None,
 ) -> Score:
   """Scores one structure.
 
@@ -81,28 +78,27 @@ def score(
     raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} differ")
   if known is not None:
     prediction, reference = prediction & known, reference & known
-  millilitres = float(np.prod(spacing)) / 1000
-  volumes = [float(np.count_nonzero(m)) * millilitres for m in (prediction, reference)]
+  volumes = [float(np.count_nonzero(m)) * voxel_ml(spacing) for m in (prediction, reference)]
   if not volumes[0] or not volumes[1]:
     empty = float("nan") if volumes[0] == volumes[1] else 0.0
     return Score(empty, empty, float("nan"), *volumes)
   distances = surface_distances(prediction, reference, spacing)
   within = sum(np.count_nonzero(d <= tolerance) for d in distances)
-  return Score(
-    dice=dice(prediction, reference),
-    surface_dice=within / sum(d.size for d in distances),
-    hd95=max(float(np.percentile(d, 95)) for d in distances),
-    volume=volumes[0],
-    reference_volume=volumes[1],
-  )
+  surface_dice = within / sum(d.size for d in distances)
+  hd95 = max(float(np.percentile(d, 95)) for d in distances)
+  return Score(dice(prediction, reference), surface_dice, hd95, *volumes)
+
+
+def known_mean(values: Iterable[float | None]) -> float | None:
+  """Mean of the values that make a statement (neither None nor nan); None where none does."""
+  known = [value for value in values if value is not None and not math.isnan(value)]
+  return float(np.mean(known)) if known else None
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
   """Mean of every score over those that make a statement; nan where none does."""
-
-  def mean(name: str) -> float:
-    values = np.array([getattr(s, name) for s in scores], np.float64)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else float("nan")
-
-  return Score(**{field.name: mean(field.name) for field in dataclasses.fields(Score)})
+  means = {
+    field.name: known_mean(getattr(score, field.name) for score in scores)
+    for field in dataclasses.fields(Score)
+  }
+  return Score(**{name: math.nan if mean is None else mean for name, mean in means.items()})

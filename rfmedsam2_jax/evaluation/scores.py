@@ -1,13 +1,13 @@
 """Scores of label maps against reference label maps: per structure and case, as a table and JSON.
 
-The end of the data's way: reads what segmentation.segmenter wrote (or any NIfTI label maps) and the
-reference, brings both into one orientation by their affines, and hands masks to `metrics`.
+The end of the data's way: reads label maps and their references, brings both into one orientation
+by their affines, and hands masks to `metrics`.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ class Scores:
     """Mean over the cases."""
     return mean_score([case[name] for case in self.cases.values()])
 
+  def unmatched(self, name: str) -> int:
+    """Cases in which only one side has the structure; HD95 leaves them out."""
+    of_cases = (case[name] for case in self.cases.values())
+    return sum(found.dice == 0 and math.isnan(found.hd95) for found in of_cases)
+
   @property
   def mean(self) -> Score:
     """Mean over the structures' means: a structure counts the same however many cases have it."""
@@ -45,12 +50,9 @@ class Scores:
 
 
 def evaluate_folders(
-  predictions: str | Path,
-  references: str | Path,
-  labels: Labels | None = None,
-  tolerance: float = 1.0,
-  partial: bool = False,
-  progress: Callable[[int, int], None] | None = None,
+  predictions: str | Path, references: str | Path, labels: Labels | None = None,
+  tolerance: float = 1.0, partial: bool = False,
+  progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
   """Scores every label map of a folder against the one of the same name.
 
@@ -70,61 +72,58 @@ def evaluate_folders(
     raise UserError(f"tolerance {tolerance} mm: is negative; give 0 or more")
   pairs = _pairs(Path(predictions), Path(references), partial)
   found: dict[str, dict[str, Score]] = {}
-  occurring: set[str] = set()
-  if progress is not None:
-    progress(0, len(pairs))
-  for done, (identifier, (prediction, reference)) in enumerate(pairs.items(), start=1):
-    structures, found[identifier] = _score_case(prediction, reference, labels, tolerance)
-    occurring.update(structures)
-    if progress is not None:
-      progress(done, len(pairs))
-  names = labels.names if labels is not None else tuple(sorted(occurring, key=int))
-  # A value that other cases have and this one lacks on both sides makes no statement.
-  absent = Score(math.nan, math.nan, math.nan, 0.0, 0.0)
-  cases = {i: {name: case.get(name, absent) for name in names} for i, case in found.items()}
-  return Scores(names, tolerance, cases)
+  progress(0, len(pairs))
+  for identifier, (prediction, reference) in pairs.items():
+    geometry = load_image(reference).geometry
+    truth, guess = (load_label_map(path, geometry) for path in (reference, prediction))
+    found[identifier] = evaluate_arrays(
+      guess, truth, geometry.spacing, structures_of(labels, truth, guess),
+      labels.ignore if labels else None, tolerance,
+    )
+    progress(len(found), len(pairs))
+  occurring = {name for case in found.values() for name in case}
+  return gathered(found, labels.names if labels else sorted(occurring, key=int), tolerance)
+
+
+def gathered(
+  cases: Mapping[str, Mapping[str, Score]], names: Iterable[str], tolerance: float = 1.0
+) -> Scores:
+  """Scores of several cases; a structure that a case lacks makes no statement there.
+
+  Args:
+    cases: by case identifier and structure name. names: of the structures, in their order.
+  """
+  names, absent = tuple(names), Score(math.nan, math.nan, math.nan, 0.0, 0.0)
+  return Scores(names, tolerance, {
+    identifier: {name: case.get(name, absent) for name in names}
+    for identifier, case in cases.items()
+  })
+
+
+def structures_of(labels: Labels | None, *maps: np.ndarray) -> tuple[Structure, ...]:
+  """The structures that labels name; without labels every value of the maps, under its number."""
+  if labels is not None:
+    return labels.structures
+  values = sorted({int(value) for found in maps for value in np.unique(found)} - {0})
+  return tuple(Structure(str(value), (value,)) for value in values)
 
 
 def evaluate_arrays(
-  prediction: np.ndarray,
-  reference: np.ndarray,
-  spacing: tuple[float, ...],
-  structures: Sequence[Structure],
-  ignore: int | None = None,
-  tolerance: float = 1.0,
+  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
+  structures: Sequence[Structure], ignore: int | None = None, tolerance: float = 1.0,
 ) -> dict[str, Score]:
   """Scores one case of label maps, whole numbers [D, H, W] on one grid, by structure name."""
   known = None if ignore is None else reference != ignore
   return {
-    structure.name: score(
-      np.isin(prediction, structure.values),
-      np.isin(reference, structure.values),
-      spacing,
-      tolerance,
-      known,
+    s.name: score(
+      np.isin(prediction, s.values), np.isin(reference, s.values), spacing, tolerance, known
     )
-    for structure in structures
+    for s in structures
   }
 
 
-def _score_case(
-  prediction: Path, reference: Path, labels: Labels | None, tolerance: float
-) -> tuple[tuple[str, ...], dict[str, Score]]:
-  geometry = load_image(reference).geometry
-  truth = load_label_map(reference, geometry)
-  guess = load_label_map(prediction, geometry)
-  if labels is None:
-    values = sorted({*np.unique(truth).tolist(), *np.unique(guess).tolist()} - {0})
-    structures: tuple[Structure, ...] = tuple(Structure(str(v), (v,)) for v in values)
-  else:
-    structures = labels.structures
-  ignore = None if labels is None else labels.ignore
-  scores = evaluate_arrays(guess, truth, geometry.spacing, structures, ignore, tolerance)
-  return tuple(scores), scores
-
-
-def label_maps(path: Path) -> dict[str, Path]:
-  """Label maps by case identifier, of a folder or of one file.
+def label_map_files(path: Path) -> dict[str, Path]:
+  """Files of label maps by case identifier, of a folder or of one file.
 
   Raises:
     UserError: nothing there, or two files of one case.
@@ -138,71 +137,55 @@ def label_maps(path: Path) -> dict[str, Path]:
     files = [path]
   else:
     raise UserError(f"{path}: no such file or folder; check the path")
-  names: dict[str, Path] = {}
+  by_case: dict[str, Path] = {}
   for file in files:
-    ending = next((e for e in ENDINGS if file.name.endswith(e)), "")
-    name = file.name.removesuffix(ending)
-    if name in names:
-      raise UserError(f"{file}: is the case {name}, and so is {names[name].name}; remove one")
-    names[name] = file
-  return names
+    name = file.name.removesuffix(next((e for e in ENDINGS if file.name.endswith(e)), ""))
+    if by_case.setdefault(name, file) != file:
+      raise UserError(f"{file}: is the case {name}, and so is {by_case[name].name}; remove one")
+  return by_case
 
 
 def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tuple[Path, Path]]:
-  guesses, truths = label_maps(predictions), label_maps(references)
+  guesses, truths = label_map_files(predictions), label_map_files(references)
   if predictions.is_file() and references.is_file():
     (identifier, guess), (truth,) = *guesses.items(), truths.values()
     return {identifier: (guess, truth)}
-  for identifier, guess in guesses.items():
-    if identifier not in truths:
-      raise UserError(
-        f"{guess}: has no reference of that name in {references}; add it or remove the prediction"
-      )
+  for extra in (guess for identifier, guess in guesses.items() if identifier not in truths):
+    raise UserError(
+      f"{extra}: has no reference of that name in {references}; add it or remove the prediction"
+    )
   missing = [identifier for identifier in truths if identifier not in guesses]
   if missing and not partial and predictions.is_dir():
     shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     raise UserError(
       f"{predictions}: has no prediction of {shown}, which {references} has; predict all cases, "
-      "or score those that are there with --partial"
+      "or score those that are there (partial)"
     )
   return {identifier: (guess, truths[identifier]) for identifier, guess in guesses.items()}
 
 
 def table(scores: Scores) -> str:
   """The means as text, one row per structure."""
+  def cells(mean: Score, unmatched: int) -> list[str]:
+    values = ((mean.dice, 4), (mean.surface_dice, 4), (mean.hd95, 2), (unmatched, 0),
+              (mean.volume, 2), (mean.reference_volume, 2))
+    return ["-" if math.isnan(value) else f"{value:.{digits}f}" for value, digits in values]
+
   count = len(scores.cases)
   surface = f"surface Dice {scores.tolerance:g} mm"
   header = ["structure", "Dice", surface, "HD95 mm", "unmatched", "volume ml", "reference ml"]
-  rows = []
-  for name in scores.structures:
-    of_cases = [case[name] for case in scores.cases.values()]
-    # What one side has and the other lacks entirely: HD95 leaves it out, so it is counted here.
-    unmatched = sum(s.dice == 0 and math.isnan(s.hd95) for s in of_cases)
-    rows.append([name, *_cells(scores.of_structure(name), unmatched)])
-  total = sum(int(row[4]) for row in rows)
-  rows.append([f"mean of {count} case{'s' * (count != 1)}", *_cells(scores.mean, total)])
-  widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-  lines = []
-  for row in (header, *rows):
-    cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-    cells[0] = row[0].ljust(widths[0])
-    lines.append("  ".join(cells))
+  unmatched = {name: scores.unmatched(name) for name in scores.structures}
+  rows = [[name, *cells(scores.of_structure(name), missed)] for name, missed in unmatched.items()]
+  rows.append([
+    f"mean of {count} case{'s' * (count != 1)}", *cells(scores.mean, sum(unmatched.values()))
+  ])
+  widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+  lines = [
+    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+    for row in (header, *rows)
+  ]
   rule = "-" * len(lines[0])
   return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def _cells(mean: Score, unmatched: int) -> list[str]:
-  def number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-  return [
-    number(mean.dice, 4),
-    number(mean.surface_dice, 4),
-    number(mean.hd95, 2),
-    str(unmatched),
-    number(mean.volume, 2),
-    number(mean.reference_volume, 2),
-  ]
 
 
 def as_dict(scores: Scores) -> dict:

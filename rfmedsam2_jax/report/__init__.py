@@ -1,1 +1,1 @@
-"""Report: pictures and curves of a run."""
+"""What people look at: contact sheets, curves of a run, and pages for a browser."""

@@ -15,11 +15,11 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.measures import voxel_ml
-from rfmedsam2_jax.data.volumes import ENDINGS, NIFTI_ENDINGS, Volume, load_image, load_label_map
-from rfmedsam2_jax.evaluation.metrics import Score
-from rfmedsam2_jax.evaluation.scores import evaluate_arrays
+from rfmedsam2_jax.data.volumes import ENDINGS, NIFTI_ENDINGS, Geometry, load_image, load_label_map
+from rfmedsam2_jax.evaluation.metrics import Score, known_mean
+from rfmedsam2_jax.evaluation.scores import evaluate_arrays, structures_of
 from rfmedsam2_jax.report.layers import viewer_layers
-from rfmedsam2_jax.report.predictions import Prediction, without_folders
+from rfmedsam2_jax.report.predictions import Prediction, noted
 from rfmedsam2_jax.segmentation.notices import Notice
 from rfmedsam2_jax.segmentation.structures import StructureDetails
 
@@ -35,6 +35,12 @@ class StructureRow:
   volume_ml: float | None
   score: Score | None
   details: StructureDetails | None
+
+  @property
+  def sure(self) -> float | None:
+    """Dice, or without a reference the predicted IoU."""
+    found = self.details.predicted_iou if self.details else None
+    return known_mean([self.score.dice if self.score else found])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,35 +64,51 @@ class CaseReport:
   @property
   def dice(self) -> float | None:
     """Mean over its structures; None without a reference."""
-    return _mean([row.score.dice for row in self.rows if row.score])
+    return known_mean([row.score.dice for row in self.rows if row.score])
 
   @property
   def hd95(self) -> float | None:
-    return _mean([row.score.hd95 for row in self.rows if row.score])
+    return known_mean([row.score.hd95 for row in self.rows if row.score])
 
   @property
   def predicted_iou(self) -> float | None:
-    return _mean([row.details.predicted_iou for row in self.rows if row.details])
+    return known_mean([row.details.predicted_iou for row in self.rows if row.details])
 
   @property
   def worst(self) -> StructureRow | None:
     """The structure with the lowest Dice, or without a reference the lowest predicted IoU."""
-    def sure(row: StructureRow) -> float | None:
-      if row.score:
-        return None if np.isnan(row.score.dice) else row.score.dice
-      return row.details.predicted_iou if row.details else None
-
-    known = [(value, row) for row in self.rows if (value := sure(row)) is not None]
-    return min(known, key=lambda pair: pair[0])[1] if known else None
+    known = [row for row in self.rows if row.sure is not None]
+    return min(known, key=lambda row: row.sure or 0.0, default=None)
 
 
-def examine_case(
-  prediction: Prediction,
-  page: str,
-  labels: Labels | None,
-  reference: Path | None,
-  image: Path | None,
-  voxels: int,
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Maps:
+  """The label maps of a case, int32 [D, H, W], canonical, on the grid of the prediction.
+
+  Attributes:
+    stages: by number of the stage. final: the one whose label map the prediction is, None if none.
+  """
+
+  geometry: Geometry
+  prediction: np.ndarray
+  reference: np.ndarray | None
+  stages: dict[int, np.ndarray]
+  final: int | None
+
+  @property
+  def by_title(self) -> dict[str, np.ndarray]:
+    """All of them as the viewer lists them, each once."""
+    title = "prediction" if self.final is None else f"prediction ({_title(self.final)})"
+    return {
+      title: self.prediction,
+      **({} if self.reference is None else {"reference": self.reference}),
+      **{_title(number): found for number, found in self.stages.items() if number != self.final},
+    }
+
+
+def report_case(
+  prediction: Prediction, page: str, labels: Labels | None, reference: Path | None,
+  image: Path | None, voxels: int,
 ) -> tuple[CaseReport, dict[str, Any] | None]:
   """Reads a case's volumes once, scores them, and makes the layers of its viewer.
 
@@ -98,78 +120,73 @@ def examine_case(
   Returns:
     the case, and the layers, None without a readable label map or with `voxels` 0.
   """
-  problems = list(prediction.problems)
-  details = prediction.details
-  by_name = details.structures if details else {}
+  problems, details = list(prediction.problems), prediction.details
+  structures: tuple[Structure, ...] = ()
+  scores: dict[int, dict[str, Score]] = {}
+  volumes: dict[str, float] = {}
+  layers = None
+  if maps := _read_maps(prediction, reference, problems):
+    known = [maps.prediction, *([] if maps.reference is None else [maps.reference])]
+    structures = structures_of(labels, *known)
+    scores = _score_stages(maps, structures, labels.ignore if labels else None)
+    voxel = voxel_ml(maps.geometry.spacing)
+    volumes = {
+      s.name: float(np.isin(maps.prediction, s.values).sum()) * voxel for s in structures
+    }
+    if voxels:
+      names = labels.value_names if labels else {v: s.name for s in structures for v in s.values}
+      pixels = None if image is None else _read_image(image, maps.geometry, problems)
+      layers = viewer_layers(maps.geometry, names, pixels, maps.by_title, details, voxels)
+  rows = _rows(structures, details.structures if details else {}, volumes, scores.get(LAST, {}))
   warnings = details.warnings if details else ()
-  if prediction.labels is None:
-    rows = _rows((), by_name, {}, {})
-    return CaseReport(prediction.name, page, rows, {}, warnings, tuple(problems)), None
-  try:
-    geometry = load_image(prediction.labels).geometry
-    guess = load_label_map(prediction.labels, geometry)
-    count = len(np.unique(guess))
-    if count > _MOST_VALUES:
-      raise UserError(f"{prediction.labels}: has {count} values; is it an image, not a label map?")
-  except UserError as error:
-    problems.append(without_folders(error, prediction.labels.parent))
-    rows = _rows((), by_name, {}, {})
-    return CaseReport(prediction.name, page, rows, {}, warnings, tuple(problems)), None
+  return CaseReport(prediction.name, page, rows, scores, warnings, tuple(problems)), layers
 
-  def beside(path: Path) -> np.ndarray | None:
-    try:
-      return load_label_map(path, geometry)
-    except UserError as error:
-      problems.append(without_folders(error, path.parent, geometry.path.parent))
-      return None
 
-  truth = beside(reference) if reference else None
-  found = {number: beside(path) for number, path in prediction.stages.items()}
-  stages = {number: array for number, array in found.items() if array is not None}
-  if details is not None and details.shape != geometry.shape:
+def _read_maps(
+  prediction: Prediction, reference: Path | None, problems: list[str]
+) -> _Maps | None:
+  """Reads what there is; None without a readable prediction."""
+  if (file := prediction.labels) is None:
+    return None
+  guess = None
+  with noted(problems, file.parent):
+    geometry = load_image(file).geometry
+    labels = load_label_map(file, geometry)
+    if (count := len(np.unique(labels))) > _MOST_VALUES:
+      raise UserError(f"{file}: has {count} values; is it an image, not a label map?")
+    guess = labels
+  if guess is None:
+    return None
+  found: dict[int, np.ndarray] = {}
+  for number, path in {LAST: reference, **prediction.stages}.items():
+    if path is not None:
+      with noted(problems, path.parent, file.parent):
+        found[number] = load_label_map(path, geometry)
+  truth = found.pop(LAST, None)
+  if prediction.details is not None and prediction.details.shape != geometry.shape:
     problems.append(
-      f"{prediction.name}.json: is of a volume of {details.shape} voxels, the label map has "
-      f"{geometry.shape}; predict the case again"
+      f"{prediction.name}.json: is of a volume of {prediction.details.shape} voxels, the label map "
+      f"has {geometry.shape}; predict the case again"
     )
   # The last stage's label map is the prediction, once more.
-  final = max(stages, default=None)
-  if final is not None and not np.array_equal(stages[final], guess):
+  final = max(found, default=None)
+  if final is not None and not np.array_equal(found[final], guess):
     final = None
-  structures = _structures(labels, [guess, *([] if truth is None else [truth])])
+  return _Maps(geometry, guess, truth, found, final)
+
+
+def _score_stages(
+  maps: _Maps, structures: tuple[Structure, ...], ignore: int | None
+) -> dict[int, dict[str, Score]]:
+  """By number of the stage, `LAST` for the prediction; empty without a reference."""
+  if maps.reference is None:
+    return {}
   scores: dict[int, dict[str, Score]] = {}
-  if truth is not None:
-    ignore = labels.ignore if labels else None
-    scores[LAST] = evaluate_arrays(guess, truth, geometry.spacing, structures, ignore)
-    for number, array in stages.items():
-      scores[number] = scores[LAST] if number == final else evaluate_arrays(
-        array, truth, geometry.spacing, structures, ignore
-      )
-  volumes = {
-    s.name: float(np.isin(guess, s.values).sum()) * voxel_ml(geometry.spacing) for s in structures
-  }
-  rows = _rows(structures, by_name, volumes, scores.get(LAST, {}))
-  layers = None
-  if voxels:
-    pixels = None
-    if image is not None:
-      try:
-        pixels = _first_channel(image)
-        if pixels.geometry.canonical_shape != geometry.canonical_shape:
-          raise UserError(f"{image}: is not the image of this label map (its grid is another)")
-      except UserError as error:
-        problems.append(without_folders(error, image.parent))
-        pixels = None
-    names = labels.value_names if labels else {
-      value: s.name for s in structures for value in s.values
-    }
-    maps = {"prediction" if final is None else f"prediction ({_title(final)})": guess}
-    if truth is not None:
-      maps["reference"] = truth
-    maps |= {_title(number): array for number, array in stages.items() if number != final}
-    layers = viewer_layers(
-      geometry, names, None if pixels is None else pixels.array[0], maps, details, voxels
+  for number, found in {LAST: maps.prediction, **maps.stages}.items():
+    scores[number] = scores[LAST] if number == maps.final else evaluate_arrays(
+      found, maps.reference, maps.geometry.spacing, structures, ignore
     )
-  return CaseReport(prediction.name, page, rows, scores, warnings, tuple(problems)), layers
+  return scores
 
 
 def _title(stage: int) -> str:
@@ -184,23 +201,24 @@ def find_image(folder: Path, prediction: Prediction) -> Path | None:
   return next((folder / name for name in names if name and (folder / name).exists()), None)
 
 
-def _first_channel(path: Path) -> Volume:
-  """The image that is shown, with all channels that its file has."""
-  channels = 1
+def _read_image(path: Path, like: Geometry, problems: list[str]) -> np.ndarray | None:
+  """The first channel, float32 [D, H, W]; None if it cannot be read or is on another grid."""
+  with noted(problems, path.parent):
+    image = load_image(path, _channels(path))
+    if image.geometry.canonical_shape != like.canonical_shape:
+      raise UserError(f"{path}: is not the image of this label map (its grid is another)")
+    return image.array[0]
+  return None
+
+
+def _channels(path: Path) -> int:
+  """How many channels a file has; 1 if it cannot be read, about which load_image says more."""
   if path.is_file() and path.name.endswith(NIFTI_ENDINGS):
-    # load_image says what is wrong with a file that cannot be read.
     with contextlib.suppress(nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError):
       image = nib.load(path)
       if isinstance(image, nib.Nifti1Image) and len(image.shape) == 4:
-        channels = image.shape[3]
-  return load_image(path, channels)
-
-
-def _structures(labels: Labels | None, maps: list[np.ndarray]) -> tuple[Structure, ...]:
-  if labels is not None:
-    return labels.structures
-  values = sorted({int(v) for found in maps for v in np.unique(found)} - {0})
-  return tuple(Structure(str(value), (value,)) for value in values)
+        return image.shape[3]
+  return 1
 
 
 def _rows(
@@ -219,8 +237,3 @@ def _rows(
     )
     for name in names
   )
-
-
-def _mean(values: list[float | None]) -> float | None:
-  known = [value for value in values if value is not None and not np.isnan(value)]
-  return float(np.mean(known)) if known else None

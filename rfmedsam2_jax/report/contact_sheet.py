@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -48,11 +47,8 @@ class SheetCase:
 
 
 def save_contact_sheet(
-  path: str | Path,
-  cases: Sequence[SheetCase],
-  structures: Sequence[Structure],
-  slices_per_case: int = 3,
-  crop: bool = True,
+  path: str | Path, cases: Sequence[SheetCase], structures: Sequence[Structure],
+  slices_per_case: int = 3, crop: bool = True,
 ) -> Path:
   """Writes the picture.
 
@@ -75,34 +71,29 @@ def save_contact_sheet(
   width = _PANEL * len(columns) + 0.4
   height = sum(heights) + 0.06 * len(panels) + title + legend
   figure = Figure(figsize=(width, height), dpi=100, facecolor="black")
-  FigureCanvasAgg(figure)
   grid = figure.add_gridspec(
     len(panels), len(columns), height_ratios=heights, wspace=0.03, hspace=0.03,
     left=0.4 / width, right=1 - 0.02 / width, top=1 - title / height, bottom=legend / height,
   )
   colours: list[Any] = [tuple(c / 255 for c in colour(i)) for i in range(len(structures))]
-  for number, row in enumerate(panels):
-    for column, name in enumerate(columns):
-      axes = figure.add_subplot(grid[number, column])
-      _panel(axes, row, None if name == "image" else name, structures, colours)
-      if number == 0:
-        axes.set_title(name, color="white", fontsize=10)
-      if column == 0:
-        axes.set_ylabel(row["title"], color="white", fontsize=7)
-  handles: list[Any] = [
-    Line2D([], [], color=shown, label=s.name)
-    for s, shown in zip(structures, colours, strict=True)
-  ]
+  axes = grid.subplots(squeeze=False)
+  for row, places in zip(panels, axes, strict=True):
+    for name, place in zip(columns, places, strict=True):
+      _panel(place, row, None if name == "image" else name, structures, colours)
+    places[0].set_ylabel(row["title"], color="white", fontsize=7)
+  for name, place in zip(columns, axes[0], strict=True):
+    place.set_title(name, color="white", fontsize=10)
+  named = zip(structures, colours, strict=True)
+  handles: list[Any] = [Line2D([], [], color=shown, label=s.name) for s, shown in named]
   if "reference" in columns:
     handles.append(Line2D([], [], color="white", linestyle=":", label="reference"))
   figure.legend(
     handles=handles, loc="lower center", ncol=min(len(handles), 6), fontsize=8, frameon=False,
     labelcolor="white",
   )
-  path = Path(path)
   with replacing(path) as temporary:
     figure.savefig(temporary, format="png", facecolor="black")
-  return path
+  return Path(path)
 
 
 def _rows(
@@ -111,11 +102,9 @@ def _rows(
   """What the panels of each slice need: image, label maps, spacing, window."""
   axis = case.slice_axis
   values = [value for structure in structures for value in structure.values]
-  maps: dict[str, np.ndarray] = dict(case.predictions)
-  if case.truth is not None:
-    maps = {"reference": case.truth, **maps}
+  truth = {} if case.truth is None else {"reference": case.truth}
   image = _upright(case.image, axis)
-  maps = {name: _upright(array, axis) for name, array in maps.items()}
+  maps = {name: _upright(array, axis) for name, array in {**truth, **case.predictions}.items()}
   spacing = [s for a, s in enumerate(case.spacing) if a != axis]
 
   shown = np.isin(next(iter(maps.values())), values)
@@ -180,10 +169,8 @@ def _panel(
   axes.imshow(
     row["image"], cmap="gray", vmin=low, vmax=high, aspect=row["aspect"], interpolation="bilinear"
   )
-  axes.set_xticks([])
-  axes.set_yticks([])
-  for spine in axes.spines.values():
-    spine.set_visible(False)
+  axes.set(xticks=[], yticks=[])
+  axes.spines[:].set_visible(False)
   if name is None:
     return
   labels, truth = row["maps"][name], row["maps"].get("reference")
@@ -207,8 +194,6 @@ def _contour(axes, mask: np.ndarray, **style: Any) -> None:
   if not mask.any():
     return
   # Padded, so that what touches the border is closed there.
-  padded = np.pad(mask, 1).astype(np.float32)
   rows, columns = (np.arange(-1, n + 1) for n in mask.shape)
-  axes.contour(columns, rows, padded, [0.5], **style)
-  axes.set_xlim(-0.5, mask.shape[1] - 0.5)
-  axes.set_ylim(mask.shape[0] - 0.5, -0.5)
+  axes.contour(columns, rows, np.pad(mask, 1).astype(np.float32), [0.5], **style)
+  axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))

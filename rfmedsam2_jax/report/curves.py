@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rfmedsam2_jax.base.errors import UserError
@@ -62,10 +61,9 @@ def save_curves(log: str | Path, path: str | Path) -> Path:
     path.
   """
   figure = _figure(read_log(log))
-  path = Path(path)
   with replacing(path) as temporary:
     figure.savefig(temporary, format="png")
-  return path
+  return Path(path)
 
 
 def curves_svg(phases: dict[str, Curves]) -> str:
@@ -88,12 +86,9 @@ def curves_svg(phases: dict[str, Curves]) -> str:
 
 def _figure(phases: dict[str, Curves]) -> Figure:
   validated = any(name.startswith(_VALIDATION) for curves in phases.values() for name in curves)
-  columns = 2 if validated else 1
-  figure = Figure(
-    figsize=(5.5 * columns, 3.2 * max(len(phases), 1)), dpi=100, layout="constrained"
-  )
-  FigureCanvasAgg(figure)
-  grid = figure.subplots(max(len(phases), 1), columns, squeeze=False)
+  rows, columns = max(len(phases), 1), 2 if validated else 1
+  figure = Figure(figsize=(5.5 * columns, 3.2 * rows), dpi=100, layout="constrained")
+  grid = figure.subplots(rows, columns, squeeze=False)
   for row, (phase, curves) in zip(grid, phases.items(), strict=False):
     losses = {n: p for n, p in curves.items() if not n.startswith(_VALIDATION) and n != _RATE}
     _draw(row[0], losses, f"{phase}: training")

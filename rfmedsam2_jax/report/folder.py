@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress
 from rfmedsam2_jax.data.datasets import Labels
-from rfmedsam2_jax.data.files import read_json, replacing_whole
-from rfmedsam2_jax.evaluation.metrics import Score
-from rfmedsam2_jax.evaluation.scores import Scores, as_dict, label_maps
+from rfmedsam2_jax.data.files import replacing_whole
+from rfmedsam2_jax.evaluation.scores import Scores, as_dict, gathered, label_map_files
 from rfmedsam2_jax.report import niivue
-from rfmedsam2_jax.report.cases import LAST, CaseReport, examine_case, find_image
+from rfmedsam2_jax.report.cases import LAST, CaseReport, find_image, report_case
 from rfmedsam2_jax.report.plots import box_plot, css_colour
 from rfmedsam2_jax.report.predictions import Prediction, labels_of, read_predictions
 from rfmedsam2_jax.report.runs import RunSummary, read_run
+from rfmedsam2_jax.report.target import MARK, is_taken
 
-MARK = "report.json"  # a folder with it is a report and may be replaced by another
 _STATIC = ("style.css", "tables.js", "viewer.js", niivue.LICENSE)
 
 
@@ -41,26 +39,25 @@ class Written:
   Attributes:
     cases: in the report's order, worst first.
     scores: of the predictions, None without references.
-    warnings: what is unusual in the cases, as `predict` said it.
     remarks: what is missing or damaged.
     volumes_bytes: of the viewers' volumes.
   """
 
   index: Path
-  cases: tuple[CaseReport, ...]
+  cases: list[CaseReport]
   scores: Scores | None
-  warnings: tuple[str, ...]
-  remarks: tuple[str, ...]
+  remarks: list[str]
   volumes_bytes: int
+
+  @property
+  def warnings(self) -> list[str]:
+    """What is unusual in the cases, as `predict` said it."""
+    return [f"{case.name}: {notice.message}" for case in self.cases for notice in case.warnings]
 
 
 def write_report(
-  out: Path,
-  run: Path | None = None,
-  predictions: Path | None = None,
-  references: Path | None = None,
-  images: Path | None = None,
-  overwrite: bool = False,
+  out: Path, run: Path | None = None, predictions: Path | None = None,
+  references: Path | None = None, images: Path | None = None, overwrite: bool = False,
   voxels: int = 20_000_000,
   progress: Callable[[str], None] = lambda line: None,
 ) -> Written:
@@ -78,71 +75,54 @@ def write_report(
   for folder in (run, predictions, references, images):
     if folder is not None and not folder.is_dir():
       raise UserError(f"{folder}: is not a folder; check the path")
-  _may_write(out, overwrite)
+  if is_taken(out) and not overwrite:
+    raise UserError(f"{out}: is a report already; choose another folder, or overwrite it")
   summary = read_run(run) if run else None
   found = read_predictions(predictions) if predictions else []
   labels = summary.plan.labels if summary and summary.plan else labels_of(found)
-  truths = label_maps(references) if references else {}
+  truths = label_map_files(references) if references else {}
   if truths and found and not any(case.name in truths for case in found):
     raise UserError(
       f"{references}: has no label map of any case (looked for {found[0].name} and "
       f"{len(found) - 1} more); give the folder of their references"
     )
-  viewer = _Viewer(bool(voxels and found))
+  bundle = niivue.bundle() if voxels and found else None
+  no_viewer = bool(voxels and found and bundle is None)
   with replacing_whole(out) as folder:
     folder.mkdir()
     cases, size = _write_cases(
-      folder, found, labels, truths, images, voxels if viewer.bundle else 0, progress
+      folder, found, labels, truths, images, voxels if bundle else 0, progress
     )
     remarks = [f"{case.name}: {text}" for case in cases for text in case.problems]
-    remarks += [*(summary.remarks if summary else ()), *viewer.remarks]
-    title = predictions.resolve().name if predictions else summary.name if summary else ""
-    scores = _scores(cases)
-    content = {
-      "made_by": f"rfmedsam2 report {version('rfmedsam2-jax')}",
-      "run": summary.name if summary else None,
-      "scores": as_dict(scores) if scores else None,
-      "warnings": [
-        {"case": case.name, "kind": w.kind, "message": w.message}
-        for case in cases for w in case.warnings
-      ],
-      "remarks": remarks,
-      "cases": [{"case": case.name, "page": f"cases/{case.page}.html"} for case in cases],
-    }
-    _write_pages(folder, title, cases, scores, summary, references is not None, images is not None,
-                 viewer, remarks)
-    text = json.dumps(content, indent=1, allow_nan=False)
-    (folder / MARK).write_text(text + "\n", encoding="utf-8")
-  warned = [f"{case.name}: {w.message}" for case in cases for w in case.warnings]
-  return Written(out / "index.html", tuple(cases), scores, tuple(warned), tuple(remarks), size)
+    remarks += summary.remarks if summary else ()
+    if no_viewer:
+      remarks.append(f"the viewer (NiiVue) is not installed: {niivue.ADVICE}")
+    written = Written(out / "index.html", cases, _scores(cases), remarks, size)
+    _write_pages(folder, written, summary, {
+      "title": predictions.resolve().name if predictions else summary.name if summary else "",
+      "referenced": bool(truths), "no_viewer": remarks[-1] if no_viewer else None,
+    })
+    if bundle:
+      shutil.copyfile(bundle, folder / "static" / niivue.FILE)
+    _write_numbers(folder, written, summary)
+  return written
 
 
-class _Viewer:
-  """NiiVue's bundle, or why there is none.
-
-  Args:
-    wanted: whether any page has a viewer.
-  """
-
-  def __init__(self, wanted: bool):
-    self.bundle = niivue.bundle() if wanted else None
-    self.remarks = (
-      (f"the viewer (NiiVue) is not installed: {niivue.ADVICE}",)
-      if wanted and self.bundle is None else ()
-    )
-
-
-def _may_write(out: Path, overwrite: bool) -> None:
-  """UserError unless `out` is free, or a report that may be replaced."""
-  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-    return
-  mark = out / MARK
-  content = read_json(mark) if mark.is_file() else None
-  made_by = str(content.get("made_by")) if isinstance(content, dict) else ""
-  if not made_by.startswith("rfmedsam2 report"):
-    raise UserError(f"{out}: exists already and is not a report; choose another --out")
-  if not overwrite:
-    raise UserError(f"{out}: exists already; choose another --out or replace it: --overwrite")
+def _write_numbers(folder: Path, written: Written, run: RunSummary | None) -> None:
+  """report.json: what the pages say, for a program."""
+  cases = written.cases
+  content = {
+    "made_by": f"rfmedsam2 report {version('rfmedsam2-jax')}",
+    "run": run.name if run else None,
+    "scores": as_dict(written.scores) if written.scores else None,
+    "warnings": [
+      {"case": case.name, **dataclasses.asdict(w)} for case in cases for w in case.warnings
+    ],
+    "remarks": written.remarks,
+    "cases": [{"case": case.name, "page": f"cases/{case.page}.html"} for case in cases],
+  }
+  text = json.dumps(content, indent=1, allow_nan=False)
+  (folder / MARK).write_text(text + "\n", encoding="utf-8")
 
 
 def _write_cases(
@@ -153,22 +133,24 @@ def _write_cases(
   said = Progress("cases", progress)
   cases, size = [], 0
   for number, prediction in enumerate(found, 1):
-    page = f"{number:0{len(str(len(found)))}d}-{_file_name(prediction.name)}"
+    # As a part of a file name on every system and in every address.
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", prediction.name)[:60]
+    page = f"{number:0{len(str(len(found)))}d}-{name}"
     image = find_image(images, prediction) if images else None
-    case, layers = examine_case(
-      prediction, page, labels, truths.get(prediction.name), image, voxels
-    )
+    reference = truths.get(prediction.name)
+    case, layers = report_case(prediction, page, labels, reference, image, voxels)
     missing = []
-    if truths and prediction.name not in truths:
+    if truths and not reference:
       missing.append("has no reference; it is not scored")
-    if images and image is None:
+    if images and not image:
       missing.append("its image is not in the folder of images")
-    case = dataclasses.replace(case, problems=(*case.problems, *missing))
     if layers is not None:
       (folder / "volumes").mkdir(exist_ok=True)
       text = f"window.reportCase = {json.dumps(layers, allow_nan=False)};\n"
       size += (folder / "volumes" / f"{page}.js").write_text(text, encoding="utf-8")
-    cases.append(dataclasses.replace(case, has_viewer=layers is not None))
+    cases.append(dataclasses.replace(
+      case, problems=(*case.problems, *missing), has_viewer=layers is not None
+    ))
     said(number, len(found))
   return sorted(cases, key=_worst_first), size
 
@@ -179,21 +161,12 @@ def _worst_first(case: CaseReport) -> tuple:
   return sure is not None, case.dice is None, sure or 0.0, case.name
 
 
-def _file_name(name: str) -> str:
-  """A case's name as a part of a file name on every system and in every address."""
-  return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
-
-
 def _scores(cases: list[CaseReport], stage: int = LAST) -> Scores | None:
   """Scores of the cases that have them, after one stage."""
   of_cases = {c.name: c.stage_scores[stage] for c in cases if stage in c.stage_scores}
   if not of_cases:
     return None
-  names = tuple(dict.fromkeys(name for scores in of_cases.values() for name in scores))
-  absent = Score(math.nan, math.nan, math.nan, 0.0, 0.0)
-  return Scores(
-    names, 1.0, {c: {n: s.get(n, absent) for n in names} for c, s in of_cases.items()}
-  )
+  return gathered(of_cases, dict.fromkeys(name for scores in of_cases.values() for name in scores))
 
 
 def _block(scores: Scores, stages: Mapping[int, Scores]) -> dict[str, Any]:
@@ -207,7 +180,7 @@ def _block(scores: Scores, stages: Mapping[int, Scores]) -> dict[str, Any]:
   plots = [box_plot("Dice", values("dice"), 1.0), box_plot("HD95, mm", values("hd95"))]
   return {
     "scores": scores,
-    "rows": [(name, scores.of_structure(name), css_colour(i), _unmatched(scores, name))
+    "rows": [(name, scores.of_structure(name), css_colour(i), scores.unmatched(name))
              for i, name in enumerate(scores.structures)],
     "mean": scores.mean,
     "plots": [plot for plot in plots if plot],
@@ -219,35 +192,29 @@ def _block(scores: Scores, stages: Mapping[int, Scores]) -> dict[str, Any]:
   }
 
 
-def _unmatched(scores: Scores, name: str) -> int:
-  """Cases in which only one side has the structure; HD95 leaves them out."""
-  return sum(c[name].dice == 0 and math.isnan(c[name].hd95) for c in scores.cases.values())
-
-
 def _number(value: Any, digits: int = 3) -> str:
   """A number for a person; a dash where there is no statement."""
-  return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+  return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _write_pages(
-  folder: Path, title: str, cases: list[CaseReport], scores: Scores | None,
-  summary: RunSummary | None, referenced: bool, imaged: bool, viewer: _Viewer, remarks: list[str],
+  folder: Path, written: Written, run: RunSummary | None, told: dict[str, Any]
 ) -> None:
-  loader = jinja2.PackageLoader("rfmedsam2_jax.report")
+  """index.html, a page of each case, and what they load; `told` goes to the templates as it is."""
   templates = jinja2.Environment(
-    loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
+    loader=jinja2.PackageLoader("rfmedsam2_jax.report"), autoescape=True, trim_blocks=True,
+    lstrip_blocks=True, undefined=jinja2.StrictUndefined,
   )
   templates.filters["number"] = _number
+  cases = written.cases
   stages = sorted({n for case in cases for n in case.stage_scores if n != LAST})
   by_stage = {n: found for n in stages if (found := _scores(cases, n))}
-  validation = dict(enumerate(summary.validation)) if summary else {}
+  validation = dict(enumerate(run.validation)) if run else {}
   scored = [case for case in cases if case.dice is not None]
-  values: dict[str, Any] = {
-    "title": title, "made_by": f"rfmedsam2 {version('rfmedsam2-jax')}", "cases": cases,
-    "run": summary, "referenced": referenced, "imaged": imaged, "remarks": remarks,
-    "viewer": viewer, "advice": niivue.ADVICE, "bundle": niivue.FILE,
-    "result": _block(scores, by_stage) if scores else None,
+  values = {
+    **told, "cases": cases, "remarks": written.remarks, "run": run, "bundle": niivue.FILE,
+    "made_by": f"rfmedsam2 {version('rfmedsam2-jax')}",
+    "result": _block(written.scores, by_stage) if written.scores else None,
     "validation": _block(validation[max(validation)], validation) if validation else None,
     "worst": scored[:3], "best": scored[:-4:-1] if len(scored) > 3 else [],
     "pages": {case.name: f"cases/{case.page}.html" for case in cases},
@@ -266,5 +233,3 @@ def _write_pages(
   static = importlib.resources.files("rfmedsam2_jax.report") / "static"
   for name in _STATIC:
     (folder / "static" / name).write_bytes((static / name).read_bytes())
-  if viewer.bundle is not None:
-    shutil.copyfile(viewer.bundle, folder / "static" / niivue.FILE)

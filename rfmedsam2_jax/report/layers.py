@@ -39,12 +39,8 @@ def thinning(
 
 
 def viewer_layers(
-  geometry: Geometry,
-  names: Mapping[int, str],
-  image: np.ndarray | None,
-  maps: Mapping[str, np.ndarray],
-  details: CaseFile | None,
-  voxels: int,
+  geometry: Geometry, names: Mapping[int, str], image: np.ndarray | None,
+  maps: Mapping[str, np.ndarray], details: CaseFile | None, voxels: int,
 ) -> dict[str, Any]:
   """Everything that the viewer of one case shows.
 
@@ -59,26 +55,12 @@ def viewer_layers(
   factors = thinning(geometry.canonical_shape, geometry.spacing, voxels)
   thin = tuple(slice(None, None, factor) for factor in factors)
   affine = geometry.canonical_affine_mm @ np.diag([*factors, 1.0])
-  known = dict(names)
-  for name, structure in (details.structures if details else {}).items():
-    known.setdefault(structure.label, name)
-  for found in maps.values():
-    known |= {int(v): f"value {v}" for v in np.unique(found) if v and int(v) not in known}
+  known = _all_names(names, maps, details)
   rank = {value: position for position, value in enumerate(known, 1)}
   ranked = {title: _ranked(found[thin], rank) for title, found in maps.items()}
   prediction = next(iter(ranked.values()))
-  layers = []
-  window = (0.0, 1.0)
-  exact = True
-  if image is not None:
-    shown = image[thin]
-    inside = prediction > 0 if prediction.any() else np.ones(prediction.shape, bool)
-    window = window_of(shown.astype(np.float64), inside)
-    stored, slope, intercept, exact = _stored(shown)
-    layers.append(_layer("image", "image", stored, affine, slope, intercept))
-  else:  # something for the others to lie on
-    layers.append(_layer("no image", "image", np.zeros(prediction.shape, np.uint8), affine))
-  layers += [_layer(title, "labels", found, affine) for title, found in ranked.items()]
+  window, exact, below = _image_layer(None if image is None else image[thin], prediction, affine)
+  layers = [below, *(_layer(title, "labels", found, affine) for title, found in ranked.items())]
   slices: dict[str, dict[int, tuple[float | None, float | None]]] = {}
   axis = 0
   if details is not None and details.shape == geometry.shape:
@@ -102,6 +84,31 @@ def viewer_layers(
     ],
     "layers": layers,
   }
+
+
+def _all_names(
+  names: Mapping[int, str], maps: Mapping[str, np.ndarray], details: CaseFile | None
+) -> dict[int, str]:
+  """Names of all values that occur: as given, else as CASE.json has them, else their number."""
+  known = dict(names)
+  for name, structure in (details.structures if details else {}).items():
+    known.setdefault(structure.label, name)
+  for found in maps.values():
+    known |= {int(v): f"value {v}" for v in np.unique(found) if v and int(v) not in known}
+  return known
+
+
+def _image_layer(
+  image: np.ndarray | None, prediction: np.ndarray, affine: np.ndarray
+) -> tuple[tuple[float, float], bool, dict[str, str]]:
+  """What becomes black and white, whether every intensity is kept exactly, and the layer."""
+  if image is None:  # something for the others to lie on
+    nothing = np.zeros(prediction.shape, np.uint8)
+    return (0.0, 1.0), True, _layer("no image", "image", nothing, affine)
+  inside = prediction > 0 if prediction.any() else np.ones(prediction.shape, bool)
+  stored, slope, intercept, exact = _stored(image)
+  layer = _layer("image", "image", stored, affine, slope, intercept)
+  return window_of(image.astype(np.float64), inside), exact, layer
 
 
 def _start(prediction: np.ndarray, axis: int, affine: np.ndarray) -> list[float]:
@@ -157,16 +164,14 @@ def _prompted(
   boxes = np.zeros_like(prediction)
   certainty = np.zeros(prediction.shape, np.uint8)
   slices: dict[str, dict[int, tuple[float | None, float | None]]] = {}
-  others = [a for a in range(3) if a != details.slice_axis]
+  last = np.array(geometry.shape) - 1
   for name, structure in details.structures.items():
     label = rank[structure.label]
     for found in structure.boxes:
       # Corners along the file's axes, then along the canonical ones, then thinned.
-      last = np.array(geometry.shape) - 1
-      ends = np.zeros((2, 3), int)
-      ends[:, details.slice_axis] = min(max(found.slice, 0), last[details.slice_axis])
-      for corner, (a, value) in enumerate(zip([*others, *others], found.box, strict=True)):
-        ends[corner // 2, a] = min(max(value, 0), last[a])
+      corners = (np.insert(np.array(c, object), details.slice_axis, found.slice)
+                 for c in (found.box[:2], found.box[2:]))
+      ends = np.stack([np.clip(corner, 0, last).astype(int) for corner in corners])
       ends = np.where(geometry.flipped, (last - ends)[:, geometry.axes], ends[:, geometry.axes])
       if ends[0, axis] % factors[axis]:
         continue

@@ -6,7 +6,6 @@ else of the package, because the build runs it alone.
 """
 
 import base64
-import contextlib
 import hashlib
 import io
 import os
@@ -32,9 +31,9 @@ _FOLDER = Path(__file__).parent / "static"
 _LARGEST = 32 * 2**20  # bytes of the archive, and of the file in it
 
 
-def bundle() -> Path | None:
+def bundle(folder: Path = _FOLDER) -> Path | None:
   """The file if it is installed and whole."""
-  path = _FOLDER / FILE
+  path = folder / FILE
   if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == FILE_SHA256:
     return path
   return None
@@ -52,9 +51,8 @@ def fetch(folder: Path = _FOLDER, timeout: float = 60) -> Path:
     OSError: no network, or no place to write.
     ValueError: what was downloaded is not the pinned archive.
   """
-  target = folder / FILE
-  if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == FILE_SHA256:
-    return target
+  if found := bundle(folder):
+    return found
   registry = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY")
   address = f"{(registry or 'https://registry.npmjs.org').rstrip('/')}/@niivue/niivue/-/"
   address += f"niivue-{VERSION}.tgz"
@@ -66,11 +64,9 @@ def fetch(folder: Path = _FOLDER, timeout: float = 60) -> Path:
   temporary = folder / f".{os.getpid()}.{FILE}"
   try:
     temporary.write_bytes(content)
-    os.replace(temporary, target)
+    return temporary.replace(folder / FILE)
   finally:
-    with contextlib.suppress(FileNotFoundError):
-      temporary.unlink()
-  return target
+    temporary.unlink(missing_ok=True)
 
 
 def unpack(archive: bytes) -> bytes:

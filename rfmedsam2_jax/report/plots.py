@@ -4,44 +4,46 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
+from matplotlib.cbook import boxplot_stats
+from matplotlib.ticker import MaxNLocator
 
 from rfmedsam2_jax.data.colours import colour
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-  """A case: its name, value, and place on the axis from 0 to 1."""
-
-  case: str
-  value: float
-  x: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Box:
-  """One structure's cases; whiskers reach the outermost case within 1.5 quartile distances.
+  """One structure's cases.
 
   Attributes:
-    whiskers, quartiles, median: places on the axis from 0 to 1.
+    stats: Matplotlib's whislo, q1, med, q3 and whishi; whiskers reach the outermost case within 1.5
+      quartile distances.
+    cases: name and value, the lowest first.
   """
 
   name: str
   colour: str
-  median_value: float
-  whiskers: tuple[float, float]
-  quartiles: tuple[float, float]
-  median: float
-  points: tuple[Point, ...]
+  stats: Mapping[str, float]
+  cases: Sequence[tuple[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class BoxPlot:
-  """A row per structure over one axis; `ticks` are texts and places."""
+  """A row per structure over one axis from `low` to `high`."""
 
   title: str
-  boxes: tuple[Box, ...]
-  ticks: tuple[tuple[str, float], ...]
+  low: float
+  high: float
+  boxes: Sequence[Box]
+
+  def x(self, value: float) -> float:
+    """The place of a value on the axis, from 0 to 1."""
+    return (value - self.low) / (self.high - self.low)
+
+  @property
+  def ticks(self) -> list[tuple[str, float]]:
+    """Texts and places."""
+    marks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
+    return [(f"{mark:g}", self.x(mark)) for mark in marks if -1e-9 < self.x(mark) < 1 + 1e-9]
 
 
 def css_colour(index: int) -> str:
@@ -61,41 +63,16 @@ def box_plot(
   Returns:
     None if no value is known.
   """
-  known = {
-    name: sorted(((c, v) for c, v in cases if math.isfinite(v)), key=lambda pair: pair[1])
-    for name, cases in values.items()
-  }
-  every = [value for cases in known.values() for _, value in cases]
-  if not every:
-    return None
-  if top is not None:
-    low, high = min(math.floor(min(every) * 10) / 10, top - 0.1), top
-  else:
-    low, high = 0.0, max(every) * 1.05 or 1.0
-  step = _step(high - low)
-  first = math.ceil(low / step - 1e-9)
-  marks = [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-  def place(value: float) -> float:
-    return (value - low) / (high - low)
-
   boxes = []
-  for index, (name, cases) in enumerate(known.items()):
-    if not cases:
-      continue
-    numbers = np.array([value for _, value in cases])
-    q1, median, q3 = np.percentile(numbers, (25, 50, 75))
-    reach = 1.5 * (q3 - q1)
-    within = numbers[(numbers >= q1 - reach) & (numbers <= q3 + reach)]
-    boxes.append(Box(
-      name, css_colour(index), float(median),
-      (place(float(within.min())), place(float(within.max()))), (place(q1), place(q3)),
-      place(median), tuple(Point(case, value, place(value)) for case, value in cases),
-    ))
-  return BoxPlot(title, tuple(boxes), tuple((f"{mark:g}", place(mark)) for mark in marks))
-
-
-def _step(width: float) -> float:
-  """1, 2 or 5 times a power of ten, so that there are about five marks."""
-  power = 10 ** math.floor(math.log10(width / 5))
-  return next((f * power for f in (1, 2, 5) if f * power >= width / 5 - 1e-12), 10 * power)
+  for index, (name, cases) in enumerate(values.items()):
+    known = sorted(((c, v) for c, v in cases if math.isfinite(v)), key=lambda pair: pair[1])
+    if known:
+      (stats,) = boxplot_stats([value for _, value in known])
+      boxes.append(Box(name, css_colour(index), stats, known))
+  if not boxes:
+    return None
+  low, high = 0.0, max(box.cases[-1][1] for box in boxes) * 1.05 or 1.0
+  if top is not None:
+    least = min(box.cases[0][1] for box in boxes)
+    low, high = min(math.floor(least * 10) / 10, top - 0.1), top
+  return BoxPlot(title, low, high, boxes)

@@ -4,8 +4,10 @@ The start of a report. Anything may be missing or damaged: what is there is read
 a problem that the report names.
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,7 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.files import load_json, read_json
 from rfmedsam2_jax.data.volumes import is_volume_name
-from rfmedsam2_jax.evaluation.scores import label_maps
+from rfmedsam2_jax.evaluation.scores import label_map_files
 from rfmedsam2_jax.segmentation.notices import Notice
 from rfmedsam2_jax.segmentation.structures import StructureDetails
 
@@ -52,12 +54,12 @@ def read_predictions(folder: Path) -> list[Prediction]:
   Raises:
     UserError: no case in it, or two label maps of one case.
   """
-  maps = label_maps(folder) if any(map(_is_volume, folder.iterdir())) else {}
+  maps = _maps(folder)
   stages: dict[str, dict[int, Path]] = {}
   for place in sorted(folder.glob("stage*")):
     number = place.name.removeprefix("stage")
-    if number.isdecimal() and place.is_dir() and any(map(_is_volume, place.iterdir())):
-      for name, path in label_maps(place).items():
+    if number.isdecimal() and place.is_dir():
+      for name, path in _maps(place).items():
         stages.setdefault(name, {})[int(number)] = path
   names = {*maps, *stages, *(path.stem for path in folder.glob("*.json") if _is_case(path))}
   if not names:
@@ -65,24 +67,27 @@ def read_predictions(folder: Path) -> list[Prediction]:
       f"{folder}: is neither a run (it has no config.yaml) nor has it label maps; give a folder "
       "that train or predict wrote"
     )
-  found = []
-  for name in sorted(names):
-    problems = []
-    details: CaseFile | None = None
-    if name not in maps:
-      problems.append("its label map is missing; predict it again with --overwrite")
+  return [
+    _prediction(folder, name, maps.get(name), dict(sorted(stages.get(name, {}).items())))
+    for name in sorted(names)
+  ]
+
+
+def _prediction(
+  folder: Path, name: str, labels: Path | None, stages: dict[int, Path]
+) -> Prediction:
+  problems: list[str] = []
+  details: CaseFile | None = None
+  if labels is None:
+    problems.append("its label map is missing; predict it again, over what is there")
+  with noted(problems, folder):
+    found = load_json(folder / f"{name}.json", CaseFile)
     try:
-      found_here = load_json(folder / f"{name}.json", CaseFile)
-      json.dumps(dataclasses.asdict(found_here), allow_nan=False)
-      details = found_here
+      json.dumps(dataclasses.asdict(found), allow_nan=False)
+      details = found
     except ValueError:
       problems.append(f"{name}.json: has numbers that are not finite; predict it again")
-    except UserError as error:
-      problems.append(without_folders(error, folder))
-    found.append(Prediction(
-      name, maps.get(name), dict(sorted(stages.get(name, {}).items())), details, tuple(problems)
-    ))
-  return found
+  return Prediction(name, labels, stages, details, tuple(problems))
 
 
 def labels_of(predictions: list[Prediction]) -> Labels | None:
@@ -105,22 +110,31 @@ def labels_of(predictions: list[Prediction]) -> Labels | None:
   return Labels(structures, False, tuple(values.values()))
 
 
-def without_folders(error: UserError, *folders: Path) -> str:
-  """The message without places, which are nobody's business who gets the report."""
-  text = str(error)
-  for folder in folders:
-    text = text.replace(f"{folder}/", "")
-  return text
+@contextlib.contextmanager
+def noted(problems: list[str], *folders: Path) -> Iterator[None]:
+  """Makes a UserError of the block one of the problems, and what follows it goes on.
+
+  Args:
+    folders: left out of the message; places are nobody's business who gets the report.
+  """
+  try:
+    yield
+  except UserError as error:
+    text = str(error)
+    for folder in folders:
+      text = text.replace(f"{folder}/", "")
+    problems.append(text)
 
 
-def _is_volume(path: Path) -> bool:
-  return is_volume_name(path) and path.is_file()
+def _maps(folder: Path) -> dict[str, Path]:
+  """Label maps by case; empty if there are none."""
+  there = any(is_volume_name(path) and path.is_file() for path in folder.iterdir())
+  return label_map_files(folder) if there else {}
 
 
 def _is_case(path: Path) -> bool:
   """Whether a JSON file tells of a case, whose label map may be lost."""
-  try:
+  content = None
+  with contextlib.suppress(UserError):
     content = read_json(path)
-  except UserError:
-    return False
   return isinstance(content, dict) and "case" in content and "structures" in content

@@ -9,12 +9,11 @@ from typing import Any
 
 import yaml
 
-from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.data.plan import Plan, load_plan
 from rfmedsam2_jax.evaluation.scores import Scores, from_dict
 from rfmedsam2_jax.report.curves import curves_svg, read_log
-from rfmedsam2_jax.report.predictions import without_folders
+from rfmedsam2_jax.report.predictions import noted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,41 +40,34 @@ def read_run(folder: Path) -> RunSummary:
   """Reads what there is; a file that cannot be read becomes a remark."""
   remarks: list[str] = []
   plan: Plan | None = None
-  try:
+  with noted(remarks, folder):
     plan = load_plan(folder / "plan.json")
-  except UserError as error:
-    remarks.append(without_folders(error, folder))
   facts = [*_of_config(folder, remarks), *(_of_plan(plan) if plan else [])]
-  splits = _json(folder / "splits.json", folder, remarks)
+  splits = _json(folder / "splits.json", remarks)
   if isinstance(splits, dict):
     facts += [(f"{key} cases", str(len(v))) for key, v in splits.items() if isinstance(v, list)]
-  versions = _json(folder / "versions.json", folder, remarks)
+  versions = _json(folder / "versions.json", remarks)
   if isinstance(versions, dict):
     facts.append(("made with", ", ".join(f"{k} {v}" for k, v in versions.items())))
   curves = ""
-  try:
-    phases = read_log(folder / "log.jsonl")
-    curves = curves_svg(phases) if phases else ""
-  except UserError as error:
-    remarks.append(without_folders(error, folder))
+  with noted(remarks, folder):
+    curves = curves_svg(read_log(folder / "log.jsonl"))
   validation: tuple[Scores, ...] = ()
-  content = _json(folder / "validation.json", folder, remarks)
+  content = _json(folder / "validation.json", remarks)
   if content is not None:
     try:
       validation = tuple(from_dict(stage) for stage in content.values())
     except (KeyError, TypeError, AttributeError, ValueError):
       remarks.append("validation.json: has no scores of stages; train the run to its end")
-  return RunSummary(
-    folder.resolve().name, plan, tuple(facts), curves, validation, tuple(remarks)
-  )
+  name = folder.resolve().name
+  return RunSummary(name, plan, tuple(facts), curves, validation, tuple(remarks))
 
 
-def _json(path: Path, folder: Path, remarks: list[str]) -> Any:
-  try:
-    return read_json(path)
-  except UserError as error:
-    remarks.append(without_folders(error, folder))
-    return None
+def _json(path: Path, remarks: list[str]) -> Any:
+  content = None
+  with noted(remarks, path.parent):
+    content = read_json(path)
+  return content
 
 
 def _of_config(folder: Path, remarks: list[str]) -> list[tuple[str, str]]:
@@ -102,14 +94,13 @@ def _of_config(folder: Path, remarks: list[str]) -> list[tuple[str, str]]:
 
 
 def _of_plan(plan: Plan) -> list[tuple[str, str]]:
-  channels = (f"{channel.name} ({channel.kind})" for channel in plan.channels)
   return [
-    ("channels", ", ".join(channels)),
+    ("channels", ", ".join(f"{channel.name} ({channel.kind})" for channel in plan.channels)),
     ("structures", ", ".join(plan.labels.names)),
     ("voxels", f"{_list(plan.spacing, ' x ')} mm, slices first"),
     ("median shape", _list(plan.median_shape, " x ")),
     ("patch", _list(plan.patch_size, " x ")),
-    ("slices", f"{('axial', 'coronal', 'sagittal')[plan.slice_axis]}"),
+    ("slices", ("axial", "coronal", "sagittal")[plan.slice_axis]),
   ]
 
 

@@ -1,6 +1,7 @@
 """What the page asks over HTTP, and what is answered. Only names are said, never places."""
 
 import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.data.colours import colour
+from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.segmentations import write_segmentation
 from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.prompted.slice_frame import Plane, VoxelPrompt
@@ -76,9 +78,8 @@ class Pages:
   async def open(self, request: Request) -> Response:
     asked = _Open.model_validate_json(await _body(request))
     if self._folder is None:
-      raise UserError("no folder was named; upload a volume, or start with --folder")
-    path = find_below(self._folder, asked.file)
-    return await self._opened(path, asked.file, asked.plane, asked.window, self._folder)
+      raise UserError("the server was started without a folder; upload a volume")
+    return await self._opened(find_below(self._folder, asked.file), asked, self._folder)
 
   async def upload(self, request: Request) -> Response:
     query = dict(request.query_params)
@@ -87,39 +88,32 @@ class Pages:
       raise UserError(f"{asked.file}: is no name of a volume; upload a file that ends in "
                       f"{', '.join(ENDINGS)}")
     limit = self._upload
-    too_large = UserError(f"{asked.file}: is larger than {limit} bytes; start with a larger "
-                          "--max-upload or put it into the folder")
+    too_large = UserError(f"{asked.file}: is larger than {limit} bytes; put it into the folder, or "
+                          "let the server take larger uploads")
     if int(request.headers.get("content-length", "0")) > limit:
       raise too_large
     with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
       # The name is the page's; the file has one of ours, and the ending that readers go by.
       ending = next(e for e in ENDINGS if asked.file.endswith(e))
       path = Path(place).resolve() / f"upload{ending}"
-      size = 0
       with path.open("wb") as file:
-        async for chunk in request.stream():
-          size += len(chunk)
-          if size > limit:
-            raise too_large
+        async for chunk in _chunks(request, limit, too_large):
           file.write(chunk)
-      return await self._opened(path, asked.file, asked.plane, asked.window, path.parent)
+      return await self._opened(path, asked, path.parent)
 
-  async def _opened(
-    self, path: Path, name: str, plane: Plane, window: str, place: Path
-  ) -> Response:
+  async def _opened(self, path: Path, asked: _Open, place: Path) -> Response:
+    name, plane = asked.file, asked.plane
     try:
-      chosen = parse_window(window)
-      key, opened = await run_in_threadpool(self._studio.open, path, name, plane, chosen)
+      window = parse_window(asked.window)
+      key, opened = await run_in_threadpool(self._studio.open, path, name, plane, window)
     except (UserError, OSError) as error:
       told = str(error).replace(str(path), name).replace(f"{place}/", "")
-      raise UserError(told.replace("--window ", "window ")) from None
+      raise UserError(told) from None
     depth, height, width = opened.slices
-    spacing = dict(zip(("axial", "coronal", "sagittal"), opened.volume.spacing, strict=True))
+    sides = [mm for axis, mm in enumerate(opened.volume.spacing) if axis != PLANES[plane]]
     return JSONResponse({
       "volume": key, "name": name, "plane": plane, "slices": depth, "rows": height,
-      "columns": width,
-      "row_mm": spacing["coronal" if plane == "axial" else "axial"],
-      "column_mm": spacing["coronal" if plane == "sagittal" else "sagittal"],
+      "columns": width, "row_mm": sides[0], "column_mm": sides[1],
     })
 
   async def image(self, request: Request) -> Response:
@@ -131,9 +125,11 @@ class Pages:
     opened, number = self._slice(request)
     return _bytes(opened.labels_of(number))
 
+  def _volume(self, request: Request) -> Opened:
+    return self._studio.volume(request.path_params["volume"])
+
   def _slice(self, request: Request) -> tuple[Opened, int]:
-    opened = self._studio.volume(request.path_params["volume"])
-    number = request.path_params["slice"]
+    opened, number = self._volume(request), request.path_params["slice"]
     if number >= opened.slices[0]:
       raise Unknown(f"slice {number}: {opened.name} has {opened.slices[0]}, counted from 0")
     return opened, number
@@ -158,8 +154,7 @@ class Pages:
     return JSONResponse(_of(job))
 
   async def save(self, request: Request) -> Response:
-    opened = self._studio.volume(request.path_params["volume"])
-    kind = request.path_params["kind"]
+    opened, kind = self._volume(request), request.path_params["kind"]
     if kind not in SAVED:
       raise Unknown(f"{kind}: save as {' or '.join(SAVED)}")
     if opened.found is None:
@@ -196,13 +191,19 @@ def make_app(pages: Pages, host: str, token: str) -> Starlette:
   )
 
 
-async def _body(request: Request) -> bytes:
-  content = bytearray()
+async def _chunks(request: Request, limit: int, error: UserError) -> AsyncIterator[bytes]:
+  """What the request sends; the error as soon as that is more than `limit` bytes."""
+  size = 0
   async for chunk in request.stream():
-    content += chunk
-    if len(content) > BODY:
-      raise UserError(f"the request has more than {BODY} bytes; give fewer prompts")
-  return bytes(content)
+    size += len(chunk)
+    if size > limit:
+      raise error
+    yield chunk
+
+
+async def _body(request: Request) -> bytes:
+  error = UserError(f"the request has more than {BODY} bytes; give fewer prompts")
+  return b"".join([chunk async for chunk in _chunks(request, BODY, error)])
 
 
 def _of(job: Job) -> dict[str, str | int | float]:

@@ -101,7 +101,7 @@ def check_volume(path: Path, limit: int) -> None:
     voxels = claimed_voxels(path)
   if voxels > limit:
     raise UserError(f"{path}: has {voxels} voxels where {limit} are allowed; "
-                    "crop it, or start with a larger --max-voxels")
+                    "crop it, or let the server take larger volumes")
 
 
 def _check_alone(path: Path) -> None:

@@ -63,9 +63,7 @@ class Job:
   @property
   def seconds(self) -> float:
     """For how long it has been computed."""
-    if not self.began:
-      return 0.0
-    return (self.ended or time.monotonic()) - self.began
+    return (self.ended or time.monotonic()) - self.began if self.began else 0.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,10 +117,8 @@ class Opened:
       else:
         found = self.prompted.correct(found, given, self._show)
       results[stage] = found
-    assert found is not None
     results.move_to_end(stages[-1])
-    while len(results) > RESULTS:
-      results.popitem(last=False)
+    _drop_oldest(results, RESULTS)
     self.results = results
 
   def settle(self) -> None:
@@ -142,6 +138,11 @@ class Opened:
       self.job.done, self.job.total = done, total
       if self.job.cancel.is_set():
         raise _Cancelled
+
+
+def _drop_oldest(store: collections.OrderedDict, most: int) -> None:
+  while len(store) > most:
+    store.popitem(last=False)
 
 
 class Studio:
@@ -187,8 +188,7 @@ class Studio:
     key = secrets.token_hex(8)
     with self._lock:
       self._volumes[key] = opened[0]
-      while len(self._volumes) > self._keep:
-        self._volumes.popitem(last=False)
+      _drop_oldest(self._volumes, self._keep)
     gc.collect()  # volume and tracker know each other; their memory shall not wait
     return key, opened[0]
 
@@ -214,8 +214,7 @@ class Studio:
       except queue.Full:
         raise UserError(f"{WAITING} trackings wait already; wait or cancel some") from None
       self._jobs[name] = job
-      while len(self._jobs) > REMEMBERED:
-        self._jobs.popitem(last=False)
+      _drop_oldest(self._jobs, REMEMBERED)
     return name, job
 
   def job(self, name: str) -> Job:

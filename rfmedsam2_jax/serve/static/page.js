@@ -266,6 +266,6 @@ attempt(async () => {
   $("checkpoint").textContent = `checkpoint ${checkpoint}`;
   $("file").replaceChildren(...files.map((name) => new Option(name)));
   $("file").disabled = !files.length;
-  say(files.length ? "open a volume" : "upload a volume, or start with --folder");
+  say(files.length ? "open a volume" : "upload a volume, or start the server with a folder of volumes");
   list();
 });
