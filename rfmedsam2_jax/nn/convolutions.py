@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from rfmedsam2_jax.nn.layers import Array
 from rfmedsam2_jax.nn.winograd import winograd_conv3d
 
-Array = jax.Array
 Triple = tuple[int, int, int]
 
 

@@ -5,13 +5,16 @@ The parts of SAM 2 (hiera, fpn, prompt_encoder, mask_decoder, memory_*) are asse
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+A = TypeVar("A", jax.Array, np.ndarray)  # of what there is on the device and on the host
 Params = dict[str, Any]  # nested, of arrays
 DType = Any
 

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn import MemorySlots
-
-Array = jax.Array
+from rfmedsam2_jax.nn.layers import Array
 
 # SAM 2's maskmem_tpos_enc has one row per distance and a last one for conditioning slices.
 CONDITIONING_ROW = 6

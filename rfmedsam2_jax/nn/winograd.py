@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Array = jax.Array
+from rfmedsam2_jax.nn.layers import Array
+
 Triple = tuple[int, int, int]
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from rfmedsam2_jax.refinement.config import RefinementConfig
-from rfmedsam2_jax.refinement.refine import StageResult, sigmoid
+from rfmedsam2_jax.refinement.refine import StageResult
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
 Source = Callable[[int], np.ndarray]
@@ -54,18 +55,18 @@ def blended(
   Returns:
     float32 [D, H, W].
   """
-  probability = sigmoid(generator)
+  probability = expit(generator.astype(np.float32))
   if result is None:
     return probability
   slices, logits = cell_logits(result, organ)
   if len(slices):
     if config.fusion == "masks":
-      refined = resize(sigmoid(logits), generator.shape[1:])
+      refined = resize(expit(logits), generator.shape[1:])
     else:
       limit = config.stages[0].residual_limit
       # Absence (-1024) still outweighs any vote for presence after this.
       change = np.maximum(logits, -2.5 * limit) - _limited(seen[slices], limit)
-      refined = sigmoid(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
+      refined = expit(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
     weight = config.generator_weight
     probability[slices] = weight * probability[slices] + (1 - weight) * refined
   return probability
