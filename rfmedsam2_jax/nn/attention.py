@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.nn.layers import Array
-from rfmedsam2_jax.nn.pieces import largest_divisor
+from rfmedsam2_jax.nn.row_bands import largest_divisor
 
 # Scores (batch x heads x queries x keys) that are computed at once: so many that on a CPU they stay
 # in the caches, where more queries are worth reading wider keys for; elsewhere only memory counts.
-# On two cores, queries in pieces against all keys and in blocks of both: memory attention of three
+# On two cores, queries in parts against all keys and in blocks of both: memory attention of three
 # objects at 512 108 and 79 ms (its arithmetic alone: 75), global attention of SAM 2.1 tiny at 1024
 # 257 and 185 ms (136).
 _CPU_SCORES_PER_CHANNEL = 2**14
@@ -80,7 +80,7 @@ def fits_cudnn(q_BNHD: Array) -> bool:
 
 
 def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Array:
-  """The plain computation, in pieces where the scores would be large."""
+  """The plain computation, in parts where the scores would be large."""
   batch, queries, heads, width = q.shape
   keys = k.shape[1]
   cpu = jax.default_backend() == "cpu"
@@ -93,8 +93,8 @@ def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Ar
 
   if scores // batch <= limit:  # some rows of the batch at a time
     attend = _attend if keep else jax.checkpoint(_attend)
-    pieces = batch // largest_divisor(batch, limit * batch // scores)
-    rows = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (q, k, v, mask_BM))
+    parts = batch // largest_divisor(batch, limit * batch // scores)
+    rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (q, k, v, mask_BM))
     out = jax.lax.map(lambda row: attend(*row), rows)
     return out.reshape(*q.shape[:3], -1)
 
@@ -161,8 +161,7 @@ def _attend_in_blocks(
 
   carry = (
     jnp.zeros((rows, queries, v_RMV.shape[-1]), jnp.float32),
-    jnp.zeros((rows, queries, 1), jnp.float32),
-    jnp.full((rows, queries, 1), _LOW, jnp.float32),
+    jnp.zeros((rows, queries, 1), jnp.float32), jnp.full((rows, queries, 1), _LOW, jnp.float32)
   )
   whole = keys - keys % block  # the keys of the last block are fewer, and come first
   if whole < keys:

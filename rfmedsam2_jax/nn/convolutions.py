@@ -38,11 +38,8 @@ def depth_taps_conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1))
   def tap(i: int) -> Array:
     x = padded[:, i : i + stride[0] * (depth_out - 1) + 1 : stride[0]]
     return lax.conv_general_dilated(
-      x.reshape(batch * depth_out, height, width, channels),
-      kernel[i],
-      stride[1:],
-      [(kh // 2, kh // 2), (kw // 2, kw // 2)],
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      x.reshape(batch * depth_out, height, width, channels), kernel[i], stride[1:],
+      [(kh // 2, kh // 2), (kw // 2, kw // 2)], dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
   taps = [tap(i) for i in range(kd)]
@@ -52,11 +49,9 @@ def depth_taps_conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1))
 
 def winograd_pays(x_BDHWC: Array, kernel: Array, stride: Triple) -> bool:
   """Whether Winograd is the fastest form under XLA:CPU (benchmarks/conv3d.py)."""
-  if (
-    tuple(stride) != (1, 1, 1) or not set(kernel.shape[:3]) <= {1, 3} or max(kernel.shape[1:3]) < 3
-  ):
+  if tuple(stride) != (1, 1, 1) or x_BDHWC.dtype != jnp.float32:
     return False
-  if x_BDHWC.dtype != jnp.float32:
+  if not set(kernel.shape[:3]) <= {1, 3} or max(kernel.shape[1:3]) < 3:
     return False
   channels = kernel.shape[3:]
   # Transforming the kernel has to be worth it, and the channels fill the vector registers.
@@ -82,11 +77,7 @@ def native_depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
   """lax's own grouped convolution, stride 1, PyTorch's padding; kernel [kh, kw, 1, C]."""
   padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
   return lax.conv_general_dilated(
-    x_BHWC,
-    kernel,
-    (1, 1),
-    padding,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    x_BHWC, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=x_BHWC.shape[-1],
   )
 
@@ -154,10 +145,3 @@ class DepthwiseConv2D(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = depthwise_conv2d(x_BHWC.astype(self.dtype), weight.astype(self.dtype))
     return y + bias.astype(self.dtype)
-
-
-def depthwise_conv(
-  features: int, dtype: jnp.dtype = jnp.float32, name: str | None = None
-) -> DepthwiseConv2D:
-  """A 3x3 depth-wise convolution on [B, H, W, features]."""
-  return DepthwiseConv2D(features, dtype=dtype, name=name)

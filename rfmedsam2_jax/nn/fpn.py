@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.hiera import Hiera
-from rfmedsam2_jax.nn.layers import Array, DType, conv2d
+from rfmedsam2_jax.nn.layers import Array, DType, conv2d, upsample2
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 
@@ -81,8 +81,3 @@ class ImageEncoder(nn.Module):
     """Images [B, S, S, 3] to [B, S/4, S/4, C], [B, S/8, S/8, C], [B, S/16, S/16, C]."""
     levels = self.neck(self.trunk(images_BHW3))
     return levels[: len(levels) - self.scalp]
-
-
-def upsample2(x_BHWC: Array) -> Array:
-  """Nearest-neighbour upsampling by 2."""
-  return x_BHWC.repeat(2, axis=1).repeat(2, axis=2)

@@ -39,29 +39,22 @@ def layer_norm(
 
 
 def conv2d(
-  features: int,
-  kernel: int,
-  stride: int = 1,
-  padding: int = 0,
-  groups: int = 1,
-  dtype: DType = jnp.float32,
+  features: int, kernel: int, stride: int = 1, padding: int = 0, dtype: DType = jnp.float32,
   name: str | None = None,
 ) -> nn.Conv:
   """A 2D convolution [B, H, W, Cin] -> [B, H', W', features] with PyTorch's symmetric padding.
 
   Args:
     padding: zeros added on all four sides. XLA's `SAME` pads unevenly at strides above 1.
-    groups: `features` for a depth-wise convolution (see nn.convolutions for a fast 3x3 one).
   """
   return nn.Conv(
-    features,
-    (kernel, kernel),
-    strides=(stride, stride),
-    padding=((padding, padding), (padding, padding)),
-    feature_group_count=groups,
-    dtype=dtype,
-    name=name,
+    features, (kernel, kernel), strides=stride, padding=padding, dtype=dtype, name=name
   )
+
+
+def upsample2(x_BHWC: Array) -> Array:
+  """Nearest-neighbour upsampling by 2."""
+  return x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class ConvTranspose2x2(nn.Module):

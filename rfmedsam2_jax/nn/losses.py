@@ -85,12 +85,8 @@ def soft_dice(
 
 
 def segmentation_loss(
-  logits: Array,
-  target: Array,
-  membership: Array,
-  regions: bool,
-  config: GeneratorLossConfig = GeneratorLossConfig(),
-  axes: Axes = (),
+  logits: Array, target: Array, membership: Array, regions: bool,
+  config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """Soft Dice and cross-entropy at one resolution.
 
@@ -146,12 +142,8 @@ def downsample_target(target: Array, shape: Sequence[int]) -> Array:
 
 
 def generator_loss(
-  logits: Sequence[Array],
-  target: Array,
-  membership: Array,
-  regions: bool = False,
-  config: GeneratorLossConfig = GeneratorLossConfig(),
-  axes: Axes = (),
+  logits: Sequence[Array], target: Array, membership: Array, regions: bool = False,
+  config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """The deeply supervised loss of the prompt generator.
 
@@ -226,13 +218,8 @@ class CellTruth(NamedTuple):
 
 
 def refiner_loss(
-  mask_logits: Array,
-  ious: Array,
-  presence: Array,
-  truth: CellTruth,
-  live: Array,
-  config: RefinerLossConfig = RefinerLossConfig(),
-  axes: Axes = (),
+  mask_logits: Array, ious: Array, presence: Array, truth: CellTruth, live: Array,
+  config: RefinerLossConfig = RefinerLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """Loss of one refinement stage over cells [...].
 

@@ -43,12 +43,8 @@ class Prompts(NamedTuple):
 
 
 def pack_prompts(
-  boxes: AnyArray,
-  has_box: AnyArray,
-  points: AnyArray,
-  point_labels: AnyArray,
-  mask: AnyArray | None = None,
-  has_mask: AnyArray | None = None,
+  boxes: AnyArray, has_box: AnyArray, points: AnyArray, point_labels: AnyArray,
+  mask: AnyArray | None = None, has_mask: AnyArray | None = None,
 ) -> Prompts:
   """Corners, clicks and the tokens that SAM 2's own calls put behind them.
 
@@ -72,9 +68,7 @@ def pack_prompts(
 
 
 def box_prompts(
-  boxes: AnyArray,
-  has_box: AnyArray | None = None,
-  mask: AnyArray | None = None,
+  boxes: AnyArray, has_box: AnyArray | None = None, mask: AnyArray | None = None,
   has_mask: AnyArray | None = None,
 ) -> Prompts:
   """Prompts of one box per cell (all have one by default), see `pack_prompts`."""

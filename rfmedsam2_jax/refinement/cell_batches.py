@@ -56,11 +56,7 @@ class SliceTable:
   """Features of the slices that live cells need, each encoded once, in a table of few sizes."""
 
   def __init__(
-    self,
-    model: SAM2,
-    params: Params,
-    slices: Callable[[np.ndarray], np.ndarray],
-    batch: int,
+    self, model: SAM2, params: Params, slices: Callable[[np.ndarray], np.ndarray], batch: int
   ):
     encode = functools.partial(_encode, model, params)
     self._store = FeatureStore(encode, slices, batch, model.config.compute_dtype)

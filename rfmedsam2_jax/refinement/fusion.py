@@ -34,12 +34,8 @@ def cell_logits(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray
 
 
 def blended(
-  generator: np.ndarray,
-  seen: np.ndarray,
-  result: StageResult | None,
-  organ: int,
-  config: RefinementConfig,
-  resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+  generator: np.ndarray, seen: np.ndarray, result: StageResult | None, organ: int,
+  config: RefinementConfig, resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
 ) -> np.ndarray:
   """Probability of one organ on the prepared grid.
 
@@ -78,12 +74,8 @@ def _limited(logits: np.ndarray, limit: float) -> np.ndarray:
 
 
 def fuse(
-  sources: Sequence[Source],
-  output_values: Sequence[int],
-  shape: tuple[int, int, int],
-  threshold: float = 0.5,
-  exclusive: bool = False,
-  regions: bool = False,
+  sources: Sequence[Source], output_values: Sequence[int], shape: tuple[int, int, int],
+  threshold: float = 0.5, exclusive: bool = False, regions: bool = False,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
 ) -> Fused:
   """Label map from per-organ probabilities.

@@ -183,12 +183,8 @@ class StageRun:
 
 
 def refine_volume(
-  model: SAM2,
-  params: Params,
-  config: RefinementConfig,
-  slices: Callable[[np.ndarray], np.ndarray],
-  prompts: VolumePrompts,
-  progress: Report = silent,
+  model: SAM2, params: Params, config: RefinementConfig, slices: Callable[[np.ndarray], np.ndarray],
+  prompts: VolumePrompts, progress: Report = silent,
 ) -> list[StageResult]:
   """Runs the stages of `config` over one volume.
 
@@ -223,12 +219,8 @@ def refine_volume(
     shown = (outputs.presence > 0)[:, None, None]
     organ, at = run.cells.T
     new = StageResult(
-      run.cells.astype(np.int32),
-      np.where(shown, outputs.logits, ABSENT_LOGIT).astype(np.float16),
-      outputs.iou,
-      expit(outputs.presence),
-      prompts.boxes[organ, at],
-      prompts.has_box[organ, at],
+      run.cells.astype(np.int32), np.where(shown, outputs.logits, ABSENT_LOGIT).astype(np.float16),
+      outputs.iou, expit(outputs.presence), prompts.boxes[organ, at], prompts.has_box[organ, at]
     )
     # Where an earlier stage found nothing and this one did not look again, nothing is there: the
     # generator's vote, which stands where no stage ever ran, must not come back.
@@ -257,8 +249,7 @@ def _carry_on(run: StageRun, outputs: Cells[np.ndarray]) -> VolumePrompts:
   organ, at = run.cells.T
   new = [
     _next(
-      outputs.logits[index], outputs.presence[index], run.model.config.image_size,
-      config.box_margin,
+      outputs.logits[index], outputs.presence[index], run.model.config.image_size, config.box_margin
     )
     for _, index in batches(len(run.cells), config.cells_per_batch)
   ]

@@ -66,13 +66,8 @@ def _normalised(slices: Array) -> Array:
 
 
 def refine_cells(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  features: ImageFeatures,
-  cells: CellPrompts[Array],
-  memories: Memories,
-  slots: CellSlots[Array],
+  model: SAM2, params: Params, stage: StageConfig, features: ImageFeatures,
+  cells: CellPrompts[Array], memories: Memories, slots: CellSlots[Array],
 ) -> Cells[Array]:
   """One stage over N cells.
 
@@ -83,12 +78,9 @@ def refine_cells(
   used = slots.valid if stage.pointers else slots.valid[:, :0]
   width = used.shape[1]
   read = MemorySlots(
-    maps=memories.maps[slots.place],
-    rows=slots.rows,
-    valid=slots.valid,
+    maps=memories.maps[slots.place], rows=slots.rows, valid=slots.valid,
     pointers=memories.pointers[slots.place[:, :width]],
-    pointer_positions=slots.positions[:, :width],
-    pointer_valid=used,
+    pointer_positions=slots.positions[:, :width], pointer_valid=used
   )
   conditioned = apply(model.config, params, features.embedding, read, method="condition")
   return decode_stage(model, params, stage, conditioned, features, cells)
@@ -103,11 +95,7 @@ def decode_alone(
 
 
 def decode_stage(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  conditioned: Array,
-  features: ImageFeatures,
+  model: SAM2, params: Params, stage: StageConfig, conditioned: Array, features: ImageFeatures,
   cells: CellPrompts[Array],
 ) -> Cells[Array]:
   """Masks from conditioned features and prompts: box and mask together, mask token 0 only."""
@@ -126,11 +114,7 @@ def sam_prompts(cells: CellPrompts[Array], stage: StageConfig) -> Prompts:
 
 
 def bias_of(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  pixels: Array | None,
-  cells: CellPrompts[Array],
+  model: SAM2, params: Params, stage: StageConfig, pixels: Array | None, cells: CellPrompts[Array]
 ) -> Bias:
   """What is added to decoded logits: see `residual_of`, and the MaskAdapter's correction, where
   there are `pixels` (ImageFeatures) for it."""
@@ -186,13 +170,8 @@ def absent_pointer(params: Params, like: Array) -> Array:
 
 
 def grid_slots(
-  stage: StageConfig,
-  live: Array,
-  score: Array,
-  given: Array,
-  depth: Array | int,
-  max_given: int = 0,
-  inside: Array | None = None,
+  stage: StageConfig, live: Array, score: Array, given: Array, depth: Array | int,
+  max_given: int = 0, inside: Array | None = None,
 ) -> tuple[memory.SlotTable, Array]:
   """Which slices every cell of a [T, Z] grid of tracks and slices remembers.
 
@@ -210,14 +189,8 @@ def grid_slots(
 
 
 def stage_on_grid(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  features: ImageFeatures,
-  cells: CellPrompts[Array],
-  pointers: Array | None,
-  runs: Runs,
-  live: Array,
+  model: SAM2, params: Params, stage: StageConfig, features: ImageFeatures,
+  cells: CellPrompts[Array], pointers: Array | None, runs: Runs, live: Array,
 ) -> Cells[Array]:
   """One stage over all cells of runs.
 
@@ -247,13 +220,8 @@ def stage_on_grid(
 
 
 def all_stages_on_grid(
-  model: SAM2,
-  params: Params,
-  config: RefinementConfig,
-  slices: Array,
-  cells: CellPrompts[Array],
-  inside: Array,
-  depth: Array,
+  model: SAM2, params: Params, config: RefinementConfig, slices: Array, cells: CellPrompts[Array],
+  inside: Array, depth: Array,
 ) -> list[tuple[Cells[Array], Array]]:
   """Every stage over B runs, as training sees them; gradients pass between stages through pointers.
 
@@ -279,13 +247,8 @@ def all_stages_on_grid(
 
 
 def masks_on_grid(
-  model: SAM2,
-  params: Params,
-  config: RefinementConfig,
-  slices: Array,
-  cells: CellPrompts[Array],
-  inside: Array,
-  depth: Array,
+  model: SAM2, params: Params, config: RefinementConfig, slices: Array, cells: CellPrompts[Array],
+  inside: Array, depth: Array,
 ) -> list[tuple[Cells[Array], Array]]:
   """As `all_stages_on_grid`, of the MaskAdapter alone: the rest of SAM 2 is not run.
 
@@ -303,10 +266,7 @@ def masks_on_grid(
 
 
 def _one_after_the_other(
-  model: SAM2,
-  config: RefinementConfig,
-  cells: CellPrompts[Array],
-  volume: tuple[Array, Array],
+  model: SAM2, config: RefinementConfig, cells: CellPrompts[Array], volume: tuple[Array, Array],
   run: Callable[[StageConfig, CellPrompts[Array], Runs, Array], Cells[Array]],
 ) -> list[tuple[Cells[Array], Array]]:
   """Runs the stages, each on the prompts that the one before makes, as at prediction.

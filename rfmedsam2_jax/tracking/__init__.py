@@ -1,5 +1,6 @@
 """Prompted segmentation of a volume: SAM 2's own recurrence over slices, both directions."""
 
+from rfmedsam2_jax.tracking.image import encode_images, predict_masks
 from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
 from rfmedsam2_jax.tracking.recurrence import (
   Bias,
@@ -15,5 +16,6 @@ from rfmedsam2_jax.tracking.tracks import Batch, TrackingConfig, Tracks
 
 __all__ = [
   "Arrived", "Batch", "Bias", "Cells", "Course", "SlicePrompt", "TrackInputs", "TrackingConfig",
-  "Tracks", "VolumeTracker", "decode_cells", "point_prompts", "sweep", "track",
+  "Tracks", "VolumeTracker", "decode_cells", "encode_images", "point_prompts", "predict_masks",
+  "sweep", "track",
 ]

@@ -21,11 +21,8 @@ class FeatureStore:
   """
 
   def __init__(
-    self,
-    encode: Callable[[np.ndarray], ImageFeatures],
-    slices: Callable[[np.ndarray], np.ndarray],
-    batch: int,
-    dtype: np.dtype | None,
+    self, encode: Callable[[np.ndarray], ImageFeatures], slices: Callable[[np.ndarray], np.ndarray],
+    batch: int, dtype: np.dtype | None,
   ):
     self._encode, self._slices, self._batch, self._dtype = encode, slices, batch, dtype
     self._host: dict[int, ImageFeatures] = {}

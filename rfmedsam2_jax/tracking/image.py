@@ -27,11 +27,7 @@ def encode_images(
 
 
 def predict_masks(
-  model: SAM2,
-  params: Params,
-  features: ImageFeatures,
-  prompts: Prompts,
-  multimask: bool = True,
+  model: SAM2, params: Params, features: ImageFeatures, prompts: Prompts, multimask: bool = True,
   dynamic_multimask: bool = True,
 ) -> Decoded:
   """Masks for N prompts, see `point_prompts`; not gated by presence, as SAM 2's image predictor.

@@ -50,14 +50,8 @@ class Bias(NamedTuple):
 
 
 def decode_cells(
-  model: SAM2,
-  params: Params,
-  conditioned: Array,
-  high_res: tuple[Array, Array],
-  prompts: Prompts,
-  multimask: bool = False,
-  dynamic_multimask: bool = False,
-  bias: Bias | None = None,
+  model: SAM2, params: Params, conditioned: Array, high_res: tuple[Array, Array], prompts: Prompts,
+  multimask: bool = False, dynamic_multimask: bool = False, bias: Bias | None = None,
 ) -> Cells[Array]:
   """Decodes N cells to one mask each.
 
@@ -101,10 +95,8 @@ def given_cells(
   present = jnp.any(masks_NSS > 0, axis=(1, 2))
   absent = params["no_obj_ptr"].reshape(1, -1).astype(decoded.pointer.dtype)
   return Cells(
-    logits,
-    jnp.ones(count),
-    jnp.where(present, _GIVEN_LOGIT, -_GIVEN_LOGIT),
-    jnp.where(present[:, None], decoded.pointer, absent),
+    logits, jnp.ones(count), jnp.where(present, _GIVEN_LOGIT, -_GIVEN_LOGIT),
+    jnp.where(present[:, None], decoded.pointer, absent)
   )
 
 
@@ -147,14 +139,8 @@ class Course(NamedTuple):
 
 
 def sweep(
-  model: SAM2,
-  params: Params,
-  bank: memory.MemoryBank,
-  features: ImageFeatures,
-  course: Course,
-  multimask: bool = True,
-  prompts: Prompts | None = None,
-  bias: Bias | None = None,
+  model: SAM2, params: Params, bank: memory.MemoryBank, features: ImageFeatures, course: Course,
+  multimask: bool = True, prompts: Prompts | None = None, bias: Bias | None = None,
 ) -> tuple[memory.MemoryBank, Cells[Array]]:
   """Follows N objects through L slices.
 
@@ -204,10 +190,8 @@ def no_cells(model: SAM2, shape: tuple[int, ...]) -> Cells[Array]:
   """Cells of a shape that were not run."""
   side = 4 * model.config.grid
   return Cells(
-    jnp.full((*shape, side, side), ABSENT_LOGIT),
-    jnp.zeros(shape),
-    jnp.full(shape, ABSENT_LOGIT),
-    jnp.zeros((*shape, model.config.d_model), model.config.compute_dtype),
+    jnp.full((*shape, side, side), ABSENT_LOGIT), jnp.zeros(shape), jnp.full(shape, ABSENT_LOGIT),
+    jnp.zeros((*shape, model.config.d_model), model.config.compute_dtype)
   )
 
 

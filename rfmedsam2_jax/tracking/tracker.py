@@ -55,12 +55,8 @@ class VolumeTracker:
   """
 
   def __init__(
-    self,
-    model: SAM2,
-    params: Params,
-    config: TrackingConfig,
-    slices: Callable[[np.ndarray], np.ndarray],
-    depth: int,
+    self, model: SAM2, params: Params, config: TrackingConfig,
+    slices: Callable[[np.ndarray], np.ndarray], depth: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
   ):
     self._model, self._params, self._config = model, params, config
