@@ -41,9 +41,14 @@ def batches(count: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
     yield slice(first, stop), padded(np.arange(first, stop), size)
 
 
+def on_host(tree: Any) -> Any:
+  """Device arrays as numpy arrays."""
+  return jax.tree.map(np.asarray, tree)
+
+
 def joined(parts: list[Any], count: int) -> Any:
-  """Rows of trees of device arrays one after the other, the first `count`, as numpy arrays."""
-  return jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs])[:count], *parts)
+  """Rows of trees of numpy arrays one after the other, the first `count` of them."""
+  return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
 
 
 def table(rows: Any, total: int) -> Any:

@@ -28,6 +28,7 @@ from rfmedsam2_jax.refinement.cell_batches import (
   batches,
   bucket,
   joined,
+  on_host,
   padded,
   table,
 )
@@ -247,10 +248,9 @@ def _carry_on(run: StageRun, outputs: Cells[np.ndarray]) -> VolumePrompts:
   """The next stage's prompts: from this stage's outputs where it ran; no organ elsewhere."""
   prompts, config = run.prompts, run.config
   organ, at = run.cells.T
+  side, margin = run.model.config.image_size, config.box_margin
   new = [
-    _next(
-      outputs.logits[index], outputs.presence[index], run.model.config.image_size, config.box_margin
-    )
+    on_host(_next(outputs.logits[index], outputs.presence[index], side, margin))
     for _, index in batches(len(run.cells), config.cells_per_batch)
   ]
   cell: CellPrompts[np.ndarray] = joined(new, len(run.cells))
@@ -288,9 +288,8 @@ def _run_cells(run: StageRun) -> Cells[np.ndarray]:
     batch = Batch(
       rows[index], run.to_decode(organ[index], at[index]), slots_of and slots_of(index)
     )
-    outputs.append(
-      _run(run.model, run.params, run.stage, run.encoded.features, memories, batch)
-    )
+    out = _run(run.model, run.params, run.stage, run.encoded.features, memories, batch)
+    outputs.append(on_host(out))
   return joined(outputs, count)
 
 
@@ -310,14 +309,14 @@ def _remembered(
     progress(where.start, len(run.cells))
     embedding = run.encoded.features.embedding
     remembered = _remember(run.model, run.params, embedding, rows[index], batch)
-    maps.append(np.asarray(remembered))
+    maps.append(on_host(remembered))
 
   scores = run.scored(size, remember)
   # Padded, so that volumes of similar depth share a compilation; padding is not live.
   deep = [(0, 0), (0, -run.depth % DEPTH_BUCKET)]
   grids = (np.pad(x, deep) for x in (run.live, scores, run.prompts.given))
   max_given = int(run.prompts.given.sum(axis=1).max())
-  slots, positions = jax.tree.map(np.asarray, _slots(run.stage, *grids, run.depth, max_given))
+  slots, positions = on_host(_slots(run.stage, *grids, run.depth, max_given))
   # Where a cell's memory lies in the table of memories; empty slots point at row 0.
   place = np.zeros(run.live.shape, np.int32)
   place[organ, at] = np.arange(len(run.cells))
