@@ -193,9 +193,7 @@ def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None) 
 
 
 @functools.lru_cache(maxsize=32)
-def axial_rope(
-  height: int, width: int, head_width: int, theta: float = 10000.0
-) -> tuple[np.ndarray, np.ndarray]:
+def axial_rope(height: int, width: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
   """Cosines and sines of SAM 2's rotary positions, for the tokens of a grid in row-major order.
 
   The first half of the pairs turns with x, the second with y (position_encoding.py:180 of
@@ -207,7 +205,7 @@ def axial_rope(
   Returns:
     cos, sin: float32 [height * width, head_width / 2].
   """
-  frequencies = theta ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
+  frequencies = 10000.0 ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
   y, x = np.divmod(np.arange(height * width), width)
   angles = np.concatenate([np.outer(x, frequencies), np.outer(y, frequencies)], axis=-1)
   return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -7,7 +7,6 @@ both sides whatever the stride; Flax's SAME differs at stride 2).
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -98,34 +97,24 @@ def depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
 
 
 class Conv3D(nn.Module):
-  """3D convolution with PyTorch's padding.
+  """3D convolution with PyTorch's padding; odd sizes of the kernel.
 
   Parameters: kernel [kd, kh, kw, Cin, features], bias [features], both float32.
-
-  Args:
-    features: output channels.
-    kernel: odd sizes along D, H, W.
-    stride: along D, H, W.
-    use_bias: whether a bias is added.
-    dtype: of the computation.
   """
 
   features: int
   kernel: Triple = (3, 3, 3)
   stride: Triple = (1, 1, 1)
-  use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
-  kernel_init: Callable = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     shape = (*self.kernel, x_BDHWC.shape[-1], self.features)
-    weight = self.param("kernel", self.kernel_init, shape, jnp.float32)
+    init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    weight = self.param("kernel", init, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = conv3d(x_BDHWC.astype(self.dtype), weight.astype(self.dtype), self.stride)
-    if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-      y = y + bias.astype(self.dtype)
-    return y
+    return y + bias.astype(self.dtype)
 
 
 class DepthwiseConv2D(nn.Module):

@@ -87,7 +87,8 @@ def refine_cells(
 
 
 def decode_alone(
-  model: SAM2, params: Params, stage: StageConfig, features: ImageFeatures, cells: CellPrompts
+  model: SAM2, params: Params, stage: StageConfig, features: ImageFeatures,
+  cells: CellPrompts[Array],
 ) -> Cells[Array]:
   """As `refine_cells`, without memory."""
   conditioned = apply(model.config, params, features.embedding, method="unconditioned")

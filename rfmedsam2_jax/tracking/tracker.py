@@ -77,7 +77,11 @@ class VolumeTracker:
       ValueError: no prompts, a slice outside the volume, an object without any prompt, or two
         prompts for one object on one slice.
     """
-    prompted = self.begin(prompts)
+    if not prompts:
+      raise ValueError("no prompts: nothing says what to follow")
+    prompts = self._checked(prompts, 1 + max(p.track for p in prompts))
+    _check_complete(prompts, 0)
+    prompted = self._decoder.fresh(prompts)
     return self._collected(prompted, set(prompted), None, arrived)
 
   def correct(
@@ -102,14 +106,6 @@ class VolumeTracker:
     decoded = self._decoder.corrected(tracks, [p for p in added if p.track < known])
     decoded |= self._decoder.fresh(new)
     return self._collected({**tracks.prompted, **decoded}, set(decoded), tracks, arrived)
-
-  def begin(self, prompts: Sequence[SlicePrompt]) -> AllPrompted:
-    """Decodes the prompted cells, without memory; raises as `track`."""
-    if not prompts:
-      raise ValueError("no prompts: nothing says what to follow")
-    prompts = self._checked(prompts, 1 + max(p.track for p in prompts))
-    _check_complete(prompts, 0)
-    return self._decoder.fresh(prompts)
 
   def follow(self, prompted: AllPrompted, moved: Sequence[int]) -> Iterator[Batch]:
     """Sweeps from the first prompted slice forward to the end, then backward to the beginning.
