@@ -15,9 +15,8 @@ from rfmedsam2_jax.nn.row_bands import largest_divisor
 
 # Scores (batch x heads x queries x keys) that are computed at once: so many that on a CPU they stay
 # in the caches, where more queries are worth reading wider keys for; elsewhere only memory counts.
-# On two cores, queries in parts against all keys and in blocks of both: memory attention of three
-# objects at 512 108 and 79 ms (its arithmetic alone: 75), global attention of SAM 2.1 tiny at 1024
-# 257 and 185 ms (136).
+# Blocks of both queries and keys: 79 ms where queries alone in parts take 108 (memory attention of
+# three objects at 512 on two cores), close to the 75 of the arithmetic.
 _CPU_SCORES_PER_CHANNEL = 2**14
 _CPU_BLOCK = 1024  # queries, and keys
 _ACCELERATOR_SCORES = 2**28
@@ -197,13 +196,7 @@ def axial_rope(height: int, width: int, head_width: int) -> tuple[np.ndarray, np
   """Cosines and sines of SAM 2's rotary positions, for the tokens of a grid in row-major order.
 
   The first half of the pairs turns with x, the second with y (position_encoding.py:180 of
-  sam2 1.1.0).
-
-  Args:
-    head_width: channels of one head, divisible by 4.
-
-  Returns:
-    cos, sin: float32 [height * width, head_width / 2].
+  sam2 1.1.0). Both float32 [height * width, head_width / 2]; `head_width` is divisible by 4.
   """
   frequencies = 10000.0 ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
   y, x = np.divmod(np.arange(height * width), width)

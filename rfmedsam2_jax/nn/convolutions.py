@@ -60,10 +60,7 @@ def winograd_pays(x_BDHWC: Array, kernel: Array, stride: Triple) -> bool:
 def conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
   """3D convolution, channels last, PyTorch's padding, in the form that suits the backend.
 
-  Args:
-    x_BDHWC: [B, D, H, W, Cin].
-    kernel: [kd, kh, kw, Cin, Cout], odd sizes.
-    stride: along D, H, W.
+  `kernel` is [kd, kh, kw, Cin, Cout] of odd sizes.
   """
   if jax.default_backend() != "cpu":
     return native_conv3d(x_BDHWC, kernel, stride)
