@@ -12,7 +12,6 @@ from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
   anchor_score,
-  boxes_of,
   live_cells,
   scaled_boxes,
   stage0_logits,
@@ -89,7 +88,7 @@ def test_boxes_are_inclusive_indices_scaled_by_the_sides():
     wide, _ = scaled_boxes(array, 64, 3.0)
     np.testing.assert_allclose(wide[0], [10, 5, 30, 8] * scale + [-3, -3, 3, 3], rtol=1e-6)
     np.testing.assert_allclose(wide[1, 2:], [63, 63])  # clipped to the image
-    np.testing.assert_array_equal(boxes_of(array, 1.0)[0][0], [9, 4, 31, 9])
+    np.testing.assert_array_equal(scaled_boxes(array, 40, 1.0)[0][0], [9, 9, 31, 17])
 
 
 def test_the_prompt_encoder_adds_half_a_pixel_to_corners():

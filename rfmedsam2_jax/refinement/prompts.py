@@ -63,12 +63,14 @@ def stage0_logits(logits: Array, regions: bool) -> Array:
   return jnp.clip(log_odds, -LOGIT_LIMIT, LOGIT_LIMIT)[..., 1:]
 
 
-def boxes_of(masks: A, margin: float = 0.0) -> tuple[A, A]:
-  """Tight boxes of binary masks.
+def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
+  """Tight boxes of binary masks of any size, in pixels of the S x S image that the masks cover.
+
+  Indices are scaled by S / W and S / H as the official predictors do; the prompt encoder adds 0.5.
 
   Args:
-    masks: bool [..., H, W].
-    margin: added on every side, in pixels; the result is clipped to the image.
+    masks: bool [..., H, W]. side: S.
+    margin: added on every side, in pixels of the S x S image; the result is clipped to it.
 
   Returns:
     boxes: float32 [..., 4], x0 y0 x1 y1 as inclusive pixel indices; zeros where a mask is empty.
@@ -82,25 +84,6 @@ def boxes_of(masks: A, margin: float = 0.0) -> tuple[A, A]:
   x1 = width - 1 - xp.argmax(columns[..., ::-1], axis=-1)
   y1 = height - 1 - xp.argmax(rows[..., ::-1], axis=-1)
   boxes = xp.stack([x0, y0, x1, y1], axis=-1).astype(xp.float32)
-  grown = boxes + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
-  limit = xp.asarray([width - 1, height - 1] * 2, dtype=xp.float32)
-  return xp.where(present[..., None], xp.clip(grown, 0.0, limit), 0.0), present
-
-
-def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
-  """Boxes of masks of any size, in pixels of the S x S image that the masks cover.
-
-  Indices are scaled by S / W and S / H as the official predictors do; the prompt encoder adds 0.5.
-
-  Args:
-    masks: bool [..., H, W]. side: S. margin: in pixels of the S x S image.
-
-  Returns:
-    boxes float32 [..., 4]; present bool [...].
-  """
-  xp: Any = masks.__array_namespace__()
-  height, width = masks.shape[-2:]
-  boxes, present = boxes_of(masks)
   scale = xp.asarray([side / width, side / height] * 2, dtype=xp.float32)
   boxes = boxes * scale + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
   return xp.where(present[..., None], xp.clip(boxes, 0.0, side - 1.0), 0.0), present

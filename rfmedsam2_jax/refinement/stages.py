@@ -165,11 +165,6 @@ def nearby_on_grid(cells: CellPrompts[Array], inside: Array, reach: int) -> Arra
   return nearby.reshape(-1, *nearby.shape[2:])
 
 
-def absent_pointer(params: Params, like: Array) -> Array:
-  """SAM 2's pointer [C] of a cell without the object, in the dtype of `like`."""
-  return params["no_obj_ptr"].reshape(-1).astype(like.dtype)
-
-
 def grid_slots(
   stage: StageConfig, live: Array, score: Array, given: Array, depth: Array | int,
   max_given: int = 0, inside: Array | None = None,
@@ -239,9 +234,8 @@ def all_stages_on_grid(
   def run(stage: StageConfig, cells: CellPrompts[Array], runs: Runs, live: Array) -> Cells[Array]:
     nonlocal pointers
     outputs = stage_on_grid(model, params, stage, features, cells, pointers, runs, live)
-    pointers = jnp.where(
-      live.reshape(-1, 1), outputs.pointer, absent_pointer(params, outputs.pointer)
-    )
+    absent = params["no_obj_ptr"].reshape(-1).astype(outputs.pointer.dtype)
+    pointers = jnp.where(live.reshape(-1, 1), outputs.pointer, absent)
     return outputs
 
   return _one_after_the_other(model, config, cells, (inside, depth), run)
