@@ -25,7 +25,7 @@ def reference(scenario):
 def again(found: Pair, scenario, **options):
   """Our side of a pair once more, as the code is now."""
   for cached in (tracker._encode, tracker._sweep, conditioning._decode_prompted,
-                 conditioning._take_given):
+                 conditioning._take_masks):
     cached.clear_cache()
   depth, _, (prompts,) = SCENARIOS[scenario]
   ours = VolumeTracker(
@@ -127,13 +127,13 @@ def keys_without_rope(patch):
 
 
 def no_memory_embedding_for_given_masks(patch):
-  original = recurrence.given_cells
+  original = recurrence.cells_of_masks
 
   def conditioned(model, params, features, masks):
     embedding = features.embedding + params["no_mem_embed"]
     return original(model, params, features._replace(embedding=embedding), masks)
 
-  patch.setattr(recurrence, "given_cells", conditioned)
+  patch.setattr(recurrence, "cells_of_masks", conditioned)
 
 
 def pointer_not_replaced_where_absent(patch):

@@ -42,8 +42,8 @@ def _decode_prompted(model, params, features, prompts, slots, multimask, dynamic
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _take_given(model, params, features, masks):
-  cells = recurrence.given_cells(model, params, features, masks)
+def _take_masks(model, params, features, masks):
+  cells = recurrence.cells_of_masks(model, params, features, masks)
   return cells, _remember(model, params, features.embedding, cells, binarize=True)
 
 
@@ -96,7 +96,7 @@ class PromptDecoder:
         features = jax.tree.map(lambda x: x[:size], self._features.get(at, keep=True))
         if kind == "mask":
           masks = np.stack([np.asarray(p.mask, np.float32) for p in batch])
-          out = _take_given(self._model, self._params, features, masks)
+          out = _take_masks(self._model, self._params, features, masks)
         else:
           out = _decode_prompted(
             self._model, self._params, features, point_prompts(batch, *masks_of(batch)),

@@ -26,7 +26,7 @@ from rfmedsam2_jax.nn import (
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn.layers import A, AnyArray, Array, Params
 
-_GIVEN_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
+_MASK_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
 
 
 class Cells(NamedTuple, Generic[A]):
@@ -78,7 +78,7 @@ def decode_cells(
   return Cells(decoded.masks[:, 0], decoded.ious[:, 0], decoded.presence, pointer)
 
 
-def given_cells(
+def cells_of_masks(
   model: SAM2, params: Params, features: ImageFeatures, masks_NSS: Array
 ) -> Cells[Array]:
   """Cells whose masks (0 or 1, image resolution) a person gave: the mask is the output.
@@ -90,12 +90,12 @@ def given_cells(
   prompts = no_prompts(count)._replace(mask=prompt)
   decoded = decode_cells(model, params, features.embedding, features.high_res, prompts)
   side = 4 * model.config.grid
-  logits = _GIVEN_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
+  logits = _MASK_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
   logits = jax.image.resize(logits, (count, side, side), "linear", antialias=True)
   present = jnp.any(masks_NSS > 0, axis=(1, 2))
   absent = params["no_obj_ptr"].reshape(1, -1).astype(decoded.pointer.dtype)
   return Cells(
-    logits, jnp.ones(count), jnp.where(present, _GIVEN_LOGIT, -_GIVEN_LOGIT),
+    logits, jnp.ones(count), jnp.where(present, _MASK_LOGIT, -_MASK_LOGIT),
     jnp.where(present[:, None], decoded.pointer, absent)
   )
 
