@@ -29,17 +29,11 @@ from rfmedsam2_jax.nn.positions import sine_positions_1d
 from rfmedsam2_jax.nn.prompt_encoder import PromptEncoder, Prompts, box_prompts, no_prompts
 from rfmedsam2_jax.nn.remat import Remat
 
-__all__ = [
-  "ABSENT_LOGIT", "BUFFERS", "Decoded", "ImageFeatures", "MemorySlots", "Prompts", "SAM2",
-  "SAM2Config", "apply", "box_prompts", "no_prompts",
-]
-
 # The mask logit of an object that is not there (sam2_base.NO_OBJ_SCORE).
 ABSENT_LOGIT = -1024.0
 
 # Parameters that are buffers in PyTorch: no gradient reaches them, give them no optimizer state.
 BUFFERS = ("sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix",)
-
 
 _WIDTHS = (
   "embed_dim", "trunk_heads", "stages", "window_spec", "window_pos_embed_bkg_spatial_size",
