@@ -5,7 +5,7 @@ tracking.tracker follows.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,11 @@ import numpy as np
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn import SAM2, MemorySlots, apply
 from rfmedsam2_jax.nn import memory_bank as memory
-from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.tracking import recurrence
 from rfmedsam2_jax.tracking.features import FeatureStore
 from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
 from rfmedsam2_jax.tracking.tracks import AllPrompted, Prompted, TrackingConfig, Tracks, cells_at
-
-Masks = tuple[np.ndarray, np.ndarray] | tuple[None, None]  # mask prompts, and which of them exist
 
 
 def _remember(model, params, embedding, cells, binarize):
@@ -59,29 +57,15 @@ class PromptDecoder:
     self._model, self._params, self._config = model, params, config
     self._features, self._depth = features, depth
 
-  def fresh(self, prompts: Sequence[SlicePrompt]) -> AllPrompted:
-    """Of tracks that begin, without memory."""
-    size = self._config.slices_per_batch
-    return self._decode(prompts, size, lambda batch: None, lambda batch: (None, None))
-
-  def corrected(self, tracks: Tracks, prompts: Sequence[SlicePrompt]) -> AllPrompted:
-    """On slices that were followed before: with memories and the mask found there."""
-    # One at a time: a batch that is filled up would read memories for nothing.
-    return self._decode(
-      prompts, 1, functools.partial(self._slots_of, tracks), functools.partial(_masks_of, tracks)
-    )
-
-  def _decode(
-    self, prompts: Sequence[SlicePrompt], size: int,
-    slots_of: Callable[[Sequence[SlicePrompt]], MemorySlots | None],
-    masks_of: Callable[[Sequence[SlicePrompt]], Masks],
-  ) -> AllPrompted:
+  def __call__(self, prompts: Sequence[SlicePrompt], tracks: Tracks | None = None) -> AllPrompted:
     """Prompted cells, in batches of one kind each.
 
     Args:
-      size: of a batch.
-      slots_of, masks_of: what the prompts of a batch are decoded with; None where there is nothing.
+      tracks: that are corrected, on slices that were followed: with memories and the mask found
+        there. None: of tracks that begin, without memory.
     """
+    # Corrections one at a time: a batch that is filled up would read memories for nothing.
+    size = 1 if tracks else self._config.slices_per_batch
     found: AllPrompted = {}
     kinds: dict[str, list[SlicePrompt]] = {"mask": [], "multimask": [], "single": []}
     for prompt in prompts:
@@ -98,9 +82,11 @@ class PromptDecoder:
           masks = np.stack([np.asarray(p.mask, np.float32) for p in batch])
           out = _take_masks(self._model, self._params, features, masks)
         else:
+          mask = _mask_of(tracks, batch[0]) if tracks else (None, None)
+          slots = self._slots(tracks, batch[0]) if tracks else None
           out = _decode_prompted(
-            self._model, self._params, features, point_prompts(batch, *masks_of(batch)),
-            slots_of(batch), kind == "multimask", self._config.dynamic_multimask,
+            self._model, self._params, features, point_prompts(batch, *mask), slots,
+            kind == "multimask", self._config.dynamic_multimask,
           )
         cells, maps = jax.tree.map(np.asarray, out)
         for row, prompt in enumerate(some):
@@ -108,23 +94,8 @@ class PromptDecoder:
           found[prompt.track, prompt.slice] = Prompted(cells_at(cells, row), kept)
     return found
 
-  def _slots_of(self, tracks: Tracks, batch: Sequence[SlicePrompt]) -> MemorySlots:
-    """Slots as wide as the bank of a sweep, so that few widths are compiled."""
-    prompted = power_of_two(max(
-      sum(track == p.track for track, _ in tracks.prompted) for p in batch
-    ))
-    widths = [prompted + memory.RECENT_SLOTS] * 3 + [prompted + memory.POINTER_SLOTS] * 3
-    padded = [
-      [
-        np.pad(x, [(0, width - len(x))] + [(0, 0)] * (x.ndim - 1))
-        for x, width in zip(self._slots(tracks, p), widths, strict=True)
-      ]
-      for p in batch
-    ]
-    return MemorySlots(*(jnp.asarray(np.stack(parts)) for parts in zip(*padded, strict=True)))
-
-  def _slots(self, tracks: Tracks, prompt: SlicePrompt) -> list[np.ndarray]:
-    """What SAM 2 reads at a slice that is corrected: MemorySlots without a leading axis."""
+  def _slots(self, tracks: Tracks, prompt: SlicePrompt) -> MemorySlots:
+    """What SAM 2 reads at a slice that is corrected."""
     track, at = prompt.track, prompt.slice
     sign = -1 if tracks.reverse[at] else 1  # of "behind", in the direction that it was followed in
     maps, rows, pointers, offsets = [], [], [], []
@@ -148,21 +119,29 @@ class PromptDecoder:
         remembered = _remember_followed(self._model, self._params, embedding, cells)
         maps.append(np.asarray(remembered[0]).astype(self._config.map_dtype))
         rows.append(distance - 1)
-    positions = memory.pointer_positions(jnp.array(offsets), self._depth)
-    return [
-      np.stack(maps), np.array(rows, np.int32), np.ones(len(maps), bool),
-      np.stack(pointers), np.asarray(positions), np.ones(len(pointers), bool),
-    ]
+    positions = np.asarray(memory.pointer_positions(jnp.array(offsets), self._depth))
+    # As wide as the bank of a sweep, so that few widths are compiled.
+    room = power_of_two(sum(other == track for other, _ in tracks.prompted))
+
+    def padded(x: np.ndarray, recent: int) -> Array:
+      return jnp.asarray(np.pad(x, [(0, room + recent - len(x))] + [(0, 0)] * (x.ndim - 1))[None])
+
+    of_maps = np.stack(maps), np.array(rows, np.int32), np.ones(len(maps), bool)
+    of_pointers = np.stack(pointers), positions, np.ones(len(pointers), bool)
+    return MemorySlots(
+      *(padded(x, memory.RECENT_SLOTS) for x in of_maps),
+      *(padded(x, memory.POINTER_SLOTS) for x in of_pointers),
+    )
 
 
-def _masks_of(tracks: Tracks, batch: Sequence[SlicePrompt]) -> Masks:
-  """The masks found before, as prompts; SAM 2 limits them (sam2_video_predictor.py:280)."""
-  found = [cells_at(tracks.cells, p.track, p.slice) for p in batch]
-  masks = np.stack([
-    one.logits if one.presence > 0 else np.full_like(one.logits, -LOGIT_LIMIT) for one in found
-  ])
-  masks = np.clip(masks.astype(np.float32), -LOGIT_LIMIT, LOGIT_LIMIT)
-  return masks, np.ones(len(batch), bool)
+def _mask_of(tracks: Tracks, prompt: SlicePrompt) -> tuple[np.ndarray, np.ndarray]:
+  """The mask found before as a mask prompt, and that it exists.
+
+  SAM 2 limits it (sam2_video_predictor.py:280).
+  """
+  found = cells_at(tracks.cells, slice(prompt.track, prompt.track + 1), prompt.slice)
+  mask = np.where(found.presence[:, None, None] > 0, found.logits.astype(np.float32), -LOGIT_LIMIT)
+  return np.clip(mask, -LOGIT_LIMIT, LOGIT_LIMIT).astype(np.float32), np.ones(1, bool)
 
 
 def power_of_two(number: int) -> int:

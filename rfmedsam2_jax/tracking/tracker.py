@@ -65,7 +65,7 @@ class VolumeTracker:
       lambda images: _encode(model, params, images), slices, config.slices_per_batch,
       config.cache_dtype,
     )
-    self._decoder = PromptDecoder(model, params, config, self._features, depth)
+    self._decoded = PromptDecoder(model, params, config, self._features, depth)
 
   def track(self, prompts: Sequence[SlicePrompt], arrived: Arrived = _unheard) -> Tracks:
     """Follows the prompted objects in both directions.
@@ -81,7 +81,7 @@ class VolumeTracker:
       raise ValueError("no prompts: nothing says what to follow")
     prompts = self._checked(prompts, 1 + max(p.track for p in prompts))
     _check_complete(prompts, 0)
-    prompted = self._decoder.fresh(prompts)
+    prompted = self._decoded(prompts)
     return self._collected(prompted, set(prompted), None, arrived)
 
   def correct(
@@ -103,8 +103,7 @@ class VolumeTracker:
     added = self._checked(prompts, max([known, *(1 + p.track for p in prompts)]))
     new = [p for p in added if p.track >= known]
     _check_complete(new, known)
-    decoded = self._decoder.corrected(tracks, [p for p in added if p.track < known])
-    decoded |= self._decoder.fresh(new)
+    decoded = self._decoded([p for p in added if p.track < known], tracks) | self._decoded(new)
     return self._collected({**tracks.prompted, **decoded}, set(decoded), tracks, arrived)
 
   def follow(self, prompted: AllPrompted, moved: Sequence[int]) -> Iterator[Batch]:
