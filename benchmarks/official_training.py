@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 
 from convert.official import build
+from rfmedsam2_jax.base.constants import IMAGE_MEAN, IMAGE_STD, LOGIT_LIMIT
 from rfmedsam2_jax.config.training import OptimizerConfig
 from rfmedsam2_jax.nn import SAM2Config
 from rfmedsam2_jax.nn.losses import RefinerLossConfig
 from rfmedsam2_jax.nn.memory_bank import CONDITIONING_ROW
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig
-from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT
-from rfmedsam2_jax.refinement.stages import IMAGE_MEAN, IMAGE_STD
 
 Tensor = torch.Tensor
 

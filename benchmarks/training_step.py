@@ -65,7 +65,7 @@ from rfmedsam2_jax.nn import (
   SAM2Config,
   attention,
   init_params,
-  pieces,
+  row_bands,
 )
 from rfmedsam2_jax.parallel.devices import peak_flops
 from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh
@@ -350,7 +350,7 @@ def count_flop(case: Case) -> Found:
     # In one piece: XLA counts the body of a loop once, and what is computed again counts again.
     with (
       mock.patch.object(attention, "_CPU_SCORES_PER_CHANNEL", 2**62),
-      mock.patch.object(pieces, "PIECE", 2**62),
+      mock.patch.object(row_bands, "BAND", 2**62),
     ):
       lowered = lowered_step(case, reach, state, batch)
       # Not every version of JAX counts before it compiles.

@@ -11,6 +11,7 @@ from rfmedsam2_jax.nn import MemorySlots, box_prompts
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig, refine_volume
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.prompts import CellPrompts
+from rfmedsam2_jax.tracking import Cells
 
 NEAR = StageConfig(reach=2)
 POINTERS = StageConfig(reach=2, pointers=True)
@@ -58,7 +59,7 @@ def reference(params, stage, features, cells, pointers, config, depth):
   """One stage over two tracks in plain Python, with exactly the neighbours that exist.
 
   Returns:
-    {(track, slice): CellOutputs of one cell} of live cells, and what each of them remembered.
+    {(track, slice): Cells of one cell} of live cells, and what each of them remembered.
   """
   tracks = len(cells.presence) // depth
   presence = np.asarray(cells.presence).reshape(tracks, depth)
@@ -107,7 +108,7 @@ def reference(params, stage, features, cells, pointers, config, depth):
       high_res = tuple(x[z][None] for x in features.high_res)
       decoded = sam(params, "decode", conditioned, high_res, prompts)
       pointer = decoded.pointer[0] if decoded.presence[0] > 0 else params["no_obj_ptr"]
-      outputs[k, z] = stages_lib.CellOutputs(
+      outputs[k, z] = Cells(
         decoded.masks[0, 0], decoded.ious[0, 0], decoded.presence[0], np.reshape(pointer, -1)
       )
       memories[k, z] = here

@@ -88,9 +88,14 @@ def cells(seed=0, soft=True):
   )
 
 
+def loss_of(mask_logits, ious, presence, target, known, present, live):
+  truth = losses.CellTruth(target, known, present)
+  return losses.refiner_loss(mask_logits, ious, presence, truth, live)
+
+
 def test_refiner_loss_is_sam2s_on_hard_targets_over_cells_that_count():
   c = cells(soft=False)
-  total, parts = losses.refiner_loss(**c)
+  total, parts = loss_of(**c)
   shown = c["present"] & c["live"]
   x, t = torch.tensor(c["mask_logits"][shown]), torch.tensor(c["target"][shown])
   p = x.sigmoid()
@@ -141,7 +146,7 @@ def test_dead_cells_and_unknown_pixels_have_no_gradient_and_extreme_values_a_fin
 
   def loss(logits, ious, presence):
     rest = {k: v for k, v in c.items() if k not in ("mask_logits", "ious", "presence")}
-    return losses.refiner_loss(logits, ious, presence, **rest)[0]
+    return loss_of(logits, ious, presence, **rest)[0]
 
   values = (c["mask_logits"], c["ious"], c["presence"])
   value, (masks, ious, presence) = jax.value_and_grad(loss, (0, 1, 2))(*values)

@@ -9,6 +9,7 @@ import pytest
 from small_refinement import CONFIG, DEPTH, NEAR, PRESENT, on_grid, run_volume, start_cells
 from small_sam2 import MASK_SIDE, SMALL, drawn, images, relative
 
+from rfmedsam2_jax.base.constants import IMAGE_MEAN, IMAGE_STD
 from rfmedsam2_jax.nn import SAM2, AdapterConfig
 from rfmedsam2_jax.nn.adapters import MaskAdapter
 from rfmedsam2_jax.refinement import stages as stages_lib
@@ -40,7 +41,7 @@ def test_a_mask_adapter_adds_what_it_makes_of_the_masks_of_the_slices_around():
     if 0 <= there < DEPTH:
       shown = cells.logits[k * DEPTH + there].clip(-8, 8) if PRESENT[k, there] else -8.0
       nearby[k, z, r] = shown
-  pixels = (images(DEPTH) - stages_lib.IMAGE_MEAN) / stages_lib.IMAGE_STD
+  pixels = (images(DEPTH) - IMAGE_MEAN) / IMAGE_STD
   pixels = pixels.reshape(DEPTH, MASK_SIDE, 4, MASK_SIDE, 4, 3).mean((2, 4))
   pixels = np.tile(pixels, (2, 1, 1, 1)).astype(np.float32)
   nearby = nearby.reshape(-1, *nearby.shape[2:])

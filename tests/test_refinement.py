@@ -23,9 +23,11 @@ from small_refinement import (
 )
 from small_sam2 import MASK_SIDE, MODEL, SIDE, SMALL, images, relative, volume_prompts
 
-from rfmedsam2_jax.refinement import RefinementConfig, refine_volume, volume
+from rfmedsam2_jax.refinement import RefinementConfig, refine, refine_volume
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.prompts import CellPrompts
+from rfmedsam2_jax.tracking import Cells
+from rfmedsam2_jax.tracking.recurrence import remember_cells
 
 
 def following(params, outputs, tracks, depth=DEPTH):
@@ -60,7 +62,7 @@ def following(params, outputs, tracks, depth=DEPTH):
 def assert_same(outputs, live, expected, tolerance=1e-5):
   live = np.asarray(live)
   assert sorted(expected) == [divmod(int(i), DEPTH) for i in np.flatnonzero(live)]
-  for name in stages_lib.CellOutputs._fields:
+  for name in Cells._fields:
     ours = np.asarray(getattr(outputs, name))[live]
     theirs = np.stack([getattr(expected[cell], name) for cell in sorted(expected)])
     error = relative(ours, theirs)
@@ -128,16 +130,16 @@ def one_stage_inputs(empty=()):
     valid=valid,
     positions=rng.uniform(-1, 1, (DEPTH, 4)).astype(np.float32),
   )
-  return params, features, cells, maps, pointers, slots
+  return params, features, cells, stages_lib.Memories(maps, pointers), slots
 
 
 def test_a_batch_of_cells_equals_one_cell_at_a_time():
-  params, features, cells, maps, pointers, slots = one_stage_inputs(empty=(3,))
+  params, features, cells, memories, slots = one_stage_inputs(empty=(3,))
   run = jax.jit(stages_lib.refine_cells, static_argnums=(0, 2))
-  batch = run(MODEL, params, POINTERS, features, cells, maps, pointers, slots)
+  batch = run(MODEL, params, POINTERS, features, cells, memories, slots)
   for i in range(0, DEPTH, 3):
     one = lambda tree: jax.tree.map(lambda x: x[i : i + 1], tree)  # noqa: E731,B023
-    alone = run(MODEL, params, POINTERS, one(features), one(cells), maps, pointers, one(slots))
+    alone = run(MODEL, params, POINTERS, one(features), one(cells), memories, one(slots))
     for ours, theirs, everything in zip(one(batch), alone, batch, strict=True):
       # One cell's number may be a small sum of large terms: the scale is that of all cells.
       assert np.abs(ours - theirs).max() < 1e-5 * np.abs(everything).max()
@@ -145,24 +147,24 @@ def test_a_batch_of_cells_equals_one_cell_at_a_time():
 
 def test_gradients_through_empty_slots_are_finite():
   """Also of a cell that has nothing but empty slots, which is decoded without memory."""
-  params, features, cells, maps, pointers, slots = one_stage_inputs(empty=(3,))
+  params, features, cells, memories, slots = one_stage_inputs(empty=(3,))
 
   @jax.jit
   def gradient(params, embedding, maps, pointers):
     def loss(params, embedding, maps, pointers):
       out = stages_lib.refine_cells(
-        MODEL, params, POINTERS, features._replace(embedding=embedding), cells, maps, pointers,
-        slots,
+        MODEL, params, POINTERS, features._replace(embedding=embedding), cells,
+        stages_lib.Memories(maps, pointers), slots,
       )
       return sum(jnp.square(x).mean() for x in out), out
 
     return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(params, embedding, maps, pointers)
 
-  gradients, out = gradient(params, features.embedding, maps, pointers)
+  gradients, out = gradient(params, features.embedding, *memories)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
   assert not np.asarray(gradients[2])[0].any() and np.asarray(gradients[2]).any()
   assert np.asarray(gradients[3]).any()  # pointers carry a gradient
-  alone = jax.jit(stages_lib.decode_cells, static_argnums=(0, 2))(
+  alone = jax.jit(stages_lib.decode_stage, static_argnums=(0, 2))(
     MODEL, params, ALONE, features.embedding + params["no_mem_embed"], features, cells
   )
   assert relative(out.logits[3], alone.logits[3]) < 1e-5
@@ -195,16 +197,16 @@ def test_what_stages_hand_on_of_cells_that_they_did_not_run(monkeypatch):
   longer than one stage: a cell that was not run is one without the object."""
   seen = []
 
-  def only_slice_1_of_organ_0(*arguments):
-    pointers, live, cells = arguments[-4:-1]
-    seen.append((live, pointers))
+  def only_slice_1_of_organ_0(run):
+    cells = run.cells
+    seen.append((run.live, run.pointers))
     present = (cells == [0, 1]).all(axis=1)
     score = np.where(present, 5.0, -5.0).astype(np.float32)
     logits = np.broadcast_to(score[:, None, None], (len(cells), MASK_SIDE, MASK_SIDE))
     pointer = np.full((len(cells), SMALL.d_model), 7.0, np.float32)
-    return stages_lib.CellOutputs(logits, score, score, pointer)
+    return Cells(logits, score, score, pointer)
 
-  monkeypatch.setattr(volume, "_run_cells", only_slice_1_of_organ_0)
+  monkeypatch.setattr(refine, "_run_cells", only_slice_1_of_organ_0)
   config = dataclasses.replace(CONFIG, stages=(NEAR, POINTERS, POINTERS))
   params = params_of()
   results = run_volume(params, config)
@@ -228,9 +230,9 @@ def test_a_volume_without_organs_runs_nothing():
 
 def test_each_live_cell_is_remembered_once_per_stage(monkeypatch):
   rows = []
-  remember = volume._remember
+  remember = refine._remember
   monkeypatch.setattr(
-    volume, "_remember",
+    refine, "_remember",
     lambda model, params, embedding, at, cells: rows.append(at)
     or remember(model, params, embedding, at, cells),
   )
@@ -250,7 +252,7 @@ def test_memory_is_not_binarised_and_absent_cells_are_marked():
   params, features = params_of(), features_of(params_of())
   cells = jax.tree.map(lambda x: x[:DEPTH], start_cells())
   cells = cells._replace(logits=cells.logits / 8)  # soft
-  ours = stages_lib.remember_cells(MODEL, params, features.embedding, cells)
+  ours = remember_cells(MODEL, params, features.embedding, cells.logits, cells.presence)
   present = PRESENT[0][:, None, None]
   soft = jax.image.resize(np.where(present, cells.logits, -1024), (DEPTH, SIDE, SIDE), "linear")
   mask = 20 * jax.nn.sigmoid(soft)[..., None] - 10

@@ -5,19 +5,18 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small_refinement import DEPTH, params_of, start_cells
+from small_refinement import DEPTH, NEAR, params_of, start_cells
 from small_sam2 import MASK_SIDE, MODEL, SIDE
 
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
-from rfmedsam2_jax.refinement import RefinementConfig
+from rfmedsam2_jax.refinement import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
   anchor_score,
-  boxes_of,
   live_cells,
-  sam_prompts,
   scaled_boxes,
   stage0_logits,
 )
+from rfmedsam2_jax.refinement.stages import sam_prompts
 
 
 def test_live_cells_lie_within_the_margin_of_present_ones():
@@ -89,14 +88,14 @@ def test_boxes_are_inclusive_indices_scaled_by_the_sides():
     wide, _ = scaled_boxes(array, 64, 3.0)
     np.testing.assert_allclose(wide[0], [10, 5, 30, 8] * scale + [-3, -3, 3, 3], rtol=1e-6)
     np.testing.assert_allclose(wide[1, 2:], [63, 63])  # clipped to the image
-    np.testing.assert_array_equal(boxes_of(array, 1.0)[0][0], [9, 4, 31, 9])
+    np.testing.assert_array_equal(scaled_boxes(array, 40, 1.0)[0][0], [9, 9, 31, 17])
 
 
 def test_the_prompt_encoder_adds_half_a_pixel_to_corners():
   params = params_of()
   cells = jax.tree.map(lambda x: x[:DEPTH], start_cells())
   encode = lambda model, prompts: model.sam_prompt_encoder(prompts)[0]  # noqa: E731
-  tokens = MODEL.apply({"params": params}, sam_prompts(cells, True, True), method=encode)
+  tokens = MODEL.apply({"params": params}, sam_prompts(cells, NEAR), method=encode)
   encoder = params["sam_prompt_encoder"]
   matrix = encoder["pe_layer"]["positional_encoding_gaussian_matrix"]
   for corner in range(2):
@@ -109,12 +108,12 @@ def test_the_prompt_encoder_adds_half_a_pixel_to_corners():
 def test_prompts_hold_the_tokens_of_the_correction_path():
   """One not-a-point token behind boxes and clicks, two where there is neither."""
   cells = jax.tree.map(lambda x: x[:3], start_cells())
-  labels = lambda *use: np.asarray(sam_prompts(cells, *use).labels)  # noqa: E731
+  labels = lambda *use: np.asarray(sam_prompts(cells, StageConfig(box=use[0], mask=use[1])).labels)  # noqa: E731
   exists = lambda row: [int(x) for x in row if x != -2]  # noqa: E731
   assert [exists(row) for row in labels(True, True)] == [[-1, -1], [2, 3, -1], [2, 3, -1]]
   assert [exists(row) for row in labels(False, True)] == [[-1, -1]] * 3
-  np.testing.assert_array_equal(sam_prompts(cells, True, True).has_mask, [False, True, True])
-  assert not sam_prompts(cells, True, False).has_mask.any()
+  np.testing.assert_array_equal(sam_prompts(cells, NEAR).has_mask, [False, True, True])
+  assert not sam_prompts(cells, StageConfig(mask=False)).has_mask.any()
   clicks = np.array([[1, -2], [1, 0], [1, -2]])
   cells = cells._replace(points=np.ones((3, 2, 2)), point_labels=clicks)
   assert [exists(row) for row in labels(True, True)] == [

@@ -19,7 +19,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
 from rfmedsam2_jax.prompted.tracked import PromptedVolume
-from rfmedsam2_jax.tracking import TrackingConfig, features
+from rfmedsam2_jax.tracking import TrackingConfig, tracker
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 
 pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
@@ -118,9 +118,9 @@ def test_what_is_saved_is_what_track_gives_and_corrections_encode_nothing(
   client, place, monkeypatch
 ):
   encoded = []
-  encode = features._encode
+  encode = tracker._encode
   monkeypatch.setattr(
-    features, "_encode", lambda *args: encoded.append(len(args[2])) or encode(*args)
+    tracker, "_encode", lambda *args: encoded.append(len(args[2])) or encode(*args)
   )
   volume = opened(client)["volume"]
   assert client.get(f"/api/volumes/{volume}/nii.gz").status_code == 400  # nothing is there yet

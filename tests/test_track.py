@@ -13,8 +13,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.prompted.prompt_files import parse_box, parse_point, read_prompts
-from rfmedsam2_jax.tracking import SlicePrompt, features
-from rfmedsam2_jax.tracking import volume as tracking_volume
+from rfmedsam2_jax.tracking import SlicePrompt, VolumeTracker, tracker
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 SHAPE = (30, 26, 11)  # x, y, z of the scan
@@ -143,13 +142,13 @@ def test_a_sparse_label_map_prompts_with_masks(scan, checkpoint, tmp_path, capsy
 
 def test_a_correction_reads_cached_features_and_changes_its_slice(scan, checkpoint, monkeypatch):
   encoded = []
-  encode = features._encode
+  encode = tracker._encode
 
   def count(model, params, images):
     encoded.append(len(images))
     return encode(model, params, images)
 
-  monkeypatch.setattr(features, "_encode", count)
+  monkeypatch.setattr(tracker, "_encode", count)
   volume = load_image(scan)
   first = rfmedsam2_jax.VoxelPrompt(1, box=((5, 6, 4), (5, 13, 11)))
   later = rfmedsam2_jax.VoxelPrompt(1, points=((8.0, 10.0, 8.0, True), (8.0, 20.0, 25.0, False)))
@@ -178,9 +177,9 @@ def test_a_correction_follows_what_it_changes_and_a_structure_may_begin_later(
   Prompt = rfmedsam2_jax.VoxelPrompt
   prompted = rfmedsam2_jax.open_volume(checkpoint, load_image(scan))
   swept, arrived = [], {}
-  sweep = tracking_volume._sweep
+  sweep = tracker._sweep
   monkeypatch.setattr(
-    tracking_volume, "_sweep", lambda *args: swept.append(args[5].any(1).sum()) or sweep(*args)
+    tracker, "_sweep", lambda *args: swept.append(args[4].run.any(1).sum()) or sweep(*args)
   )
   first = [Prompt(7, box=((5, 6, 4), (5, 13, 11)))]
   point = [Prompt(7, points=((8, 10, 8, True),), round=1)]
@@ -209,14 +208,14 @@ def test_a_correction_follows_what_it_changes_and_a_structure_may_begin_later(
 
 def test_depth_and_direction_share_one_compilation(checkpoint):
   config, params, _ = load_checkpoint(checkpoint)
-  sweep = tracking_volume._sweep
+  sweep = tracker._sweep
   sizes = []
   for depth, at in ((7, 0), (7, 6), (12, 5), (30, 17)):
     images = np.random.default_rng(depth).standard_normal((depth, 64, 64, 3), np.float32)
-    tracker = tracking_volume.VolumeTracker(
+    followed = VolumeTracker(
       SAM2(config), params, rfmedsam2_jax.TrackingConfig(), lambda z, x=images: x[z], depth
     )
-    tracks = tracker.track([SlicePrompt(0, at, box=(10.0, 12.0, 40.0, 37.0))])
+    tracks = followed.track([SlicePrompt(0, at, box=(10.0, 12.0, 40.0, 37.0))])
     assert (tracks.cells.logits > -1024).any(axis=(2, 3)).all(), "every slice is run"
     sizes.append(sweep._cache_size())
   assert len(set(sizes)) == 1

@@ -11,8 +11,7 @@ from test_tracking_parity import SCENARIOS, Pair, assert_the_same_volume, scaled
 from rfmedsam2_jax.nn import SAM2, mask_decoder, memory_attention, prompt_encoder
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn import sam2 as sam2_module
-from rfmedsam2_jax.tracking import TrackingConfig, VolumeTracker, features, recurrence
-from rfmedsam2_jax.tracking import volume as tracking_volume
+from rfmedsam2_jax.tracking import TrackingConfig, VolumeTracker, conditioning, recurrence, tracker
 
 POINTS, VANISH = "points, points with boxes, and a mask", "objects that vanish and return"
 MANY = "several slices each"
@@ -25,16 +24,16 @@ def reference(scenario):
 
 def again(found: Pair, scenario, **options):
   """Our side of a pair once more, as the code is now."""
-  for cached in (features._encode, tracking_volume._sweep, tracking_volume._decode_prompted,
-                 tracking_volume._take_given):
+  for cached in (tracker._encode, tracker._sweep, conditioning._decode_prompted,
+                 conditioning._take_masks):
     cached.clear_cache()
   depth, _, (prompts,) = SCENARIOS[scenario]
-  tracker = VolumeTracker(
+  ours = VolumeTracker(
     SAM2(found.config), found.params, TrackingConfig(cache="float32", **options),
     lambda z: found.slices[z], depth,
   )
   changed = object.__new__(Pair)
-  changed.ours = tracker.track([scaled(p, found.config.image_size) for p in prompts])
+  changed.ours = ours.track([scaled(p, found.config.image_size) for p in prompts])
   changed.theirs = found.theirs
   return changed
 
@@ -50,8 +49,8 @@ def padding_token_left_out(patch):
     prompts = original(given, masks, has_mask)
     return prompts._replace(labels=jnp.where(prompts.labels == -1, -2, prompts.labels))
 
-  original = tracking_volume.point_prompts
-  patch.setattr(tracking_volume, "point_prompts", without)
+  original = conditioning.point_prompts
+  patch.setattr(conditioning, "point_prompts", without)
 
 
 def one_token_instead_of_two(patch):
@@ -92,7 +91,7 @@ def padded_depth(patch):
 
 def memories_not_binarised(patch):
   original = recurrence.remember_cells
-  patch.setattr(recurrence, "remember_cells", lambda *a, binarize: original(*a, binarize=False))
+  patch.setattr(recurrence, "remember_cells", lambda *a, binarize=False: original(*a))
 
 
 def reverse_without_forward_memories(patch):
@@ -105,7 +104,7 @@ def reverse_without_forward_memories(patch):
 
 
 def memory_of_ungated_masks(patch):
-  patch.setattr(recurrence, "gated_logits", lambda cells: cells.logits)
+  patch.setattr(recurrence, "gated_logits", lambda logits, presence: logits)
 
 
 def absent_embedding_left_out(patch):
@@ -128,13 +127,13 @@ def keys_without_rope(patch):
 
 
 def no_memory_embedding_for_given_masks(patch):
-  original = recurrence.given_cells
+  original = recurrence.cells_of_masks
 
   def conditioned(model, params, features, masks):
     embedding = features.embedding + params["no_mem_embed"]
     return original(model, params, features._replace(embedding=embedding), masks)
 
-  patch.setattr(recurrence, "given_cells", conditioned)
+  patch.setattr(recurrence, "cells_of_masks", conditioned)
 
 
 def pointer_not_replaced_where_absent(patch):

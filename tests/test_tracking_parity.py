@@ -173,7 +173,7 @@ def assert_the_same_volume(found: Pair, bound=SMALL):
       for cell in found.ours.prompted if theirs.presence[cell] > 0
     ),
   }
-  masks = np.asarray(gated_logits(ours)) > 0
+  masks = np.asarray(gated_logits(ours.logits, ours.presence)) > 0
   agree = (masks == (theirs.logits > 0)).mean()
   shares = {name: f"{value:.1e}" for name, value in errors.items()}
   print(f"\n{shares}; masks agree on {agree:.4%}, foreground {masks.mean():.0%}")
@@ -216,7 +216,9 @@ def _step(model, params, features, slots):
   cells = decode_cells(
     model, params, conditioned, features.high_res, no_prompts(1), True, False
   )
-  return cells, remember_cells(model, params, features.embedding, cells, binarize=False)
+  return cells, remember_cells(
+    model, params, features.embedding, cells.logits, cells.presence
+  )
 
 
 def slots_of(step, depth):

@@ -21,6 +21,7 @@ import numpy as np
 from results import save
 from scipy import ndimage
 
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.data.datasets import IGNORED, read_case, read_dataset
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess
@@ -30,7 +31,7 @@ from rfmedsam2_jax.evaluation.scores import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.model import load
 from rfmedsam2_jax.refinement import refine_volume
 from rfmedsam2_jax.refinement.first_prompts import generated, with_oracle
-from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes
+from rfmedsam2_jax.refinement.prompts import scaled_boxes
 from rfmedsam2_jax.segmentation.segmenter import (
   Generated,
   Segmentation,

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.augmentation import (
   AugmentationConfig,
@@ -277,13 +278,13 @@ class _RunSample:
       source = logits_of_truth(masks[track])
       if prompts is not None and rng.random() >= self.corruption.truth_probability:
         source = np.asarray(prompts[structure][rows], np.float32)
-        source = transform_slices(source, on_masks, order=1, fill=-32.0)
+        source = transform_slices(source, on_masks, order=1, fill=-LOGIT_LIMIT)
       logits[track] = corrupt(rng, source, self.corruption)
 
     outside = ~inside
     image[:, outside] = 0
     masks[:, outside] = 0
-    logits[:, outside] = -32.0
+    logits[:, outside] = -LOGIT_LIMIT
     return {
       "images": as_rgb(image),
       "masks": masks,

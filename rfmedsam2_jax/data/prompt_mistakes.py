@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 from scipy import ndimage
 
-LOGIT_LIMIT = 32.0  # stage-0 logits are clamped to +-this (refinement.prompts does the same)
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 
 
 @dataclasses.dataclass(frozen=True)

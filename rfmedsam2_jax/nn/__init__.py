@@ -1,7 +1,6 @@
-"""Networks: Linen modules, arrays in and arrays out. Imports no other room."""
+"""Networks: Linen modules, arrays in and arrays out."""
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
-from rfmedsam2_jax.nn.functional import apply, init
 from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import (
@@ -13,28 +12,16 @@ from rfmedsam2_jax.nn.sam2 import (
   MemorySlots,
   Prompts,
   SAM2Config,
+  apply,
   box_prompts,
   no_prompts,
 )
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 
+init = init_params
+
 __all__ = [
-  "ABSENT_LOGIT",
-  "BUFFERS",
-  "PRESETS",
-  "SAM2",
-  "AdapterConfig",
-  "Decoded",
-  "ImageFeatures",
-  "MemorySlots",
-  "Prompts",
-  "SAM2Config",
-  "UNet",
-  "UNetConfig",
-  "apply",
-  "box_prompts",
-  "init",
-  "init_params",
-  "no_prompts",
-  "param_shapes",
+  "ABSENT_LOGIT", "BUFFERS", "PRESETS", "SAM2", "AdapterConfig", "Decoded", "ImageFeatures",
+  "MemorySlots", "Prompts", "SAM2Config", "UNet", "UNetConfig", "apply", "box_prompts", "init",
+  "init_params", "no_prompts", "param_shapes",
 ]

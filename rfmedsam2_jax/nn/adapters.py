@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn.convolutions import depthwise_conv
-from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
+from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm, upsample2
 
 MASK_LIMIT = 8.0  # mask logits beyond +-this say nothing more
 
@@ -43,7 +43,7 @@ class DWConvAdapter(nn.Module):
     y = layer_norm(dtype=self.dtype, name="norm_in")(x_BHWC)
     y = nn.Dense(self.width, dtype=self.dtype, name="down")(y)
     y = nn.Dense(self.width, dtype=self.dtype, name="point")(y)
-    y = gelu(depthwise_conv(self.width, dtype=self.dtype, name="depth")(y))
+    y = gelu(DepthwiseConv2D(self.width, dtype=self.dtype, name="depth")(y))
     y = layer_norm(dtype=self.dtype, name="norm_out")(y)
     # Zero, so that a network with fresh adapters is SAM 2 itself.
     y = _zero_dense(x_BHWC.shape[-1], self.dtype, "up")(y)
@@ -67,7 +67,7 @@ class CNNAdapter(nn.Module):
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
     y = nn.Dense(self.width, dtype=self.dtype, name="down")(x_BHWC)
-    y = gelu(depthwise_conv(self.width, dtype=self.dtype, name="depth")(y))
+    y = gelu(DepthwiseConv2D(self.width, dtype=self.dtype, name="depth")(y))
     return x_BHWC + _zero_dense(x_BHWC.shape[-1], self.dtype, "up")(y)
 
 
@@ -101,7 +101,7 @@ class MaskAdapter(nn.Module):
     coarse = conv2d(2 * self.width, 3, 2, padding=1, dtype=self.dtype, name="coarse_0")(fine)
     coarse = conv2d(2 * self.width, 3, padding=1, dtype=self.dtype, name="coarse_1")(gelu(coarse))
     coarse = nn.Dense(self.width, dtype=self.dtype, name="back")(gelu(coarse))
-    fine = fine + coarse.repeat(2, axis=1).repeat(2, axis=2)
+    fine = fine + upsample2(coarse)
     fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_1")(fine))
     return _zero_dense(1, self.dtype, "up")(fine)[..., 0].astype(jnp.float32)
 
@@ -130,6 +130,12 @@ class AdapterConfig:
   after_attention: ClassVar[Any] = DWConvAdapter
   after_convolution: ClassVar[Any] = CNNAdapter
   on_masks: ClassVar[Any] = MaskAdapter
+
+  def adapted(self, x_BHWC: Array, dtype: DType) -> Array:
+    """What attention gave, adapted if there are DWConvAdapters; to be called within a module."""
+    if not self.dwconv:
+      return x_BHWC
+    return self.after_attention(self.width, dtype=dtype, name="adapter")(x_BHWC)
 
   @property
   def own(self) -> bool:

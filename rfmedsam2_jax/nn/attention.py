@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.nn.layers import Array
-from rfmedsam2_jax.nn.pieces import largest_divisor
+from rfmedsam2_jax.nn.row_bands import largest_divisor
 
 # Scores (batch x heads x queries x keys) that are computed at once: so many that on a CPU they stay
 # in the caches, where more queries are worth reading wider keys for; elsewhere only memory counts.
-# On two cores, queries in pieces against all keys and in blocks of both: memory attention of three
-# objects at 512 108 and 79 ms (its arithmetic alone: 75), global attention of SAM 2.1 tiny at 1024
-# 257 and 185 ms (136).
+# Blocks of both queries and keys: 79 ms where queries alone in parts take 108 (memory attention of
+# three objects at 512 on two cores), close to the 75 of the arithmetic.
 _CPU_SCORES_PER_CHANNEL = 2**14
 _CPU_BLOCK = 1024  # queries, and keys
 _ACCELERATOR_SCORES = 2**28
@@ -80,7 +79,7 @@ def fits_cudnn(q_BNHD: Array) -> bool:
 
 
 def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Array:
-  """The plain computation, in pieces where the scores would be large."""
+  """The plain computation, in parts where the scores would be large."""
   batch, queries, heads, width = q.shape
   keys = k.shape[1]
   cpu = jax.default_backend() == "cpu"
@@ -93,8 +92,8 @@ def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Ar
 
   if scores // batch <= limit:  # some rows of the batch at a time
     attend = _attend if keep else jax.checkpoint(_attend)
-    pieces = batch // largest_divisor(batch, limit * batch // scores)
-    rows = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (q, k, v, mask_BM))
+    parts = batch // largest_divisor(batch, limit * batch // scores)
+    rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (q, k, v, mask_BM))
     out = jax.lax.map(lambda row: attend(*row), rows)
     return out.reshape(*q.shape[:3], -1)
 
@@ -161,8 +160,7 @@ def _attend_in_blocks(
 
   carry = (
     jnp.zeros((rows, queries, v_RMV.shape[-1]), jnp.float32),
-    jnp.zeros((rows, queries, 1), jnp.float32),
-    jnp.full((rows, queries, 1), _LOW, jnp.float32),
+    jnp.zeros((rows, queries, 1), jnp.float32), jnp.full((rows, queries, 1), _LOW, jnp.float32)
   )
   whole = keys - keys % block  # the keys of the last block are fewer, and come first
   if whole < keys:
@@ -194,21 +192,13 @@ def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None) 
 
 
 @functools.lru_cache(maxsize=32)
-def axial_rope(
-  height: int, width: int, head_width: int, theta: float = 10000.0
-) -> tuple[np.ndarray, np.ndarray]:
+def axial_rope(height: int, width: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
   """Cosines and sines of SAM 2's rotary positions, for the tokens of a grid in row-major order.
 
   The first half of the pairs turns with x, the second with y (position_encoding.py:180 of
-  sam2 1.1.0).
-
-  Args:
-    head_width: channels of one head, divisible by 4.
-
-  Returns:
-    cos, sin: float32 [height * width, head_width / 2].
+  sam2 1.1.0). Both float32 [height * width, head_width / 2]; `head_width` is divisible by 4.
   """
-  frequencies = theta ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
+  frequencies = 10000.0 ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
   y, x = np.divmod(np.arange(height * width), width)
   angles = np.concatenate([np.outer(x, frequencies), np.outer(y, frequencies)], axis=-1)
   return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -7,16 +7,15 @@ both sides whatever the stride; Flax's SAME differs at stride 2).
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from rfmedsam2_jax.nn.layers import Array
 from rfmedsam2_jax.nn.winograd import winograd_conv3d
 
-Array = jax.Array
 Triple = tuple[int, int, int]
 
 
@@ -38,11 +37,8 @@ def depth_taps_conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1))
   def tap(i: int) -> Array:
     x = padded[:, i : i + stride[0] * (depth_out - 1) + 1 : stride[0]]
     return lax.conv_general_dilated(
-      x.reshape(batch * depth_out, height, width, channels),
-      kernel[i],
-      stride[1:],
-      [(kh // 2, kh // 2), (kw // 2, kw // 2)],
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      x.reshape(batch * depth_out, height, width, channels), kernel[i], stride[1:],
+      [(kh // 2, kh // 2), (kw // 2, kw // 2)], dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
   taps = [tap(i) for i in range(kd)]
@@ -52,11 +48,9 @@ def depth_taps_conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1))
 
 def winograd_pays(x_BDHWC: Array, kernel: Array, stride: Triple) -> bool:
   """Whether Winograd is the fastest form under XLA:CPU (benchmarks/conv3d.py)."""
-  if (
-    tuple(stride) != (1, 1, 1) or not set(kernel.shape[:3]) <= {1, 3} or max(kernel.shape[1:3]) < 3
-  ):
+  if tuple(stride) != (1, 1, 1) or x_BDHWC.dtype != jnp.float32:
     return False
-  if x_BDHWC.dtype != jnp.float32:
+  if not set(kernel.shape[:3]) <= {1, 3} or max(kernel.shape[1:3]) < 3:
     return False
   channels = kernel.shape[3:]
   # Transforming the kernel has to be worth it, and the channels fill the vector registers.
@@ -66,10 +60,7 @@ def winograd_pays(x_BDHWC: Array, kernel: Array, stride: Triple) -> bool:
 def conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
   """3D convolution, channels last, PyTorch's padding, in the form that suits the backend.
 
-  Args:
-    x_BDHWC: [B, D, H, W, Cin].
-    kernel: [kd, kh, kw, Cin, Cout], odd sizes.
-    stride: along D, H, W.
+  `kernel` is [kd, kh, kw, Cin, Cout] of odd sizes.
   """
   if jax.default_backend() != "cpu":
     return native_conv3d(x_BDHWC, kernel, stride)
@@ -82,11 +73,7 @@ def native_depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
   """lax's own grouped convolution, stride 1, PyTorch's padding; kernel [kh, kw, 1, C]."""
   padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
   return lax.conv_general_dilated(
-    x_BHWC,
-    kernel,
-    (1, 1),
-    padding,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    x_BHWC, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=x_BHWC.shape[-1],
   )
 
@@ -107,34 +94,24 @@ def depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
 
 
 class Conv3D(nn.Module):
-  """3D convolution with PyTorch's padding.
+  """3D convolution with PyTorch's padding; odd sizes of the kernel.
 
   Parameters: kernel [kd, kh, kw, Cin, features], bias [features], both float32.
-
-  Args:
-    features: output channels.
-    kernel: odd sizes along D, H, W.
-    stride: along D, H, W.
-    use_bias: whether a bias is added.
-    dtype: of the computation.
   """
 
   features: int
   kernel: Triple = (3, 3, 3)
   stride: Triple = (1, 1, 1)
-  use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
-  kernel_init: Callable = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     shape = (*self.kernel, x_BDHWC.shape[-1], self.features)
-    weight = self.param("kernel", self.kernel_init, shape, jnp.float32)
+    init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    weight = self.param("kernel", init, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = conv3d(x_BDHWC.astype(self.dtype), weight.astype(self.dtype), self.stride)
-    if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-      y = y + bias.astype(self.dtype)
-    return y
+    return y + bias.astype(self.dtype)
 
 
 class DepthwiseConv2D(nn.Module):
@@ -154,10 +131,3 @@ class DepthwiseConv2D(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = depthwise_conv2d(x_BHWC.astype(self.dtype), weight.astype(self.dtype))
     return y + bias.astype(self.dtype)
-
-
-def depthwise_conv(
-  features: int, dtype: jnp.dtype = jnp.float32, name: str | None = None
-) -> DepthwiseConv2D:
-  """A 3x3 depth-wise convolution on [B, H, W, features]."""
-  return DepthwiseConv2D(features, dtype=dtype, name=name)

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.hiera import Hiera
-from rfmedsam2_jax.nn.layers import Array, DType, conv2d
+from rfmedsam2_jax.nn.layers import Array, DType, conv2d, upsample2
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
+
+TOP_DOWN_LEVELS = (2, 3)  # which receive the upsampled coarser level; 0 is the finest
 
 
 class FpnNeck(nn.Module):
@@ -19,14 +21,11 @@ class FpnNeck(nn.Module):
 
   Args:
     d_model: channels of every level.
-    fpn_top_down_levels: the levels (0 is the finest) that receive the upsampled coarser level.
-      SAM 2 has (2, 3): levels 0 and 1 are lateral only.
     adapters: whether and how wide the CNN-Adapters are.
     remat: what the backward pass keeps of a level, see nn.remat.
   """
 
   d_model: int = 256
-  fpn_top_down_levels: tuple[int, ...] = (2, 3)
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
   remat: Remat = "none"
@@ -44,7 +43,7 @@ class FpnNeck(nn.Module):
         # Upstream counts the convolutions from the coarsest level.
         name=f"convs_{len(features) - 1 - i}",
       )(features[i])
-      if levels and i in self.fpn_top_down_levels:
+      if levels and i in TOP_DOWN_LEVELS:
         lateral = lateral + upsample2(levels[-1])
       levels.append(lateral)
     return tuple(reversed(levels))
@@ -67,7 +66,7 @@ class Lateral(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-  """Trunk and neck; the coarsest `scalp` levels serve the top-down path and are then dropped.
+  """Trunk and neck; the coarsest level serves the top-down path and is then dropped.
 
   Args:
     trunk, neck: become the submodules of these names.
@@ -75,14 +74,7 @@ class ImageEncoder(nn.Module):
 
   trunk: Hiera
   neck: FpnNeck
-  scalp: int = 1
 
   def __call__(self, images_BHW3: Array) -> tuple[Array, ...]:
     """Images [B, S, S, 3] to [B, S/4, S/4, C], [B, S/8, S/8, C], [B, S/16, S/16, C]."""
-    levels = self.neck(self.trunk(images_BHW3))
-    return levels[: len(levels) - self.scalp]
-
-
-def upsample2(x_BHWC: Array) -> Array:
-  """Nearest-neighbour upsampling by 2."""
-  return x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
+    return self.neck(self.trunk(images_BHW3))[:-1]

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm
-from rfmedsam2_jax.nn.pieces import map_pieces
 from rfmedsam2_jax.nn.positions import hiera_positions
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
+from rfmedsam2_jax.nn.row_bands import map_bands
 
 
 class Hiera(nn.Module):
@@ -68,13 +68,10 @@ class Hiera(nn.Module):
         # The block that opens a stage still has the window of the stage before.
         side = self.window_spec[stage - 1 if opens_stage else stage]
         x = block_of(
-          features=self.embed_dim * 2**stage,
-          num_heads=self.num_heads * 2**stage,
+          features=self.embed_dim * 2**stage, num_heads=self.num_heads * 2**stage,
           window=0 if block in self.global_att_blocks else side,
-          pool=opens_stage and stage <= self.q_pool,
-          adapters=self.adapters,
-          dtype=self.dtype,
-          name=f"blocks_{block}",
+          pool=opens_stage and stage <= self.q_pool, adapters=self.adapters, dtype=self.dtype,
+          name=f"blocks_{block}"
         )(x)
         block += 1
       features.append(x)
@@ -114,11 +111,9 @@ class Block(nn.Module):
     # Windows know nothing of each other, so a row of them can go for itself; where they do not
     # tile the image, or there are none, only whole images can.
     rows = self.window if self.window and height % self.window == 0 else height
-    x = map_pieces(Block._attend, self, x_BHWC, rows, rows * width * 3 * self.features)
-    if self.adapters.dwconv:
-      adapter = self.adapters.after_attention
-      x = adapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
-    return map_pieces(Block._transform, self, x, 1, x.shape[2] * 4 * self.features)
+    x = map_bands(Block._attend, self, x_BHWC, rows, rows * width * 3 * self.features)
+    x = self.adapters.adapted(x, self.dtype)
+    return map_bands(Block._transform, self, x, 1, x.shape[2] * 4 * self.features)
 
   def _attend(self, x_BHWC: Array) -> Array:
     """Attention with its shortcut."""
@@ -156,21 +151,12 @@ class MultiScaleAttention(nn.Module):
     side = self.window
     padding = (-height % side, -width % side) if side else (0, 0)
     qkv = PaddedDense(3 * self.features, dtype=self.dtype, name="qkv")(x_BHWC, padding)
-    if side:
-      windows_BWsS = split_windows(qkv, side)
-    else:
-      windows_BWsS = qkv
-    windows, rows, columns = windows_BWsS.shape[:3]
-    q, k, v = jnp.split(windows_BWsS, 3, axis=-1)
+    q, k, v = jnp.split(split_windows(qkv, side) if side else qkv, 3, axis=-1)
     if self.pool:
       q = max_pool2(q)
-    heads = (self.num_heads, self.features // self.num_heads)
-    out_rows, out_columns = q.shape[1:3]
-    out = dot_product_attention(
-      q.reshape(windows, out_rows * out_columns, *heads),
-      k.reshape(windows, rows * columns, *heads),
-      v.reshape(windows, rows * columns, *heads),
-    ).reshape(windows, out_rows, out_columns, self.features)
+    shape, heads = q.shape, (self.num_heads, self.features // self.num_heads)
+    q, k, v = (x.reshape(len(x), -1, *heads) for x in (q, k, v))
+    out = dot_product_attention(q, k, v).reshape(shape)
     if side:
       scale = 2 if self.pool else 1
       padded = ((height + padding[0]) // scale, (width + padding[1]) // scale)

@@ -5,13 +5,16 @@ The parts of SAM 2 (hiera, fpn, prompt_encoder, mask_decoder, memory_*) are asse
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+A = TypeVar("A", jax.Array, np.ndarray)  # of what there is on the device and on the host
 Params = dict[str, Any]  # nested, of arrays
 DType = Any
 
@@ -36,29 +39,22 @@ def layer_norm(
 
 
 def conv2d(
-  features: int,
-  kernel: int,
-  stride: int = 1,
-  padding: int = 0,
-  groups: int = 1,
-  dtype: DType = jnp.float32,
+  features: int, kernel: int, stride: int = 1, padding: int = 0, dtype: DType = jnp.float32,
   name: str | None = None,
 ) -> nn.Conv:
   """A 2D convolution [B, H, W, Cin] -> [B, H', W', features] with PyTorch's symmetric padding.
 
   Args:
     padding: zeros added on all four sides. XLA's `SAME` pads unevenly at strides above 1.
-    groups: `features` for a depth-wise convolution (see nn.convolutions for a fast 3x3 one).
   """
   return nn.Conv(
-    features,
-    (kernel, kernel),
-    strides=(stride, stride),
-    padding=((padding, padding), (padding, padding)),
-    feature_group_count=groups,
-    dtype=dtype,
-    name=name,
+    features, (kernel, kernel), strides=stride, padding=padding, dtype=dtype, name=name
   )
+
+
+def upsample2(x_BHWC: Array) -> Array:
+  """Nearest-neighbour upsampling by 2."""
+  return x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class ConvTranspose2x2(nn.Module):

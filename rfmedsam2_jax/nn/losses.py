@@ -11,13 +11,14 @@ share of it (jax.shard_map): sums over the batch are then taken over all of them
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
+from rfmedsam2_jax.nn.layers import Array
+
 Axes = tuple[str, ...]
 
 IGNORE = 255  # value of a voxel without a label in `target`
@@ -84,12 +85,8 @@ def soft_dice(
 
 
 def segmentation_loss(
-  logits: Array,
-  target: Array,
-  membership: Array,
-  regions: bool,
-  config: GeneratorLossConfig = GeneratorLossConfig(),
-  axes: Axes = (),
+  logits: Array, target: Array, membership: Array, regions: bool,
+  config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """Soft Dice and cross-entropy at one resolution.
 
@@ -145,12 +142,8 @@ def downsample_target(target: Array, shape: Sequence[int]) -> Array:
 
 
 def generator_loss(
-  logits: Sequence[Array],
-  target: Array,
-  membership: Array,
-  regions: bool = False,
-  config: GeneratorLossConfig = GeneratorLossConfig(),
-  axes: Axes = (),
+  logits: Sequence[Array], target: Array, membership: Array, regions: bool = False,
+  config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
   """The deeply supervised loss of the prompt generator.
 
@@ -211,26 +204,29 @@ def mask_iou(logits: Array, target: Array, known: Array) -> Array:
   return jnp.where(union > 0, (p & t).sum((-2, -1)) / jnp.maximum(union, 1), 1.0)
 
 
+class CellTruth(NamedTuple):
+  """What is true of cells; leading axes [...] are of any number.
+
+  masks: [..., H, W], occupancy of the structure in [0, 1].
+  known: [..., H, W], share of the pixel that is labelled at all, in [0, 1].
+  present: bool [...], the structure is on the slice: only then masks and IoU count.
+  """
+
+  masks: Array
+  known: Array
+  present: Array
+
+
 def refiner_loss(
-  mask_logits: Array,
-  ious: Array,
-  presence: Array,
-  target: Array,
-  known: Array,
-  present: Array,
-  live: Array,
-  config: RefinerLossConfig = RefinerLossConfig(),
-  axes: Axes = (),
+  mask_logits: Array, ious: Array, presence: Array, truth: CellTruth, live: Array,
+  config: RefinerLossConfig = RefinerLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
-  """Loss of one refinement stage over cells; leading axes [...] are of any number.
+  """Loss of one refinement stage over cells [...].
 
   Args:
     mask_logits: [..., H, W], before the presence gate.
     ious: [...], predicted IoU.
     presence: [...], logits.
-    target: [..., H, W], occupancy of the structure in [0, 1].
-    known: [..., H, W], share of the pixel that is labelled at all, in [0, 1].
-    present: bool [...], the structure is on the slice: only then masks and IoU count.
     live: bool [...], the cell counts at all; anything, NaN included, may stand in the others.
 
   Returns:
@@ -242,21 +238,17 @@ def refiner_loss(
   logits = jnp.where(live[..., None, None], mask_logits.astype(jnp.float32), 0.0)
   ious = jnp.where(live, ious.astype(jnp.float32), 0.0)
   presence = jnp.where(live, presence.astype(jnp.float32), 0.0)
-  target, known = target.astype(jnp.float32), known.astype(jnp.float32)
-  shown = live & present & (known.sum((-2, -1)) > 0)
+  target, known = truth.masks.astype(jnp.float32), truth.known.astype(jnp.float32)
+  shown = live & truth.present & (known.sum((-2, -1)) > 0)
   error = ious - jax.lax.stop_gradient(mask_iou(logits, target, known))
+  focal = focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma)
+  entropy = binary_cross_entropy(presence, truth.present.astype(jnp.float32))
   parts = {
-    "focal": masked_mean(
-      focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma), shown, axes
-    ),
+    "focal": masked_mean(focal, shown, axes),
     "dice": masked_mean(mask_dice_loss(logits, target, known), shown, axes),
     "iou": masked_mean(
       jnp.abs(error) if config.iou_form == "l1" else jnp.square(error), shown, axes
     ),
-    "presence": masked_mean(
-      binary_cross_entropy(presence, present.astype(jnp.float32)), live, axes
-    ),
+    "presence": masked_mean(entropy, live, axes),
   }
-  weights = {"focal": config.focal, "dice": config.dice, "iou": config.iou}
-  weights["presence"] = config.presence
-  return sum((weights[k] * v for k, v in parts.items()), jnp.float32(0)), parts
+  return sum((getattr(config, k) * v for k, v in parts.items()), jnp.float32(0)), parts

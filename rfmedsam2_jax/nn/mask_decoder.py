@@ -88,14 +88,8 @@ class MaskDecoder(nn.Module):
     return self.adapter(pixels_NHWC, nearby_NRHW)
 
   def __call__(
-    self,
-    embedding_NGGC: Array,
-    positions_GGC: Array,
-    prompts_NQC: Array,
-    exists_NQ: Array,
-    high_res: tuple[Array, Array],
-    multimask: bool = False,
-    dynamic_multimask: bool = False,
+    self, embedding_NGGC: Array, positions_GGC: Array, prompts_NQC: Array, exists_NQ: Array,
+    high_res: tuple[Array, Array], multimask: bool = False, dynamic_multimask: bool = False,
   ) -> Decoded:
     """Decodes cells; `pointer` is the chosen mask token, not yet projected.
 
@@ -210,13 +204,8 @@ class TwoWayAttentionBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    tokens_NTC: Array,
-    image_NLC: Array,
-    token_positions_NTC: Array,
-    image_positions_1LC: Array,
-    exists_NT: Array,
-    grid: tuple[int, int],
+    self, tokens_NTC: Array, image_NLC: Array, token_positions_NTC: Array,
+    image_positions_1LC: Array, exists_NT: Array, grid: tuple[int, int],
   ) -> tuple[Array, Array]:
     width = tokens_NTC.shape[-1]
 
@@ -243,10 +232,8 @@ class TwoWayAttentionBlock(nn.Module):
 
     q, k = image + image_positions_1LC, tokens + token_positions_NTC
     image = image + attend("cross_attn_image_to_token", width // 2, q, k, tokens, exists_NT)
-    if self.adapters.dwconv:
-      make = self.adapters.after_attention
-      adapter = make(self.adapters.width, dtype=self.dtype, name="adapter")
-      image = adapter(image.reshape(-1, *grid, width)).reshape(image.shape)
+    on_grid = self.adapters.adapted(image.reshape(-1, *grid, width), self.dtype)
+    image = on_grid.reshape(image.shape)
     return tokens, norm("norm4", image)
 
 

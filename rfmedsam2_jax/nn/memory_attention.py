@@ -66,10 +66,7 @@ class MemoryAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    embedding_NGGC: Array,
-    slots: MemorySlots,
-    temporal_RE: Array,
+    self, embedding_NGGC: Array, slots: MemorySlots, temporal_RE: Array,
     pointer_positions_NPE: Array | None,
   ) -> Array:
     """Conditions cells; the value of a cell without any valid slot means nothing, but is finite.
@@ -119,9 +116,8 @@ class MemoryAttention(nn.Module):
         where.append(jnp.repeat(pointer_positions_NPE.astype(self.dtype), split, axis=1))
       valid.append(jnp.repeat(slots.pointer_valid, split, axis=1))
     return (
-      jnp.concatenate(memory, axis=1),
-      jnp.concatenate(where, axis=1),
-      jnp.concatenate(valid, axis=1),
+      jnp.concatenate(memory, axis=1), jnp.concatenate(where, axis=1),
+      jnp.concatenate(valid, axis=1)
     )
 
 
@@ -155,10 +151,7 @@ class MemoryAttentionLayer(nn.Module):
     y, n = norm("norm2", x), len(keys_NTE)
     y = jnp.broadcast_to(y, (n, *y.shape[1:]))
     x = x + attention(y, keys_NTE, memory_NTE, rope, spatial, valid_NT)
-    if self.adapters.dwconv:
-      make = self.adapters.after_attention
-      adapter = make(self.adapters.width, dtype=self.dtype, name="adapter")
-      x = adapter(x.reshape(n, height, width, channels)).reshape(x.shape)
+    x = self.adapters.adapted(x.reshape(n, height, width, channels), self.dtype).reshape(x.shape)
     x = x + dense("linear2", channels, nn.relu(dense("linear1", self.ffn, norm("norm3", x))))
     return x.reshape(n, height, width, channels)
 
@@ -174,12 +167,7 @@ class RoPEAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    q_NLC: Array,
-    k_NTE: Array,
-    v_NTE: Array,
-    rope: Rope,
-    rotated: int,
+    self, q_NLC: Array, k_NTE: Array, v_NTE: Array, rope: Rope, rotated: int,
     valid_NT: Array | None = None,
   ) -> Array:
     """Keys from `rotated` on have no place on the grid and are left as they are."""

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn import MemorySlots
-
-Array = jax.Array
+from rfmedsam2_jax.nn.layers import Array
 
 # SAM 2's maskmem_tpos_enc has one row per distance and a last one for conditioning slices.
 CONDITIONING_ROW = 6
@@ -139,12 +138,7 @@ class MemoryBank(NamedTuple):
 
 
 def empty_bank(
-  tracks: int,
-  conditioning: int,
-  grid: int,
-  mem_dim: int,
-  d_model: int,
-  dtype=jnp.float32,
+  tracks: int, conditioning: int, grid: int, mem_dim: int, d_model: int, dtype=jnp.float32,
   map_dtype=None,
 ) -> MemoryBank:
   """A bank that remembers nothing, with room for `conditioning` conditioning slices per track.
@@ -156,14 +150,12 @@ def empty_bank(
   def ring(reach: int, dtype, *shape: int) -> Ring:
     slots = conditioning + 2 * reach
     return Ring(
-      jnp.zeros((tracks, slots, *shape), dtype),
-      jnp.zeros((tracks, slots), jnp.int32),
-      jnp.zeros((tracks, slots), bool),
+      jnp.zeros((tracks, slots, *shape), dtype), jnp.zeros((tracks, slots), jnp.int32),
+      jnp.zeros((tracks, slots), bool)
     )
 
   return MemoryBank(
-    ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim),
-    ring(POINTER_SLOTS, dtype, d_model),
+    ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim), ring(POINTER_SLOTS, dtype, d_model)
   )
 
 
@@ -172,8 +164,7 @@ def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) ->
   mask = here.reshape(here.shape + (1,) * (ring.values.ndim - 2))
   return Ring(
     jnp.where(mask, values[:, None].astype(ring.values.dtype), ring.values),
-    jnp.where(here, slices[:, None], ring.slices),
-    ring.valid | here,
+    jnp.where(here, slices[:, None], ring.slices), ring.valid | here
   )
 
 
@@ -192,12 +183,7 @@ def add_conditioning(
 
 
 def add_recent(
-  bank: MemoryBank,
-  where: Array,
-  maps: Array,
-  pointers: Array,
-  slices: Array,
-  start: Array,
+  bank: MemoryBank, where: Array, maps: Array, pointers: Array, slices: Array, start: Array,
   reverse: Array | bool,
 ) -> MemoryBank:
   """Remembers one tracked slice per track, forgetting the oldest of its direction.
@@ -257,10 +243,7 @@ def read(
   rows = jnp.where(is_conditioning, CONDITIONING_ROW, jnp.clip(behind - 1, 0, RECENT_SLOTS - 1))
   pointers, pointer_behind, _, pointer_valid = look(bank.pointers, POINTER_SLOTS)
   return MemorySlots(
-    maps=maps,
-    rows=rows.astype(jnp.int32),
-    valid=valid,
-    pointers=pointers,
+    maps=maps, rows=rows.astype(jnp.int32), valid=valid, pointers=pointers,
     pointer_positions=pointer_positions(pointer_behind, depth),
-    pointer_valid=pointer_valid & (pointer_behind >= 0),
+    pointer_valid=pointer_valid & (pointer_behind >= 0)
   )

@@ -13,15 +13,13 @@ import numpy as np
 from rfmedsam2_jax.nn.layers import Array
 
 
-def _sine_periods(channels: int, temperature: float) -> np.ndarray:
+def _sine_periods(channels: int) -> np.ndarray:
   """Divisors of the position for each channel, the same for a sine and its cosine."""
-  return temperature ** (2 * (np.arange(channels) // 2) / channels)
+  return 10000.0 ** (2 * (np.arange(channels) // 2) / channels)
 
 
 @functools.lru_cache(maxsize=32)
-def sine_positions_2d(
-  height: int, width: int, channels: int, temperature: float = 10000.0
-) -> np.ndarray:
+def sine_positions_2d(height: int, width: int, channels: int) -> np.ndarray:
   """Fixed positions of a grid (position_encoding.py:79 of sam2 1.1.0).
 
   Positions count from 1 and are normalised to 2 pi. The first half of the channels encodes y, the
@@ -31,7 +29,7 @@ def sine_positions_2d(
     float32 [height, width, channels].
   """
   half = channels // 2
-  periods = _sine_periods(half, temperature)
+  periods = _sine_periods(half)
 
   def encode(size: int) -> np.ndarray:
     angles = np.arange(1, size + 1)[:, None] / (size + 1e-6) * (2 * math.pi) / periods
@@ -42,18 +40,12 @@ def sine_positions_2d(
   return np.concatenate([y, x], axis=-1).astype(np.float32)
 
 
-def sine_positions_1d(positions: Array, channels: int, temperature: float = 10000.0) -> Array:
+def sine_positions_1d(positions: Array, channels: int) -> Array:
   """Positions of object pointers in time (sam2_utils.py:63 of sam2 1.1.0).
 
-  Unlike the grid's, all sines come before all cosines.
-
-  Args:
-    positions: [...], any real numbers.
-
-  Returns:
-    float32 [..., channels].
+  Unlike the grid's, all sines come before all cosines. [...] to float32 [..., channels].
   """
-  angles = positions[..., None] / _sine_periods(channels // 2, temperature).astype(np.float32)
+  angles = positions[..., None] / _sine_periods(channels // 2).astype(np.float32)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.layers import AnyArray, Array, DType, conv2d, gelu, layer_norm
 from rfmedsam2_jax.nn.positions import random_fourier, random_fourier_grid
 
 # Labels of points. 0 and 1 are SAM's; a token that says "no point" is not the same as no token.
@@ -38,33 +38,44 @@ class Prompts(NamedTuple):
 
   points: Array
   labels: Array
-  mask: Array | None = None
-  has_mask: Array | None = None
+  mask: AnyArray | None = None
+  has_mask: AnyArray | None = None
+
+
+def pack_prompts(
+  boxes: AnyArray, has_box: AnyArray, points: AnyArray, point_labels: AnyArray,
+  mask: AnyArray | None = None, has_mask: AnyArray | None = None,
+) -> Prompts:
+  """Corners, clicks and the tokens that SAM 2's own calls put behind them.
+
+  As in sam2_base.py:316-345 a box is two points and one not-a-point token always follows; a cell
+  with neither has two of them, like an unprompted tracked slice.
+
+  Args:
+    boxes: [N, 4], x0 y0 x1 y1 as inclusive pixel indices of the S x S image. has_box: bool [N].
+    points: [N, Q, 2]. point_labels: int [N, Q]; ABSENT where there is none.
+    mask, has_mask: see `Prompts`.
+  """
+  count = boxes.shape[0]
+  clicked = jnp.any(point_labels >= 0, axis=1)
+  corners = boxes.reshape(count, 2, 2)
+  box_labels = jnp.where(has_box[:, None], jnp.array([BOX_START, BOX_END]), ABSENT)
+  second = jnp.where(has_box | clicked, ABSENT, NOT_A_POINT)[:, None]
+  last = jnp.full((count, 1), NOT_A_POINT)
+  tokens = jnp.concatenate([corners, points, jnp.zeros((count, 2, 2))], axis=1)
+  labels = jnp.concatenate([box_labels, point_labels, second, last], axis=1)
+  return Prompts(tokens, labels.astype(jnp.int32), mask, has_mask)
 
 
 def box_prompts(
-  boxes: Array,
-  box_present: Array | None = None,
-  mask: Array | None = None,
-  has_mask: Array | None = None,
+  boxes: AnyArray, has_box: AnyArray | None = None, mask: AnyArray | None = None,
+  has_mask: AnyArray | None = None,
 ) -> Prompts:
-  """Prompts of one box per cell, with the tokens that SAM 2's own calls add.
-
-  Args:
-    boxes: [N, 4], x0 y0 x1 y1 as inclusive pixel indices of the S x S image.
-    box_present: bool [N]; all by default. A cell without a box gets SAM 2's two not-a-point tokens.
-    mask: float32 [N, 4G, 4G] logits, or None.
-    has_mask: bool [N]; all by default.
-  """
+  """Prompts of one box per cell (all have one by default), see `pack_prompts`."""
   n = boxes.shape[0]
-  if box_present is None:
-    box_present = jnp.ones(n, bool)
-  corners = jnp.where(box_present[:, None], boxes, 0).astype(jnp.float32).reshape(n, 2, 2)
-  points = jnp.concatenate([corners, jnp.zeros((n, 1, 2), jnp.float32)], axis=1)
-  with_box = jnp.array([BOX_START, BOX_END, NOT_A_POINT], jnp.int32)
-  without = jnp.array([NOT_A_POINT, NOT_A_POINT, ABSENT], jnp.int32)
-  labels = jnp.where(box_present[:, None], with_box, without)
-  return Prompts(points, labels, mask, has_mask)
+  has_box = jnp.ones(n, bool) if has_box is None else has_box
+  nowhere = jnp.zeros((n, 0, 2)), jnp.zeros((n, 0), jnp.int32)
+  return pack_prompts(boxes, has_box, *nowhere, mask, has_mask)
 
 
 def no_prompts(n: int) -> Prompts:

@@ -5,14 +5,14 @@
     features, memory slots -> condition -> features that know their neighbours
     features, prompts -> decode -> Decoded
 
-Everything is a pure function of (params, inputs): `SAM2(config).apply({"params": params}, ...,
-method="decode")`. Submodules and parameters have the names of sam2 1.1.0 (sam2_base.SAM2Base), so
-that weights.names can say where each official tensor goes. B counts slices, N counts cells, that
-is (object, slice) pairs; S is the image's side, G = S / 16, C = d_model.
+Everything is a pure function of (params, inputs), see `apply`. Submodules and parameters have the
+names of sam2 1.1.0 (sam2_base.SAM2Base), so that weights.names can say where each official tensor
+goes. B counts slices, N counts cells, that is (object, slice) pairs; S is the image's side, G =
+S / 16, C = d_model.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
-from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d
+from rfmedsam2_jax.nn.layers import MLP, Array, DType, Params, conv2d
 from rfmedsam2_jax.nn.mask_decoder import Decoded, MaskDecoder
 from rfmedsam2_jax.nn.memory_attention import MemoryAttention, MemorySlots
 from rfmedsam2_jax.nn.memory_encoder import MemoryEncoder
@@ -29,17 +29,11 @@ from rfmedsam2_jax.nn.positions import sine_positions_1d
 from rfmedsam2_jax.nn.prompt_encoder import PromptEncoder, Prompts, box_prompts, no_prompts
 from rfmedsam2_jax.nn.remat import Remat
 
-__all__ = [
-  "ABSENT_LOGIT", "BUFFERS", "Decoded", "ImageFeatures", "MemorySlots", "Prompts", "SAM2",
-  "SAM2Config", "box_prompts", "no_prompts",
-]
-
 # The mask logit of an object that is not there (sam2_base.NO_OBJ_SCORE).
 ABSENT_LOGIT = -1024.0
 
 # Parameters that are buffers in PyTorch: no gradient reaches them, give them no optimizer state.
 BUFFERS = ("sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix",)
-
 
 _WIDTHS = (
   "embed_dim", "trunk_heads", "stages", "window_spec", "window_pos_embed_bkg_spatial_size",
@@ -142,51 +136,22 @@ class SAM2(nn.Module):
   config: SAM2Config
 
   def setup(self):
-    c = self.config
-    dtype = c.compute_dtype
+    c, dtype = self.config, self.config.compute_dtype
+    parts: dict[str, Any] = {"adapters": c.adapters, "dtype": dtype, "remat": c.remat}
     small = nn.initializers.truncated_normal(0.02)
-    self.image_encoder = ImageEncoder(
-      Hiera(
-        embed_dim=c.embed_dim,
-        num_heads=c.trunk_heads,
-        stages=c.stages,
-        window_spec=c.window_spec,
-        global_att_blocks=c.global_att_blocks,
-        window_pos_embed_bkg_spatial_size=c.window_pos_embed_bkg_spatial_size,
-        adapters=c.adapters,
-        dtype=dtype,
-        remat=c.remat,
-      ),
-      FpnNeck(c.d_model, adapters=c.adapters, dtype=dtype, remat=c.remat),
+    trunk = Hiera(
+      c.embed_dim, c.trunk_heads, c.stages, window_spec=c.window_spec,
+      global_att_blocks=c.global_att_blocks,
+      window_pos_embed_bkg_spatial_size=c.window_pos_embed_bkg_spatial_size, **parts,
     )
-    self.sam_prompt_encoder = PromptEncoder(
-      c.d_model, grid=c.grid, mask_channels=c.prompt_mask_channels, dtype=dtype
-    )
+    self.image_encoder = ImageEncoder(trunk, FpnNeck(c.d_model, **parts))
+    self.sam_prompt_encoder = PromptEncoder(c.d_model, c.grid, c.prompt_mask_channels, dtype=dtype)
     self.sam_mask_decoder = MaskDecoder(
-      c.d_model,
-      depth=c.decoder_depth,
-      heads=c.decoder_heads,
-      mlp=c.decoder_mlp,
-      iou_hidden=c.iou_hidden,
-      adapters=c.adapters,
-      dtype=dtype,
-      remat=c.remat,
+      c.d_model, c.decoder_depth, c.decoder_heads, c.decoder_mlp, c.iou_hidden, **parts
     )
-    self.memory_attention = MemoryAttention(
-      c.d_model,
-      layers=c.memory_layers,
-      ffn=c.memory_ffn,
-      adapters=c.adapters,
-      dtype=dtype,
-      remat=c.remat,
-    )
+    self.memory_attention = MemoryAttention(c.d_model, c.memory_layers, c.memory_ffn, **parts)
     self.memory_encoder = MemoryEncoder(
-      c.d_model,
-      out=c.mem_dim,
-      mask_channels=c.memory_mask_channels,
-      fuser_layers=c.fuser_layers,
-      dtype=dtype,
-      remat=c.remat,
+      c.d_model, c.mem_dim, c.memory_mask_channels, c.fuser_layers, dtype=dtype, remat=c.remat
     )
     self.maskmem_tpos_enc = self.param("maskmem_tpos_enc", small, (c.num_maskmem, c.mem_dim))
     self.no_mem_embed = self.param("no_mem_embed", small, (c.d_model,))
@@ -265,12 +230,8 @@ class SAM2(nn.Module):
     return embedding_NGGC.astype(dtype) + self.no_mem_embed.astype(dtype)
 
   def decode(
-    self,
-    embedding_NGGC: Array,
-    high_res: tuple[Array, Array],
-    prompts: Prompts,
-    multimask: bool = False,
-    dynamic_multimask: bool = False,
+    self, embedding_NGGC: Array, high_res: tuple[Array, Array], prompts: Prompts,
+    multimask: bool = False, dynamic_multimask: bool = False,
   ) -> Decoded:
     """Masks of cells. Logits are raw: the presence gate is `gate`, apart.
 
@@ -283,13 +244,8 @@ class SAM2(nn.Module):
     """
     tokens, exists, dense = self.sam_prompt_encoder(prompts)
     decoded = self.sam_mask_decoder(
-      embedding_NGGC + dense,
-      self.sam_prompt_encoder.grid_positions(),
-      tokens,
-      exists,
-      high_res,
-      multimask=multimask,
-      dynamic_multimask=dynamic_multimask,
+      embedding_NGGC + dense, self.sam_prompt_encoder.grid_positions(), tokens, exists, high_res,
+      multimask, dynamic_multimask,
     )
     return decoded._replace(pointer=self.obj_ptr_proj(decoded.pointer))
 
@@ -325,23 +281,27 @@ class SAM2(nn.Module):
     n = images_BSS3.shape[0]
     features = self.encode_image(images_BSS3)
     mask = self.mask_prompt(jnp.zeros((n, c.image_size, c.image_size)))
-    decoded = self.decode(
-      self.unconditioned(features.embedding),
-      features.high_res,
-      box_prompts(jnp.zeros((n, 4)), mask=mask),
-    )
+    prompts = box_prompts(jnp.zeros((n, 4)), mask=mask)
+    decoded = self.decode(self.unconditioned(features.embedding), features.high_res, prompts)
     if features.pixels is not None:
       nearby = decoded.masks.repeat(2 * c.adapters.mask_reach + 1, axis=1)
       self.correct_masks(features.pixels, nearby)
     gated = self.gate(decoded)
     maps = self.remember(features.embedding, gated.masks[:, 0], decoded.presence > 0)
     slots = MemorySlots(
-      maps=maps[:, None],
-      rows=jnp.zeros((n, 1), jnp.int32),
-      valid=jnp.ones((n, 1), bool),
-      pointers=gated.pointer[:, None],
-      pointer_positions=jnp.zeros((n, 1)),
-      pointer_valid=jnp.ones((n, 1), bool),
+      maps=maps[:, None], rows=jnp.zeros((n, 1), jnp.int32), valid=jnp.ones((n, 1), bool),
+      pointers=gated.pointer[:, None], pointer_positions=jnp.zeros((n, 1)),
+      pointer_valid=jnp.ones((n, 1), bool)
     )
     conditioned = self.condition(features.embedding, slots)
     return self.decode(conditioned, features.high_res, no_prompts(n))
+
+
+def apply(config: SAM2Config, params: Params, *inputs: Any, method: str, **options: Any) -> Any:
+  """Runs one part of SAM 2: a pure function that `jax.jit`, `vmap` and `grad` take.
+
+  Args:
+    method: encode_image, remember, condition, unconditioned, decode or gate, see `SAM2`.
+    inputs, options: of that method.
+  """
+  return SAM2(config).apply({"params": params}, *inputs, method=method, **options)

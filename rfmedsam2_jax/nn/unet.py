@@ -13,9 +13,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from rfmedsam2_jax.nn.convolutions import Conv3D, Triple
+from rfmedsam2_jax.nn.layers import Array
 from rfmedsam2_jax.nn.remat import CONVOLUTION, Remat, rematerialised
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

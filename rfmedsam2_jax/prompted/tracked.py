@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
+from rfmedsam2_jax.base.constants import IMAGE_MEAN, IMAGE_STD
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
@@ -18,10 +20,9 @@ from rfmedsam2_jax.data.sam_slices import as_rgb, resize_linear
 from rfmedsam2_jax.data.volumes import LARGEST, Volume
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
-from rfmedsam2_jax.refinement.refine import sigmoid
-from rfmedsam2_jax.refinement.stages import IMAGE_MEAN, IMAGE_STD
-from rfmedsam2_jax.tracking import Arrived, Cells, TrackingConfig, Tracks, VolumeTracker
+from rfmedsam2_jax.tracking import Arrived, TrackingConfig, Tracks, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import gated_logits
+from rfmedsam2_jax.tracking.tracks import HostCells, cells_at
 
 # Centre and width in Hounsfield units, as radiologists set them.
 WINDOWS = {
@@ -61,7 +62,7 @@ class TrackedVolume:
   @property
   def presence(self) -> np.ndarray:
     """Probability that a structure is on a slice, float32 [N, slices]."""
-    return sigmoid(self.tracks.cells.presence)
+    return expit(self.tracks.cells.presence)
 
   @property
   def iou(self) -> np.ndarray:
@@ -150,7 +151,7 @@ class PromptedVolume:
 
   def _shower(self, structures: tuple[int, ...], show: ShowSlice) -> Arrived:
     """What a tracker calls, so that `show` is called with labels."""
-    def arrived(cells: Cells, slices: np.ndarray) -> None:
+    def arrived(cells: HostCells, slices: np.ndarray) -> None:
       for z in slices if show is not _unseen else ():
         show(int(z), self._fused(cells, int(z), structures))
 
@@ -165,14 +166,14 @@ class PromptedVolume:
     window = float(self._low), float(self._high)
     return TrackedVolume(labels, structures, self._axis, window, tracks)
 
-  def _fused(self, cells: Cells, z: int, structures: tuple[int, ...]) -> np.ndarray:
+  def _fused(self, cells: HostCells, z: int, structures: tuple[int, ...]) -> np.ndarray:
     """Labels [H, W] of a slice: the largest logit decides. The last structures may be missing."""
     values = np.array(structures, np.min_scalar_type(max(structures)))
-    here = Cells(*(x[:, z] for x in cells))
-    present = np.flatnonzero(here.presence > 0)
+    present = np.flatnonzero(cells.presence[:, z] > 0)
     if not len(present):
       return np.zeros(self._slices.shape[1:], values.dtype)
-    logits = np.asarray(gated_logits(Cells(*(x[present] for x in here))), np.float32)
+    here = cells_at(cells, present, z)
+    logits = np.asarray(gated_logits(here.logits, here.presence), np.float32)
     logits = apply_separable(logits, [None, *self._matrices])
     return np.where(logits.max(axis=0) > 0, values[present][logits.argmax(axis=0)], 0)
 

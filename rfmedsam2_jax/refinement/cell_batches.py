@@ -1,9 +1,10 @@
 """What refinement.refine gathers cells from: features of slices, and rows in batches of fixed size.
 
-Shapes are few: batches have one size, and stores grow by doubling, so that volumes share
+Shapes are few: batches have one size, and tables grow by doubling, so that volumes share
 compilations.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from rfmedsam2_jax.nn import SAM2, ImageFeatures
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel.spread import everywhere, spread
 from rfmedsam2_jax.refinement.stages import encode_slices
+from rfmedsam2_jax.tracking.features import FeatureStore
 
 _encode = spread(encode_slices, static=[0], whole=[1])
 
@@ -39,30 +41,32 @@ def batches(count: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
     yield slice(first, stop), padded(np.arange(first, stop), size)
 
 
-def on_host(tree: Any, count: int) -> Any:
-  """The first `count` rows of device arrays, as numpy arrays."""
-  return jax.tree.map(lambda x: np.asarray(x)[:count], tree)
+def on_host(tree: Any) -> Any:
+  """Device arrays as numpy arrays."""
+  return jax.tree.map(np.asarray, tree)
 
 
-def joined(parts: list[Any], total: int) -> Any:
-  """Rows of several trees one after the other, padded to `total`, on every device."""
-  # On the host, since every number of parts would be compiled anew on the device.
-  return everywhere(jax.tree.map(lambda *xs: padded(np.concatenate(xs), total), *parts))
+def joined(parts: list[Any], count: int) -> Any:
+  """Rows of trees of numpy arrays one after the other, the first `count` of them."""
+  return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *parts)
 
 
-class SliceStore:
-  """Features of the slices that live cells need, each encoded once, in a store of few sizes."""
+def table(rows: Any, total: int) -> Any:
+  """Rows padded to `total`, on every device."""
+  # Joined and padded on the host: every number of parts would be compiled anew on the device.
+  return everywhere(jax.tree.map(lambda x: padded(x, total), rows))
+
+
+class SliceTable:
+  """Features of the slices that live cells need, each encoded once, in a table of few sizes."""
 
   def __init__(
-    self,
-    model: SAM2,
-    params: Params,
-    slices: Callable[[np.ndarray], np.ndarray],
-    batch: int,
+    self, model: SAM2, params: Params, slices: Callable[[np.ndarray], np.ndarray], batch: int
   ):
-    self._model, self._params, self._slices, self._batch = model, params, slices, batch
+    encode = functools.partial(_encode, model, params)
+    self._store = FeatureStore(encode, slices, batch, model.config.compute_dtype)
+    self._program, self._batch = (model, batch), batch
     self._row: dict[int, int] = {}
-    self._parts: list[ImageFeatures] = []
     self.features: ImageFeatures
 
   @property
@@ -70,23 +74,20 @@ class SliceStore:
     return len(self._row)
 
   def need(self, wanted: np.ndarray, report: Report) -> None:
+    """Encodes what is missing, batch by batch."""
     missing = [int(z) for z in wanted if int(z) not in self._row]
-    compiling("the image encoder", (self._model, self._batch), report)
+    compiling("the image encoder", self._program, report)
     progress = Progress("encoding, slices", report)
     for first in range(0, len(missing), self._batch):
       progress(first, len(missing))
-      chunk = missing[first : first + self._batch]
-      images = self._slices(padded(np.array(chunk), self._batch))
-      features = _encode(self._model, self._params, images)
-      self._parts.append(on_host(features, len(chunk)))
-      for z in chunk:
-        self._row[z] = len(self._row)
+      self._store.get(missing[first : first + self._batch])
     if missing:
-      self.features = joined(self._parts, self.room)
+      self._row |= {z: row for row, z in enumerate(missing, len(self._row))}
+      self.features = table(self._store.held(list(self._row)), self.room)
 
   @property
   def room(self) -> int:
-    """Rows of the store."""
+    """Rows of the table."""
     return bucket(len(self._row), self._batch)
 
   def rows(self, slices: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
+from rfmedsam2_jax.refinement.prompts import scaled_boxes
 from rfmedsam2_jax.refinement.refine import VolumePrompts
 
 

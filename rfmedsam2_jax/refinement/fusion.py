@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from rfmedsam2_jax.refinement.config import RefinementConfig
-from rfmedsam2_jax.refinement.refine import StageResult, sigmoid
+from rfmedsam2_jax.refinement.refine import StageResult
 
 # Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
 Source = Callable[[int], np.ndarray]
@@ -33,12 +34,8 @@ def cell_logits(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray
 
 
 def blended(
-  generator: np.ndarray,
-  seen: np.ndarray,
-  result: StageResult | None,
-  organ: int,
-  config: RefinementConfig,
-  resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+  generator: np.ndarray, seen: np.ndarray, result: StageResult | None, organ: int,
+  config: RefinementConfig, resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
 ) -> np.ndarray:
   """Probability of one organ on the prepared grid.
 
@@ -54,18 +51,18 @@ def blended(
   Returns:
     float32 [D, H, W].
   """
-  probability = sigmoid(generator)
+  probability = expit(generator.astype(np.float32))
   if result is None:
     return probability
   slices, logits = cell_logits(result, organ)
   if len(slices):
     if config.fusion == "masks":
-      refined = resize(sigmoid(logits), generator.shape[1:])
+      refined = resize(expit(logits), generator.shape[1:])
     else:
       limit = config.stages[0].residual_limit
       # Absence (-1024) still outweighs any vote for presence after this.
       change = np.maximum(logits, -2.5 * limit) - _limited(seen[slices], limit)
-      refined = sigmoid(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
+      refined = expit(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
     weight = config.generator_weight
     probability[slices] = weight * probability[slices] + (1 - weight) * refined
   return probability
@@ -77,12 +74,8 @@ def _limited(logits: np.ndarray, limit: float) -> np.ndarray:
 
 
 def fuse(
-  sources: Sequence[Source],
-  output_values: Sequence[int],
-  shape: tuple[int, int, int],
-  threshold: float = 0.5,
-  exclusive: bool = False,
-  regions: bool = False,
+  sources: Sequence[Source], output_values: Sequence[int], shape: tuple[int, int, int],
+  threshold: float = 0.5, exclusive: bool = False, regions: bool = False,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
 ) -> Fused:
   """Label map from per-organ probabilities.

@@ -6,23 +6,21 @@ refinement.stages turns into the prompts and memories of the next stage. What is
 host (boxes, live cells) takes numpy arrays as well as JAX ones.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn import Prompts
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn.adapters import MASK_LIMIT
+from rfmedsam2_jax.nn.layers import A, Array
 from rfmedsam2_jax.refinement.config import StageConfig
 
-Array = Any  # a JAX array or, in what the host uses, a numpy array
-
-LOGIT_LIMIT = 32.0  # SAM 2 clamps mask prompts to +-32 (sam2_image_predictor.py)
 # Log-odds of a structure where the stage before saw it, and where not: gaps outnumber islands.
 RESIDUAL_PRESENT, RESIDUAL_ABSENT = 4.0, -2.0
 
 
-class CellPrompts(NamedTuple):
+class CellPrompts(NamedTuple, Generic[A]):
   """What is known of N cells before a stage runs.
 
   logits: float32 [N, 4G, 4G], mask logits of the previous stage, clamped to +-32.
@@ -33,14 +31,14 @@ class CellPrompts(NamedTuple):
   nearby: float32 [N, R, 4G, 4G], see `nearby_logits`; None where no MaskAdapter asks for it.
   """
 
-  logits: Array
-  presence: Array
-  boxes: Array
-  has_box: Array
-  has_mask: Array
-  points: Array
-  point_labels: Array
-  nearby: Array = None
+  logits: A
+  presence: A
+  boxes: A
+  has_box: A
+  has_mask: A
+  points: A
+  point_labels: A
+  nearby: A | None = None
 
 
 def stage0_logits(logits: Array, regions: bool) -> Array:
@@ -65,18 +63,20 @@ def stage0_logits(logits: Array, regions: bool) -> Array:
   return jnp.clip(log_odds, -LOGIT_LIMIT, LOGIT_LIMIT)[..., 1:]
 
 
-def boxes_of(masks: Array, margin: Array | float = 0.0) -> tuple[Array, Array]:
-  """Tight boxes of binary masks.
+def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
+  """Tight boxes of binary masks of any size, in pixels of the S x S image that the masks cover.
+
+  Indices are scaled by S / W and S / H as the official predictors do; the prompt encoder adds 0.5.
 
   Args:
-    masks: bool [..., H, W].
-    margin: added on every side, in pixels; the result is clipped to the image.
+    masks: bool [..., H, W]. side: S.
+    margin: added on every side, in pixels of the S x S image; the result is clipped to it.
 
   Returns:
     boxes: float32 [..., 4], x0 y0 x1 y1 as inclusive pixel indices; zeros where a mask is empty.
     present: bool [...].
   """
-  xp = masks.__array_namespace__()
+  xp: Any = masks.__array_namespace__()
   height, width = masks.shape[-2:]
   rows, columns = xp.any(masks, axis=-1), xp.any(masks, axis=-2)
   present = xp.any(rows, axis=-1)
@@ -84,31 +84,12 @@ def boxes_of(masks: Array, margin: Array | float = 0.0) -> tuple[Array, Array]:
   x1 = width - 1 - xp.argmax(columns[..., ::-1], axis=-1)
   y1 = height - 1 - xp.argmax(rows[..., ::-1], axis=-1)
   boxes = xp.stack([x0, y0, x1, y1], axis=-1).astype(xp.float32)
-  grown = boxes + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
-  limit = xp.asarray([width - 1, height - 1] * 2, dtype=xp.float32)
-  return xp.where(present[..., None], xp.clip(grown, 0.0, limit), 0.0), present
-
-
-def scaled_boxes(masks: Array, side: int, margin: float) -> tuple[Array, Array]:
-  """Boxes of masks of any size, in pixels of the S x S image that the masks cover.
-
-  Indices are scaled by S / W and S / H as the official predictors do; the prompt encoder adds 0.5.
-
-  Args:
-    masks: bool [..., H, W]. side: S. margin: in pixels of the S x S image.
-
-  Returns:
-    boxes float32 [..., 4]; present bool [...].
-  """
-  xp = masks.__array_namespace__()
-  height, width = masks.shape[-2:]
-  boxes, present = boxes_of(masks)
   scale = xp.asarray([side / width, side / height] * 2, dtype=xp.float32)
   boxes = boxes * scale + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
   return xp.where(present[..., None], xp.clip(boxes, 0.0, side - 1.0), 0.0), present
 
 
-def live_cells(present: Array, margin: int) -> Array:
+def live_cells(present: A, margin: int) -> A:
   """Cells that a stage runs: those with the organ, and `margin` slices beyond on both sides.
 
   Args:
@@ -117,14 +98,14 @@ def live_cells(present: Array, margin: int) -> Array:
   Returns:
     bool [..., D].
   """
-  xp = present.__array_namespace__()
+  xp: Any = present.__array_namespace__()
   depth = present.shape[-1]
   padded = xp.pad(present, [(0, 0)] * (present.ndim - 1) + [(margin, margin)])
   shifts = [padded[..., step : step + depth] for step in range(2 * margin + 1)]
   return xp.any(xp.stack(shifts), axis=0)
 
 
-def nearby_logits(logits: Array, presence: Array, inside: Array) -> Array:
+def nearby_logits(logits: A, presence: A, inside: A) -> A:
   """Mask logits of slices around a cell as a MaskAdapter takes them.
 
   Args:
@@ -134,7 +115,7 @@ def nearby_logits(logits: Array, presence: Array, inside: Array) -> Array:
   Returns:
     float32 [..., R, 4G, 4G] within +-8: -8 where the organ is absent, 0 where there is no slice.
   """
-  xp = logits.__array_namespace__()
+  xp: Any = logits.__array_namespace__()
   limited = xp.clip(logits, -MASK_LIMIT, MASK_LIMIT)
   limited = xp.where((presence > 0)[..., None, None], limited, -MASK_LIMIT)
   return xp.where(inside[..., None, None], limited, 0.0)
@@ -148,7 +129,9 @@ def anchor_score(presence: Array, logits: Array) -> Array:
   return presence * mean
 
 
-def next_prompts(logits: Array, presence: Array, side: int, box_margin: float) -> CellPrompts:
+def next_prompts(
+  logits: Array, presence: Array, side: int, box_margin: float
+) -> CellPrompts[Array]:
   """Prompts for the next stage from the outputs of this one; no gradient flows through them.
 
   Args:
@@ -169,7 +152,7 @@ def next_prompts(logits: Array, presence: Array, side: int, box_margin: float) -
   )
 
 
-def residual_of(cells: CellPrompts, stage: StageConfig) -> tuple[Array, Array]:
+def residual_of(cells: CellPrompts[Array], stage: StageConfig) -> tuple[Array, Array]:
   """What a stage adds to what it decodes: mask logits [N, 4G, 4G] and presence logits [N].
 
   Zeros unless `stage.residual`; the mask is left out where it is no prompt either.
@@ -179,27 +162,3 @@ def residual_of(cells: CellPrompts, stage: StageConfig) -> tuple[Array, Array]:
   shown = (cells.has_mask & stage.mask)[:, None, None]
   mask = jnp.where(shown, jnp.clip(cells.logits, -stage.residual_limit, stage.residual_limit), 0.0)
   return mask, jnp.where(cells.presence > 0, RESIDUAL_PRESENT, RESIDUAL_ABSENT)
-
-
-def sam_prompts(cells: CellPrompts, use_box: bool, use_mask: bool) -> Prompts:
-  """The prompts of SAM 2's correction path: box corners, clicks, the padding point, and the mask.
-
-  As in sam2_base.py:316-345 a box is two points and one not-a-point token always follows; a cell
-  with neither has two of them, like an unprompted tracked slice.
-  """
-  count = cells.boxes.shape[0]
-  has_box = cells.has_box & use_box
-  clicked = jnp.any(cells.point_labels >= 0, axis=1)
-  corners = cells.boxes.reshape(count, 2, 2)
-  box_labels = jnp.where(has_box[:, None], jnp.array([2, 3]), -2)
-  # -1 is SAM 2's not-a-point; -2 is a token that is not there at all.
-  empty = jnp.where(has_box | clicked, -2, -1)[:, None]
-  padding = jnp.full((count, 1), -1)
-  points = jnp.concatenate([corners, cells.points, jnp.zeros((count, 2, 2))], axis=1)
-  labels = jnp.concatenate([box_labels, cells.point_labels, empty, padding], axis=1)
-  return Prompts(
-    points=points,
-    labels=labels.astype(jnp.int32),
-    mask=cells.logits,
-    has_mask=cells.has_mask & use_mask,
-  )

@@ -7,26 +7,30 @@ a batch are spread over the devices of the host.
 In: slices and the stage-0 `VolumePrompts`. Out: one `StageResult` per stage, for refinement.fusion.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from rfmedsam2_jax import tracking
 from rfmedsam2_jax.base.progress import Passing, Progress, Report, below, compiling, silent
-from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, apply
+from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.cell_batches import (
-  SliceStore,
+  SliceTable,
   batches,
   bucket,
   joined,
   on_host,
   padded,
+  table,
 )
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
@@ -35,8 +39,9 @@ from rfmedsam2_jax.refinement.prompts import (
   live_cells,
   nearby_logits,
   next_prompts,
-  sam_prompts,
 )
+from rfmedsam2_jax.tracking import Cells
+from rfmedsam2_jax.tracking.recurrence import remember_cells
 
 DEPTH_BUCKET = 16  # depths are padded to multiples of it where they are part of a compiled shape
 
@@ -77,36 +82,39 @@ class StageResult(NamedTuple):
   has_box: np.ndarray
 
 
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-  """float32, without overflow."""
-  x = np.asarray(logits, np.float32)
-  return (0.5 * (1.0 + np.tanh(0.5 * x))).astype(np.float32)
+class Batch(NamedTuple):
+  """Cells that run together.
+
+  rows: int32 [N], of the cells' slices in the table of features. prompts: CellPrompts [N].
+  slots: the memories that they read; None where none are read.
+  """
+
+  rows: np.ndarray
+  prompts: CellPrompts[np.ndarray]
+  slots: stages_lib.CellSlots[np.ndarray] | None = None
 
 
-def _rows(store: Any, rows: Any) -> Any:
-  return jax.tree.map(lambda x: x[rows], store)
+def _of_rows(features: ImageFeatures, rows: Any) -> ImageFeatures:
+  return jax.tree.map(lambda x: x[rows], features)
 
 
 def _remember_rows(model, params, embedding, rows, cells):
-  return stages_lib.remember_cells(model, params, embedding[rows], cells)
+  return remember_cells(model, params, embedding[rows], cells.logits, cells.presence)
 
 
-def _refine_rows(model, params, stage, features, maps, pointers, rows, cells, slots):
-  here = _rows(features, rows)
-  return stages_lib.refine_cells(model, params, stage, here, cells, maps, pointers, slots)
-
-
-def _decode_rows(model, params, stage, features, rows, cells):
-  here = _rows(features, rows)
-  conditioned = apply(model.config, params, here.embedding, method="unconditioned")
-  return stages_lib.decode_cells(model, params, stage, conditioned, here, cells)
+def _run_rows(model, params, stage, features, memories, batch):
+  here = _of_rows(features, batch.rows)
+  if batch.slots is None:
+    return stages_lib.decode_alone(model, params, stage, here, batch.prompts)
+  return stages_lib.refine_cells(
+    model, params, stage, here, batch.prompts, memories, batch.slots
+  )
 
 
 # Compiled once per (model, stage): both are hashable and static. Parameters and stores, of features
 # and of memories, lie on every device.
 _remember = spread(_remember_rows, static=[0], whole=[1, 2])
-_refine = spread(_refine_rows, static=[0, 2], whole=[1, 3, 4, 5])
-_decode = spread(_decode_rows, static=[0, 2], whole=[1, 3])
+_run = spread(_run_rows, static=[0, 2], whole=[1, 3, 4])
 _track = jax.jit(tracking.track, static_argnums=0)
 _bias = jax.jit(stages_lib.bias_of, static_argnums=(0, 2))
 _next = jax.jit(next_prompts, static_argnums=(2, 3))
@@ -114,13 +122,70 @@ _score = jax.jit(anchor_score)
 _slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageRun:
+  """One stage over one volume: its cells, and what the stage before said of them.
+
+  live: bool [K, D], the cells to run. pointers: [K, D, C], of the stage before.
+  """
+
+  model: SAM2
+  params: Params
+  config: RefinementConfig
+  stage: StageConfig
+  encoded: SliceTable
+  prompts: VolumePrompts
+  pointers: np.ndarray
+  live: np.ndarray
+  report: Report
+
+  @functools.cached_property
+  def cells(self) -> np.ndarray:
+    """Organ and slice of the live cells, int [N, 2]."""
+    return np.argwhere(self.live)
+
+  @property
+  def depth(self) -> int:
+    return self.live.shape[1]
+
+  def gathered(self, organ: np.ndarray, at: np.ndarray) -> CellPrompts[np.ndarray]:
+    """What is known of cells; enough for memories and scores."""
+    names = (name for name in CellPrompts._fields if name != "nearby")
+    cells = CellPrompts(**{name: getattr(self.prompts, name)[organ, at] for name in names})
+    return cells._replace(logits=cells.logits.astype(np.float32))
+
+  def to_decode(self, organ: np.ndarray, at: np.ndarray) -> CellPrompts[np.ndarray]:
+    """With what a MaskAdapter asks for besides."""
+    cells, adapters = self.gathered(organ, at), self.model.config.adapters
+    if not adapters.mask:
+      return cells
+    around = at[:, None] + np.arange(-adapters.mask_reach, adapters.mask_reach + 1)
+    inside = (around >= 0) & (around < self.depth)
+    here = organ[:, None], np.clip(around, 0, self.depth - 1)
+    logits = self.prompts.logits[here].astype(np.float32)
+    return cells._replace(nearby=nearby_logits(logits, self.prompts.presence[here], inside))
+
+  def scored(
+    self, size: int, watch: Callable[[slice, np.ndarray, CellPrompts[np.ndarray]], None]
+  ) -> np.ndarray:
+    """Anchor scores float32 [K, D], zero where a cell is not live.
+
+    Args:
+      size: cells of a batch. watch: takes each batch: its place, its indices and the cells.
+    """
+    scores = np.zeros(self.live.shape, np.float32)
+    organ, at = self.cells.T
+    for where, index in batches(len(self.cells), size):
+      batch = self.gathered(organ[index], at[index])
+      score = np.asarray(_score(batch.presence, batch.logits))
+      scores[organ[where], at[where]] = score[: where.stop - where.start]
+      watch(where, index, batch)
+    return scores
+
+
 def refine_volume(
-  model: SAM2,
-  params: Params,
-  config: RefinementConfig,
-  slices: Callable[[np.ndarray], np.ndarray],
-  prompts: VolumePrompts,
-  progress: Report = silent,
+  model: SAM2, params: Params, config: RefinementConfig, slices: Callable[[np.ndarray], np.ndarray],
+  prompts: VolumePrompts, progress: Report = silent,
 ) -> list[StageResult]:
   """Runs the stages of `config` over one volume.
 
@@ -132,37 +197,31 @@ def refine_volume(
   Returns:
     One StageResult per stage; N = 0 where no cell was ever live.
   """
-  side = model.config.image_size
   prompts = prompts._replace(logits=prompts.logits.copy())
   absent = np.asarray(params["no_obj_ptr"], np.float32).reshape(-1)
   params = everywhere(params)
-  encoded = SliceStore(model, params, slices, config.slices_per_batch * device_count())
+  encoded = SliceTable(model, params, slices, config.slices_per_batch * device_count())
   organs, depth = prompts.presence.shape
   pointers = np.broadcast_to(absent, (organs, depth, model.config.d_model))
   result = _nothing(model)
   results = []
   for number, stage in enumerate(config.stages, 1):
     live = live_cells(prompts.presence > 0, config.live_margin) | prompts.given
-    cells = np.argwhere(live)
-    if not len(cells):
+    if not live.any():
       results.append(result)
       continue
-    encoded.need(np.unique(cells[:, 1]), progress)
-    progress(Passing(f"stage {number}: {len(cells)} cells on {encoded.count} slices"))
-    run = _run_stream if stage.memory == "stream" else _run_cells
-    outputs = run(
-      model, params, stage, config, encoded, prompts, pointers, live, cells,
+    encoded.need(np.flatnonzero(live.any(axis=0)), progress)
+    run = StageRun(
+      model, params, config, stage, encoded, prompts, pointers, live,
       below(progress, f"stage {number}, "),
     )
+    progress(Passing(f"stage {number}: {len(run.cells)} cells on {encoded.count} slices"))
+    outputs = _run_stream(run) if stage.memory == "stream" else _run_cells(run)
     shown = (outputs.presence > 0)[:, None, None]
-    organ, at = cells.T
+    organ, at = run.cells.T
     new = StageResult(
-      cells.astype(np.int32),
-      np.where(shown, outputs.logits, ABSENT_LOGIT).astype(np.float16),
-      outputs.iou,
-      sigmoid(outputs.presence),
-      prompts.boxes[organ, at],
-      prompts.has_box[organ, at],
+      run.cells.astype(np.int32), np.where(shown, outputs.logits, ABSENT_LOGIT).astype(np.float16),
+      outputs.iou, expit(outputs.presence), prompts.boxes[organ, at], prompts.has_box[organ, at]
     )
     # Where an earlier stage found nothing and this one did not look again, nothing is there: the
     # generator's vote, which stands where no stage ever ran, must not come back.
@@ -172,7 +231,7 @@ def refine_volume(
     results.append(result)
     pointers = np.broadcast_to(absent, pointers.shape).copy()
     pointers[organ, at] = outputs.pointer
-    prompts = _carry_on(prompts, cells, outputs, side, config)
+    prompts = _carry_on(run, outputs)
   return results
 
 
@@ -185,15 +244,16 @@ def _nothing(model: SAM2) -> StageResult:
   )
 
 
-def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
+def _carry_on(run: StageRun, outputs: Cells[np.ndarray]) -> VolumePrompts:
   """The next stage's prompts: from this stage's outputs where it ran; no organ elsewhere."""
-  organ, at = cells.T
-  new: list[CellPrompts] = []
-  size = config.cells_per_batch
-  for where, index in batches(len(cells), size):
-    batch = _next(outputs.logits[index], outputs.presence[index], side, config.box_margin)
-    new.append(on_host(batch, where.stop - where.start))
-  cell = jax.tree.map(lambda *parts: np.concatenate(parts), *new)
+  prompts, config = run.prompts, run.config
+  organ, at = run.cells.T
+  side, margin = run.model.config.image_size, config.box_margin
+  new = [
+    on_host(_next(outputs.logits[index], outputs.presence[index], side, margin))
+    for _, index in batches(len(run.cells), config.cells_per_batch)
+  ]
+  cell: CellPrompts[np.ndarray] = joined(new, len(run.cells))
   presence = np.zeros_like(prompts.presence)
   has_mask = np.zeros_like(prompts.has_mask)
   has_box = prompts.has_box & prompts.fixed_boxes
@@ -212,131 +272,95 @@ def _carry_on(prompts, cells, outputs, side, config) -> VolumePrompts:
   )
 
 
-def _gather(prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray) -> CellPrompts:
-  return CellPrompts(
-    logits=prompts.logits[organ, at].astype(np.float32),
-    presence=prompts.presence[organ, at],
-    boxes=prompts.boxes[organ, at],
-    has_box=prompts.has_box[organ, at],
-    has_mask=prompts.has_mask[organ, at],
-    points=prompts.points[organ, at],
-    point_labels=prompts.point_labels[organ, at],
-  )
-
-
-def _gather_to_decode(
-  model: SAM2, prompts: VolumePrompts, organ: np.ndarray, at: np.ndarray
-) -> CellPrompts:
-  """With what a MaskAdapter asks for; memories and scores have no need of it."""
-  cells, adapters = _gather(prompts, organ, at), model.config.adapters
-  if not adapters.mask:
-    return cells
-  around = at[:, None] + np.arange(-adapters.mask_reach, adapters.mask_reach + 1)
-  depth = prompts.presence.shape[1]
-  here = organ[:, None], np.clip(around, 0, depth - 1)
-  logits = prompts.logits[here].astype(np.float32)
-  inside = (around >= 0) & (around < depth)
-  return cells._replace(nearby=nearby_logits(logits, prompts.presence[here], inside))
-
-
-def _scores(prompts, live, cells, size) -> np.ndarray:
-  """Anchor scores [K, D]; zero where a cell is not live."""
-  scores = np.zeros(live.shape, np.float32)
-  organ, at = cells.T
-  for where, index in batches(len(cells), size):
-    batch = _gather(prompts, organ[index], at[index])
-    n = where.stop - where.start
-    scores[organ[where], at[where]] = np.asarray(_score(batch.presence, batch.logits))[:n]
-  return scores
-
-
-def _run_cells(
-  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells, report
-) -> stages_lib.CellOutputs:
+def _run_cells(run: StageRun) -> Cells[np.ndarray]:
   """`neighbours` and `none`: every cell for itself, given the previous stage."""
-  size = config.cells_per_batch * device_count()
-  organ, at = cells.T
-  depth = live.shape[1]
-  rows = encoded.rows(at)
-  outputs = []
-  total = bucket(len(cells), size)
-  compiling("the network", (model, stage, size, total, encoded.room), report)
-  if stage.memory == "neighbours":
-    scores = _scores(prompts, live, cells, size)
-    # Padded, so that volumes of similar depth share a compilation; padding is not live.
-    deep = [(0, 0), (0, -depth % DEPTH_BUCKET)]
-    grids = (np.pad(x, deep) for x in (live, scores, prompts.given))
-    max_given = int(prompts.given.sum(axis=1).max())
-    table, positions = on_host(_slots(stage, *grids, depth, max_given), len(live))
-    # Where a cell's memory lies in the store of live cells; empty slots point at row 0.
-    place = np.zeros(live.shape, np.int32)
-    place[organ, at] = np.arange(len(cells))
-    progress, maps = Progress("memories", report), []
-    for where, index in batches(len(cells), size):
-      progress(where.start, len(cells))
-      batch = _gather(prompts, organ[index], at[index])
-      remembered = _remember(model, params, encoded.features.embedding, rows[index], batch)
-      maps.append(on_host(remembered, where.stop - where.start))
-    store = joined(maps, total)
-    pointer_store = everywhere(padded(pointers[organ, at], total))
-  progress = Progress("cells", report)
-  for where, index in batches(len(cells), size):
-    progress(where.start, len(cells))
-    batch = _gather_to_decode(model, prompts, organ[index], at[index])
-    if stage.memory == "neighbours":
-      o, z = organ[index], at[index]
-      valid = table.valid[o, z]
-      row = np.where(valid, place[o[:, None], np.minimum(table.slices[o, z], depth - 1)], 0)
-      slots = stages_lib.CellSlots(row, table.rows[o, z], valid, positions[o, z])
-      out = _refine(
-        model, params, stage, encoded.features, store, pointer_store, rows[index], batch, slots
-      )
-    else:
-      out = _decode(model, params, stage, encoded.features, rows[index], batch)
-    outputs.append(on_host(out, where.stop - where.start))
-  return stages_lib.CellOutputs(*(np.concatenate(parts) for parts in zip(*outputs, strict=True)))
+  size = run.config.cells_per_batch * device_count()
+  count, (organ, at) = len(run.cells), run.cells.T
+  rows = run.encoded.rows(at)
+  total = bucket(count, size)
+  compiling("the network", (run.model, run.stage, size, total, run.encoded.room), run.report)
+  memories, slots_of = None, None
+  if run.stage.memory == "neighbours":
+    memories, slots_of = _remembered(run, rows, size, total)
+  progress, outputs = Progress("cells", run.report), []
+  for where, index in batches(count, size):
+    progress(where.start, count)
+    batch = Batch(
+      rows[index], run.to_decode(organ[index], at[index]), slots_of and slots_of(index)
+    )
+    out = _run(run.model, run.params, run.stage, run.encoded.features, memories, batch)
+    outputs.append(on_host(out))
+  return joined(outputs, count)
 
 
-def _run_stream(
-  model, params, stage: StageConfig, config, encoded, prompts, pointers, live, cells, report
-) -> stages_lib.CellOutputs:
+def _remembered(
+  run: StageRun, rows: np.ndarray, size: int, total: int
+) -> tuple[stages_lib.Memories, Callable[[np.ndarray], stages_lib.CellSlots[np.ndarray]]]:
+  """The memories of all live cells, and which of them the cells at some indices read.
+
+  Args:
+    rows: of the cells' slices in the table of features. size: cells of a batch.
+    total: rows of the table of memories.
+  """
+  organ, at = run.cells.T
+  progress, maps = Progress("memories", run.report), []
+
+  def remember(where: slice, index: np.ndarray, batch: CellPrompts[np.ndarray]) -> None:
+    progress(where.start, len(run.cells))
+    embedding = run.encoded.features.embedding
+    remembered = _remember(run.model, run.params, embedding, rows[index], batch)
+    maps.append(on_host(remembered))
+
+  scores = run.scored(size, remember)
+  # Padded, so that volumes of similar depth share a compilation; padding is not live.
+  deep = [(0, 0), (0, -run.depth % DEPTH_BUCKET)]
+  grids = (np.pad(x, deep) for x in (run.live, scores, run.prompts.given))
+  max_given = int(run.prompts.given.sum(axis=1).max())
+  slots, positions = on_host(_slots(run.stage, *grids, run.depth, max_given))
+  # Where a cell's memory lies in the table of memories; empty slots point at row 0.
+  place = np.zeros(run.live.shape, np.int32)
+  place[organ, at] = np.arange(len(run.cells))
+
+  def slots_of(index: np.ndarray) -> stages_lib.CellSlots[np.ndarray]:
+    o, z = organ[index], at[index]
+    valid = slots.valid[o, z]
+    row = np.where(valid, place[o[:, None], np.minimum(slots.slices[o, z], run.depth - 1)], 0)
+    return stages_lib.CellSlots(row, slots.rows[o, z], valid, positions[o, z])
+
+  known = joined(maps, len(run.cells)), run.pointers[organ, at]
+  return table(stages_lib.Memories(*known), total), slots_of
+
+
+def _run_stream(run: StageRun) -> Cells[np.ndarray]:
   """`stream`: SAM 2's recurrence outward from each organ's anchor, one organ after the other.
 
   One track at a time keeps the memory small, on one device; slices between its first and its last
   live one that are not live are skipped, not remembered.
   """
-  del pointers  # the recurrence makes its own
-  scores = _scores(prompts, live, cells, config.cells_per_batch)
+  config, live, stage = run.config, run.live, run.stage
+  scores = run.scored(config.cells_per_batch, lambda *batch: None)
   found = []
-  progress, organs = Progress("structures", report), np.unique(cells[:, 0])
+  progress, organs = Progress("structures", run.report), np.unique(run.cells[:, 0])
   for done, organ in enumerate(organs):
     progress(done, len(organs))
     at = np.flatnonzero(live[organ])
     first, last = int(at[0]), int(at[-1])
-    length = last - first + 1
-    total = bucket(length, config.slices_per_batch)
-    compiling("the network", (model, stage, total, live.shape[1]), report)
+    total = bucket(last - first + 1, config.slices_per_batch)
+    compiling("the network", (run.model, stage, total, run.depth), run.report)
     span = padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True
-    gathered = _gather_to_decode(model, prompts, np.full(total, organ), span)
-    cell = jax.tree.map(jnp.asarray, gathered)
-    batch = sam_prompts(cell, stage.box, stage.mask)
-    store_rows = encoded.rows(np.where(live[organ, span], span, at[0]))
-    features = _rows(encoded.features, store_rows)
-    mask_bias, presence_bias = _bias(model, params, stage, features.pixels, cell)
-    start = int(np.argmax(np.where(live[organ], scores[organ] + 2.0 * prompts.given[organ], -1)))
-    out = _track(
-      model,
-      params,
-      features,
-      tracking.TrackInputs(
-        prompts=jax.tree.map(lambda x: x[None], batch),
-        start=jnp.array([start - first], jnp.int32),
-        active=jnp.asarray(active)[None],
-        depth=jnp.int32(live.shape[1]),
-        bias=tracking.Bias(mask_bias[None], presence_bias[None]),
-      ),
+    cell = jax.tree.map(jnp.asarray, run.to_decode(np.full(total, organ), span))
+    rows = run.encoded.rows(np.where(live[organ, span], span, at[0]))
+    features = _of_rows(run.encoded.features, rows)
+    bias = _bias(run.model, run.params, stage, features.pixels, cell)
+    votes = scores[organ] + 2.0 * run.prompts.given[organ]
+    start = int(np.argmax(np.where(live[organ], votes, -1)))
+    prompts, bias = jax.tree.map(lambda x: x[None], (stages_lib.sam_prompts(cell, stage), bias))
+    inputs = tracking.TrackInputs(
+      prompts, jnp.array([start - first], jnp.int32), jnp.asarray(active)[None],
+      jnp.int32(run.depth), bias,
     )
+    out = _track(run.model, run.params, features, inputs)
     found.append(jax.tree.map(lambda x, i=at - first: np.asarray(x)[0, i], out))
-  return stages_lib.CellOutputs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+  return joined(found, len(run.cells))

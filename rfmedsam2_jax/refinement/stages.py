@@ -4,18 +4,21 @@ A stage only needs what the previous stage said, so its cells are independent of
 them are one batched call. In training the cells of a run are all there at once (`stage_on_grid`);
 at prediction refinement.refine gathers live cells into batches of fixed size.
 
-In: features and `CellPrompts`. Out: `CellOutputs`, from which refinement.prompts makes the next
+In: features and `CellPrompts`. Out: `Cells`, from which refinement.prompts makes the next
 stage's prompts and refinement.fusion the label map.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from rfmedsam2_jax.base.constants import IMAGE_MEAN, IMAGE_STD
 from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, MemorySlots, apply
 from rfmedsam2_jax.nn import memory_bank as memory
-from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.nn.layers import A, Array, Params
+from rfmedsam2_jax.nn.prompt_encoder import Prompts, pack_prompts
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.refinement.prompts import (
   CellPrompts,
@@ -24,156 +27,137 @@ from rfmedsam2_jax.refinement.prompts import (
   nearby_logits,
   next_prompts,
   residual_of,
-  sam_prompts,
 )
-
-Array = Any  # a JAX array; numpy arrays are taken too
-
-# SAM 2's input statistics (sam2/utils/transforms.py), the usual ones of ImageNet.
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
+from rfmedsam2_jax.tracking.image import encode_images
+from rfmedsam2_jax.tracking.recurrence import Bias, Cells, decode_cells, remember_cells
 
 
-class CellOutputs(NamedTuple):
-  """What a stage says of N cells.
-
-  logits: float32 [N, 4G, 4G], not gated by presence. iou: float32 [N], predicted.
-  presence: float32 [N], logit. pointer: [N, C], `no_obj_ptr` where the object is absent.
-  """
-
-  logits: Array
-  iou: Array
-  presence: Array
-  pointer: Array
-
-
-class CellSlots(NamedTuple):
+class CellSlots(NamedTuple, Generic[A]):
   """Where the memories of N cells lie in a store of memories.
 
   place: int32 [N, M], rows of the store. rows, valid: see MemorySlots.
   positions: float32 [N, M], temporal positions of the pointers.
   """
 
-  place: Array
-  rows: Array
-  valid: Array
-  positions: Array
+  place: A
+  rows: A
+  valid: A
+  positions: A
+
+
+class Memories(NamedTuple):
+  """A store that `CellSlots.place` points into.
+
+  maps: [R, G, G, mem_dim]. pointers: [R, C], the previous stage's; read only where a stage uses
+  pointers.
+  """
+
+  maps: Array
+  pointers: Array
 
 
 def encode_slices(model: SAM2, params: Params, slices: Array) -> ImageFeatures:
   """Features of slices [B, S, S, 3] with intensities in [0, 1]."""
-  return apply(model.config, params, _normalised(slices), method="encode_image")
+  return encode_images(model, params, _normalised(slices), in_turn=False)
 
 
 def _normalised(slices: Array) -> Array:
   return (slices - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
 
 
-def remember_cells(model: SAM2, params: Params, embedding: Array, cells: CellPrompts) -> Array:
-  """Memory maps [N, G, G, mem_dim] of cells as the previous stage saw them.
-
-  The mask is not binarised; a cell without the object is remembered as a mask of -1024.
-
-  Args:
-    embedding: [N, G, G, C], of the cells' slices.
-  """
-  present = cells.presence > 0
-  logits = jnp.where(present[:, None, None], cells.logits, ABSENT_LOGIT)
-  return apply(model.config, params, embedding, logits, present, method="remember")
-
-
 def refine_cells(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  features: ImageFeatures,
-  cells: CellPrompts,
-  maps: Array,
-  pointers: Array,
-  slots: CellSlots,
-) -> CellOutputs:
+  model: SAM2, params: Params, stage: StageConfig, features: ImageFeatures,
+  cells: CellPrompts[Array], memories: Memories, slots: CellSlots[Array],
+) -> Cells[Array]:
   """One stage over N cells.
 
   Args:
     features: of the cells' slices, leading axis N.
-    maps: [R, G, G, mem_dim], the store that `slots.place` points into.
-    pointers: [R, C], the previous stage's; read only where the stage uses pointers.
   """
   # A clamped index of an empty slot is masked out, whatever it points at.
   used = slots.valid if stage.pointers else slots.valid[:, :0]
   width = used.shape[1]
-  conditioned = apply(
-    model.config,
-    params,
-    features.embedding,
-    MemorySlots(
-      maps=maps[slots.place],
-      rows=slots.rows,
-      valid=slots.valid,
-      pointers=pointers[slots.place[:, :width]],
-      pointer_positions=slots.positions[:, :width],
-      pointer_valid=used,
-    ),
-    method="condition",
+  read = MemorySlots(
+    maps=memories.maps[slots.place], rows=slots.rows, valid=slots.valid,
+    pointers=memories.pointers[slots.place[:, :width]],
+    pointer_positions=slots.positions[:, :width], pointer_valid=used
   )
-  return decode_cells(model, params, stage, conditioned, features, cells)
+  conditioned = apply(model.config, params, features.embedding, read, method="condition")
+  return decode_stage(model, params, stage, conditioned, features, cells)
 
 
-def decode_cells(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  conditioned: Array,
-  features: ImageFeatures,
-  cells: CellPrompts,
-) -> CellOutputs:
+def decode_alone(
+  model: SAM2, params: Params, stage: StageConfig, features: ImageFeatures,
+  cells: CellPrompts[Array],
+) -> Cells[Array]:
+  """As `refine_cells`, without memory."""
+  conditioned = apply(model.config, params, features.embedding, method="unconditioned")
+  return decode_stage(model, params, stage, conditioned, features, cells)
+
+
+def decode_stage(
+  model: SAM2, params: Params, stage: StageConfig, conditioned: Array, features: ImageFeatures,
+  cells: CellPrompts[Array],
+) -> Cells[Array]:
   """Masks from conditioned features and prompts: box and mask together, mask token 0 only."""
-  prompts = sam_prompts(cells, stage.box, stage.mask)
-  decoded = apply(model.config, params, conditioned, features.high_res, prompts, method="decode")
-  mask, presence = bias_of(model, params, stage, features.pixels, cells)
-  decoded = decoded._replace(
-    masks=decoded.masks.astype(jnp.float32) + mask[:, None],
-    presence=decoded.presence.astype(jnp.float32) + presence,
+  bias = bias_of(model, params, stage, features.pixels, cells)
+  return decode_cells(
+    model, params, conditioned, features.high_res, sam_prompts(cells, stage), bias=bias
   )
-  gated = apply(model.config, params, decoded, method="gate")
-  return CellOutputs(
-    logits=decoded.masks[:, 0],
-    iou=decoded.ious[:, 0].astype(jnp.float32),
-    presence=decoded.presence,
-    pointer=gated.pointer,
+
+
+def sam_prompts(cells: CellPrompts[Array], stage: StageConfig) -> Prompts:
+  """The prompts of SAM 2's correction path: box, clicks and mask, as far as the stage uses them."""
+  return pack_prompts(
+    cells.boxes, cells.has_box & stage.box, cells.points, cells.point_labels,
+    cells.logits, cells.has_mask & stage.mask,
   )
 
 
 def bias_of(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  pixels: Array | None,
-  cells: CellPrompts,
-) -> tuple[Array, Array]:
-  """What is added to decoded mask logits [N, 4G, 4G] and presence logits [N]: see `residual_of`,
-  and the MaskAdapter's correction, where there are `pixels` (ImageFeatures) for it."""
+  model: SAM2, params: Params, stage: StageConfig, pixels: Array | None, cells: CellPrompts[Array]
+) -> Bias:
+  """What is added to decoded logits: see `residual_of`, and the MaskAdapter's correction, where
+  there are `pixels` (ImageFeatures) for it."""
   mask, presence = residual_of(cells, stage)
   if pixels is not None:
+    assert cells.nearby is not None
     # Without the mask as a prompt the adapter has the image alone.
     nearby = cells.nearby if stage.mask else jnp.zeros_like(cells.nearby)
     mask = mask + apply(model.config, params, pixels, nearby, method="correct_masks")
-  return mask, presence
+  return Bias(mask, presence)
 
 
-def nearby_on_grid(
-  cells: CellPrompts, grid: tuple[int, int], inside: Array, reach: int
-) -> Array:
-  """`CellPrompts.nearby` of all cells of a [T, Z] grid of tracks and slices.
+class Runs(NamedTuple):
+  """Runs of L consecutive slices with T tracks each, whose cells are N = B * T * L in this order.
+
+  inside: bool [B * T, L], slices that belong to the volume.
+  depth: int32 [B * T], of the whole volume.
+  """
+
+  inside: Array
+  depth: Array
+
+  def of_cells(self, x: Array) -> Array:
+    """What belongs to the slices [B * L, ...] of runs, for each of their cells [N, ...]."""
+    length = self.inside.shape[1]
+    x = x.reshape(-1, 1, length, *x.shape[1:])
+    tracks = len(self.inside) // len(x)
+    return jnp.broadcast_to(x, (len(x), tracks, *x.shape[2:])).reshape(-1, *x.shape[3:])
+
+
+def nearby_on_grid(cells: CellPrompts[Array], inside: Array, reach: int) -> Array:
+  """`CellPrompts.nearby` of all cells of runs, from `reach` slices on either side.
 
   Args:
-    inside: bool [T, Z]. reach: slices on either side.
+    inside: bool [B * T, L], see `Runs`.
   """
+  length = inside.shape[1]
+
   def around(x: Array) -> Array:
-    x = x.reshape(*grid, *x.shape[1:])
+    x = x.reshape(*inside.shape, *x.shape[1:])
     padded = jnp.pad(x, [(0, 0), (reach, reach)] + [(0, 0)] * (x.ndim - 2))
-    shifted = [padded[:, step : step + grid[1]] for step in range(2 * reach + 1)]
-    return jnp.stack(shifted, axis=2)
+    return jnp.stack([padded[:, step : step + length] for step in range(2 * reach + 1)], axis=2)
 
   nearby = nearby_logits(
     around(cells.logits), around(cells.presence), around(inside.reshape(-1))
@@ -181,32 +165,9 @@ def nearby_on_grid(
   return nearby.reshape(-1, *nearby.shape[2:])
 
 
-def live_on_grid(cells: CellPrompts, config: RefinementConfig, inside_TL: Array) -> Array:
-  """Cells that a stage runs at prediction, bool [T, L]."""
-  # What a stage says of padding must not make slices of the volume live.
-  present = (cells.presence > 0).reshape(inside_TL.shape) & inside_TL
-  return live_cells(present, config.live_margin) & inside_TL
-
-
-def of_cells(x: Array, tracks: int, length: int) -> Array:
-  """What belongs to the slices [B * L, ...] of runs, for each of their cells [B * T * L, ...]."""
-  x = x.reshape(-1, 1, length, *x.shape[1:])
-  return jnp.broadcast_to(x, (len(x), tracks, *x.shape[2:])).reshape(-1, *x.shape[3:])
-
-
-def absent_pointer(params: Params, like: Array) -> Array:
-  """SAM 2's pointer [C] of a cell without the object, in the dtype of `like`."""
-  return params["no_obj_ptr"].reshape(-1).astype(like.dtype)
-
-
 def grid_slots(
-  stage: StageConfig,
-  live: Array,
-  score: Array,
-  given: Array,
-  depth: Array | int,
-  max_given: int = 0,
-  inside: Array | None = None,
+  stage: StageConfig, live: Array, score: Array, given: Array, depth: Array | int,
+  max_given: int = 0, inside: Array | None = None,
 ) -> tuple[memory.SlotTable, Array]:
   """Which slices every cell of a [T, Z] grid of tracks and slices remembers.
 
@@ -224,17 +185,10 @@ def grid_slots(
 
 
 def stage_on_grid(
-  model: SAM2,
-  params: Params,
-  stage: StageConfig,
-  config: RefinementConfig,
-  features: ImageFeatures,
-  cells: CellPrompts,
-  pointers: Array | None,
-  inside: Array,
-  depth: Array,
-) -> tuple[CellOutputs, Array]:
-  """One stage over all cells of B runs of L slices with T tracks each, N = B * T * L in this order.
+  model: SAM2, params: Params, stage: StageConfig, features: ImageFeatures,
+  cells: CellPrompts[Array], pointers: Array | None, runs: Runs, live: Array,
+) -> Cells[Array]:
+  """One stage over all cells of runs.
 
   A `stream` stage is trained like `neighbours`, on the previous stage's masks: the recurrence over
   a whole volume is for prediction.
@@ -242,114 +196,93 @@ def stage_on_grid(
   Args:
     features: of the slices, leading axis B * L. cells: leading axis N.
     pointers: [N, C] of the previous stage, or None in the first.
-    inside: bool [B, L], slices that belong to the volume. depth: int32 [B], of the whole volume.
-
-  Returns:
-    CellOutputs of all cells; live bool [N], those that the stage would run at prediction.
+    live: bool [B * T, L], cells that the stage would run at prediction.
   """
-  length = inside.shape[1]
-  count = cells.presence.shape[0]
-  tracks = count // inside.size
-  grid = (count // length, length)
-  inside_TL = jnp.repeat(inside, tracks, axis=0)
-  live = live_on_grid(cells, config, inside_TL)
-  cell_features = jax.tree.map(lambda x: of_cells(x, tracks, length), features)
-  if model.config.adapters.mask:
-    reach = model.config.adapters.mask_reach
-    cells = cells._replace(nearby=nearby_on_grid(cells, grid, inside_TL, reach))
+  here = jax.tree.map(runs.of_cells, features)
   if stage.memory == "none":
-    conditioned = apply(model.config, params, cell_features.embedding, method="unconditioned")
-    outputs = decode_cells(model, params, stage, conditioned, cell_features, cells)
-    return outputs, live.reshape(-1)
+    return decode_alone(model, params, stage, here, cells)
+  score = anchor_score(cells.presence, cells.logits).reshape(live.shape)
   table, positions = grid_slots(
-    stage,
-    live,
-    anchor_score(cells.presence, cells.logits).reshape(grid),
-    jnp.zeros(grid, bool),
-    jnp.repeat(depth, tracks),
-    inside=inside_TL,
+    stage, live, score, jnp.zeros(live.shape, bool), runs.depth, inside=runs.inside
   )
-  width = table.slices.shape[-1]
-  first = jnp.arange(grid[0], dtype=jnp.int32)[:, None, None] * length
-  slots = CellSlots(
-    (first + table.slices).reshape(count, width),
-    table.rows.reshape(count, width),
-    table.valid.reshape(count, width),
-    positions.reshape(count, width),
-  )
-  maps = remember_cells(model, params, cell_features.embedding, cells)
+  first = jnp.arange(len(live), dtype=jnp.int32)[:, None, None] * live.shape[1]
+  slots = CellSlots(*(
+    x.reshape(live.size, -1) for x in (first + table.slices, table.rows, table.valid, positions)
+  ))
+  maps = remember_cells(model, params, here.embedding, cells.logits, cells.presence)
   if pointers is None:
-    pointers = jnp.zeros((count, cell_features.embedding.shape[-1]), maps.dtype)
-  outputs = refine_cells(model, params, stage, cell_features, cells, maps, pointers, slots)
-  return outputs, live.reshape(-1)
+    pointers = jnp.zeros((live.size, here.embedding.shape[-1]), maps.dtype)
+  return refine_cells(model, params, stage, here, cells, Memories(maps, pointers), slots)
 
 
 def all_stages_on_grid(
-  model: SAM2,
-  params: Params,
-  config: RefinementConfig,
-  slices: Array,
-  cells: CellPrompts,
-  inside: Array,
-  depth: Array,
-) -> list[tuple[CellOutputs, Array]]:
+  model: SAM2, params: Params, config: RefinementConfig, slices: Array, cells: CellPrompts[Array],
+  inside: Array, depth: Array,
+) -> list[tuple[Cells[Array], Array]]:
   """Every stage over B runs, as training sees them; gradients pass between stages through pointers.
 
   Args:
     slices: float32 [B * L, S, S, 3] in [0, 1]. cells: stage-0 prompts of N = B * T * L cells.
+    inside: bool [B, L], slices that belong to the volume. depth: int32 [B], of the whole volume.
 
   Returns:
-    Per stage: CellOutputs [N], live bool [N].
+    Per stage: Cells [N]; live bool [N], those that the stage would run at prediction.
   """
   features = encode_slices(model, params, slices)
-  results = []
   pointers = None
-  for stage in config.stages:
-    outputs, live = stage_on_grid(
-      model, params, stage, config, features, cells, pointers, inside, depth
-    )
-    results.append((outputs, live))
-    cells = _following(model, config, outputs, live)
-    pointers = jnp.where(live[:, None], outputs.pointer, absent_pointer(params, outputs.pointer))
-  return results
 
+  def run(stage: StageConfig, cells: CellPrompts[Array], runs: Runs, live: Array) -> Cells[Array]:
+    nonlocal pointers
+    outputs = stage_on_grid(model, params, stage, features, cells, pointers, runs, live)
+    absent = params["no_obj_ptr"].reshape(-1).astype(outputs.pointer.dtype)
+    pointers = jnp.where(live.reshape(-1, 1), outputs.pointer, absent)
+    return outputs
 
-def _following(
-  model: SAM2, config: RefinementConfig, outputs: CellOutputs, live: Array
-) -> CellPrompts:
-  """The next stage's prompts, as at prediction: a cell that is not live is not run, no organ."""
-  presence = jnp.where(live, outputs.presence, ABSENT_LOGIT)
-  return next_prompts(outputs.logits, presence, model.config.image_size, config.box_margin)
+  return _one_after_the_other(model, config, cells, (inside, depth), run)
 
 
 def masks_on_grid(
-  model: SAM2,
-  params: Params,
-  config: RefinementConfig,
-  slices: Array,
-  cells: CellPrompts,
-  inside: Array,
-  depth: Array,
-) -> list[tuple[CellOutputs, Array]]:
+  model: SAM2, params: Params, config: RefinementConfig, slices: Array, cells: CellPrompts[Array],
+  inside: Array, depth: Array,
+) -> list[tuple[Cells[Array], Array]]:
   """As `all_stages_on_grid`, of the MaskAdapter alone: the rest of SAM 2 is not run.
 
   As beside a decoder that is silent: stages have to be `residual`. Every structure stays where the
   stage before saw it, and the predicted IoU is 0.
   """
-  del depth  # of pointers
   pixels = apply(model.config, params, _normalised(slices), method="pixels")
-  length, count = inside.shape[1], cells.presence.shape[0]
-  tracks = count // inside.size
-  pixels, inside_TL = of_cells(pixels, tracks, length), jnp.repeat(inside, tracks, axis=0)
-  nothing = jnp.zeros(count)
+  nothing = jnp.zeros(cells.presence.shape[0])
+
+  def run(stage: StageConfig, cells: CellPrompts[Array], runs: Runs, live: Array) -> Cells[Array]:
+    bias = bias_of(model, params, stage, runs.of_cells(pixels), cells)
+    return Cells(bias.mask, nothing, bias.presence, nothing[:, None])
+
+  return _one_after_the_other(model, config, cells, (inside, depth), run)
+
+
+def _one_after_the_other(
+  model: SAM2, config: RefinementConfig, cells: CellPrompts[Array], volume: tuple[Array, Array],
+  run: Callable[[StageConfig, CellPrompts[Array], Runs, Array], Cells[Array]],
+) -> list[tuple[Cells[Array], Array]]:
+  """Runs the stages, each on the prompts that the one before makes, as at prediction.
+
+  Args:
+    volume: `inside` and `depth` of runs. run: gives the cells of one stage.
+  """
+  tracks = cells.presence.shape[0] // volume[0].size
+  runs = Runs(*(jnp.repeat(x, tracks, axis=0) for x in volume))
+  adapters = model.config.adapters
   results = []
   for stage in config.stages:
-    live = live_on_grid(cells, config, inside_TL)
-    nearby = nearby_on_grid(cells, live.shape, inside_TL, model.config.adapters.mask_reach)
-    cells = cells._replace(nearby=nearby)
-    logits, presence = bias_of(model, params, stage, pixels, cells)
-    live = live.reshape(-1)
-    outputs = CellOutputs(logits, nothing, presence, nothing[:, None])
-    results.append((outputs, live))
-    cells = _following(model, config, outputs, live)
+    # What a stage says of padding must not make slices of the volume live.
+    present = (cells.presence > 0).reshape(runs.inside.shape) & runs.inside
+    live = live_cells(present, config.live_margin) & runs.inside
+    if adapters.mask:
+      cells = cells._replace(nearby=nearby_on_grid(cells, runs.inside, adapters.mask_reach))
+    outputs = run(stage, cells, runs, live)
+    ran = live.reshape(-1)
+    results.append((outputs, ran))
+    # A cell that is not live is not run: no organ.
+    presence = jnp.where(ran, outputs.presence, ABSENT_LOGIT)
+    cells = next_prompts(outputs.logits, presence, model.config.image_size, config.box_margin)
   return results

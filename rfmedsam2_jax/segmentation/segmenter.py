@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.progress import Progress, Report, compiling, silent
 from rfmedsam2_jax.data.fingerprint import Fingerprint
 from rfmedsam2_jax.data.plan import Plan
@@ -34,7 +35,7 @@ from rfmedsam2_jax.refinement import (
   refine_volume,
 )
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
-from rfmedsam2_jax.refinement.prompts import LOGIT_LIMIT, scaled_boxes, stage0_logits
+from rfmedsam2_jax.refinement.prompts import scaled_boxes, stage0_logits
 from rfmedsam2_jax.refinement.refine import VolumePrompts
 from rfmedsam2_jax.segmentation.config import InferenceConfig
 from rfmedsam2_jax.segmentation.sliding_window import predict_slabs

@@ -1,29 +1,21 @@
 """Prompted segmentation of a volume: SAM 2's own recurrence over slices, both directions."""
 
-from rfmedsam2_jax.tracking.features import TrackingConfig
+from rfmedsam2_jax.tracking.image import encode_images, predict_masks
 from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
 from rfmedsam2_jax.tracking.recurrence import (
   Bias,
   Cells,
+  Course,
   TrackInputs,
   decode_cells,
   sweep,
   track,
 )
-from rfmedsam2_jax.tracking.tracker import Arrived, Batch, Tracks, VolumeTracker
+from rfmedsam2_jax.tracking.tracker import Arrived, VolumeTracker
+from rfmedsam2_jax.tracking.tracks import Batch, TrackingConfig, Tracks
 
 __all__ = [
-  "Arrived",
-  "Batch",
-  "Bias",
-  "Cells",
-  "SlicePrompt",
-  "TrackInputs",
-  "TrackingConfig",
-  "Tracks",
-  "VolumeTracker",
-  "decode_cells",
-  "point_prompts",
-  "sweep",
-  "track",
+  "Arrived", "Batch", "Bias", "Cells", "Course", "SlicePrompt", "TrackInputs", "TrackingConfig",
+  "Tracks", "VolumeTracker", "decode_cells", "encode_images", "point_prompts", "predict_masks",
+  "sweep", "track",
 ]

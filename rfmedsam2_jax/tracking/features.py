@@ -1,62 +1,33 @@
 """Features of a volume's slices: encoded a batch at a time, kept on the host."""
 
 import concurrent.futures
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from rfmedsam2_jax.nn import SAM2, ImageFeatures
-from rfmedsam2_jax.nn.layers import Params
-from rfmedsam2_jax.tracking.image import encode_images
-
-_encode = jax.jit(encode_images, static_argnums=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrackingConfig:
-  """How objects are followed through a volume.
-
-  `multimask` and `dynamic_multimask` are what `build_sam2_video_predictor` sets; a network that
-  was trained with mask token 0 alone (as `nano` is) wants both off.
-  """
-
-  multimask: bool = True          # best of three masks on tracked slices and for one single point
-  dynamic_multimask: bool = True  # for a box or several points: best of three where one is unstable
-  memory_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of memories; SAM 2 keeps bfloat16
-  slices_per_batch: int = 4       # encoded and swept in one call; device memory grows with it
-  objects_per_batch: int = 8      # objects that step together; device memory grows with it
-  cache: Literal["bfloat16", "float32", "none"] = "bfloat16"  # features kept on the host, so that
-                                                             # corrections need not encode again
-
-  def __post_init__(self):
-    for name in ("slices_per_batch", "objects_per_batch"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+from rfmedsam2_jax.nn import ImageFeatures
 
 
 class FeatureStore:
-  """Features of slices: encoded once, on the host where corrections may want them again."""
+  """Features of slices, each encoded once; held on the host where they may be wanted again.
+
+  Args:
+    encode: makes features of images [batch, S, S, 3].
+    slices: gives such images for slice numbers [batch].
+    batch: slices that are encoded at once.
+    dtype: of what is held; None: hold only what `get` is told to keep.
+  """
 
   def __init__(
-    self,
-    model: SAM2,
-    params: Params,
-    config: TrackingConfig,
-    slices: Callable[[np.ndarray], np.ndarray],
+    self, encode: Callable[[np.ndarray], ImageFeatures], slices: Callable[[np.ndarray], np.ndarray],
+    batch: int, dtype: np.dtype | None,
   ):
-    self._model, self._params, self._slices = model, params, slices
-    self._batch = config.slices_per_batch
-    self._dtype = None
-    if config.cache != "none":
-      self._dtype = np.dtype(ml_dtypes.bfloat16 if config.cache == "bfloat16" else np.float32)
+    self._encode, self._slices, self._batch, self._dtype = encode, slices, batch, dtype
     self._host: dict[int, ImageFeatures] = {}
 
-  def get(self, slices: np.ndarray, keep: bool = False) -> ImageFeatures:
+  def get(self, slices: Sequence[int] | np.ndarray, keep: bool = False) -> ImageFeatures:
     """Features of slices on the device, padded at the end to whole batches.
 
     Args:
@@ -68,17 +39,24 @@ class FeatureStore:
     for first in range(0, len(missing), self._batch):
       chunk = missing[first : first + self._batch]
       padded = np.pad(chunk, (0, self._batch - len(chunk)), mode="edge")
-      features = _encode(self._model, self._params, self._slices(padded))
-      if numbers == chunk and not keep:
-        self._remember(chunk, jax.tree.map(np.asarray, features))
-        return features
+      features = self._encode(self._slices(padded))
+      self._computed = features.embedding.dtype
       host = jax.tree.map(np.asarray, features)
-      fresh |= {z: jax.tree.map(lambda x, i=i: x[i], host) for i, z in enumerate(chunk)}
-      self._remember(chunk, host, keep)
+      rows = {z: jax.tree.map(lambda x, i=i: x[i], host) for i, z in enumerate(chunk)}
+      if keep:
+        self._host |= rows
+      elif self._dtype is not None:
+        self._host |= jax.tree.map(lambda x: x.astype(self._dtype, copy=False), rows)
+      if numbers == chunk and not keep:
+        return features
+      fresh |= rows
     wanted = numbers + [numbers[-1]] * (-len(numbers) % self._batch)
-    rows = [fresh.get(z) or self._host[z] for z in wanted]
-    dtype = self._model.config.compute_dtype
-    return jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs).astype(dtype)), *rows)
+    stacked = _stacked([fresh.get(z) or self._host[z] for z in wanted])
+    return jax.tree.map(lambda x: jnp.asarray(x.astype(self._computed)), stacked)
+
+  def held(self, slices: Sequence[int]) -> ImageFeatures:
+    """Features of slices that are held, numpy arrays."""
+    return _stacked([self._host[z] for z in slices])
 
   def ahead(self, batches: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
     """Features of one batch of slices after the other; each is made while the last is used."""
@@ -91,8 +69,6 @@ class FeatureStore:
       if made:
         yield made.result()
 
-  def _remember(self, numbers: list[int], features: ImageFeatures, keep: bool = False) -> None:
-    if keep or self._dtype is not None:
-      for i, z in enumerate(numbers):
-        one = jax.tree.map(lambda x, i=i: x[i], features)
-        self._host[z] = one if keep else jax.tree.map(lambda x: x.astype(self._dtype), one)
+
+def _stacked(rows: Sequence[ImageFeatures]) -> ImageFeatures:
+  return jax.tree.map(lambda *xs: np.stack(xs), *rows)

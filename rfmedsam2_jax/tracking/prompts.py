@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.nn import Prompts
-
-_ABSENT, _NOT_A_POINT, _BOX = -2, -1, (2, 3)
+from rfmedsam2_jax.nn.prompt_encoder import ABSENT, BOX_END, BOX_START, NOT_A_POINT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,25 +45,29 @@ class SlicePrompt:
 
 
 def point_prompts(
-  given: Sequence[SlicePrompt], masks: np.ndarray | None = None, has_mask: np.ndarray | None = None
+  prompts: Sequence[SlicePrompt], masks: np.ndarray | None = None,
+  has_mask: np.ndarray | None = None,
 ) -> Prompts:
   """Points and boxes as tokens: corners first, points, then SAM 2's own not-a-point token.
+
+  Packed to the left, row by row: a click alone then costs two tokens, where
+  `nn.prompt_encoder.pack_prompts`, which compiled programs need, has a place for all that may be.
 
   Args:
     masks: float32 [N, 4G, 4G], mask prompts besides (a previous result), with bool [N] `has_mask`.
   """
-  longest = max(2 * (p.box is not None) + len(p.labels) for p in given)
-  # A bucket, so that prompts of many lengths share a compilation.
-  width = 2
-  while width < longest + 1:
-    width += 2
-  points = np.zeros((len(given), width, 2), np.float32)
-  labels = np.full((len(given), width), _ABSENT, np.int32)
-  for row, prompt in enumerate(given):
-    corners = np.reshape(prompt.box, (2, 2)) if prompt.box is not None else np.zeros((0, 2))
-    count = len(corners) + len(prompt.labels)
-    points[row, :count] = np.concatenate([corners, prompt.points])
-    labels[row, :count] = [*_BOX[: len(corners)], *prompt.labels]
-    labels[row, count] = _NOT_A_POINT
+  rows = []
+  for prompt in prompts:
+    where, row = prompt.points, [*prompt.labels, NOT_A_POINT]
+    if prompt.box is not None:
+      where = np.concatenate([np.reshape(prompt.box, (2, 2)), where])
+      row = [BOX_START, BOX_END, *row]
+    rows.append((where, row))
+  # An even number, so that prompts of many lengths share a compilation.
+  width = max(len(row) + len(row) % 2 for _, row in rows)
+  points = np.zeros((len(rows), width, 2), np.float32)
+  labels = np.full((len(rows), width), ABSENT, np.int32)
+  for number, (where, row) in enumerate(rows):
+    points[number, : len(where)], labels[number, : len(row)] = where, row
   mask, exists = (None if x is None else jnp.asarray(x) for x in (masks, has_mask))
   return Prompts(jnp.asarray(points), jnp.asarray(labels), mask, exists)

@@ -8,7 +8,7 @@ In: features of slices and prompts. Out: mask logits, scores and pointers per ce
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +24,22 @@ from rfmedsam2_jax.nn import (
   no_prompts,
 )
 from rfmedsam2_jax.nn import memory_bank as memory
-from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.nn.layers import A, AnyArray, Array, Params
 
-Array = Any  # a JAX array; on the host the same tuples hold numpy arrays
-
-_GIVEN_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
+_MASK_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
 
 
-class Cells(NamedTuple):
-  """What is known of cells; leading axes as the function says.
+class Cells(NamedTuple, Generic[A]):
+  """What was decoded of cells; leading axes as the function says.
 
   logits: float32 [..., 4G, 4G], not gated by presence. iou: float32 [...], predicted.
   presence: float32 [...], logit. pointer: [..., C], `no_obj_ptr` where the object is absent.
   """
 
-  logits: Array
-  iou: Array
-  presence: Array
-  pointer: Array
+  logits: A
+  iou: A
+  presence: A
+  pointer: A
 
 
 class Bias(NamedTuple):
@@ -52,15 +50,9 @@ class Bias(NamedTuple):
 
 
 def decode_cells(
-  model: SAM2,
-  params: Params,
-  conditioned: Array,
-  high_res: tuple[Array, Array],
-  prompts: Prompts,
-  multimask: bool,
-  dynamic_multimask: bool,
-  bias: Bias | None = None,
-) -> Cells:
+  model: SAM2, params: Params, conditioned: Array, high_res: tuple[Array, Array], prompts: Prompts,
+  multimask: bool = False, dynamic_multimask: bool = False, bias: Bias | None = None,
+) -> Cells[Array]:
   """Decodes N cells to one mask each.
 
   Args:
@@ -82,18 +74,13 @@ def decode_cells(
     decoded = decoded._replace(
       masks=decoded.masks + bias.mask[:, None], presence=decoded.presence + bias.presence
     )
-  gated = apply(model.config, params, decoded, method="gate")
-  return Cells(
-    decoded.masks[:, 0].astype(jnp.float32),
-    decoded.ious[:, 0].astype(jnp.float32),
-    decoded.presence.astype(jnp.float32),
-    gated.pointer,
-  )
+  pointer = apply(model.config, params, decoded, method="gate").pointer
+  return Cells(decoded.masks[:, 0], decoded.ious[:, 0], decoded.presence, pointer)
 
 
-def given_cells(
+def cells_of_masks(
   model: SAM2, params: Params, features: ImageFeatures, masks_NSS: Array
-) -> Cells:
+) -> Cells[Array]:
   """Cells whose masks (0 or 1, image resolution) a person gave: the mask is the output.
 
   The pointer comes from the decoder on features without `no_mem_embed` (sam2_base.py:440).
@@ -101,97 +88,97 @@ def given_cells(
   count = masks_NSS.shape[0]
   prompt = apply(model.config, params, masks_NSS, method="mask_prompt")
   prompts = no_prompts(count)._replace(mask=prompt)
-  decoded = decode_cells(
-    model, params, features.embedding, features.high_res, prompts, False, False
-  )
+  decoded = decode_cells(model, params, features.embedding, features.high_res, prompts)
   side = 4 * model.config.grid
-  logits = _GIVEN_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
+  logits = _MASK_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
   logits = jax.image.resize(logits, (count, side, side), "linear", antialias=True)
   present = jnp.any(masks_NSS > 0, axis=(1, 2))
   absent = params["no_obj_ptr"].reshape(1, -1).astype(decoded.pointer.dtype)
   return Cells(
-    logits,
-    jnp.ones(count),
-    jnp.where(present, _GIVEN_LOGIT, -_GIVEN_LOGIT),
-    jnp.where(present[:, None], decoded.pointer, absent),
+    logits, jnp.ones(count), jnp.where(present, _MASK_LOGIT, -_MASK_LOGIT),
+    jnp.where(present[:, None], decoded.pointer, absent)
   )
 
 
 def remember_cells(
-  model: SAM2, params: Params, embedding: Array, cells: Cells, binarize: bool
+  model: SAM2, params: Params, embedding: Array, logits: Array, presence: Array,
+  binarize: bool = False,
 ) -> Array:
-  """Memory maps [N, G, G, mem_dim] of cells, leading axis N.
+  """Memory maps [N, G, G, mem_dim] of cells; absent objects are remembered as masks of -1024.
 
   Args:
+    embedding: [N, G, G, C], of the cells' slices.
+    logits: [N, 4G, 4G]. presence: [N], positive where the object is.
     binarize: SAM 2 does so on slices that a person prompted.
   """
-  present = cells.presence > 0
-  logits = gated_logits(cells)
+  logits, present = gated_logits(logits, presence), presence > 0
   return apply(
     model.config, params, embedding, logits, present, method="remember", binarize=binarize
   )
 
 
-def gated_logits(cells: Cells) -> Array:
-  """Mask logits, -1024 where the object is absent."""
-  return jnp.where((cells.presence > 0)[..., None, None], cells.logits, ABSENT_LOGIT)
+def gated_logits(logits: AnyArray, presence: AnyArray) -> Array:
+  """Mask logits [..., 4G, 4G], -1024 where the object is absent: `presence` [...] not positive."""
+  return jnp.where((presence > 0)[..., None, None], logits, ABSENT_LOGIT)
+
+
+class Course(NamedTuple):
+  """The way of N tracks through L slices of a volume.
+
+  slices: int32 [L], their numbers in the order of travel.
+  run: bool [N, L], cells to segment and to remember; the others are neither.
+  start: int32 [N], the slice that both directions set out from. depth: int32, of the volume.
+  reverse: bool, direction of travel.
+  """
+
+  slices: Array
+  run: Array
+  start: Array
+  depth: Array
+  reverse: Array
 
 
 def sweep(
-  model: SAM2,
-  params: Params,
-  bank: memory.MemoryBank,
-  features: ImageFeatures,
-  slices: Array,
-  run: Array,
-  start: Array,
-  depth: Array,
-  reverse: Array,
-  multimask: bool = True,
-  prompts: Prompts | None = None,
-  bias: Bias | None = None,
-) -> tuple[memory.MemoryBank, Cells]:
-  """Follows N objects through L slices, in the order that is given.
+  model: SAM2, params: Params, bank: memory.MemoryBank, features: ImageFeatures, course: Course,
+  multimask: bool = True, prompts: Prompts | None = None, bias: Bias | None = None,
+) -> tuple[memory.MemoryBank, Cells[Array]]:
+  """Follows N objects through L slices.
 
   Args:
     bank: of N tracks; conditioning slices are already in it.
-    features: leading axis L. slices: int32 [L], their numbers in the volume.
-    run: bool [N, L], cells to segment and to remember; the others are neither.
-    start: int32 [N], the slice that both directions set out from. depth: int32, of the volume.
-    reverse: bool, direction of travel.
+    features: leading axis L.
     multimask: see `decode_cells`.
     prompts, bias: leading axes [L, N]; none by default.
 
   Returns:
     The bank, and Cells [L, N]; those that were not run hold logits and presence of -1024.
   """
-  tracks = run.shape[0]
-  config = model.config
+  tracks = course.run.shape[0]
+  none = functools.partial(no_cells, model, (tracks,))
 
   def step(bank: memory.MemoryBank, inputs):
-    here, number, running, given, added = inputs
+    here, number, running, prompted, added = inputs
     here = jax.tree.map(lambda x: x[None], here)
     embedding = jnp.broadcast_to(here.embedding, (tracks, *here.embedding.shape[1:]))
     at = jnp.full(tracks, number, jnp.int32)
 
     def advance(bank):
-      slots: MemorySlots = memory.read(bank, at, depth, reverse)
-      conditioned = apply(config, params, here.embedding, slots, method="condition")
+      slots: MemorySlots = memory.read(bank, at, course.depth, course.reverse)
+      conditioned = apply(model.config, params, here.embedding, slots, method="condition")
+      tokens = no_prompts(tracks) if prompted is None else prompted
       cells = decode_cells(
-        model, params, conditioned, here.high_res,
-        no_prompts(tracks) if given is None else given, multimask, False, added,
+        model, params, conditioned, here.high_res, tokens, multimask, bias=added
       )
-      maps = remember_cells(model, params, embedding, cells, binarize=False)
-      bank = memory.add_recent(bank, running, maps, cells.pointer, at, start, reverse)
-      none = no_cells(model, (tracks,))
-      return bank, jax.tree.map(functools.partial(_where, running), cells, none)
+      maps = remember_cells(model, params, embedding, cells.logits, cells.presence)
+      bank = memory.add_recent(
+        bank, running, maps, cells.pointer, at, course.start, course.reverse
+      )
+      return bank, jax.tree.map(functools.partial(_where, running), cells, none())
 
     # Where no track runs there is nothing to do, and nothing is done.
-    return jax.lax.cond(
-      jnp.any(running), advance, lambda bank: (bank, no_cells(model, (tracks,))), bank
-    )
+    return jax.lax.cond(jnp.any(running), advance, lambda bank: (bank, none()), bank)
 
-  return jax.lax.scan(step, bank, (features, slices, run.T, prompts, bias))
+  return jax.lax.scan(step, bank, (features, course.slices, course.run.T, prompts, bias))
 
 
 def _where(which: Array, new: Array, old: Array) -> Array:
@@ -199,14 +186,12 @@ def _where(which: Array, new: Array, old: Array) -> Array:
   return jnp.where(which.reshape(*which.shape, *(1,) * (new.ndim - which.ndim)), new, old)
 
 
-def no_cells(model: SAM2, shape: tuple[int, ...]) -> Cells:
+def no_cells(model: SAM2, shape: tuple[int, ...]) -> Cells[Array]:
   """Cells of a shape that were not run."""
   side = 4 * model.config.grid
   return Cells(
-    jnp.full((*shape, side, side), ABSENT_LOGIT),
-    jnp.zeros(shape),
-    jnp.full(shape, ABSENT_LOGIT),
-    jnp.zeros((*shape, model.config.d_model), model.config.compute_dtype),
+    jnp.full((*shape, side, side), ABSENT_LOGIT), jnp.zeros(shape), jnp.full(shape, ABSENT_LOGIT),
+    jnp.zeros((*shape, model.config.d_model), model.config.compute_dtype)
   )
 
 
@@ -227,7 +212,9 @@ class TrackInputs(NamedTuple):
   bias: Bias | None = None
 
 
-def track(model: SAM2, params: Params, features: ImageFeatures, inputs: TrackInputs) -> Cells:
+def track(
+  model: SAM2, params: Params, features: ImageFeatures, inputs: TrackInputs
+) -> Cells[Array]:
   """Follows N objects whose every slice may have prompts, with mask token 0 alone.
 
   The recurrence of the `stream` stages of refinement: all slices' features are at hand, and no
@@ -240,38 +227,32 @@ def track(model: SAM2, params: Params, features: ImageFeatures, inputs: TrackInp
     Cells [N, Z]; those that are not active have logits of -1024 and presence -1024.
   """
   tracks, depth_padded = inputs.active.shape
-  config = model.config
+  config, start = model.config, jnp.asarray(inputs.start)
   which = jnp.arange(tracks)
-  first = jax.tree.map(lambda x: x[inputs.start], features)
-
-  def at_start(tree):
-    return jax.tree.map(lambda x: x[which, inputs.start], tree)
-
+  first = jax.tree.map(lambda x: x[start], features)
+  prompts, bias = jax.tree.map(lambda x: x[which, start], (inputs.prompts, inputs.bias))
   conditioned = apply(config, params, first.embedding, method="unconditioned")
-  begun = decode_cells(
-    model, params, conditioned, first.high_res, at_start(inputs.prompts), False, False,
-    at_start(inputs.bias),
-  )
-  maps = remember_cells(model, params, first.embedding, begun, binarize=False)
+  begun = decode_cells(model, params, conditioned, first.high_res, prompts, bias=bias)
+  maps = remember_cells(model, params, first.embedding, begun.logits, begun.presence)
   bank = memory.empty_bank(
     tracks, 1, config.grid, config.mem_dim, config.d_model, config.compute_dtype
   )
   bank = memory.add_conditioning(
-    bank, jnp.zeros(tracks, jnp.int32), jnp.ones(tracks, bool), maps, begun.pointer, inputs.start
+    bank, jnp.zeros(tracks, jnp.int32), jnp.ones(tracks, bool), maps, begun.pointer, start
   )
   numbers = jnp.arange(depth_padded, dtype=jnp.int32)
   by_slice = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (inputs.prompts, inputs.bias))
   outputs = no_cells(model, (tracks, depth_padded))
-  outputs = jax.tree.map(lambda x, new: x.at[which, inputs.start].set(new), outputs, begun)
+  outputs = jax.tree.map(lambda x, new: x.at[which, start].set(new), outputs, begun)
   for reverse in (False, True):
-    ahead = numbers < inputs.start[:, None] if reverse else numbers > inputs.start[:, None]
-    order = slice(None, None, -1) if reverse else slice(None)
-    ordered = jax.tree.map(lambda x, order=order: x[order], (features, numbers, by_slice))
+    ahead = numbers < start[:, None] if reverse else numbers > start[:, None]
     run = inputs.active & ahead
-    bank, cells = sweep(
-      model, params, bank, ordered[0], ordered[1], run[:, order], inputs.start, inputs.depth,
-      jnp.asarray(reverse), False, *ordered[2],
+    order = slice(None, None, -1) if reverse else slice(None)
+    here, slices, prompted = jax.tree.map(
+      lambda x, order=order: x[order], (features, numbers, by_slice)
     )
+    course = Course(slices, run[:, order], start, inputs.depth, jnp.asarray(reverse))
+    bank, cells = sweep(model, params, bank, here, course, False, *prompted)
     cells = jax.tree.map(lambda x, order=order: jnp.swapaxes(x[order], 0, 1), cells)
     outputs = jax.tree.map(functools.partial(_where, run), cells, outputs)
   return outputs

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.config.training import GeneratorConfig, OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.nn import SAM2
-from rfmedsam2_jax.nn.layers import Params
-from rfmedsam2_jax.nn.losses import generator_loss, refiner_loss
+from rfmedsam2_jax.nn.layers import Array, Params
+from rfmedsam2_jax.nn.losses import CellTruth, generator_loss, refiner_loss
 from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
@@ -23,7 +24,6 @@ from rfmedsam2_jax.refinement.prompts import CellPrompts, next_prompts
 from rfmedsam2_jax.refinement.stages import all_stages_on_grid, masks_on_grid
 from rfmedsam2_jax.training.state import TrainState, ema_update, merge
 
-Array = jax.Array
 Batch = dict[str, Array]
 # (params, batch, key, axes): a batch that is spread over devices comes with the axes of the mesh.
 Loss = Callable[[Params, Batch, Array, tuple[str, ...]], tuple[Array, dict[str, Array]]]
@@ -121,7 +121,7 @@ def jittered(
 def stage0_cells(batch: Batch, refinement: RefinementConfig, side: int) -> CellPrompts:
   """Stage-0 prompts [B * T * L] of a batch of runs; presence is any foreground in the mask."""
   logits = batch["logits"].reshape(-1, *batch["logits"].shape[-2:])
-  certain = jnp.full(logits.shape[:1], 32.0)
+  certain = jnp.full(logits.shape[:1], LOGIT_LIMIT)
   return next_prompts(logits, certain, side, refinement.box_margin)
 
 
@@ -152,6 +152,7 @@ def refiner_loss_fn(
     present = jnp.max(target, axis=(1, 2)) > 0.5
     # That a structure is absent can only be learnt where nothing is ignored.
     certain = present | (jnp.min(known, axis=(1, 2)) > 0.5)
+    truth = CellTruth(target, known, present)
     inside = jnp.broadcast_to(batch["inside"][:, None], (runs, tracks, length)).reshape(-1)
     total = jnp.float32(0)
     metrics: dict[str, Array] = {}
@@ -160,7 +161,7 @@ def refiner_loss_fn(
     ):
       counts = (live | present) & inside & certain
       value, parts = refiner_loss(
-        out.logits, out.iou, out.presence, target, known, present, counts, weights, axes
+        out.logits, out.iou, out.presence, truth, counts, weights, axes
       )
       total = total + stage.loss_weight * value
       if masks_alone:

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from rfmedsam2_jax.config.experiment import Config, DataConfig, config_yaml
-from rfmedsam2_jax.nn import PRESETS, MemorySlots, apply, init_params, pieces
+from rfmedsam2_jax.nn import PRESETS, MemorySlots, apply, init_params, row_bands
 from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter, DWConvAdapter
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
@@ -54,11 +54,11 @@ def split(params):
   return own, {path: leaf for path, leaf in flat.items() if path not in own}
 
 
-@pytest.mark.parametrize("piece", [pieces.PIECE, 8 * 16 * 48])  # whole, and bands of windows
+@pytest.mark.parametrize("piece", [row_bands.BAND, 8 * 16 * 48])  # whole, and bands of windows
 def test_fresh_adapters_leave_the_encoder_unchanged_bit_for_bit(
   adapted, images, piece, monkeypatch
 ):
-  monkeypatch.setattr(pieces, "PIECE", piece)
+  monkeypatch.setattr(row_bands, "BAND", piece)
   own, _ = split(adapted)
   plain = {"params": traverse_util.unflatten_dict(own, sep="/")}
   expected = jax.jit(encoder(AdapterConfig(dwconv=False, cnn=False)).apply)(plain, images)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rfmedsam2_jax.nn import attention, pieces, positions
+from rfmedsam2_jax.nn import attention, positions, row_bands
 from rfmedsam2_jax.nn.attention import apply_rope, axial_rope, dot_product_attention
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
@@ -114,14 +114,14 @@ def test_encoder_in_pieces_equals_the_encoder_at_once(monkeypatch):
     return sum((x**2).sum() for x in levels), levels
 
   cut = []
-  divisor = pieces.largest_divisor
+  divisor = row_bands.largest_divisor
   monkeypatch.setattr(
-    pieces, "largest_divisor", lambda *args: cut.append((args[0], divisor(*args))) or cut[-1][1]
+    row_bands, "largest_divisor", lambda *args: cut.append((args[0], divisor(*args))) or cut[-1][1]
   )
   (_, whole), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, images)
   assert all(size == count for count, size in cut)
   cut.clear()
-  monkeypatch.setattr(pieces, "PIECE", 24 * 40 * 64 // 4)
+  monkeypatch.setattr(row_bands, "BAND", 24 * 40 * 64 // 4)
   (_, levels), gradient_in_pieces = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, images)
   assert sum(size < count for count, size in cut) > 5
   for x, y in zip(levels, whole, strict=True):

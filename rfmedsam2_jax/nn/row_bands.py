@@ -1,9 +1,10 @@
-"""Work on large activations piece by piece, so that what lies between two operations stays cached.
+"""Work on large activations band by band of rows, so that what lies between two operations stays
+cached.
 
 XLA:CPU runs one operation after the other over the whole array. Where the array between them is
 larger than the caches, and freshly allocated at every call, both wait for memory: in SAM 2.1 tiny
 at 1024, on one core, the first block takes 198 ms for its attention and 177 ms for its MLP at once,
-79 and 120 ms in pieces; its arithmetic alone would take 68 and 102. On accelerators nothing is cut.
+79 and 120 ms in bands; its arithmetic alone would take 68 and 102. On accelerators nothing is cut.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,8 @@ import jax
 
 from rfmedsam2_jax.nn.layers import Array
 
-# Elements of the widest array within a piece: 4 MB, about the second-level caches of two cores.
-PIECE = 2**20
+# Elements of the widest array within a band: 4 MB, about the second-level caches of two cores.
+BAND = 2**20
 
 
 def largest_divisor(count: int, most: int) -> int:
@@ -22,24 +23,21 @@ def largest_divisor(count: int, most: int) -> int:
   return max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
 
 
-def map_pieces(f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements: int) -> Array:
+def map_bands(f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements: int) -> Array:
   """f(module, x) for a function that works on bands of rows without looking beyond them.
 
   Args:
-    f: calls submodules of `module`; [b, h, W, C] to [b, h', W', C'] for any b and for h = H or
-      `rows`.
-    rows: rows of a band; divides H.
-    elements: size of the widest array that f makes of one band.
+    f: calls submodules of `module`; [b, h, W, C] to [b, h', W', C'], any b, h = H or `rows`.
+    rows: of a band; divides H. elements: size of the widest array that f makes of one band.
   """
   batch, height, width, channels = x_BHWC.shape
   bands = batch * height // rows
-  size = largest_divisor(bands, PIECE // elements)
+  size = largest_divisor(bands, BAND // elements)
   if jax.default_backend() != "cpu" or size == bands or module.is_initializing():
     return f(module, x_BHWC)
   mapped = nn.scan(
-    lambda module, _, x: (None, f(module, x)),
-    variable_broadcast="params",
-    split_rngs={"params": False},
+    lambda module, _, x: (None, f(module, x)), variable_broadcast="params",
+    split_rngs={"params": False}
   )
   _, y = mapped(module, None, x_BHWC.reshape(-1, size, rows, width, channels))
   return y.reshape(batch, -1, *y.shape[3:])

@@ -1,0 +1,88 @@
+"""What tracking works with: how objects are followed, and what is known of them so far."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from rfmedsam2_jax.tracking.recurrence import Cells
+
+HostCells = Cells[np.ndarray]
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "none": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+  """How objects are followed through a volume.
+
+  `multimask` and `dynamic_multimask` are what `build_sam2_video_predictor` sets; a network that
+  was trained with mask token 0 alone (as `nano` is) wants both off.
+  """
+
+  multimask: bool = True          # best of three masks on tracked slices and for one single point
+  dynamic_multimask: bool = True  # for a box or several points: best of three where one is unstable
+  memory_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of memories; SAM 2 keeps bfloat16
+  slices_per_batch: int = 4       # encoded and swept in one call; device memory grows with it
+  objects_per_batch: int = 8      # objects that step together; device memory grows with it
+  cache: Literal["bfloat16", "float32", "none"] = "bfloat16"  # features kept on the host, so that
+                                                             # corrections need not encode again
+
+  def __post_init__(self):
+    for name in ("slices_per_batch", "objects_per_batch"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+  @property
+  def map_dtype(self) -> np.dtype:
+    """Of memory maps."""
+    return np.dtype(_DTYPES[self.memory_dtype])
+
+  @property
+  def cache_dtype(self) -> np.dtype | None:
+    """Of features on the host; None keeps none."""
+    return _DTYPES[self.cache]
+
+
+class Prompted(NamedTuple):
+  """A conditioning cell: Cells without leading axes, and its memory map [G, G, mem_dim]."""
+
+  cells: HostCells
+  maps: np.ndarray
+
+
+AllPrompted = dict[tuple[int, int], Prompted]  # by track and slice
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tracks:
+  """N objects followed through D slices, numpy arrays on the host.
+
+  Attributes:
+    cells: Cells [N, D]; logits float16, float32 if features are cached so.
+    prompted: (track, slice) pairs that a person prompted, and what came of them.
+    reverse: bool [D], slices that were last run backward.
+  """
+
+  cells: HostCells
+  prompted: AllPrompted
+  reverse: np.ndarray
+
+
+class Batch(NamedTuple):
+  """Slices that are done: numbers int [L], Cells [N, L], and the direction they were run in."""
+
+  slices: np.ndarray
+  cells: HostCells
+  reverse: bool
+
+
+def cells_at(cells: HostCells, *where: Any) -> HostCells:
+  """Cells at some index of their leading axes."""
+  return Cells(*(x[where] for x in cells))
+
+
+def put_cells(whole: HostCells, where: Any, cells: HostCells) -> None:
+  """Writes cells into numpy arrays of cells, at an index of their leading axes."""
+  for old, new in zip(whole, cells, strict=True):
+    old[where] = new
