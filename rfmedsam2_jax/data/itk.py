@@ -37,6 +37,10 @@ TILT_TOLERANCE = 0.5  # degrees
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
+# Whether standard error is closed while ITK reads: MetaIO and zlib write there what ITK then
+# raises. It is the whole process's, so only a command sets this.
+close_stderr = False
+
 
 def simpleitk(path: str | Path) -> Any:
   """The module SimpleITK; UserError that names `path` and the extra where it is missing."""
@@ -45,8 +49,12 @@ def simpleitk(path: str | Path) -> Any:
   except ImportError:
     raise UserError(f"{path}: needs SimpleITK; install it: pip install 'rfmedsam2-jax[dicom]'"
                     ) from None
-  SimpleITK.ProcessObject.GlobalWarningDisplayOff()  # they go to standard error, unasked
   return SimpleITK
+
+
+def size(shape: Sequence[int]) -> str:
+  """A shape as messages have it: 512x512x90."""
+  return "x".join(map(str, shape))
 
 
 def is_series(folder: Path) -> bool:
@@ -77,7 +85,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
   reader = sitk.ImageFileReader()
   reader.SetFileName(str(path))
   try:
-    with _silenced():
+    with _silenced(sitk):
       reader.ReadImageInformation()
       _check_header(sitk, path, reader)
       image = reader.Execute()
@@ -129,7 +137,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
   if not is_series(folder):
     raise UserError(f"{folder}: is a folder without DICOM files; give a volume or a folder with "
                     f"one DICOM series")
-  with _silenced():
+  with _silenced(sitk):
     names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
   if not names:
     raise UserError(f"{folder}: has DICOM files but no series of images; copy the series again")
@@ -139,7 +147,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     raise UserError(f"{folder}: has {len(files)} series (of {sizes} files); move the one that is "
                     f"meant into a folder of its own")
   try:
-    with _silenced():
+    with _silenced(sitk):
       _check_slices(sitk, folder, files[0])
       reader = sitk.ImageSeriesReader()
       reader.SetFileNames(files[0])
@@ -157,20 +165,19 @@ def claimed_voxels(path: Path) -> int:
     files = sorted(entry for entry in path.iterdir() if _is_dicom(str(entry)))
   reader = sitk.ImageFileReader()
   voxels = 0
-  for file in files:
-    reader.SetFileName(str(file))
-    try:
-      reader.ReadImageInformation()
-    except RuntimeError:
-      continue
-    voxels += math.prod(map(int, (*reader.GetSize(), reader.GetNumberOfComponents())))
+  with _silenced(sitk):
+    for file in files:
+      reader.SetFileName(str(file))
+      with contextlib.suppress(RuntimeError):
+        reader.ReadImageInformation()
+        voxels += math.prod(map(int, (*reader.GetSize(), reader.GetNumberOfComponents())))
   return voxels
 
 
 def _check_header(sitk: Any, path: Path, reader: Any) -> None:
-  size = "x".join(str(n) for n in reader.GetSize())
   if reader.GetDimension() not in (3, 4):
-    raise UserError(f"{path}: has the size {size}; a volume with three axes is expected")
+    raise UserError(f"{path}: has the size {size(reader.GetSize())}; a volume with three axes is "
+                    "expected")
   kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
   if "complex" in kind:
     raise UserError(f"{path}: voxels are of type {kind}; "
@@ -183,21 +190,26 @@ def check_claim(path: Path, shape: Sequence[int], itemsize: int, packed: bool) -
   """UserError if a file is too small to hold the voxels that its header claims."""
   stored = path.stat().st_size
   if math.prod(map(int, shape)) * itemsize > stored * (_DEFLATE if packed else 1):
-    size = "x".join(map(str, shape))
-    raise UserError(f"{path}: cannot be read, its header claims {size} voxels in {stored} bytes; "
-                    f"it is truncated or damaged, copy or convert it again")
+    raise UserError(f"{path}: cannot be read, its header claims {size(shape)} voxels in {stored} "
+                    "bytes; it is truncated or damaged, copy or convert it again")
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-  """Standard error of the process closed: MetaIO and zlib write there what ITK then raises."""
-  with open(os.devnull, "w") as nothing:
+def _silenced(sitk: Any) -> Iterator[None]:
+  """ITK's warnings off, and where a command wants it, standard error closed."""
+  shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+  sitk.ProcessObject.GlobalWarningDisplayOff()
+  kept = None
+  if close_stderr:
     sys.stderr.flush()
     kept = os.dup(2)
-    os.dup2(nothing.fileno(), 2)
-    try:
-      yield
-    finally:
+    with open(os.devnull, "w") as nothing:
+      os.dup2(nothing.fileno(), 2)
+  try:
+    yield
+  finally:
+    sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+    if kept is not None:
       os.dup2(kept, 2)
       os.close(kept)
 
@@ -244,8 +256,7 @@ def _as_native(sitk: Any, image: Any) -> tuple[np.ndarray, np.ndarray]:
   channels = image.GetNumberOfComponentsPerPixel() > 1
   array = sitk.GetArrayFromImage(image)  # [(t,) z, y, x (, C)]
   native = array.transpose(2, 1, 0, 3) if channels and array.ndim == 4 else array.T
-  size = image.GetDimension()
-  direction = np.asarray(image.GetDirection()).reshape(size, size)[:3, :3]
+  direction = np.asarray(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3]
   affine = np.eye(4)
   affine[:3, :3] = _LPS_TO_RAS @ direction @ np.diag(image.GetSpacing()[:3])
   affine[:3, 3] = _LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.plan import PLANES
@@ -18,7 +19,6 @@ from rfmedsam2_jax.data.sam_slices import as_rgb, resize_linear
 from rfmedsam2_jax.data.volumes import LARGEST, Volume
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
-from rfmedsam2_jax.refinement.refine import sigmoid
 from rfmedsam2_jax.refinement.stages import IMAGE_MEAN, IMAGE_STD
 from rfmedsam2_jax.tracking import Arrived, Cells, TrackingConfig, Tracks, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import gated_logits
@@ -61,7 +61,7 @@ class TrackedVolume:
   @property
   def presence(self) -> np.ndarray:
     """Probability that a structure is on a slice, float32 [N, slices]."""
-    return sigmoid(self.tracks.cells.presence)
+    return expit(self.tracks.cells.presence)
 
   @property
   def iou(self) -> np.ndarray:
@@ -203,6 +203,6 @@ def parse_window(text: str) -> tuple[float, float] | None:
     centre, width = 0.0, -1.0
   if not (abs(centre) < LARGEST and 0 < width < LARGEST):
     raise UserError(
-      f"--window {text}: is none of {', '.join(WINDOWS)}, percentiles or CENTRE,WIDTH"
+      f"window {text}: is none of {', '.join(WINDOWS)}, percentiles or CENTRE,WIDTH"
     )
   return centre, width

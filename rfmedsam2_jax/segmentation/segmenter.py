@@ -111,14 +111,14 @@ def segment_volume(
   segmenter: Segmenter,
   volume: Volume,
   truth_atoms: np.ndarray | None = None,
-  given: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
+  by_hand: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
   progress: Report = silent,
 ) -> Segmentation:
   """Segments one volume.
 
   Args:
     truth_atoms: uint8 [z, y, x] on the native canonical grid: prompts come from it (oracle).
-    given: gives a person's prompts on the grid that this segmenter has prepared.
+    by_hand: gives a person's prompts on the grid that this segmenter has prepared.
     progress: takes lines about what is done.
   """
   prepared = preprocess(volume, segmenter.plan)
@@ -131,8 +131,8 @@ def segment_volume(
     atoms = prepare_atoms(truth_atoms, segmenter.plan, prepared.restore)
     boxes, present = truth_boxes(atoms, segmenter)
     prompts = with_oracle(prompts, boxes, present, side)
-  if given is not None:
-    prompts = with_given(prompts, given(segmenter, prepared), side, side // 4, resize_linear)
+  if by_hand is not None:
+    prompts = with_given(prompts, by_hand(segmenter, prepared), side, side // 4, resize_linear)
   results = refine_volume(
     segmenter.sam2,
     segmenter.refiner,
