@@ -176,12 +176,11 @@ def claimed_voxels(path: Path) -> int:
 
 def _check_header(sitk: Any, path: Path, reader: Any) -> None:
   if reader.GetDimension() not in (3, 4):
-    raise UserError(f"{path}: has the size {size(reader.GetSize())}; a volume with three axes is "
-                    "expected")
+    raise UserError(
+      f"{path}: has the size {size(reader.GetSize())}; a volume with three axes is expected")
   kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
   if "complex" in kind:
-    raise UserError(f"{path}: voxels are of type {kind}; "
-                    f"convert the file to whole or real numbers")
+    raise UserError(f"{path}: voxels are of type {kind}; convert the file to whole or real numbers")
   if path.name.endswith(WITH_VOXELS):
     check_claim(path, reader.GetSize(), 1, packed=True)  # one byte at least
 

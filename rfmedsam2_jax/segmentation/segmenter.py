@@ -133,20 +133,14 @@ def segment_volume(
     prompts = with_oracle(prompts, boxes, present, side)
   if by_hand is not None:
     prompts = with_given(prompts, by_hand(segmenter, prepared), side, side // 4, resize_linear)
+  slices = functools.partial(sam_slices, segmenter, prepared)
   results = refine_volume(
-    segmenter.sam2,
-    segmenter.refiner,
-    segmenter.refinement,
-    functools.partial(sam_slices, segmenter, prepared),
-    prompts,
-    progress,
+    segmenter.sam2, segmenter.refiner, segmenter.refinement, slices, prompts, progress
   )
   return Segmentation(segmenter, prepared, made, results)
 
 
-def run_generator(
-  segmenter: Segmenter, prepared: Prepared, report: Report = silent
-) -> Generated:
+def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = silent) -> Generated:
   """The generator over a prepared volume, and the first stage's prompts from it."""
   plan, config = segmenter.plan, segmenter.inference
   organs, regions = len(plan.labels.structures), plan.labels.regions
@@ -170,10 +164,8 @@ def run_generator(
     Progress("generator, windows", report),
   )
   for where, slab in slabs:
-    odds = _log_odds(slab, regions)
     winner = None if regions else slab.argmax(axis=-1)
-    for organ in range(organs):
-      mine = odds[organ]
+    for organ, mine in enumerate(_log_odds(slab, regions)):
       log_odds[organ, where] = mine
       logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
       mask = mine > 0 if winner is None else winner == organ + 1
@@ -185,12 +177,12 @@ def run_generator(
 
 def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
   """Boxes float32 [K, D, 4] in pixels of the S x S image and presence bool [K, D] of the truth."""
-  member = segmenter.plan.labels.membership
-  found = []
-  for organ in range(member.shape[1]):
-    mine = np.isin(atoms, np.flatnonzero(member[:, organ]))
-    found.append(scaled_boxes(mine, segmenter.sam2.config.image_size, 0.0))
-  return np.stack([boxes for boxes, _ in found]), np.stack([present for _, present in found])
+  side = segmenter.sam2.config.image_size
+  boxes, present = zip(*(
+    scaled_boxes(np.isin(atoms, np.flatnonzero(members)), side, 0.0)
+    for members in segmenter.plan.labels.membership.T
+  ), strict=True)
+  return np.stack(boxes), np.stack(present)
 
 
 def sam_slices(segmenter: Segmenter, prepared: Prepared, slices: np.ndarray) -> np.ndarray:

@@ -80,8 +80,7 @@ def predict_slabs(
     rows = rows[inside[0]] if depth == patch[0] else rows
     return slice(begin, begin + len(rows)), rows[:, inside[1], inside[2]]
 
-  sums: np.ndarray | None = None
-  top = 0
+  sums, top = None, 0
   windows = list(itertools.product(starts[0], starts[1], starts[2]))
   progress(0, len(windows))
   found = _run(forward, image, windows, patch, batch_size, mirror_axes)
