@@ -103,17 +103,16 @@ class Restore:
 
   def native_to_prepared(self, points: np.ndarray) -> np.ndarray:
     """Real [..., 3], canonical native (z, y, x), whole at voxel centres, to prepared (d, h, w)."""
-    moved = np.asarray(points, np.float64)[..., list(self.order)]
-    lower = np.array([self.lower[axis] for axis in self.order])
+    order = list(self.order)
     scale = np.array(self.prepared_shape) / np.array(self.crop_shape)
-    return (moved - lower + 0.5) * scale - 0.5
+    moved = np.asarray(points, np.float64)[..., order] - np.array(self.lower)[order]
+    return (moved + 0.5) * scale - 0.5
 
   def prepared_to_native(self, points: np.ndarray) -> np.ndarray:
     """The inverse of `native_to_prepared`."""
-    lower = np.array([self.lower[axis] for axis in self.order])
     scale = np.array(self.crop_shape) / np.array(self.prepared_shape)
-    moved = (np.asarray(points, np.float64) + 0.5) * scale - 0.5 + lower
-    return moved[..., list(np.argsort(self.order))]
+    moved = (np.asarray(points, np.float64) + 0.5) * scale - 0.5
+    return moved[..., np.argsort(self.order)] + np.array(self.lower)
 
   def _interpolate(self, array: np.ndarray, rows: slice) -> np.ndarray:
     """The crop's part of these rows, canonical order."""

@@ -140,7 +140,6 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
   Args:
     paths: one 3D file per channel, all on one grid; or one 4D file whose fourth axis is the
       channels (Medical Segmentation Decathlon). A folder is a DICOM series.
-    channels: how many are expected.
 
   Raises:
     UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or

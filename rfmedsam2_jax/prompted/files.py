@@ -44,10 +44,8 @@ def open_volume(
   Args:
     checkpoint: folder that `python -m convert` made.
     image: a NIfTI file, or one that is loaded.
-    plane: across which the slices are cut.
     window: centre and width of the intensities that SAM sees; None: percentiles of the volume.
     image_size: side of the square that slices are squashed to; None: the checkpoint's.
-    config: of the tracking.
 
   Raises:
     UserError: no checkpoint, no volume, a side that is not divisible by 32.

@@ -5,7 +5,7 @@ the API gives and `predict` writes as CASE.json.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -99,7 +99,8 @@ def structure_details(
     stages = []
     for stage, table in enumerate(tables):
       results = [found.results[stage - 1] for found in segmentations] if stage else []
-      iou, presence = _averaged([_of_cells(result, organ) for result in results])
+      said = [_of_cells(result, organ) for result in results]
+      iou, presence = _mean(iou for iou, _ in said), _mean(presence for _, presence in said)
       before, now = int(table[mine].sum()), int(table[:, mine].sum())
       both = int(table[np.ix_(mine, mine)].sum())
       dice = 2 * both / (before + now) if before + now else None
@@ -144,13 +145,10 @@ def _of_cells(result: StageResult, organ: int) -> tuple[float | None, float | No
   return float(iou), float(presence)
 
 
-def _averaged(
-  found: Sequence[tuple[float | None, float | None]]
-) -> tuple[float | None, float | None]:
-  """Means over runs, of those that make a statement."""
-  columns = [[x for x in column if x is not None] for column in zip(*found, strict=True)]
-  iou, presence = (float(np.mean(column)) if column else None for column in columns or ([], []))
-  return iou, presence
+def _mean(found: Iterable[float | None]) -> float | None:
+  """Over the runs that make a statement."""
+  known = [x for x in found if x is not None]
+  return float(np.mean(known)) if known else None
 
 
 def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> list[BoxDetails]:
