@@ -145,24 +145,24 @@ class Prepared:
   window: np.ndarray
   restore: Restore
 
+  @property
+  def spacing(self) -> tuple[float, float, float]:
+    """mm, prepared order."""
+    return self.restore.spacing
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PreparedCase:
-  """A stored case; arrays are memory-mapped and read-only, and where not said as in `Prepared`.
+class PreparedCase(Prepared):
+  """A stored case; the arrays are memory-mapped and read-only.
 
   Attributes:
     atoms: uint8 [D, H, W], or None if the case has no label.
     locations: per structure, int32 [n <= LOCATIONS, 3], voxels (d, h, w) that belong to it.
-    spacing: mm, prepared order.
   """
 
   identifier: str
-  image: np.ndarray
   atoms: np.ndarray | None
-  window: np.ndarray
   locations: tuple[np.ndarray, ...]
-  restore: Restore
-  spacing: tuple[float, float, float]
 
 
 def preprocess(volume: Volume, plan: Plan) -> Prepared:
@@ -288,12 +288,12 @@ def load_case(folder: str | Path, identifier: str) -> PreparedCase:
   places = _open_array(folder / f"{identifier}_locations.npy", None)
   ends = np.cumsum(record.location_counts)
   return PreparedCase(
-    identifier,
     _open_array(folder / f"{identifier}_image.npy", "r"),
-    _open_array(folder / f"{identifier}_atoms.npy", "r") if record.labelled else None,
     np.array(record.window, np.float32),
-    tuple(np.split(places, ends[:-1])),
-    record.restore, record.restore.spacing)
+    record.restore,
+    identifier,
+    _open_array(folder / f"{identifier}_atoms.npy", "r") if record.labelled else None,
+    tuple(np.split(places, ends[:-1])))
 
 
 def stored_cases(folder: str | Path) -> list[str]:

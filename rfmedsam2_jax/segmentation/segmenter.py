@@ -89,11 +89,8 @@ class Segmentation:
   generated: Generated
   results: list[StageResult]
 
-  def probability(self, stage: int, organ: int, prepared_grid: bool = False) -> np.ndarray:
-    """Foreground probability of one organ after a stage (0: generator), float32 [D, H, W].
-
-    On the canonical native grid (z, y, x), or on the prepared one.
-    """
+  def probability(self, stage: int, organ: int) -> np.ndarray:
+    """Foreground probability of one organ after a stage (0: generator), float32 [z, y, x]."""
     probability = blended(
       self.generated.log_odds[organ],
       self.generated.prompts.logits[organ],
@@ -102,8 +99,6 @@ class Segmentation:
       self.segmenter.refinement,
       _resize_plane,
     )
-    if prepared_grid:
-      return probability
     return self.prepared.restore.to_native(probability, fill=0.0)
 
 
