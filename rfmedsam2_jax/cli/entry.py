@@ -93,13 +93,8 @@ def place_line(error: OSError, unnamed: str) -> str:
 
 def quiet_libraries() -> None:
   """What they warn of is no news to who runs a command; errors are."""
-  from rfmedsam2_jax.data import itk
-
   for name in ("absl", "orbax", "jax"):
     logging.getLogger(name).setLevel(logging.ERROR)
-  # Of a damaged file they write to standard error what they then raise.
-  logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
-  itk.close_stderr = True
 
 
 def _set_up_jax() -> None:

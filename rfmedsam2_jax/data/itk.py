@@ -37,10 +37,6 @@ TILT_TOLERANCE = 0.5  # degrees
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
-# Whether standard error is closed while ITK reads: MetaIO and zlib write there what ITK then
-# raises. It is the whole process's, so only a command sets this.
-close_stderr = False
-
 
 def simpleitk(path: str | Path) -> Any:
   """The module SimpleITK; UserError that names `path` and the extra where it is missing."""
@@ -49,6 +45,7 @@ def simpleitk(path: str | Path) -> Any:
   except ImportError:
     raise UserError(f"{path}: needs SimpleITK; install it: pip install 'rfmedsam2-jax[dicom]'"
                     ) from None
+  SimpleITK.ProcessObject.GlobalWarningDisplayOff()  # they go to standard error, unasked
   return SimpleITK
 
 
@@ -85,7 +82,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
   reader = sitk.ImageFileReader()
   reader.SetFileName(str(path))
   try:
-    with _silenced(sitk):
+    with _silenced():
       reader.ReadImageInformation()
       _check_header(sitk, path, reader)
       image = reader.Execute()
@@ -137,7 +134,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
   if not is_series(folder):
     raise UserError(f"{folder}: is a folder without DICOM files; give a volume or a folder with "
                     f"one DICOM series")
-  with _silenced(sitk):
+  with _silenced():
     names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
   if not names:
     raise UserError(f"{folder}: has DICOM files but no series of images; copy the series again")
@@ -147,7 +144,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     raise UserError(f"{folder}: has {len(files)} series (of {sizes} files); move the one that is "
                     f"meant into a folder of its own")
   try:
-    with _silenced(sitk):
+    with _silenced():
       _check_slices(sitk, folder, files[0])
       reader = sitk.ImageSeriesReader()
       reader.SetFileNames(files[0])
@@ -165,12 +162,13 @@ def claimed_voxels(path: Path) -> int:
     files = sorted(entry for entry in path.iterdir() if _is_dicom(str(entry)))
   reader = sitk.ImageFileReader()
   voxels = 0
-  with _silenced(sitk):
-    for file in files:
-      reader.SetFileName(str(file))
-      with contextlib.suppress(RuntimeError):
-        reader.ReadImageInformation()
-        voxels += math.prod(map(int, (*reader.GetSize(), reader.GetNumberOfComponents())))
+  for file in files:
+    reader.SetFileName(str(file))
+    try:
+      reader.ReadImageInformation()
+    except RuntimeError:
+      continue
+    voxels += math.prod(map(int, (*reader.GetSize(), reader.GetNumberOfComponents())))
   return voxels
 
 
@@ -194,21 +192,15 @@ def check_claim(path: Path, shape: Sequence[int], itemsize: int, packed: bool) -
 
 
 @contextlib.contextmanager
-def _silenced(sitk: Any) -> Iterator[None]:
-  """ITK's warnings off, and where a command wants it, standard error closed."""
-  shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-  sitk.ProcessObject.GlobalWarningDisplayOff()
-  kept = None
-  if close_stderr:
+def _silenced() -> Iterator[None]:
+  """Standard error of the process closed: MetaIO and zlib write there what ITK then raises."""
+  with open(os.devnull, "w") as nothing:
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-      os.dup2(nothing.fileno(), 2)
-  try:
-    yield
-  finally:
-    sitk.ProcessObject.SetGlobalWarningDisplay(shown)
-    if kept is not None:
+    os.dup2(nothing.fileno(), 2)
+    try:
+      yield
+    finally:
       os.dup2(kept, 2)
       os.close(kept)
 
