@@ -27,7 +27,7 @@ from rfmedsam2_jax.model import unet_for
 from rfmedsam2_jax.nn import PRESETS, SAM2, init_params
 from rfmedsam2_jax.refinement import RefinementConfig
 from rfmedsam2_jax.segmentation.config import InferenceConfig
-from rfmedsam2_jax.segmentation.details import examine
+from rfmedsam2_jax.segmentation.details import details_of
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, segment_volume
 
 ORGANS = 14  # 15 classes with background
@@ -103,7 +103,7 @@ def main() -> None:
       if options.probabilities:
         write_probability(Path(folder) / f"{organ}.nii.gz", probability, volume.geometry)
 
-    details = examine([found], volume, keep)
+    details = details_of([found], volume, keep)
     written = sum(file.stat().st_size for file in Path(folder).iterdir()) / 2**20
   classes = ORGANS + 1
   whole = np.prod(shape) * classes * 4 / 2**30

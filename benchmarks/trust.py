@@ -24,7 +24,7 @@ from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.evaluation.metrics import dice
 from rfmedsam2_jax.model import load
-from rfmedsam2_jax.segmentation.details import Details, examine
+from rfmedsam2_jax.segmentation.details import Details, details_of
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, segment_volume
 
 KINDS = ("spacing", "extent", "intensities", "stages")
@@ -133,7 +133,7 @@ def study(model: Segmenter, cases: list[tuple]) -> None:
     groups: dict[bool, list[float]] = {True: [], False: []}
     for case in cases:
       volume, atoms = change(*case)
-      found = examine([segment_volume(model, volume)], volume)
+      found = details_of([segment_volume(model, volume)], volume)
       warned.update({notice.kind for notice in found.warnings})
       for structure, guess, truth in truths(found, atoms, model):
         stages = [s.dice_with_last for s in found.structures[structure].stages]

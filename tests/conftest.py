@@ -1,4 +1,4 @@
-"""Shared by the tests: one cache of compiled programs, and a tiny run, trained once for a few steps.
+"""Shared by the tests: one cache of compiled programs, and a tiny run of a few steps.
 
 Its place also makes the helpers beside it (torch_sam2) importable from every test.
 """

@@ -1,6 +1,5 @@
 """A very small SAM 2 of ours with weights that show mistakes, and cells to run it on."""
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 

@@ -145,7 +145,7 @@ def test_given_boxes_and_points_reach_their_slice(
   given = tmp_path / "given.json"
   given.write_text(json.dumps({name: [
     {"structure": "liver", "box": corners},
-    {"structure": "liver", "points": [[*here[0].tolist(), 1], [*here[-1].tolist(), 0]]},
+    {"label": 1, "points": [[*here[0].tolist(), 1], [*here[-1].tolist(), 0]]},
   ]}))
   status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path / "out",
                          "--prompts", "given", "--given", given)
@@ -273,11 +273,36 @@ def test_paths_that_do_not_exist_are_named(tmp_path, monkeypatch, capsys, argume
   assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_prediction_is_not_lost(tiny_run, unseen, tmp_path, capsys):
+def test_an_existing_prediction_is_not_lost(tiny_run, unseen, tmp_path, capsys, monkeypatch):
   target = tmp_path / unseen.name.replace("_0000", "")
   target.write_text("mine")
+  monkeypatch.delattr("rfmedsam2_jax.model.load")  # said before the networks are read
   status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path)
   assert status == 2 and "--overwrite" in error and target.read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize("arguments, says", [
+  (["no_such.nii.gz"], "no such file"),
+  (["SCAN", "--prompts", "oracle"], "--labels"),
+  (["SCAN", "--prompts", "given"], "--given"),
+  (["SCAN", "--given", "no_such.json"], "--prompts"),
+  (["SCAN", "--prompts", "given", "--given", "no_such.json"], "no_such.json"),
+  (["SCAN", "--prompts", "given", "--given", '{"scan": []}'], "case scan is not among the inputs"),
+  (["SCAN", "--prompts", "given", "--given", '{"CASE": [{"structure": "nose"}]}'], "liver"),
+  (["SCAN", "--prompts", "oracle", "--labels", "no_such"], "no_such"),
+])
+def test_a_mistake_is_said_before_the_networks_are_read(
+  tiny_run, unseen, tmp_path, capsys, monkeypatch, arguments, says
+):
+  monkeypatch.delattr("rfmedsam2_jax.model.load")
+  arguments = [unseen if a == "SCAN" else a for a in arguments]
+  if arguments[-1] and str(arguments[-1]).startswith("{"):
+    (tmp_path / "given.json").write_text(
+      arguments[-1].replace("CASE", unseen.name.replace("_0000.nii.gz", "")))
+    arguments[-1] = tmp_path / "given.json"
+  status, _, error = run(capsys, "predict", tiny_run, *arguments, "--out", tmp_path / "out")
+  assert status == 2 and error.count("\n") == 1 and says in error
+  assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_run_says_how_to_finish_it(tiny_run, unseen, tmp_path, capsys):

@@ -10,9 +10,10 @@ from tests_data import ORIENTATIONS, reoriented
 
 import rfmedsam2_jax
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.cli.prompt_options import parse_box, parse_point
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.nn import SAM2
-from rfmedsam2_jax.prompted.prompt_files import parse_box, parse_point, read_prompts
+from rfmedsam2_jax.prompted.prompt_files import read_prompts
 from rfmedsam2_jax.tracking import SlicePrompt, VolumeTracker, tracker
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
@@ -233,9 +234,9 @@ def test_depth_and_direction_share_one_compilation(checkpoint):
   (["--point", "1:5,4,6"], "LABEL:z,x,y,+"),
   (["--point", "1:5,4,6,?"], "+ (inside) or - (outside)"),
   ([*BOXES, "--box", "7:8,1,1,9,9"], "two boxes"),
-  ([*BOXES, "--window", "pink"], "--window pink"),
-  ([*BOXES, "--window", "40,-4"], "--window 40,-4"),
-  ([*BOXES, "--image-size", "100"], "--image-size 100"),
+  ([*BOXES, "--window", "pink"], "window pink"),
+  ([*BOXES, "--window", "40,-4"], "window 40,-4"),
+  ([*BOXES, "--image-size", "100"], "image_size 100"),
   ([*BOXES, "--prompts", "no_such.json"], "no_such.json"),
   ([*BOXES, "--masks", "no_such.nii.gz"], "no_such.nii.gz"),
   ([*BOXES, "--checkpoint", "no_such"], "no_such"),

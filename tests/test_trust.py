@@ -20,7 +20,7 @@ from rfmedsam2_jax.data.preprocessing import Restore, preprocess
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.refinement import Fused, StageResult
 from rfmedsam2_jax.segmentation.config import WarningConfig
-from rfmedsam2_jax.segmentation.notices import unusual_input, unusual_stages
+from rfmedsam2_jax.segmentation.notices import input_notices, stage_notices
 from rfmedsam2_jax.segmentation.structures import StageDetails, StructureDetails, structure_details
 
 
@@ -163,7 +163,7 @@ def test_runs_of_older_versions_say_what_they_can(tiny_run, unseen, tmp_path):
   volume = load_image(unseen)
   shifted = volume.array + 1024
   restore = dataclasses.replace(preprocess(volume, model.plan).restore, native_spacing=(99, 5, 5))
-  kinds = lambda m: {n.kind for n in unusual_input(m, restore, shifted)}  # noqa: E731
+  kinds = lambda m: {n.kind for n in input_notices(m, restore, shifted)}  # noqa: E731
   assert kinds(model) == {"spacing", "extent", "intensities"}
   content = json.loads((tiny_run / "fingerprint.json").read_text("utf-8"))
   for case in content["cases"]:
@@ -206,7 +206,7 @@ def structure(*dices: float | None) -> StructureDetails:
 def test_stages_that_disagree_are_named_once_and_others_not():
   found = {"liver": structure(0.95, 0.97, 1.0), "spleen": structure(0.6, 0.5, 1.0),
            "aorta": structure(None, None, None), "kidney": structure(0.0, 1.0)}
-  notices = list(unusual_stages(found, WarningConfig(stage_dice=0.8)))
+  notices = list(stage_notices(found, WarningConfig(stage_dice=0.8)))
   assert [n.kind for n in notices] == ["stages"] * 2
   assert notices[0].message.startswith("spleen: stage 1 found 1230 ml")
   assert notices[1].message.startswith("kidney: the generator found 1230 ml and the last")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
+from rfmedsam2_jax.cli.results import named_options
 
 HELP = "segment volumes with a trained run"
 
@@ -36,21 +37,44 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
   """Leading run folders, and the inputs behind them."""
-  count = 0
-  while count < len(paths) and (paths[count] / "config.yaml").is_file():
-    count += 1
-  runs, inputs = list(paths[: max(count, 1)]), list(paths[max(count, 1) :])
-  if not inputs:
+  is_run = [(path / "config.yaml").is_file() for path in paths] + [False]
+  count = max(is_run.index(False), 1)
+  if count == len(paths):
     raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
-  return runs, inputs
+  if not is_run[0]:
+    raise UserError(f"{paths[0]}: is no run (it has no config.yaml); give a folder made by train")
+  return list(paths[:count]), list(paths[count:])
+
+
+def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) -> None:
+  """UserError for what is wrong with the command line, before networks are read."""
+  from rfmedsam2_jax.data.plan import load_plan
+  from rfmedsam2_jax.segmentation.request import check_alike, make_request
+
+  if options.prompts == "oracle" and options.labels is None:
+    raise UserError("--prompts oracle: needs --labels, the folder of true label maps")
+  if options.prompts == "given" and options.labels is None and options.given is None:
+    raise UserError("--prompts given: needs --given FILE.json or --labels, sparse label maps")
+  if options.prompts == "generated" and (options.labels or options.given):
+    raise UserError("--labels and --given: are read with --prompts oracle or given; name one")
+  files = [path / "plan.json" for path in runs]
+  if all(file.is_file() for file in files):  # else `load` says what the run lacks
+    plans = [load_plan(file) for file in files]
+    check_alike(plans)
+    make_request(plans[0], inputs, options.out, options.prompts, options.labels, options.given,
+                 options.overwrite, options.format)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.base.progress import Passing
+
+  runs, inputs = _split_runs(options.paths)
+  with named_options():
+    _check(options, runs, inputs)
+
   from rfmedsam2_jax.model import load
   from rfmedsam2_jax.segmentation.predict import predict
 
-  runs, inputs = _split_runs(options.paths)
   models = []
   for path in runs:
     console.line(Passing(f"reading {path}"))
@@ -64,8 +88,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
-    options.save_stages, options.overwrite, console.line,
-    options.probabilities, warn, options.format,
+    options.save_stages, options.overwrite, console.line, options.probabilities, warn,
+    options.format,
   )
   seconds = time.monotonic() - began
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
+from rfmedsam2_jax.cli.results import named_options
 
 HELP = "follow prompted structures through a volume with a checkpoint of SAM 2"
 
@@ -58,26 +60,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.base.progress import Passing, Progress
   from rfmedsam2_jax.data.volumes import load_image
-  from rfmedsam2_jax.prompted.files import (
-    check_prompts,
-    open_volume,
-    prompts_of_options,
-    result_paths,
-    write_tracked,
-  )
+
+  # Everything that can be wrong is looked at before anything that takes long.
+  if not (options.box or options.point or options.prompts or options.masks):
+    raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
+  console.line(Passing(f"reading {options.image}"))
+  volume = load_image(options.image)
+
+  from rfmedsam2_jax.cli.prompt_options import prompts_of
+  from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked
   from rfmedsam2_jax.prompted.tracked import parse_window
   from rfmedsam2_jax.tracking import TrackingConfig
 
-  # Everything that can be wrong is looked at before anything that takes long.
   window = parse_window(options.window)
-  console.line(Passing(f"reading {options.image}"))
-  volume = load_image(options.image)
-  prompts = prompts_of_options(
-    volume, options.box, options.point, options.prompts, options.masks, options.plane,
-    options.world,
-  )
+  prompts = prompts_of(options, volume.geometry)
   check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)
-  result_paths(options.out, options.image, options.overwrite, options.format)
+  with named_options():
+    result_paths(options.out, options.image, options.overwrite, options.format)
   config = TrackingConfig(
     multimask=not options.single_mask,
     dynamic_multimask=not options.single_mask,
@@ -92,7 +91,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
   found = prompted.track(prompts)
   console.line(Passing("writing"))
   about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
-  written = write_tracked(
-    options.out, volume, found, about, options.overwrite, options.format
-  )
+  written = write_tracked(options.out, volume, found, about, options.overwrite, options.format)
   console.result("\n".join(f"written: {path}" for path in written), {"written": written})

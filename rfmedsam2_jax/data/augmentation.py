@@ -60,8 +60,6 @@ def draw_affine(
   """Draws flips, rotation and scaling.
 
   Args:
-    rng: consumed.
-    config: probabilities and ranges.
     spacing: mm along slice, row, column; rotations are rigid in mm, not in voxels.
     in_plane: rotate and scale rows and columns only, as for runs and anisotropic patches.
 
@@ -185,9 +183,7 @@ def augment_intensity(
   """Noise, blur, brightness, contrast and gamma, in nnU-Net's order.
 
   Args:
-    rng: consumed.
     image: float32 [C, D, H, W]; each channel draws for itself.
-    config: probabilities and ranges.
     in_plane: do not blur across slices.
 
   Returns:

@@ -16,13 +16,7 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import STRICT, read_json
 from rfmedsam2_jax.data.itk import is_series
-from rfmedsam2_jax.data.volumes import (
-  ENDINGS,
-  Volume,
-  is_volume_name,
-  load_image,
-  load_label_map,
-)
+from rfmedsam2_jax.data.volumes import ENDINGS, Volume, is_volume_name, load_image, load_label_map
 
 IGNORED = 255  # the atom of voxels that no loss and no score may see
 
@@ -103,12 +97,11 @@ class Labels:
       raise UserError(f"{path}: labels {', '.join(map(str, unknown[:8]))}"
                       f"{' and more' if len(unknown) > 8 else ''} are not in dataset.json "
                       f"(which has {_ranges(known)}); correct the label map or dataset.json")
+    atoms = np.array([known[int(value)] for value in present], np.uint8)
     if present[-1] < 65536:
       table = np.zeros(int(present[-1]) + 1, np.uint8)
-      for value in present:
-        table[value] = known[int(value)]
+      table[present] = atoms
       return table[labels]
-    atoms = np.array([known[int(value)] for value in present], np.uint8)
     return atoms[np.searchsorted(present, labels)]
 
 
@@ -135,7 +128,6 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
   """Reads the description of a data set in Decathlon or nnU-Net v2 raw layout.
 
   Args:
-    folder: holds dataset.json, imagesTr and labelsTr.
     structures: names to segment, in this order; all others become background. None: all.
 
   Raises:
@@ -209,13 +201,13 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
       if not files:
         raise UserError(f"{path}: has no volumes (files that end in {', '.join(ENDINGS)}, or "
                         f"folders with a DICOM series); give a folder that has some")
-    elif path.exists():
-      if not path.name.endswith(ENDINGS):
-        raise UserError(f"{path}: is not a volume; give files that end in {', '.join(ENDINGS)}, "
-                        f"or folders")
-      files = [path]
-    else:
+    elif not path.exists():
       raise UserError(f"{path}: no such file or folder; check the path")
+    elif not path.name.endswith(ENDINGS):
+      raise UserError(f"{path}: is not a volume; give files that end in {', '.join(ENDINGS)}, "
+                      f"or folders")
+    else:
+      files = [path]
     for file in files:
       case = _input_case(file, channels)
       cases[case.images[0].resolve()] = case
@@ -310,10 +302,10 @@ def _select(path: Path, labels: Labels, names: Sequence[str]) -> Labels:
 
 
 def _stem(path: Path) -> str:
-  for ending in ENDINGS:
-    if path.name.endswith(ending):
-      return path.name.removesuffix(ending)
-  raise UserError(f"{path}: does not end in {', '.join(ENDINGS)}; convert it")
+  ending = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
+  if ending is None:
+    raise UserError(f"{path}: does not end in {', '.join(ENDINGS)}; convert it")
+  return path.name.removesuffix(ending)
 
 
 def _decathlon_cases(folder: Path, content: Mapping[str, Any]) -> list[Case]:

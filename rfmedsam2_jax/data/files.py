@@ -21,8 +21,6 @@ STRICT = pydantic.ConfigDict(extra="forbid")
 
 T = TypeVar("T")
 
-_FURTHEST = 1e9  # voxels or mm
-
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -67,15 +65,24 @@ def replacing_whole(path: str | Path) -> Iterator[Path]:
       shutil.rmtree(workshop, ignore_errors=True)
 
 
+class ResultExists(UserError):
+  """A result, `path`, exists and may not be replaced."""
+
+  def __init__(self, path: Path):
+    super().__init__(f"{path}: exists already; choose another folder, or let it be overwritten")
+    self.path = path
+
+
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
   """Makes the folder that results will be written to.
 
   Raises:
-    UserError: one of `targets` exists and may not be replaced, or the folder cannot be made.
+    ResultExists: one of `targets` exists and may not be replaced.
+    UserError: the folder cannot be made.
   """
   there = [target for target in targets if target.exists()]
   if there and not overwrite:
-    raise UserError(f"{there[0]}: exists already; choose another --out or replace it: --overwrite")
+    raise ResultExists(there[0])
   try:
     Path(folder).mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -112,9 +119,3 @@ def load_json(path: str | Path, kind: type[T]) -> T:
     raise UserError(
       f"{path}: {where}: {first['msg']}; it was not written by this version, make it anew"
     ) from None
-
-
-def is_row(row: Any, width: int) -> bool:
-  """Whether JSON has `width` numbers, none of them NaN or too large for a coordinate."""
-  return isinstance(row, list) and len(row) == width and all(
-    isinstance(v, int | float) and abs(v) < _FURTHEST for v in row)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import ndimage
 
 from rfmedsam2_jax.data.datasets import IGNORED, Case, Dataset, Labels, read_case
 from rfmedsam2_jax.data.files import STRICT
@@ -87,11 +88,11 @@ class Fingerprint:
 
 
 def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed: int = 1234,
-                     progress: Callable[[int, int], None] | None = None) -> Fingerprint:
+                     progress: Callable[[int, int], None] = lambda done, total: None
+                     ) -> Fingerprint:
   """Reads every case once.
 
   Args:
-    dataset: gives channels and labels.
     cases: those to look at; None: all of the data set.
     seed: of the drawing of foreground voxels; each case draws its own.
     progress: called with (cases done, cases in all).
@@ -102,16 +103,14 @@ def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed
   cases = dataset.cases if cases is None else cases
   limit = max(1, SAMPLED_VOXELS // len(cases))
   found, samples = [], []
-  if progress is not None:
-    progress(0, len(cases))
+  progress(0, len(cases))
   for done, case in enumerate(cases, 1):
     volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
     assert atoms is not None, "training cases have labels"
     rng = np.random.default_rng([seed, zlib.crc32(case.identifier.encode())])
     found.append(fingerprint_case(case.identifier, volume, atoms, dataset.labels))
     samples.append(sample_foreground(volume.array, atoms, limit, rng))
-    if progress is not None:
-      progress(done, len(cases))
+    progress(done, len(cases))
   return Fingerprint(dataset.name, dataset.channels, dataset.labels, tuple(found),
                      channel_statistics(np.concatenate(samples, axis=1)))
 
@@ -179,9 +178,6 @@ def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int
     First index and index behind the last, (z, y, x).
   """
   mask = (image != 0).any(axis=0)
-  lower, upper = [], []
-  for axis in range(3):
-    places = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-    lower.append(int(places[0]) if len(places) else 0)
-    upper.append(int(places[-1]) + 1 if len(places) else mask.shape[axis])
-  return (lower[0], lower[1], lower[2]), (upper[0], upper[1], upper[2])
+  (box,) = ndimage.find_objects(mask.view(np.uint8), 1)
+  z, y, x = box or (slice(0, size) for size in mask.shape)
+  return (z.start, y.start, x.start), (z.stop, y.stop, x.stop)

@@ -49,6 +49,11 @@ def simpleitk(path: str | Path) -> Any:
   return SimpleITK
 
 
+def size(shape: Sequence[int]) -> str:
+  """A shape as messages have it: 512x512x90."""
+  return "x".join(map(str, shape))
+
+
 def is_series(folder: Path) -> bool:
   """Whether a folder has a file of DICOM's file format (`DICM` after 128 bytes)."""
   with os.scandir(folder) as entries:
@@ -168,13 +173,12 @@ def claimed_voxels(path: Path) -> int:
 
 
 def _check_header(sitk: Any, path: Path, reader: Any) -> None:
-  size = "x".join(str(n) for n in reader.GetSize())
   if reader.GetDimension() not in (3, 4):
-    raise UserError(f"{path}: has the size {size}; a volume with three axes is expected")
+    raise UserError(
+      f"{path}: has the size {size(reader.GetSize())}; a volume with three axes is expected")
   kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
   if "complex" in kind:
-    raise UserError(f"{path}: voxels are of type {kind}; "
-                    f"convert the file to whole or real numbers")
+    raise UserError(f"{path}: voxels are of type {kind}; convert the file to whole or real numbers")
   if path.name.endswith(WITH_VOXELS):
     check_claim(path, reader.GetSize(), 1, packed=True)  # one byte at least
 
@@ -183,9 +187,8 @@ def check_claim(path: Path, shape: Sequence[int], itemsize: int, packed: bool) -
   """UserError if a file is too small to hold the voxels that its header claims."""
   stored = path.stat().st_size
   if math.prod(map(int, shape)) * itemsize > stored * (_DEFLATE if packed else 1):
-    size = "x".join(map(str, shape))
-    raise UserError(f"{path}: cannot be read, its header claims {size} voxels in {stored} bytes; "
-                    f"it is truncated or damaged, copy or convert it again")
+    raise UserError(f"{path}: cannot be read, its header claims {size(shape)} voxels in {stored} "
+                    "bytes; it is truncated or damaged, copy or convert it again")
 
 
 @contextlib.contextmanager
@@ -244,8 +247,7 @@ def _as_native(sitk: Any, image: Any) -> tuple[np.ndarray, np.ndarray]:
   channels = image.GetNumberOfComponentsPerPixel() > 1
   array = sitk.GetArrayFromImage(image)  # [(t,) z, y, x (, C)]
   native = array.transpose(2, 1, 0, 3) if channels and array.ndim == 4 else array.T
-  size = image.GetDimension()
-  direction = np.asarray(image.GetDirection()).reshape(size, size)[:3, :3]
+  direction = np.asarray(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3]
   affine = np.eye(4)
   affine[:3, :3] = _LPS_TO_RAS @ direction @ np.diag(image.GetSpacing()[:3])
   affine[:3, 3] = _LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])

@@ -13,9 +13,7 @@ def voxel_ml(spacing: tuple[float, ...]) -> float:
   return float(np.prod(spacing)) / 1000
 
 
-def volumes_ml(
-  labels: np.ndarray, spacing: tuple[float, float, float]
-) -> dict[int, float]:
+def volumes_ml(labels: np.ndarray, spacing: tuple[float, float, float]) -> dict[int, float]:
   """ml of every label value that occurs, background's 0 left out.
 
   Args:

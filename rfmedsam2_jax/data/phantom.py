@@ -110,7 +110,6 @@ def phantom_case(
   """One volume and its label map.
 
   Args:
-    config: sizes and difficulty.
     index: which case; the result depends on (config.seed, index) and not on other cases.
 
   Returns:

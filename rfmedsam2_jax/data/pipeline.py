@@ -10,8 +10,9 @@ of threads change nothing, and n processes together see the batches that one pro
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -29,8 +30,13 @@ from rfmedsam2_jax.data.augmentation import (
   transform_slices,
 )
 from rfmedsam2_jax.data.datasets import IGNORED
+from rfmedsam2_jax.data.plan import Triple
 from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case
-from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig, corrupt, logits_of_truth
+from rfmedsam2_jax.data.prompt_mistakes import (
+  PromptCorruptionConfig,
+  corrupt,
+  logits_of_truth,
+)
 from rfmedsam2_jax.data.sam_slices import as_rgb, resize_area, resize_linear, window_slices
 
 _ENDLESS = 1 << 40  # samples of an iterator: more than any training takes
@@ -56,26 +62,40 @@ class RunConfig:
   oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
 
 
-class _Cases:
-  """Prepared cases in an order that is reshuffled every epoch, and the generator's logits of them.
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+  """Which batches an iterator gives, and how it makes them."""
+
+  size: int  # samples, of all processes together
+  rows: Sequence[int] | None = None  # of every batch, those that this process makes; None: all
+  start: int = 0  # number of the first batch
+  loader: LoaderConfig = LoaderConfig()
+
+
+class Cases:
+  """Prepared cases to draw from, each once per epoch, in an order that is reshuffled every epoch.
 
   Args:
-    folder: of prepared cases.
+    folder: of prepared cases (data.preprocessing.save_case).
     identifiers: of those to draw from.
     seed: of the order and of all that is drawn for a sample.
-    prompts: folder of the generator's mask logits, or None.
+    prompts: folder of CASE.npy, float16 [K, D, 4G, 4G], the generator's mask logits, or None.
   """
 
-  def __init__(self, folder: Path, identifiers: Sequence[str], seed: int, prompts: Path | None):
+  def __init__(
+    self, folder: str | Path, identifiers: Sequence[str], seed: int,
+    prompts: str | Path | None = None,
+  ):
     if not identifiers:
       raise UserError(f"{folder}: no cases to draw from; the training part of the split is empty")
     self._arguments = (folder, tuple(identifiers), seed, prompts)
-    self.folder, self.identifiers, self.seed, self.prompts = self._arguments
+    self.folder, self.identifiers, self.seed = Path(folder), tuple(identifiers), seed
+    self.prompts = None if prompts is None else Path(prompts)
     self._open = functools.lru_cache(_OPEN_CASES)(self._load)
 
   def __reduce__(self):
     # Worker processes open the files for themselves.
-    return _Cases, self._arguments
+    return Cases, self._arguments
 
   def _load(self, identifier: str) -> tuple[PreparedCase, np.ndarray | None]:
     case = load_case(self.folder, identifier)
@@ -100,57 +120,47 @@ class _Cases:
     return number, case, prompts, np.random.default_rng([self.seed, stream, 1, index])
 
 
-def _is_oversampled(index: int, share: float) -> bool:
-  """Spreads a share evenly over samples, so that also small batches get theirs."""
-  return int((index + 1) * share) > int(index * share)
+def _foreground(
+  case: PreparedCase, rng: np.random.Generator, index: int, share: float
+) -> tuple[int, np.ndarray] | None:
+  """A structure that the case has, drawn uniformly, and one of its voxels [3]; None if empty.
 
-
-def _foreground(case: PreparedCase, rng: np.random.Generator) -> tuple[int, np.ndarray] | None:
-  """A structure that the case has, drawn uniformly, and one of its voxels [3]; None if empty."""
+  None for samples that are not in the share; these are spread evenly, so that also small batches
+  get theirs.
+  """
   present = [k for k, voxels in enumerate(case.locations) if len(voxels)]
-  if not present:
+  if int((index + 1) * share) == int(index * share) or not present:
     return None
   structure = present[rng.integers(len(present))]
   voxels = case.locations[structure]
   return structure, np.asarray(voxels[rng.integers(len(voxels))])
 
 
-class _Samples:
-  """A random access source: `__getitem__` of what `sample` makes, some rows of every batch."""
-
-  def __init__(self, sample, batch_size: int, rows: Sequence[int], start: int):
-    self.sample, self.batch_size, self.rows, self.start = sample, batch_size, rows, start
-
-  def __len__(self) -> int:
-    return _ENDLESS
-
-  def __getitem__(self, index):
-    batch, row = divmod(int(index), len(self.rows))
-    return self.sample((self.start + batch) * self.batch_size + self.rows[row])
+def _row(sample: Callable[[int], Any], batches: BatchConfig, rows: Sequence[int], index: int):
+  """The sample that is number `index` of those that this process makes."""
+  batch, row = divmod(index, len(rows))
+  return sample((batches.start + batch) * batches.size + int(rows[row]))
 
 
-def _batches(
-  sample, batch_size: int, rows: Sequence[int] | None, start: int, loader: LoaderConfig
-):
-  rows = range(batch_size) if rows is None else [int(row) for row in rows]
-  dataset = grain.MapDataset.source(_Samples(sample, batch_size, rows, start))
-  dataset = dataset.batch(len(rows), drop_remainder=True)
-  threads = 1 if loader.workers else loader.threads
-  batches = dataset.to_iter_dataset(
-    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=loader.prefetch)
-  )
+def _batches(sample: Callable[[int], Any], batches: BatchConfig):
+  rows = range(batches.size) if batches.rows is None else batches.rows
+  samples = grain.MapDataset.range(_ENDLESS).map(functools.partial(_row, sample, batches, rows))
+  loader = batches.loader
+  dataset = samples.batch(len(rows), drop_remainder=True).to_iter_dataset(grain.ReadOptions(
+    num_threads=1 if loader.workers else loader.threads, prefetch_buffer_size=loader.prefetch
+  ))
   if loader.workers:
     # grain's worker processes read absl's flags, which only absl's own `app.run` parses.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=loader.workers))
-  return iter(batches)
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=loader.workers))
+  return iter(dataset)
 
 
 @dataclasses.dataclass(frozen=True)
 class _PatchSample:
-  cases: _Cases
-  patch_size: tuple[int, int, int]
+  cases: Cases
+  patch_size: Triple
   augmentation: AugmentationConfig
   oversample_foreground: float
 
@@ -158,9 +168,7 @@ class _PatchSample:
     number, case, _, rng = self.cases.draw(index, stream=0)
     assert case.atoms is not None
     shape, size = np.array(case.image.shape[1:]), np.array(self.patch_size)
-    found = None
-    if _is_oversampled(index, self.oversample_foreground):
-      found = _foreground(case, rng)
+    found = _foreground(case, rng, index, self.oversample_foreground)
     # The patch stays inside the volume, or the volume inside the patch.
     spare = np.maximum(shape - size, 0)
     if found is None:
@@ -181,43 +189,29 @@ class _PatchSample:
 
 
 def generator_batches(
-  folder: str | Path,
-  identifiers: Sequence[str],
-  patch_size: tuple[int, int, int],
-  batch_size: int,
+  cases: Cases,
+  patch_size: Triple,
   augmentation: AugmentationConfig,
-  seed: int,
-  oversample_foreground: float = 0.33,
-  rows: Sequence[int] | None = None,
-  start: int = 0,
-  loader: LoaderConfig | None = None,
+  oversample_foreground: float,
+  batches: BatchConfig,
 ):
   """Endless batches of 3D patches.
 
   Args:
-    folder: of prepared cases (data.preprocessing.save_case).
-    identifiers: of the cases to draw from; each comes once per epoch, reshuffled.
     patch_size: slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
-    batch_size: of all processes together.
     augmentation: what is done to patches.
-    seed: with the position it decides everything.
     oversample_foreground: share of patches that are centred on a voxel of some structure.
-    rows: of every batch, those that this process makes; None: all.
-    start: number of the first batch.
-    loader: threads and prefetching.
 
   Returns:
     a grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms,
     255 where ignored, "case": int32 [B], positions in `identifiers`}, B the number of rows.
   """
-  cases = _Cases(Path(folder), identifiers, seed, None)
-  sample = _PatchSample(cases, patch_size, augmentation, oversample_foreground)
-  return _batches(sample, batch_size, rows, start, loader or LoaderConfig())
+  return _batches(_PatchSample(cases, patch_size, augmentation, oversample_foreground), batches)
 
 
 @dataclasses.dataclass(frozen=True)
 class _RunSample:
-  cases: _Cases
+  cases: Cases
   run: RunConfig
   membership: np.ndarray  # bool [A, K]
   augmentation: AugmentationConfig
@@ -225,62 +219,29 @@ class _RunSample:
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
     number, case, prompts, rng = self.cases.draw(index, stream=1)
-    assert case.atoms is not None
     depth, height, width = case.image.shape[1:]
-    length, side = self.run.slices, self.run.image_size
-    mask_side = side // 4
-
-    found = None
-    if _is_oversampled(index, self.run.oversample_foreground):
-      found = _foreground(case, rng)
-    first = int(rng.integers(max(depth - length, 0) + 1))
-    if found is not None:
-      # Anywhere in the run, so that runs also hold the structure's ends and what lies beyond.
-      first = int(found[1][0]) - int(rng.integers(length))
-      first = min(max(first, 0), max(depth - length, 0))
-    beside = int(self.run.context)
-    rows = np.arange(first - beside, first + length + beside)
+    found = _foreground(case, rng, index, self.run.oversample_foreground)
+    seen = self._seen(rng, depth, found)
+    matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
+    if matrix is not None and matrix[0, 0] < 0:
+      seen = seen[::-1]
+    image = self._image(rng, case, np.clip(seen, 0, depth - 1), matrix)
+    rows = seen[1:-1] if self.run.context else seen
     inside = rows < depth
     rows = np.clip(rows, 0, depth - 1)
 
-    matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
-    if matrix is not None and matrix[0, 0] < 0:
-      rows, inside = rows[::-1], inside[::-1]
-    seen, run = rows, slice(beside, beside + length)
-    rows, inside = rows[run], inside[run]
-
-    if prompts is not None:
-      expected = (self.membership.shape[1], depth, mask_side, mask_side)
-      if prompts.shape != expected:
-        raise UserError(
-          f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
-          f"expected {expected}; they belong to another plan or image size, predict them again"
-        )
-    image = augment_intensity(
-      rng, case.image[:, seen], self.augmentation, in_plane=is_anisotropic(case.spacing)
-    )
-    image = window_slices(image, case.window, self.run.channels)
-    image = resize_linear(transform_slices(image, matrix, order=1, fill=0), side)
-    if self.run.context:
-      image = np.concatenate([image[:, :-2], image[:, 1:-1], image[:, 2:]])
-
-    atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
-    ignored = np.isin(atoms, IGNORED)
-    truth = self.membership[np.where(ignored, 0, atoms)]  # [L, H, W, K]
-    truth &= ~ignored[..., None]
+    truth, known = self._truth(case, rows, matrix)
     structures = self._structures(rng, truth, None if found is None else found[0])
-    masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), mask_side)
-    known = np.broadcast_to(resize_area(~ignored, mask_side), masks.shape)
-
-    on_masks = on_grid(matrix, (height, width), (mask_side, mask_side))
-    logits = np.empty_like(masks)
-    for track, structure in enumerate(structures):
-      source = logits_of_truth(masks[track])
-      if prompts is not None and rng.random() >= self.corruption.truth_probability:
-        source = np.asarray(prompts[structure][rows], np.float32)
-        source = transform_slices(source, on_masks, order=1, fill=-LOGIT_LIMIT)
-      logits[track] = corrupt(rng, source, self.corruption)
-
+    side = self.run.image_size // 4
+    masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), side)
+    known = np.broadcast_to(resize_area(known, side), masks.shape)
+    if prompts is not None:
+      self._check(case, prompts)
+    matrix = on_grid(matrix, (height, width), (side, side))
+    logits = np.stack([
+      self._logits(rng, mask, None if prompts is None else prompts[structure], rows, matrix)
+      for structure, mask in zip(structures, masks, strict=True)
+    ])
     outside = ~inside
     image[:, outside] = 0
     masks[:, outside] = 0
@@ -296,6 +257,41 @@ class _RunSample:
       "case": np.array(number, np.int32),
     }
 
+  def _seen(
+    self, rng: np.random.Generator, depth: int, found: tuple[int, np.ndarray] | None
+  ) -> np.ndarray:
+    """Numbers of the run's slices and of those beside it; the volume may end before."""
+    length, last = self.run.slices, max(depth - self.run.slices, 0)
+    first = int(rng.integers(last + 1))
+    if found is not None:
+      # Anywhere in the run, so that runs also hold the structure's ends and what lies beyond.
+      first = min(max(int(found[1][0]) - int(rng.integers(length)), 0), last)
+    beside = int(self.run.context)
+    return np.arange(first - beside, first + length + beside)
+
+  def _image(
+    self, rng: np.random.Generator, case: PreparedCase, rows: np.ndarray, matrix: np.ndarray | None
+  ) -> np.ndarray:
+    """What SAM sees of slices, float32 [1 or 3, L, S, S]."""
+    flat = is_anisotropic(case.spacing)
+    image = augment_intensity(rng, case.image[:, rows], self.augmentation, in_plane=flat)
+    image = window_slices(image, case.window, self.run.channels)
+    image = resize_linear(transform_slices(image, matrix, order=1, fill=0), self.run.image_size)
+    if self.run.context:
+      image = np.concatenate([image[:, :-2], image[:, 1:-1], image[:, 2:]])
+    return image
+
+  def _truth(
+    self, case: PreparedCase, rows: np.ndarray, matrix: np.ndarray | None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Which structures a voxel belongs to, bool [L, H, W, K], and whether it is annotated."""
+    assert case.atoms is not None
+    atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
+    known = ~np.isin(atoms, IGNORED)
+    truth = self.membership[np.where(known, atoms, 0)]
+    truth &= known[..., None]
+    return truth, known
+
   def _structures(
     self, rng: np.random.Generator, truth: np.ndarray, first: int | None
   ) -> np.ndarray:
@@ -307,38 +303,44 @@ class _RunSample:
       rank[order == first] = -1
     return order[np.argsort(rank, kind="stable")][: self.run.structures]
 
+  def _check(self, case: PreparedCase, prompts: np.ndarray) -> None:
+    side = self.run.image_size // 4
+    expected = (self.membership.shape[1], case.image.shape[1], side, side)
+    if prompts.shape != expected:
+      raise UserError(
+        f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
+        f"expected {expected}; they belong to another plan or image size, predict them again"
+      )
+
+  def _logits(
+    self, rng: np.random.Generator, mask: np.ndarray, stored: np.ndarray | None, rows: np.ndarray,
+    matrix: np.ndarray | None,
+  ) -> np.ndarray:
+    """Mask logits of one track [L, m, m]: the generator's or the truth's, with mistakes."""
+    source = logits_of_truth(mask)
+    if stored is not None and rng.random() >= self.corruption.truth_probability:
+      source = np.asarray(stored[rows], np.float32)
+      source = transform_slices(source, matrix, order=1, fill=-LOGIT_LIMIT)
+    return corrupt(rng, source, self.corruption)
+
 
 def refiner_batches(
-  folder: str | Path,
-  identifiers: Sequence[str],
+  cases: Cases,
   run: RunConfig,
   membership: np.ndarray,
-  batch_size: int,
   augmentation: AugmentationConfig,
   corruption: PromptCorruptionConfig,
-  seed: int,
-  prompts: str | Path | None = None,
-  rows: Sequence[int] | None = None,
-  start: int = 0,
-  loader: LoaderConfig | None = None,
+  batches: BatchConfig,
 ):
   """Endless batches of runs of consecutive slices with prompts.
 
   Args:
-    folder: of prepared cases.
-    identifiers: of the cases to draw from.
+    cases: without a folder of prompts, these come from the truth.
     run: length, structures and size of a sample.
     membership: bool [A, K], which atoms belong to which structure (data.datasets).
-    batch_size: runs per batch, of all processes together.
     augmentation: one in-plane transform for a whole run; mirroring along the slice axis (0)
       reverses the run.
     corruption: mistakes put into the stage-0 logits.
-    seed: with the position it decides everything.
-    prompts: folder of CASE.npy, float16 [K, D, 4G, 4G], the generator's mask logits; None takes
-      the truth instead.
-    rows: of every batch, those that this process makes; None: all.
-    start: number of the first batch.
-    loader: threads and prefetching.
 
   Returns:
     a grain iterator, with T = min(run.structures, K), L = run.slices and m = S / 4, of
@@ -358,6 +360,5 @@ def refiner_batches(
     raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")
   if run.context and len(run.channels) != 1:
     raise UserError(f"channels {run.channels}: with context SAM sees one channel; name one")
-  cases = _Cases(Path(folder), identifiers, seed, None if prompts is None else Path(prompts))
   sample = _RunSample(cases, run, np.asarray(membership, bool), augmentation, corruption)
-  return _batches(sample, batch_size, rows, start, loader or LoaderConfig())
+  return _batches(sample, batches)

@@ -81,11 +81,8 @@ class Plan:
     slice_axis: canonical axis (0 z, 1 y, 2 x) that becomes the first.
     spacing: mm of the prepared volumes.
     median_shape: voxels of the median case at that spacing.
-    channels: intensity rules.
     patch_size: voxels of the generator's patches.
-    strides: of each U-Net stage, the first one is 1, 1, 1.
-    kernels: of each U-Net stage.
-    labels: what is segmented.
+    strides, kernels: of each U-Net stage; the first stride is 1, 1, 1.
   """
 
   __pydantic_config__ = STRICT
@@ -189,8 +186,7 @@ def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
   """nnU-Net's target spacing: the median; of a far coarser axis, the tenth percentile.
 
   Args:
-    spacings: mm, [cases, 3].
-    shapes: voxels, [cases, 3].
+    spacings: mm, [cases, 3]. shapes: voxels, [cases, 3].
   """
   target = np.median(spacings, axis=0)
   size = np.median(shapes, axis=0)
@@ -230,9 +226,7 @@ def pooling(spacing: np.ndarray, patch: np.ndarray, poolings: int | None = None
   """nnU-Net's topology: an axis is halved while it is fine enough and has voxels enough.
 
   Args:
-    spacing: mm.
-    patch: voxels.
-    poolings: at most so many halvings per axis.
+    spacing: mm. patch: voxels. poolings: at most so many halvings per axis.
 
   Returns:
     strides and kernels of every stage, and the patch rounded up to what they divide.
@@ -240,10 +234,7 @@ def pooling(spacing: np.ndarray, patch: np.ndarray, poolings: int | None = None
   current, size = np.array(spacing, float), np.array(patch, float)
   halvings, kernel = np.zeros(3, int), np.ones(3, int)
   strides, kernels = [(1, 1, 1)], []
-  while True:
-    large = size >= 2 * _SMALLEST_MAP
-    if not large.any():
-      break
+  while (large := size >= 2 * _SMALLEST_MAP).any():
     chosen = large & (current < 2 * current[large].min())
     if poolings is not None:
       chosen &= halvings < poolings

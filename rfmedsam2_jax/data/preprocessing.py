@@ -93,7 +93,7 @@ class Restore:
       raise ValueError("rows must be consecutive")
     behind = max(first, behind)
     inner = slice(max(first, self.lower[0]), max(min(behind, self.upper[0]), self.lower[0], first))
-    if inner.stop - inner.start == depth and self._covers_all():
+    if inner == slice(0, depth) and (self.lower, self.upper) == ((0, 0, 0), self.native_shape):
       return np.ascontiguousarray(self._interpolate(array, inner))
     result = np.full((behind - first, *self.native_shape[1:]), fill, np.float32)
     if inner.stop > inner.start:
@@ -102,28 +102,17 @@ class Restore:
     return result
 
   def native_to_prepared(self, points: np.ndarray) -> np.ndarray:
-    """Voxel coordinates: canonical native (z, y, x) to prepared (d, h, w), whole at voxel centres.
-
-    Args:
-      points: real [..., 3].
-
-    Returns:
-      float64 [..., 3].
-    """
-    moved = np.asarray(points, np.float64)[..., list(self.order)]
-    lower = np.array([self.lower[axis] for axis in self.order])
+    """Real [..., 3], canonical native (z, y, x), whole at voxel centres, to prepared (d, h, w)."""
+    order = list(self.order)
     scale = np.array(self.prepared_shape) / np.array(self.crop_shape)
-    return (moved - lower + 0.5) * scale - 0.5
+    moved = np.asarray(points, np.float64)[..., order] - np.array(self.lower)[order]
+    return (moved + 0.5) * scale - 0.5
 
   def prepared_to_native(self, points: np.ndarray) -> np.ndarray:
     """The inverse of `native_to_prepared`."""
-    lower = np.array([self.lower[axis] for axis in self.order])
     scale = np.array(self.crop_shape) / np.array(self.prepared_shape)
-    moved = (np.asarray(points, np.float64) + 0.5) * scale - 0.5 + lower
-    return moved[..., list(np.argsort(self.order))]
-
-  def _covers_all(self) -> bool:
-    return self.lower == (0, 0, 0) and self.upper == self.native_shape
+    moved = (np.asarray(points, np.float64) + 0.5) * scale - 0.5
+    return moved[..., np.argsort(self.order)] + np.array(self.lower)
 
   def _interpolate(self, array: np.ndarray, rows: slice) -> np.ndarray:
     """The crop's part of these rows, canonical order."""
@@ -156,28 +145,24 @@ class Prepared:
   window: np.ndarray
   restore: Restore
 
+  @property
+  def spacing(self) -> tuple[float, float, float]:
+    """mm, prepared order."""
+    return self.restore.spacing
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PreparedCase:
+class PreparedCase(Prepared):
   """A stored case; the arrays are memory-mapped and read-only.
 
   Attributes:
-    identifier: of the case.
-    image: float32 [C, D, H, W], as in `Prepared`.
     atoms: uint8 [D, H, W], or None if the case has no label.
-    window: float32 [C, 2], as in `Prepared`.
     locations: per structure, int32 [n <= LOCATIONS, 3], voxels (d, h, w) that belong to it.
-    restore: the way back.
-    spacing: mm, prepared order.
   """
 
   identifier: str
-  image: np.ndarray
   atoms: np.ndarray | None
-  window: np.ndarray
   locations: tuple[np.ndarray, ...]
-  restore: Restore
-  spacing: tuple[float, float, float]
 
 
 def preprocess(volume: Volume, plan: Plan) -> Prepared:
@@ -200,7 +185,8 @@ def preprocess(volume: Volume, plan: Plan) -> Prepared:
   order = plan.order
   spacing = [volume.spacing[axis] for axis in order]
   shape = tuple(cropped.shape[1 + axis] for axis in order)
-  target = _target_shape(shape, spacing, plan.spacing)
+  a, b, c = map(lambda n, old, new: max(1, round(n * old / new)), shape, spacing, plan.spacing)
+  target = a, b, c
   _check_size(volume, spacing, shape, target)
   matrices = _image_matrices(shape, target, spacing, plan.spacing)
   image = np.empty((len(cropped), *target), np.float32)
@@ -227,27 +213,15 @@ def _check_size(volume: Volume, spacing: list[float], shape: tuple[int, ...], ta
                     "correct the spacing in its header")
 
 
-def prepare_label(label: np.ndarray, plan: Plan, restore: Restore,
-                  path: str | Path = "label map") -> np.ndarray:
-  """Atoms on the prepared grid.
+def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray:
+  """Atoms on the prepared grid: the one with the largest share of each new voxel.
 
   Args:
-    label: values of dataset.json, [D, H, W], canonical native grid.
-    plan: gives the labels' meaning.
-    restore: of the image.
-    path: for the message.
+    atoms: uint8 [D, H, W], canonical native grid (`Labels.to_atoms`). restore: of the image.
 
   Returns:
-    uint8 [D, H, W], prepared order; IGNORED where there is no annotation.
-
-  Raises:
-    UserError: values that dataset.json does not have.
+    uint8 [D, H, W], prepared order.
   """
-  return prepare_atoms(plan.labels.to_atoms(label, path), plan, restore)
-
-
-def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray:
-  """As `prepare_label`, for atoms: the atom with the largest share of each new voxel."""
   if atoms.shape != restore.native_shape:
     raise ValueError(f"atoms have shape {atoms.shape}, the image {restore.native_shape}")
   cropped = atoms[tuple(map(slice, restore.lower, restore.upper))]
@@ -283,22 +257,21 @@ def save_case(folder: str | Path, identifier: str, prepared: Prepared, atoms: np
   """Stores a prepared case; its .json comes last, so a case that has one is complete.
 
   Args:
-    folder: is made if needed.
-    identifier: of the case.
     prepared: from `preprocess`.
-    atoms: from `prepare_label`, or None.
-    labels: the plan's.
+    atoms: from `prepare_atoms`, or None.
     seed: of the drawing of locations; every case draws its own.
   """
   folder = Path(folder)
-  structures = len(labels.structures)
-  locations = [np.zeros((0, 3), np.int32)] * structures
+  locations = [np.zeros((0, 3), np.int32)] * len(labels.structures)
+  arrays = {"image": prepared.image}
   if atoms is not None:
     rng = np.random.default_rng([seed, zlib.crc32(identifier.encode())])
-    locations = [_draw_locations(atoms, labels.membership[:, k], rng) for k in range(structures)]
-    _save_array(folder / f"{identifier}_atoms.npy", atoms)
-  _save_array(folder / f"{identifier}_image.npy", prepared.image)
-  _save_array(folder / f"{identifier}_locations.npy", np.concatenate(locations))
+    locations = [_draw_locations(atoms, members, rng) for members in labels.membership.T]
+    arrays["atoms"] = atoms
+  arrays["locations"] = np.concatenate(locations)
+  for name, array in arrays.items():
+    with replacing(folder / f"{identifier}_{name}.npy") as temporary:
+      np.save(temporary, array)
   save_json(folder / f"{identifier}.json", _CaseRecord(
     prepared.restore, tuple((float(low), float(high)) for low, high in prepared.window),
     tuple(len(places) for places in locations), atoms is not None))
@@ -315,12 +288,12 @@ def load_case(folder: str | Path, identifier: str) -> PreparedCase:
   places = _open_array(folder / f"{identifier}_locations.npy", None)
   ends = np.cumsum(record.location_counts)
   return PreparedCase(
-    identifier,
     _open_array(folder / f"{identifier}_image.npy", "r"),
-    _open_array(folder / f"{identifier}_atoms.npy", "r") if record.labelled else None,
     np.array(record.window, np.float32),
-    tuple(np.split(places, ends[:-1])),
-    record.restore, record.restore.spacing)
+    record.restore,
+    identifier,
+    _open_array(folder / f"{identifier}_atoms.npy", "r") if record.labelled else None,
+    tuple(np.split(places, ends[:-1])))
 
 
 def stored_cases(folder: str | Path) -> list[str]:
@@ -360,13 +333,6 @@ def _normalise(image: np.ndarray, rule: ChannelRule, inside: np.ndarray | None
   return normalised, window if window[1] > window[0] else (window[0], window[0] + 1)
 
 
-def _target_shape(shape: tuple[int, ...], spacing: list[float],
-                  target: tuple[float, float, float]) -> Triple:
-  a, b, c = (max(1, round(n * old / new))
-             for n, old, new in zip(shape, spacing, target, strict=True))
-  return a, b, c
-
-
 def _separate_axis(spacing: list[float], target: tuple[float, float, float]) -> int | None:
   """The axis so coarse, now or in the plan, that values must not mix along it (nnU-Net)."""
   for sizes in (np.array(spacing), np.array(target)):
@@ -379,15 +345,15 @@ def _separate_axis(spacing: list[float], target: tuple[float, float, float]) -> 
 def _image_matrices(shape: tuple[int, ...], target: Triple, spacing: list[float],
                     target_spacing: tuple[float, float, float]) -> list[np.ndarray | None]:
   apart = _separate_axis(spacing, target_spacing)
-  matrices: list[np.ndarray | None] = []
-  for axis, (n_in, n_out) in enumerate(zip(shape, target, strict=True)):
+
+  def matrix(axis: int, n_in: int, n_out: int) -> np.ndarray | None:
     if n_in == n_out:
-      matrices.append(None)
-    elif n_in > _AVERAGED * n_out:
-      matrices.append(antialiased_matrix(n_in, n_out))
-    else:
-      matrices.append((nearest_matrix if axis == apart else spline_matrix)(n_in, n_out))
-  return matrices
+      return None
+    if n_in > _AVERAGED * n_out:
+      return antialiased_matrix(n_in, n_out)
+    return (nearest_matrix if axis == apart else spline_matrix)(n_in, n_out)
+
+  return list(map(matrix, range(3), shape, target))
 
 
 def _draw_locations(atoms: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -398,11 +364,6 @@ def _draw_locations(atoms: np.ndarray, members: np.ndarray, rng: np.random.Gener
   if len(places) > LOCATIONS:
     places = np.sort(rng.choice(places, LOCATIONS, replace=False))
   return np.stack(np.unravel_index(places, atoms.shape), axis=1).astype(np.int32)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-  with replacing(path) as temporary:
-    np.save(temporary, array)
 
 
 def _open_array(path: Path, mode: Literal["r"] | None) -> np.ndarray:

@@ -57,7 +57,6 @@ def corrupt(
   """Makes the mistakes of `config` in the mask logits of one track.
 
   Args:
-    rng: consumed.
     logits: float32 [L, m, m] of L consecutive slices.
 
   Returns:

@@ -8,20 +8,17 @@ import contextlib
 import dataclasses
 import gzip
 import itertools
-import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.files import replacing
-
-# Of a damaged header nibabel writes to standard error what it then raises.
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
@@ -77,16 +74,16 @@ class Geometry:
   @property
   def affine_mm(self) -> np.ndarray:
     """`affine` in mm, whatever the file's units."""
-    return np.diag([*[self._millimetres] * 3, 1.0]) @ self.affine
+    return self._to_mm @ self.affine
 
   @property
   def canonical_affine_mm(self) -> np.ndarray:
     """`canonical_affine` in mm, whatever the file's units."""
-    return np.diag([*[self._millimetres] * 3, 1.0]) @ self.canonical_affine
+    return self._to_mm @ self.canonical_affine
 
   @property
-  def _millimetres(self) -> float:
-    return _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
+  def _to_mm(self) -> np.ndarray:
+    return np.diag([*[_MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)] * 3, 1.0])
 
   @property
   def spacing(self) -> tuple[float, float, float]:
@@ -94,6 +91,20 @@ class Geometry:
     sizes = np.linalg.norm(self.affine_mm[:3, :3], axis=0)
     z, y, x = (float(f"{sizes[axis]:.6g}") for axis in self.axes)
     return z, y, x
+
+  def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:
+    """Places that a person names, as voxels (z, y, x) of the canonical volume.
+
+    Args:
+      points: real [n, 3], voxels (i, j, k) of the file; `world`: RAS+ in the file's units.
+    """
+    points = np.asarray(points, np.float64)
+    if world:
+      inverse = np.linalg.inv(self.canonical_affine)
+      # The way through the affine leaves rounding errors of its size behind.
+      return np.round(points @ inverse[:3, :3].T + inverse[:3, 3], 4)
+    ours = points[:, list(self.axes)]
+    return np.where(self.flipped, np.array(self.canonical_shape) - 1 - ours, ours)
 
   def to_canonical(self, native: np.ndarray) -> np.ndarray:
     """[i, j, k] as a contiguous [z, y, x]."""
@@ -129,7 +140,6 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
   Args:
     paths: one 3D file per channel, all on one grid; or one 4D file whose fourth axis is the
       channels (Medical Segmentation Decathlon). A folder is a DICOM series.
-    channels: how many are expected.
 
   Raises:
     UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or
@@ -140,24 +150,23 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
     raise UserError(f"{files[0]}: {len(files)} files where {channels} channels are expected; "
                     f"give one file per channel or one 4D file")
   planes: list[np.ndarray] = []
-  geometry: Geometry | None = None
+  geometries: list[Geometry] = []
+  expected = channels if len(files) == 1 else 1
   for path in files:
     native, current = _read(path, np.float32)
-    if geometry is None:
-      geometry = current
-    else:
-      _check_grid(current, geometry, "channels")
-    expected = channels if len(files) == 1 else 1
+    geometries.append(current)
+    _check_grid(current, geometries[0], "channels")
     if native.ndim == 3:
       native = native[..., None]
     if native.ndim != 4 or native.shape[3] != expected:
-      size = "x".join(str(n) for n in native.shape)
-      raise UserError(f"{path}: has {native.ndim - (native.shape[-1] == 1)} axes ({size}) where "
-                      f"{_image(expected)} is expected; split it into files of that form")
+      wanted = "a 3D image" if expected == 1 else f"a 4D image with {expected} channels"
+      raise UserError(f"{path}: has {native.ndim - (native.shape[-1] == 1)} axes "
+                      f"({itk.size(native.shape)}) where {wanted} is expected; split it into "
+                      "files of that form")
     check_intensities(path, native)
     planes.extend(current.to_canonical(native[..., c]) for c in range(expected))
-  assert geometry is not None
-  return Volume(np.stack(planes) if channels > 1 else planes[0][None], geometry.spacing, geometry)
+  array = np.stack(planes) if channels > 1 else planes[0][None]
+  return Volume(array, geometries[0].spacing, geometries[0])
 
 
 def check_intensities(path: str | Path, array: np.ndarray) -> None:
@@ -186,9 +195,8 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
   if native.ndim == 4 and native.shape[3] == 1:
     native = native[..., 0]
   if native.ndim != 3:
-    size = "x".join(str(n) for n in native.shape)
-    raise UserError(f"{path}: has {native.ndim} axes ({size}) where a 3D label map is expected; "
-                    f"give one volume of whole numbers")
+    raise UserError(f"{path}: has {native.ndim} axes ({itk.size(native.shape)}) where a 3D label "
+                    "map is expected; give one volume of whole numbers")
   if native.dtype.kind == "f":
     rounded = np.rint(native)
     if not np.array_equal(rounded, native):
@@ -246,10 +254,6 @@ def is_volume_name(path: str | Path) -> bool:
   return name.endswith(ENDINGS) and not name.startswith(".")
 
 
-def _image(channels: int) -> str:
-  return "a 3D image" if channels == 1 else f"a 4D image with {channels} channels"
-
-
 def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   """The voxels in native order, cast to `kind` if given, and the geometry of three axes."""
   if not path.exists():
@@ -299,8 +303,7 @@ def _geometry(
   path: Path, shape: tuple[int, ...], affine: np.ndarray, header: nib.Nifti1Header | None = None
 ) -> Geometry:
   if len(shape) < 3 or 0 in shape:
-    size = "x".join(str(n) for n in shape)
-    raise UserError(f"{path}: has the size {size}; a volume with three axes is expected")
+    raise UserError(f"{path}: has the size {itk.size(shape)}; a volume with three axes is expected")
   affine = np.asarray(affine, np.float64)
   finite = bool((np.abs(affine) < LARGEST).all())  # NaN compares as False
   sizes = np.linalg.norm(affine[:3, :3], axis=0) if finite else np.zeros(3)
@@ -313,17 +316,12 @@ def _geometry(
                     f"correct the file's header")
   axes, flipped = _orientation(directions)
   i, j, k = shape[:3]
-  header = _scanner_header(affine) if header is None else header.copy()
-  return Geometry(path, header, affine, (i, j, k), axes, flipped)
-
-
-def _scanner_header(affine: np.ndarray) -> nib.Nifti1Header:
-  """A NIfTI header for a grid of another format: mm, both forms in the scanner's coordinates."""
-  header = nib.Nifti1Header()
-  header.set_xyzt_units("mm")
-  header.set_qform(affine, code=1)
-  header.set_sform(affine, code=1)
-  return header
+  if header is None:  # of another format: mm, both forms in the scanner's coordinates
+    header = nib.Nifti1Header()
+    header.set_xyzt_units("mm")
+    header.set_qform(affine, code=1)
+    header.set_sform(affine, code=1)
+  return Geometry(path, header.copy(), affine, (i, j, k), axes, flipped)
 
 
 def _orientation(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:

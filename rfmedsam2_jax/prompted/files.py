@@ -19,9 +19,8 @@ from rfmedsam2_jax.data.files import claim, replacing
 from rfmedsam2_jax.data.itk import simpleitk
 from rfmedsam2_jax.data.measures import volumes_ml
 from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format, write_segmentation
-from rfmedsam2_jax.data.volumes import ENDINGS, Geometry, Volume, load_image
+from rfmedsam2_jax.data.volumes import ENDINGS, Volume, load_image
 from rfmedsam2_jax.nn import SAM2, SAM2Config
-from rfmedsam2_jax.prompted import prompt_files
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
 from rfmedsam2_jax.prompted.tracked import DEFAULTS, PromptedVolume, TrackedVolume
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
@@ -45,10 +44,8 @@ def open_volume(
   Args:
     checkpoint: folder that `python -m convert` made.
     image: a NIfTI file, or one that is loaded.
-    plane: across which the slices are cut.
     window: centre and width of the intensities that SAM sees; None: percentiles of the volume.
     image_size: side of the square that slices are squashed to; None: the checkpoint's.
-    config: of the tracking.
 
   Raises:
     UserError: no checkpoint, no volume, a side that is not divisible by 32.
@@ -76,7 +73,7 @@ def at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
   if image_size is None:
     return sam2
   if image_size < 64 or image_size % 32:
-    raise UserError(f"--image-size {image_size}: give a multiple of 32 from 64 on")
+    raise UserError(f"image_size {image_size}: give a multiple of 32 from 64 on")
   return dataclasses.replace(sam2, image_size=image_size)
 
 
@@ -98,16 +95,16 @@ def write_tracked(
   """
   targets = result_paths(out, volume.geometry.path, overwrite, format)
   label_map, scores, picture = targets
-  structures = tuple(Structure(f"label {value}", (value,)) for value in found.structures)
+  names = {value: f"label {value}" for value in found.structures}
   case = SheetCase(
     label_map.name.removesuffix(FORMAT_ENDINGS[format]), volume.array[0], None,
     {"tracked": found.labels}, volume.spacing, found.window, found.slice_axis,
   )
+  structures = tuple(Structure(name, (value,)) for value, name in names.items())
   save_contact_sheet(picture, [case], structures, crop=False)
   with replacing(scores) as temporary:
-    text = json.dumps({**(about or {}), **_scores(volume, found)}, indent=1)
+    text = json.dumps({**(about or {}), "structures": _scores(volume, found)}, indent=1)
     temporary.write_text(text + "\n")
-  names = {structure.values[0]: structure.name for structure in structures}
   write_segmentation(label_map, found.labels, volume.geometry, names)
   return targets
 
@@ -117,13 +114,13 @@ def result_paths(
 ) -> list[Path]:
   """The files that `write_tracked` writes; makes their folder, and refuses what exists."""
   if format == "nrrd":
-    simpleitk("--format nrrd")  # said now if it is missing
+    simpleitk("format nrrd")  # said now if it is missing
   name = image.resolve().name
   ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
   name = name.removesuffix(ending)
   targets = [Path(out) / f"{name}{ending}" for ending in (FORMAT_ENDINGS[format], ".json", ".png")]
   if image.exists() and any(path.exists() and path.samefile(image) for path in targets):
-    raise UserError(f"{image}: would be replaced by its own result; choose another --out")
+    raise UserError(f"{image}: would be replaced by its own result; choose another folder")
   claim(out, targets, overwrite)
   return targets
 
@@ -131,7 +128,9 @@ def result_paths(
 def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
   """Per structure: volume, and on every slice where it is, presence and predicted IoU."""
   ml = volumes_ml(found.labels, volume.spacing)
-  numbers = _file_numbers(volume.geometry, found.slice_axis)
+  numbers = np.arange(found.labels.shape[found.slice_axis])  # the file's own
+  if volume.geometry.flipped[found.slice_axis]:
+    numbers = numbers[::-1]
   prompted = set(found.tracks.prompted)
   result = {}
   for track, value in enumerate(found.structures):
@@ -145,29 +144,4 @@ def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
       for z in np.flatnonzero(found.presence[track] > 0.5)
     ]
     result[str(value)] = {"volume_ml": round(ml.get(value, 0.0), 3), "slices": slices}
-  return {"structures": result}
-
-
-def _file_numbers(geometry: Geometry, axis: int) -> np.ndarray:
-  """The file's own number of every slice."""
-  numbers = np.arange(geometry.canonical_shape[axis])
-  return numbers[::-1] if geometry.flipped[axis] else numbers
-
-
-def prompts_of_options(
-  volume: Volume,
-  boxes: list[str],
-  points: list[str],
-  files: list[Path],
-  masks: list[Path],
-  plane: Plane,
-  world: bool,
-) -> list[VoxelPrompt]:
-  """Everything that a command line says about what to follow."""
-  g = volume.geometry
-  return [
-    *(prompt_files.parse_box(text, g, plane, world) for text in boxes),
-    *(prompt_files.parse_point(text, g, plane, world) for text in points),
-    *(p for path in files for p in prompt_files.read_prompts(path, g, world)),
-    *(p for path in masks for p in prompt_files.read_masks(path, g)),
-  ]
+  return result

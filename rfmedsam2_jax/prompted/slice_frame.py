@@ -53,9 +53,8 @@ class SliceFrame:
     self._plane = plane
     self._side = side
     self._path = volume.geometry.path
-    shape = volume.array.shape[1:]
     self._order = [self._axis, *(a for a in range(3) if a != self._axis)]
-    self._shape = tuple(shape[a] for a in self._order)
+    self._shape = tuple(volume.array.shape[1 + a] for a in self._order)
 
   def rounds(
     self, prompts: Sequence[VoxelPrompt]
@@ -67,19 +66,17 @@ class SliceFrame:
         another.
     """
     if not prompts:
-      raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
+      raise UserError("no prompt: give a box, points or a mask of a structure")
     # A structure that is prompted later must not change the place of another.
     first = sorted(prompts, key=lambda p: (p.round, p.label))
     structures = tuple(dict.fromkeys(p.label for p in first))
     wrong = next((label for label in structures if not 1 <= label <= 65535), None)
     if wrong is not None:
       raise UserError(f"label {wrong}: is no label value; use 1 to 65535")
-    rounds = sorted({p.round for p in prompts})
-    given = [
+    return structures, [
       self.place([p for p in prompts if p.round == number], structures)
-      for number in rounds
+      for number in sorted({p.round for p in prompts})
     ]
-    return structures, given
 
   def place(
     self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]
@@ -92,22 +89,19 @@ class SliceFrame:
     found: dict[tuple[int, int], SlicePrompt] = {}
     for prompt in prompts:
       track = structures.index(prompt.label)
-      if prompt.mask is not None:
-        new = self._from_mask(track, prompt.mask)
-      else:
-        new = [self._from_points(track, prompt)]
-      for one in new:
+      for one in self._placed(track, prompt):
         key = track, one.slice
         found[key] = _joined(found[key], one, prompt.source) if key in found else one
     return [found[key] for key in sorted(found)]
 
-  def _from_points(self, track: int, prompt: VoxelPrompt) -> SlicePrompt:
+  def _placed(self, track: int, prompt: VoxelPrompt) -> list[SlicePrompt]:
+    if prompt.mask is not None:
+      return self._from_mask(track, prompt.mask)
     rows = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
     inside = [p[3] for p in prompt.points]
     if not len(rows) or not np.isfinite(rows).all():
       raise UserError(f"{prompt.source}: has no coordinates; give a box or points")
-    placed = np.moveaxis(rows, 1, 0)
-    z, y, x = placed[self._order]
+    z, y, x = rows.T[self._order]
     depth, height, width = self._shape
     for values, size in ((z, depth), (y, height), (x, width)):
       if (values < -0.5).any() or (values > size - 0.5).any():
@@ -119,15 +113,13 @@ class SliceFrame:
     if len(slices) > 1:
       raise UserError(f"{prompt.source}: spans {self._plane} slices {slices[0]} to {slices[-1]}; "
                       "give one prompt per slice")
-    scale = np.array([self._side / width, self._side / height])
-    xy = np.stack([x, y], axis=1) * scale
+    xy = np.stack([x, y], axis=1) * np.array([self._side / width, self._side / height])
     box = None
     if prompt.box is not None:
       (x0, y0), (x1, y1) = xy[:2].min(axis=0), xy[:2].max(axis=0)
       box, xy = (float(x0), float(y0), float(x1), float(y1)), xy[2:]
-    return SlicePrompt(
-      track, int(slices[0]), xy.astype(np.float32), np.array(inside, np.int32), box
-    )
+    labels = np.array(inside, np.int32)
+    return [SlicePrompt(track, int(slices[0]), xy.astype(np.float32), labels, box)]
 
   def _from_mask(self, track: int, mask: np.ndarray) -> list[SlicePrompt]:
     slices = np.moveaxis(mask, self._axis, 0)

@@ -33,12 +33,8 @@ WINDOWS = {
   "brain": (40.0, 80.0),
 }
 DEFAULTS = TrackingConfig()
-ShowSlice = Callable[[int, np.ndarray], None]
+ShowSlice = Callable[[int, np.ndarray], None] | None
 PERCENTILES = (0.5, 99.5)  # of the voxels that are not 0, where no window is given
-
-
-def _unseen(number: int, labels: np.ndarray) -> None:
-  pass
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +70,6 @@ class PromptedVolume:
   """A volume, cut into slices and ready to be prompted.
 
   Args:
-    plane: across which the slices are cut.
     window: centre and width of the intensities that SAM sees; None takes `PERCENTILES`.
     progress: called with (slices done, slices in all).
   """
@@ -97,9 +92,8 @@ class PromptedVolume:
       linear_matrix(4 * self._side // 16, size) for size in self._slices.shape[1:]
     ]
     self._low, self._high = intensity_range(volume.array[0], window)
-    self._tracker = VolumeTracker(
-      model, params, config, self.sam_slices, len(self._slices), progress
-    )
+    depth = len(self._slices)
+    self._tracker = VolumeTracker(model, params, config, self.sam_slices, depth, progress)
 
   def shown(self, numbers: np.ndarray) -> np.ndarray:
     """Slices [n] at their own resolution, windowed: float32 [n, H, W] in [0, 1]."""
@@ -115,9 +109,7 @@ class PromptedVolume:
     """Raises what `track` would, at once."""
     self._frame.rounds(prompts)
 
-  def track(
-    self, prompts: Sequence[VoxelPrompt], arrived: ShowSlice = _unseen
-  ) -> TrackedVolume:
+  def track(self, prompts: Sequence[VoxelPrompt], arrived: ShowSlice = None) -> TrackedVolume:
     """Follows every structure from its prompts, round after round.
 
     Args:
@@ -136,7 +128,7 @@ class PromptedVolume:
     return self._result(tracks, structures)
 
   def correct(
-    self, result: TrackedVolume, prompts: Sequence[VoxelPrompt], arrived: ShowSlice = _unseen
+    self, result: TrackedVolume, prompts: Sequence[VoxelPrompt], arrived: ShowSlice = None
   ) -> TrackedVolume:
     """Adds prompts on any slices to a result; the images are not encoded again if cached.
 
@@ -152,16 +144,15 @@ class PromptedVolume:
   def _shower(self, structures: tuple[int, ...], show: ShowSlice) -> Arrived:
     """What a tracker calls, so that `show` is called with labels."""
     def arrived(cells: HostCells, slices: np.ndarray) -> None:
-      for z in slices if show is not _unseen else ():
-        show(int(z), self._fused(cells, int(z), structures))
+      if show is not None:
+        for z in slices:
+          show(int(z), self._fused(cells, int(z), structures))
 
     return arrived
 
   def _result(self, tracks: Tracks, structures: tuple[int, ...]) -> TrackedVolume:
     """Fuses the masks slice by slice, so that no volume of logits is made."""
-    labels = np.stack([
-      self._fused(tracks.cells, z, structures) for z in range(len(self._slices))
-    ])
+    labels = np.stack([self._fused(tracks.cells, z, structures) for z in range(len(self._slices))])
     labels = np.ascontiguousarray(np.moveaxis(labels, 0, self._axis))
     window = float(self._low), float(self._high)
     return TrackedVolume(labels, structures, self._axis, window, tracks)
@@ -204,6 +195,6 @@ def parse_window(text: str) -> tuple[float, float] | None:
     centre, width = 0.0, -1.0
   if not (abs(centre) < LARGEST and 0 < width < LARGEST):
     raise UserError(
-      f"--window {text}: is none of {', '.join(WINDOWS)}, percentiles or CENTRE,WIDTH"
+      f"window {text}: is none of {', '.join(WINDOWS)}, percentiles or CENTRE,WIDTH"
     )
   return centre, width

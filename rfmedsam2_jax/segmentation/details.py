@@ -14,7 +14,7 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report, silent
 from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.refinement import Fused
-from rfmedsam2_jax.segmentation.notices import Notice, unusual_input, unusual_stages
+from rfmedsam2_jax.segmentation.notices import Notice, input_notices, stage_notices
 from rfmedsam2_jax.segmentation.segmenter import Segmentation, fused
 from rfmedsam2_jax.segmentation.structures import StructureDetails, structure_details
 
@@ -81,7 +81,7 @@ class Details:
     })
 
 
-def examine(
+def details_of(
   segmentations: Sequence[Segmentation],
   volume: Volume,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
@@ -112,16 +112,13 @@ def examine(
   maps.append(last.labels)
   structures = structure_details(segmentations, maps, last, volume.geometry)
   notices = [
-    *(
-      notice for found in segmentations
-      for notice in unusual_input(found.segmenter, found.prepared.restore, volume.array)
-    ),
-    *unusual_stages(structures, first.inference.warnings),
+    notice for found in segmentations
+    for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)
   ]
+  notices += stage_notices(structures, first.inference.warnings)
   # Runs that were trained on the same cases say the same.
-  return Details(
-    segmentations, volume.geometry, tuple(maps), structures, tuple(dict.fromkeys(notices))
-  )
+  warnings = tuple(dict.fromkeys(notices))
+  return Details(segmentations, volume.geometry, tuple(maps), structures, warnings)
 
 
 def _rounded(tree: Any) -> Any:

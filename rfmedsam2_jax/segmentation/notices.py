@@ -29,9 +29,7 @@ class Notice:
   message: str
 
 
-def unusual_input(
-  segmenter: Segmenter, restore: Restore, image: np.ndarray
-) -> Iterator[Notice]:
+def input_notices(segmenter: Segmenter, restore: Restore, image: np.ndarray) -> Iterator[Notice]:
   """Where an input is far from the cases that were trained on; nothing if they are not known.
 
   Args:
@@ -86,7 +84,7 @@ def _short(number: float) -> str:
   return f"{float(f'{number:.3g}'):g}"
 
 
-def unusual_stages(
+def stage_notices(
   structures: Mapping[str, StructureDetails], config: WarningConfig
 ) -> Iterator[Notice]:
   """Structures that a stage saw otherwise than the last one."""

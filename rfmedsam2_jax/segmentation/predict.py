@@ -10,20 +10,18 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, TimeLeft, below, silent
-from rfmedsam2_jax.data.datasets import Case, find_inputs, read_case, with_labels
-from rfmedsam2_jax.data.files import claim, replacing
-from rfmedsam2_jax.data.itk import simpleitk
+from rfmedsam2_jax.data.datasets import Case, read_case
+from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.probabilities import probability_paths, write_probability
 from rfmedsam2_jax.data.segmentations import (
-  FORMAT_ENDINGS,
   ITKSNAP_NAME,
   Format,
   write_itksnap_labels,
@@ -37,14 +35,14 @@ from rfmedsam2_jax.data.volumes import (
   load_label_map,
 )
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
-from rfmedsam2_jax.segmentation.details import Details, examine
-from rfmedsam2_jax.segmentation.given_prompts import prompts_of_file, prompts_of_labels, read_given
+from rfmedsam2_jax.segmentation.details import Details, details_of
+from rfmedsam2_jax.segmentation.given_prompts import prompts_of_entries, prompts_of_labels
+from rfmedsam2_jax.segmentation.request import Prompts, Request, check_alike, make_request
 from rfmedsam2_jax.segmentation.segmenter import Segmentation, Segmenter, label_map, segment_volume
 
 _logger = logging.getLogger(__name__)
 
 Models = Segmenter | Sequence[Segmenter]
-Prompts = Literal["generated", "oracle", "given"]
 
 
 def _log_warning(case: str, message: str) -> None:
@@ -107,7 +105,7 @@ def segment_details(
     volume = _volume_of(image, spacing)
   else:
     volume = load_image(image, len(models[0].plan.channels))
-  return examine([segment_volume(m, volume) for m in models], volume)
+  return details_of([segment_volume(m, volume) for m in models], volume)
 
 
 def predict(
@@ -132,7 +130,7 @@ def predict(
     prompts: "generated" (automatic), "oracle" (boxes from the truth in `labels`) or "given"
       (a person's, from `labels` and `given`, on top of the generator's).
     labels: folder of label maps, CASE.nii.gz; as given prompts, only slices with a label count.
-    given: JSON of boxes and points, see `read_given`.
+    given: JSON of boxes and points by case, see data.prompt_entries.
     save_stages: also write `out`/stage0, stage1, ...
     overwrite: replace results that exist.
     probabilities: also write `out`/probabilities/CASE, a file per structure.
@@ -141,72 +139,30 @@ def predict(
 
   Returns:
     The label maps written.
+
+  Raises:
+    UserError: see `make_request`; a volume or label map that cannot be read.
   """
   models = _models(model)
-  channels = len(models[0].plan.channels)
-  cases = find_inputs(inputs, channels)
-  if prompts == "oracle" and labels is None:
-    raise UserError("--prompts oracle: needs --labels, the folder of true label maps")
-  if prompts == "given" and labels is None and given is None:
-    raise UserError("--prompts given: needs --given FILE.json or --labels, sparse label maps")
-  if prompts == "generated" and (labels is not None or given is not None):
-    raise UserError("--labels and --given: are read with --prompts oracle or given; name one")
-  by_case = read_given(given, models[0]) if given is not None else {}
-  unknown = sorted(set(by_case) - {case.identifier for case in cases})
-  if unknown:
-    raise UserError(f"{given}: case {unknown[0]} is not among the inputs; correct its name")
-  if labels is not None:
-    cases = with_labels(cases, labels)
-  out = Path(out)
-  targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
-  if format == "nrrd":
-    simpleitk("--format nrrd")  # said now if it is missing
-  names = models[0].plan.labels.value_names
-  claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
-  left = TimeLeft()
-  for number, (case, target) in enumerate(zip(cases, targets, strict=True), 1):
-    heading = f"{number}/{len(cases)} {case.identifier}"
-    begins = f"{heading}{left(number - 1, len(cases))}"
-    progress(begins if len(cases) > 1 else Passing(begins))
+  request = make_request(models[0].plan, inputs, out, prompts, labels, given, overwrite, format)
+  left, count = TimeLeft(), len(request.cases)
+  for number, case in enumerate(request.cases, 1):
+    heading = f"{number}/{count} {case.identifier}"
+    begins = f"{heading}{left(number - 1, count)}"
+    progress(begins if count > 1 else Passing(begins))
     report = below(progress, f"{heading}: ")
-    files: dict[str, Any] = {"labels": target.name, "stages": [], "probabilities": None}
-    segmentations, volume = _predict_case(models, case, prompts, by_case, report)
-    if probabilities:
-      files["probabilities"] = probability_paths(case.identifier, models[0].plan.labels)
-    paths = list((files["probabilities"] or {}).values())
-
-    def keep(organ: int, probability: np.ndarray, paths=paths, geometry=volume.geometry) -> None:
-      if paths:
-        write_probability(out / paths[organ], probability, geometry)
-
-    found = examine(segmentations, volume, keep, report)
-    if save_stages:
-      for stage, labels_of_stage in enumerate(found.maps):
-        files["stages"].append(f"stage{stage}/{target.name}")
-        write_segmentation(out / files["stages"][-1], labels_of_stage, found.geometry, names)
+    found = _predict_case(models, request, number - 1, save_stages, probabilities, report)
     for notice in found.warnings:
       warn(case.identifier, notice.message)
-    about = {
-      "case": case.identifier,
-      "inputs": [image.name for image in case.images],
-      "runs": [m.name for m in models],
-    }
-    with replacing(out / f"{case.identifier}.json") as temporary:
-      text = json.dumps({**about, **found.as_dict(), "files": files}, indent=1, allow_nan=False)
-      temporary.write_text(text + "\n", encoding="utf-8")
-    write_segmentation(target, found.maps[-1], found.geometry, names)
-  write_itksnap_labels(out / ITKSNAP_NAME, names)
-  return targets
+  write_itksnap_labels(request.out / ITKSNAP_NAME, models[0].plan.labels.value_names)
+  return list(request.targets)
 
 
 def _models(model: Models) -> list[Segmenter]:
   models = [model] if isinstance(model, Segmenter) else list(model)
-  first = models[0].plan
-  for other in models[1:]:
-    if other.plan.labels != first.labels or len(other.plan.channels) != len(first.channels):
-      raise UserError("runs: were trained for other structures or channels; average like with like")
-    if other.stages != models[0].stages:
-      raise UserError("runs: have unlike numbers of stages; average like with like")
+  check_alike([m.plan for m in models])
+  if any(m.stages != models[0].stages for m in models):
+    raise UserError("runs: have unlike numbers of stages; average like with like")
   return models
 
 
@@ -249,24 +205,58 @@ def _last_labels(models: list[Segmenter], volume: Volume) -> np.ndarray:
 
 
 def _predict_case(
-  models: list[Segmenter], case: Case, prompts: Prompts, by_case: dict, progress
-) -> tuple[list[Segmentation], Volume]:
+  models: list[Segmenter], request: Request, number: int, save_stages: bool, probabilities: bool,
+  report: Report,
+) -> Details:
+  """Segments one case of a request and writes all that is known of it."""
+  case, target, out = request.cases[number], request.targets[number], request.out
   labels = models[0].plan.labels
-  channels = len(models[0].plan.channels)
-  options: dict[str, Any] = {"progress": progress}
-  if prompts == "oracle":
-    volume, options["truth_atoms"] = read_case(case, channels, labels)
-  else:
-    volume = load_image(case.images, channels)
-  if prompts == "given":
-    sparse = None
-    if case.label is not None:
-      sparse = load_label_map(case.label, volume.geometry)
-      labels.to_atoms(sparse, case.label)  # says so if a value is unknown
+  segmentations, volume = _segment_case(models, request, case, report)
+  paths = probability_paths(case.identifier, labels) if probabilities else None
 
-    def given(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
-      found = list(prompts_of_file(model, volume, prepared, by_case.get(case.identifier, [])))
-      return found + list(prompts_of_labels(model, prepared, sparse))
+  def keep(organ: int, probability: np.ndarray) -> None:
+    if paths is not None:
+      write_probability(out / paths[labels.names[organ]], probability, volume.geometry)
 
-    options["given"] = given
-  return [segment_volume(m, volume, **options) for m in models], volume
+  found = details_of(segmentations, volume, keep, report)
+  stages = []
+  for stage, labels_of_stage in enumerate(found.maps if save_stages else ()):
+    stages.append(f"stage{stage}/{target.name}")
+    write_segmentation(out / stages[-1], labels_of_stage, found.geometry, labels.value_names)
+  content = {
+    "case": case.identifier,
+    "inputs": [image.name for image in case.images],
+    "runs": [m.name for m in models],
+    **found.as_dict(),
+    "files": {"labels": target.name, "stages": stages, "probabilities": paths},
+  }
+  with replacing(out / f"{case.identifier}.json") as temporary:
+    text = json.dumps(content, indent=1, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+  write_segmentation(target, found.maps[-1], found.geometry, labels.value_names)
+  return found
+
+
+def _segment_case(
+  models: list[Segmenter], request: Request, case: Case, report: Report
+) -> tuple[list[Segmentation], Volume]:
+  plan = models[0].plan
+  if request.prompts == "oracle":
+    volume, atoms = read_case(case, len(plan.channels), plan.labels)
+    return [segment_volume(m, volume, atoms, progress=report) for m in models], volume
+  volume = load_image(case.images, len(plan.channels))
+  if request.prompts == "generated":
+    return [segment_volume(m, volume, progress=report) for m in models], volume
+  sparse = None
+  if case.label is not None:
+    sparse = load_label_map(case.label, volume.geometry)
+    plan.labels.to_atoms(sparse, case.label)  # says so if a value is unknown
+
+  def by_hand(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
+    entries = request.entries.get(case.identifier, [])
+    found = list(prompts_of_entries(model, volume.geometry, prepared, entries))
+    if sparse is not None:
+      found += prompts_of_labels(model.plan.labels, prepared.restore, sparse)
+    return found
+
+  return [segment_volume(m, volume, by_hand=by_hand, progress=report) for m in models], volume

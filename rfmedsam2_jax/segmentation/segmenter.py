@@ -90,11 +90,8 @@ class Segmentation:
   generated: Generated
   results: list[StageResult]
 
-  def probability(self, stage: int, organ: int, prepared_grid: bool = False) -> np.ndarray:
-    """Foreground probability of one organ after a stage (0: generator), float32 [D, H, W].
-
-    On the canonical native grid (z, y, x), or on the prepared one.
-    """
+  def probability(self, stage: int, organ: int) -> np.ndarray:
+    """Foreground probability of one organ after a stage (0: generator), float32 [z, y, x]."""
     probability = blended(
       self.generated.log_odds[organ],
       self.generated.prompts.logits[organ],
@@ -103,8 +100,6 @@ class Segmentation:
       self.segmenter.refinement,
       _resize_plane,
     )
-    if prepared_grid:
-      return probability
     return self.prepared.restore.to_native(probability, fill=0.0)
 
 
@@ -112,14 +107,14 @@ def segment_volume(
   segmenter: Segmenter,
   volume: Volume,
   truth_atoms: np.ndarray | None = None,
-  given: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
+  by_hand: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
   progress: Report = silent,
 ) -> Segmentation:
   """Segments one volume.
 
   Args:
     truth_atoms: uint8 [z, y, x] on the native canonical grid: prompts come from it (oracle).
-    given: gives a person's prompts on the grid that this segmenter has prepared.
+    by_hand: gives a person's prompts on the grid that this segmenter has prepared.
     progress: takes lines about what is done.
   """
   prepared = preprocess(volume, segmenter.plan)
@@ -132,22 +127,16 @@ def segment_volume(
     atoms = prepare_atoms(truth_atoms, segmenter.plan, prepared.restore)
     boxes, present = truth_boxes(atoms, segmenter)
     prompts = with_oracle(prompts, boxes, present, side)
-  if given is not None:
-    prompts = with_given(prompts, given(segmenter, prepared), side, side // 4, resize_linear)
+  if by_hand is not None:
+    prompts = with_given(prompts, by_hand(segmenter, prepared), side, side // 4, resize_linear)
+  slices = functools.partial(sam_slices, segmenter, prepared)
   results = refine_volume(
-    segmenter.sam2,
-    segmenter.refiner,
-    segmenter.refinement,
-    functools.partial(sam_slices, segmenter, prepared),
-    prompts,
-    progress,
+    segmenter.sam2, segmenter.refiner, segmenter.refinement, slices, prompts, progress
   )
   return Segmentation(segmenter, prepared, made, results)
 
 
-def run_generator(
-  segmenter: Segmenter, prepared: Prepared, report: Report = silent
-) -> Generated:
+def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = silent) -> Generated:
   """The generator over a prepared volume, and the first stage's prompts from it."""
   plan, config = segmenter.plan, segmenter.inference
   organs, regions = len(plan.labels.structures), plan.labels.regions
@@ -171,10 +160,8 @@ def run_generator(
     Progress("generator, windows", report),
   )
   for where, slab in slabs:
-    odds = _log_odds(slab, regions)
     winner = None if regions else slab.argmax(axis=-1)
-    for organ in range(organs):
-      mine = odds[organ]
+    for organ, mine in enumerate(_log_odds(slab, regions)):
       log_odds[organ, where] = mine
       logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
       mask = mine > 0 if winner is None else winner == organ + 1
@@ -186,12 +173,12 @@ def run_generator(
 
 def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
   """Boxes float32 [K, D, 4] in pixels of the S x S image and presence bool [K, D] of the truth."""
-  member = segmenter.plan.labels.membership
-  found = []
-  for organ in range(member.shape[1]):
-    mine = np.isin(atoms, np.flatnonzero(member[:, organ]))
-    found.append(scaled_boxes(mine, segmenter.sam2.config.image_size, 0.0))
-  return np.stack([boxes for boxes, _ in found]), np.stack([present for _, present in found])
+  side = segmenter.sam2.config.image_size
+  boxes, present = zip(*(
+    scaled_boxes(np.isin(atoms, np.flatnonzero(members)), side, 0.0)
+    for members in segmenter.plan.labels.membership.T
+  ), strict=True)
+  return np.stack(boxes), np.stack(present)
 
 
 def sam_slices(segmenter: Segmenter, prepared: Prepared, slices: np.ndarray) -> np.ndarray:

@@ -51,15 +51,12 @@ def predict_slabs(
   """Logits of a volume of any size, in slabs along D.
 
   Args:
-    forward: [batch_size, pd, ph, pw, C] float32 to logits [batch_size, pd, ph, pw, K]; always
-      called with this one shape, so that it is compiled once.
-    image: [C, D, H, W]. Where it is smaller than the patch it is padded with zeros on both sides
-      (zero is the mean after normalisation).
-    patch: pd, ph, pw.
+    forward: float32 [batch_size, *patch, C] to logits [batch_size, *patch, K]; always called with
+      this one shape, so that it is compiled once.
+    image: [C, D, H, W]; padded with zeros, the mean after normalisation, to the patch's size.
     overlap: least share of a window that its neighbour covers too, in [0, 1).
     batch_size: windows per call.
-    mirror_axes: axes (0 = D, 1 = H, 2 = W) along which predictions of mirrored windows are
-      averaged in; every one of them doubles the time.
+    mirror_axes: of D, H, W, along which mirrored windows are averaged in; each doubles the time.
     reversed_axes: axes along which windows and padding lie as they would in the mirrored volume;
       of odd sizes that is one voxel away.
     progress: called with (windows done, windows in all).
@@ -67,34 +64,23 @@ def predict_slabs(
   Yields:
     (slice along D, float32 [d, H, W, K]), in order and without gaps. The array is the receiver's.
   """
-  shape = image.shape[1:]
-  pads = [max(p - size, 0) for p, size in zip(patch, shape, strict=True)]
-  margins = [(pad // 2, pad - pad // 2) for pad in pads]
-  margins = [m[::-1] if axis in reversed_axes else m for axis, m in enumerate(margins)]
-  if any(pads):
-    image = np.pad(image, [(0, 0), *margins])
+  image, inside = _padded(image, patch, reversed_axes)
   depth, height, width = image.shape[1:]
-  starts = [window_starts(size, p, overlap) for size, p in zip(image.shape[1:], patch, strict=True)]
-  for axis in reversed_axes:
-    starts[axis] = [image.shape[1 + axis] - patch[axis] - s for s in reversed(starts[axis])]
-  weight_d, weight_h, weight_w = (importance(p) for p in patch)
-  weight = weight_d[:, None, None] * weight_h[:, None] * weight_w
+  starts = _grid(image.shape[1:], patch, overlap, reversed_axes)
   # Windows form a grid, so the sum of their weights is a product of sums along the axes.
-  total_d, total_h, total_w = (
-    total_importance(size, p, s) for size, p, s in zip(image.shape[1:], patch, starts, strict=True)
-  )
+  total_d, total_h, total_w = map(total_importance, image.shape[1:], patch, starts)
   total_hw = (total_h[:, None] * total_w)[..., None]
-  inside = tuple(slice(m[0], m[0] + size) for m, size in zip(margins, shape, strict=True))
+  weight_d, weight_h, weight_w = (importance(p) for p in patch)
+  weight = (weight_d[:, None, None] * weight_h[:, None] * weight_w)[..., None]
 
   def finished(begin: int, rows: np.ndarray) -> tuple[slice, np.ndarray]:
     rows /= total_d[begin : begin + len(rows), None, None, None]
     rows /= total_hw
     # Only a volume of one row of windows is padded along D, so its slab is cut, never empty.
-    rows = rows[inside[0]] if pads[0] else rows
+    rows = rows[inside[0]] if depth == patch[0] else rows
     return slice(begin, begin + len(rows)), rows[:, inside[1], inside[2]]
 
-  sums: np.ndarray | None = None
-  top = 0
+  sums, top = None, 0
   windows = list(itertools.product(starts[0], starts[1], starts[2]))
   progress(0, len(windows))
   found = _run(forward, image, windows, patch, batch_size, mirror_axes)
@@ -108,10 +94,32 @@ def predict_slabs(
       done, sums = sums[: d - top], rest
       yield finished(top, done)
       top = d
-    sums[:, h : h + patch[1], w : w + patch[2]] += logits * weight[..., None]
+    sums[:, h : h + patch[1], w : w + patch[2]] += logits * weight
     progress(number, len(windows))
   assert sums is not None
   yield finished(top, sums[: depth - top])
+
+
+def _grid(
+  shape: Sequence[int], patch: Sequence[int], overlap: float, reversed_axes: Sequence[int]
+) -> list[list[int]]:
+  """Where windows begin along each axis."""
+  starts = [window_starts(size, p, overlap) for size, p in zip(shape, patch, strict=True)]
+  for axis in reversed_axes:
+    starts[axis] = [shape[axis] - patch[axis] - s for s in reversed(starts[axis])]
+  return starts
+
+
+def _padded(
+  image: np.ndarray, patch: Sequence[int], reversed_axes: Sequence[int]
+) -> tuple[np.ndarray, list[slice]]:
+  """An image of the patch's size at least, and where the given one lies in it."""
+  shape = image.shape[1:]
+  pads = [max(p - size, 0) for p, size in zip(patch, shape, strict=True)]
+  margins = [(pad // 2, pad - pad // 2) for pad in pads]
+  margins = [m[::-1] if axis in reversed_axes else m for axis, m in enumerate(margins)]
+  inside = [slice(m[0], m[0] + size) for m, size in zip(margins, shape, strict=True)]
+  return np.pad(image, [(0, 0), *margins]) if any(pads) else image, inside
 
 
 def _run(
@@ -124,26 +132,23 @@ def _run(
 ) -> Iterator[tuple[Window, np.ndarray]]:
   """Logits [pd, ph, pw, K] of every window, in order; one batch is computed ahead."""
 
+  flips = [
+    tuple(axis + 1 for axis in axes)
+    for n in range(1, len(mirror_axes) + 1)
+    for axes in itertools.combinations(mirror_axes, n)
+  ]
+
   def predict(batch: Sequence[Window]) -> jax.Array:
     parts = [image[:, d : d + patch[0], h : h + patch[1], w : w + patch[2]] for d, h, w in batch]
     parts += [parts[-1]] * (batch_size - len(parts))
     patches = np.ascontiguousarray(np.stack(parts).transpose(0, 2, 3, 4, 1), np.float32)
-    flips = [
-      tuple(axis + 1 for axis in axes)
-      for n in range(len(mirror_axes) + 1)
-      for axes in itertools.combinations(mirror_axes, n)
-    ]
     total = forward(patches)
-    for axes in flips[1:]:
+    for axes in flips:
       total = total + jnp.flip(forward(np.ascontiguousarray(np.flip(patches, axes))), axes)
-    return total / len(flips)
+    return total / (len(flips) + 1)
 
-  waiting: tuple[Sequence[Window], jax.Array] | None = None
-  for begin in range(0, len(windows), batch_size):
-    batch = windows[begin : begin + batch_size]
-    started = (batch, predict(batch))
-    if waiting is not None:
-      yield from zip(waiting[0], np.asarray(waiting[1], np.float32), strict=False)
-    waiting = started
-  if waiting is not None:
-    yield from zip(waiting[0], np.asarray(waiting[1], np.float32), strict=False)
+  batches = [windows[begin : begin + batch_size] for begin in range(0, len(windows), batch_size)]
+  started = predict(batches[0])
+  for batch, following in zip(batches, [*batches[1:], None], strict=True):
+    logits, started = started, predict(following) if following else started
+    yield from zip(batch, np.asarray(logits, np.float32), strict=False)

@@ -5,7 +5,7 @@ the API gives and `predict` writes as CASE.json.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -99,7 +99,8 @@ def structure_details(
     stages = []
     for stage, table in enumerate(tables):
       results = [found.results[stage - 1] for found in segmentations] if stage else []
-      iou, presence = _averaged([_of_cells(result, organ) for result in results])
+      said = [_of_cells(result, organ) for result in results]
+      iou, presence = _mean(iou for iou, _ in said), _mean(presence for _, presence in said)
       before, now = int(table[mine].sum()), int(table[:, mine].sum())
       both = int(table[np.ix_(mine, mine)].sum())
       dice = 2 * both / (before + now) if before + now else None
@@ -144,50 +145,43 @@ def _of_cells(result: StageResult, organ: int) -> tuple[float | None, float | No
   return float(iou), float(presence)
 
 
-def _averaged(
-  found: Sequence[tuple[float | None, float | None]]
-) -> tuple[float | None, float | None]:
-  """Means over runs, of those that make a statement."""
-  columns = [[x for x in column if x is not None] for column in zip(*found, strict=True)]
-  iou, presence = (float(np.mean(column)) if column else None for column in columns or ([], []))
-  return iou, presence
+def _mean(found: Iterable[float | None]) -> float | None:
+  """Over the runs that make a statement."""
+  known = [x for x in found if x is not None]
+  return float(np.mean(known)) if known else None
 
 
 def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> list[BoxDetails]:
   """The box on every slice of the file whose nearest prepared slice has one."""
-  prepared, axis = found.prepared, found.segmenter.plan.slice_axis
-  boxes, rows = _prompted(found, organ)
-  restore = prepared.restore
+  axis, restore = found.segmenter.plan.slice_axis, found.prepared.restore
+  prompted = _prompted(found, organ)
   points = np.zeros((restore.upper[axis] - restore.lower[axis], 3))
   points[:, axis] = np.arange(restore.lower[axis], restore.upper[axis])
   nearest = np.rint(restore.native_to_prepared(points)[:, 0]).astype(int)
   nearest = np.clip(nearest, 0, restore.prepared_shape[0] - 1)
   result = []
   for native, z in zip(points[:, axis], nearest, strict=True):
-    if int(z) not in boxes:
-      continue
-    slice_, box = _on_the_file(found, int(native), boxes[int(z)], geometry)
-    row = rows.get(int(z))
-    last = found.results[-1] if found.results else None
-    iou, presence = None, None
-    if last is not None and row is not None:
-      iou, presence = float(last.iou[row]), float(last.presence[row])
-    result.append(BoxDetails(slice_, box, iou, presence))
+    if int(z) in prompted:
+      box, iou, presence = prompted[int(z)]
+      result.append(BoxDetails(*_on_the_file(found, int(native), box, geometry), iou, presence))
   return sorted(result, key=lambda box: box.slice)
 
 
-def _prompted(found: Segmentation, organ: int) -> tuple[dict[int, np.ndarray], dict[int, int]]:
-  """Boxes (pixels of the S x S image) of one organ by prepared slice, and their rows of the result.
+def _prompted(
+  found: Segmentation, organ: int
+) -> dict[int, tuple[np.ndarray, float | None, float | None]]:
+  """By prepared slice, one organ's box (pixels of the S x S image), predicted IoU and presence.
 
-  Without stages they are the generator's.
+  Without stages the boxes are the generator's.
   """
   if not found.results:
     prompts = found.generated.prompts
-    return {int(z): prompts.boxes[organ, z] for z in np.flatnonzero(prompts.has_box[organ])}, {}
+    slices = np.flatnonzero(prompts.has_box[organ])
+    return {int(z): (prompts.boxes[organ, z], None, None) for z in slices}
   last = found.results[-1]
-  rows = {int(last.cells[row, 1]): int(row) for row in np.flatnonzero(
-    (last.cells[:, 0] == organ) & last.has_box)}
-  return {z: last.boxes[row] for z, row in rows.items()}, rows
+  rows = np.flatnonzero((last.cells[:, 0] == organ) & last.has_box)
+  return {int(last.cells[row, 1]): (last.boxes[row], float(last.iou[row]),
+                                    float(last.presence[row])) for row in rows}
 
 
 def _on_the_file(

@@ -20,7 +20,13 @@ from rfmedsam2_jax.base.progress import Progress, Report
 from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.data.datasets import Case
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.data.pipeline import RunConfig, generator_batches, refiner_batches
+from rfmedsam2_jax.data.pipeline import (
+  BatchConfig,
+  Cases,
+  RunConfig,
+  generator_batches,
+  refiner_batches,
+)
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.preprocessing import Prepared, load_case
 from rfmedsam2_jax.data.run_folder import RunFolder, versions
@@ -181,16 +187,11 @@ def train_generator(
 
     def batches_from(rows: Sequence[int], start: int) -> Any:
       return generator_batches(
-        run / "preprocessed",
-        train,
+        Cases(run / "preprocessed", train, config.seed),
         plan.patch_size,
-        settings.batch_size,
         settings.augmentation,
-        config.seed,
         settings.oversample_foreground,
-        rows=rows,
-        start=start,
-        loader=config.data.loader,
+        BatchConfig(settings.batch_size, rows, start, config.data.loader),
       )
 
     _train_network(
@@ -284,8 +285,7 @@ def _refiner_batches(
 ) -> Any:
   settings = config.refiner
   return refiner_batches(
-    run / "preprocessed",
-    train,
+    Cases(run / "preprocessed", train, config.seed, run / "prompts"),
     RunConfig(
       image_size=config.sam2.image_size,
       slices=settings.slices,
@@ -295,14 +295,9 @@ def _refiner_batches(
       oversample_foreground=settings.oversample_foreground,
     ),
     plan.labels.membership,
-    batch_size,
     settings.augmentation,
     settings.corruption,
-    config.seed,
-    prompts=run / "prompts",
-    rows=rows,
-    start=start,
-    loader=config.data.loader,
+    BatchConfig(batch_size, rows, start, config.data.loader),
   )
 
 

@@ -19,7 +19,14 @@ from rfmedsam2_jax.data.augmentation import (
   sample_patch,
 )
 from rfmedsam2_jax.data.datasets import Labels, Structure
-from rfmedsam2_jax.data.pipeline import LoaderConfig, RunConfig, generator_batches, refiner_batches
+from rfmedsam2_jax.data.pipeline import (
+  BatchConfig,
+  Cases,
+  LoaderConfig,
+  RunConfig,
+  generator_batches,
+  refiner_batches,
+)
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore, save_case
 from rfmedsam2_jax.data.prompt_mistakes import (
   NO_CORRUPTION,
@@ -69,22 +76,22 @@ CASES = ("case0", "case1", "case2")
 
 
 def patches(folder, augmentation=None, **options):
-  options = {"batch_size": 2, "seed": 7, **options}
+  seed, size = options.pop("seed", 7), options.pop("batch_size", 2)
   return generator_batches(
-    folder, CASES, PATCH, augmentation=augmentation or AugmentationConfig(), **options
+    Cases(folder, CASES, seed), PATCH, augmentation or AugmentationConfig(), 0.33,
+    BatchConfig(size, **options),
   )
 
 
 def runs(folder, augmentation=None, corruption=None, run=RUN, **options):
-  options = {"batch_size": 2, "seed": 7, "prompts": folder / "prompts", **options}
+  names, seed = options.pop("cases", CASES), options.pop("seed", 7)
   return refiner_batches(
-    folder,
-    options.pop("cases", CASES),
+    Cases(folder, names, seed, options.pop("prompts", folder / "prompts")),
     run,
     LABELS.membership,
-    augmentation=augmentation or AugmentationConfig(),
-    corruption=corruption or PromptCorruptionConfig(),
-    **options,
+    augmentation or AugmentationConfig(),
+    corruption or PromptCorruptionConfig(),
+    BatchConfig(options.pop("batch_size", 2), **options),
   )
 
 
@@ -174,7 +181,8 @@ def test_untransformed_patches_are_cut_out_bit_for_bit(store):
   np.testing.assert_array_equal(patch, volume[3:11, 0:24, 0:24][:, ::-1])
   # A volume that is smaller than the patch lies in its middle, in zeros.
   small = np.load(store / "case2_image.npy")[0]
-  iterator = generator_batches(store, ["case2"], (8, 34, 34), 1, NO_AUGMENTATION, seed=0)
+  cases = Cases(store, ["case2"], seed=0)
+  iterator = generator_batches(cases, (8, 34, 34), NO_AUGMENTATION, 0.33, BatchConfig(1))
   patch = next(iterator)["image"][0, ..., 0]
   np.testing.assert_array_equal(patch[1:6, 2:32, 2:32], small)
   assert patch.sum() == pytest.approx(small.sum())
@@ -216,9 +224,8 @@ def test_foreground_share_and_every_case_once_per_epoch(store):
   folder = store / "corner"
   for name in ("a", "b", "c"):
     store_case(folder, name, empty[None] + ord(name), atoms)
-  iterator = generator_batches(
-    folder, ["a", "b", "c"], (4, 16, 16), 1, NO_AUGMENTATION, seed=0, oversample_foreground=0.5
-  )
+  cases = Cases(folder, ["a", "b", "c"], seed=0)
+  iterator = generator_batches(cases, (4, 16, 16), NO_AUGMENTATION, 0.5, BatchConfig(1))
   batches = list(itertools.islice(iterator, 24))
   seen = [chr(int(b["image"].max())) for b in batches]
   epochs = ["".join(seen[i : i + 3]) for i in range(0, 24, 3)]

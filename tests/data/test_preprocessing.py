@@ -42,7 +42,7 @@ from rfmedsam2_jax.data.plan import (
 from rfmedsam2_jax.data.preprocessing import (
   Restore,
   load_case,
-  prepare_label,
+  prepare_atoms,
   preprocess,
   save_case,
   stored_cases,
@@ -204,7 +204,7 @@ def test_labels_take_the_largest_share_and_keep_what_is_ignored(tmp_path):
   label[:3] = 3
   plan = make_plan(fingerprint([(1.0,) * 3], [label.shape]), PlanConfig(spacing=(0.7, 0.8, 0.6)))
   prepared = preprocess(volume_of(tmp_path, label + 1.0, (1.0,) * 3), plan)
-  atoms = prepare_label(label, plan, prepared.restore)
+  atoms = prepare_atoms(plan.labels.to_atoms(label), plan, prepared.restore)
   shares = [itk_resample((label == v).astype(np.float32), (1.0,) * 3, atoms.shape, sitk.sitkLinear)
             for v in range(4)]
   expected = np.array([0, 1, 2, IGNORED])[np.argmax(shares, axis=0)]
@@ -213,7 +213,7 @@ def test_labels_take_the_largest_share_and_keep_what_is_ignored(tmp_path):
   assert decided.mean() > 0.95
   np.testing.assert_array_equal(atoms[decided], expected[decided])
   with pytest.raises(UserError, match="label.nii: labels 9 are not in dataset.json"):
-    prepare_label((label > 0) * 9, plan, prepared.restore, "label.nii")
+    prepare_atoms(plan.labels.to_atoms((label > 0) * 9, "label.nii"), plan, prepared.restore)
 
 
 def test_labels_do_not_mix_across_thick_slices(tmp_path):
@@ -221,7 +221,7 @@ def test_labels_do_not_mix_across_thick_slices(tmp_path):
   plan = make_plan(fingerprint([(5.0, 1.0, 1.0)], [label.shape]),
                    PlanConfig(spacing=(3.0, 0.8, 0.8)))
   prepared = preprocess(volume_of(tmp_path, label + 1.0, (5.0, 1.0, 1.0)), plan)
-  atoms = prepare_label(label, plan, prepared.restore)
+  atoms = prepare_atoms(plan.labels.to_atoms(label), plan, prepared.restore)
   source = np.floor((np.arange(10) + 0.5) * 0.6).astype(int)  # the slice that each one lies in
   for i, j in zip(range(9), range(1, 10), strict=True):
     assert np.array_equal(atoms[i], atoms[j]) == (source[i] == source[j])
@@ -254,7 +254,7 @@ def test_a_stored_case_is_read_back_and_its_locations_lie_in_the_structures(tmp_
   label[2:18, 4:26, 4:26], label[5, 5, 5:8], label[0] = 1, 2, 3
   plan = make_plan(fingerprint([(1.0,) * 3], [label.shape]))
   prepared = preprocess(volume_of(tmp_path, smooth(label.shape), (1.0,) * 3), plan)
-  atoms = prepare_label(label, plan, prepared.restore)
+  atoms = prepare_atoms(plan.labels.to_atoms(label), plan, prepared.restore)
   for _ in range(2):
     save_case(tmp_path / "store", "case.1", prepared, atoms, plan.labels)
     save_case(tmp_path / "store", "plain", prepared, None, plan.labels)
@@ -366,5 +366,6 @@ def test_the_hippocampus_gets_nnunets_published_plan():
     volume, atoms = read_case(case, 1, data.labels)
     prepared = preprocess(volume, plan)
     label = load_label_map(case.label, volume.geometry)
-    np.testing.assert_array_equal(prepare_label(label, plan, prepared.restore), atoms)
+    prepared_atoms = prepare_atoms(plan.labels.to_atoms(label), plan, prepared.restore)
+    np.testing.assert_array_equal(prepared_atoms, atoms)
     np.testing.assert_allclose([prepared.image.mean(), prepared.image.std()], [0, 1], atol=1e-4)

@@ -1,0 +1,82 @@
+"""What a prediction was asked for, looked at before any network is loaded.
+
+In: a plan (of the run), and paths as a person gave them. Out: a `Request`, which
+segmentation.predict works through. Nothing here needs JAX.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data.datasets import Case, find_inputs, with_labels
+from rfmedsam2_jax.data.files import claim
+from rfmedsam2_jax.data.itk import simpleitk
+from rfmedsam2_jax.data.plan import Plan
+from rfmedsam2_jax.data.prompt_entries import PromptEntry, read_entries_by_case
+from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format
+
+Prompts = Literal["generated", "oracle", "given"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Cases in, label maps out.
+
+  Attributes:
+    cases: with label maps where prompts come from them.
+    entries: a person's boxes and points, by case.
+    targets: the label map of each case.
+  """
+
+  cases: Sequence[Case]
+  prompts: Prompts
+  entries: Mapping[str, Sequence[PromptEntry]]
+  out: Path
+  targets: Sequence[Path]
+
+
+def check_alike(plans: Sequence[Plan]) -> None:
+  """UserError unless the runs of these plans segment the same, so that they can be averaged."""
+  for other in plans[1:]:
+    if other.labels != plans[0].labels or len(other.channels) != len(plans[0].channels):
+      raise UserError("runs: were trained for other structures or channels; average like with like")
+
+
+def make_request(
+  plan: Plan,
+  inputs: Sequence[str | Path],
+  out: str | Path,
+  prompts: Prompts = "generated",
+  labels: str | Path | None = None,
+  given: str | Path | None = None,
+  overwrite: bool = False,
+  format: Format = "nifti",
+) -> Request:
+  """Finds what is asked for, and makes the folder `out`; arguments as those of `predict`.
+
+  Raises:
+    UserError: inputs, label maps or prompts that are missing or wrong, arguments that contradict
+      each other, results that exist (`ResultExists`), a format that cannot be written.
+  """
+  cases = find_inputs(inputs, len(plan.channels))
+  if prompts == "oracle" and labels is None:
+    raise UserError('prompts="oracle": needs labels, the folder of true label maps')
+  if prompts == "given" and labels is None and given is None:
+    raise UserError('prompts="given": needs given, a file of boxes and points, or labels, sparse '
+                    "label maps")
+  if prompts == "generated" and (labels is not None or given is not None):
+    raise UserError('labels and given: are read with prompts="oracle" or "given"; name one')
+  entries = {} if given is None else read_entries_by_case(given, plan.labels)
+  unknown = sorted(set(entries) - {case.identifier for case in cases})
+  if unknown:
+    raise UserError(f"{given}: case {unknown[0]} is not among the inputs; correct its name")
+  if labels is not None:
+    cases = with_labels(cases, labels)
+  out = Path(out)
+  targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
+  if format == "nrrd":
+    simpleitk("format nrrd")  # said now if it is missing
+  claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
+  return Request(cases, prompts, entries, out, targets)
