@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -92,9 +93,21 @@ def place_line(error: OSError, unnamed: str) -> str:
 
 
 def quiet_libraries() -> None:
-  """What they warn of is no news to who runs a command; errors are."""
+  """What they warn of is no news to who runs a command; errors are.
+
+  Of a damaged checkpoint the first file that cannot be read is raised. It ends Orbax's event loop
+  while others are still being read, whose tasks then fail by the dozen.
+  """
   for name in ("absl", "orbax", "jax"):
     logging.getLogger(name).setLevel(logging.ERROR)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", r"coroutine '\w+Handler\.", RuntimeWarning)
+  sys.unraisablehook = _unraisable
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _set_up_jax() -> None:

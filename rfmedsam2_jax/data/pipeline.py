@@ -13,9 +13,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import grain
 import numpy as np
-from absl import flags
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.augmentation import (
@@ -131,6 +129,8 @@ class _Samples:
 def _batches(
   sample, batch_size: int, rows: Sequence[int] | None, start: int, loader: LoaderConfig
 ):
+  import grain  # takes a second, and prediction does without
+
   rows = range(batch_size) if rows is None else [int(row) for row in rows]
   dataset = grain.MapDataset.source(_Samples(sample, batch_size, rows, start))
   dataset = dataset.batch(len(rows), drop_remainder=True)
@@ -139,6 +139,8 @@ def _batches(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=loader.prefetch)
   )
   if loader.workers:
+    from absl import flags
+
     # grain's worker processes read absl's flags, which only absl's own `app.run` parses.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()

@@ -1,18 +1,20 @@
 """The `shard` command: the steps of all phases on a mesh of devices that need not exist."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+import optax
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Report, silent
 from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.data.datasets import Labels, Structure
-from rfmedsam2_jax.data.plan import ChannelRule, Plan, pooling
+from rfmedsam2_jax.data.plan import ChannelRule, Plan, PlanConfig, pooling
 from rfmedsam2_jax.parallel.mesh import make_mesh
-from rfmedsam2_jax.training.phases import PHASES, PhaseName, check_batches
-from rfmedsam2_jax.training.state import init_state, make_optimizer
+from rfmedsam2_jax.training.phases import PHASES, Phase, PhaseName, check_batches
+from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer
 from rfmedsam2_jax.training.step import compile_step, make_step
 from rfmedsam2_jax.training.step_report import report_step
 
@@ -38,32 +40,29 @@ def shard(
     UserError: a mesh that these devices do not make, a batch that does not spread over it.
   """
   mesh = make_mesh(config.mesh)
-  plan = _plan_of_shapes(config, channels, structures)
-  made = [PHASES[name](config, plan) for name in phases]
-  check_batches({phase.name: phase.settings for phase in made}, mesh)
-  for phase in made:
+  plan = _plan_of_shapes(config.plan, channels, structures)
+  check_batches(config, phases, mesh)
+  for phase in [PHASES[name](config, plan) for name in phases]:
     settings = phase.settings
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
     optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-    state = jax.eval_shape(
-      lambda key, phase=phase, optimizer=optimizer: init_state(
-        phase.init(key), phase.patterns, optimizer, key
-      ),
-      jax.random.key(0),
-    )
+    fresh = functools.partial(_fresh, phase, optimizer)
+    state = jax.eval_shape(fresh, jax.random.key(0))
     step = make_step(phase.loss, optimizer, settings.optimizer, mesh, settings.microbatches)
-    report_step(
-      phase.name, compile_step(step, state, mesh), state, phase.batch, mesh, report, compiles
-    )
+    report_step(phase, compile_step(step, state, mesh), state, mesh, report, compiles)
 
 
-def _plan_of_shapes(config: Config, channels: int, structures: int) -> Plan:
+def _fresh(phase: Phase, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+  return init_state(phase.init(key), phase.patterns, optimizer, key)
+
+
+def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
   """A plan that has the sizes of a real one."""
-  patch, spacing = config.plan.patch_size, config.plan.spacing or (1.0, 1.0, 1.0)
+  patch, spacing = config.patch_size, config.spacing or (1.0, 1.0, 1.0)
   if patch is None:
     raise UserError("plan.patch_size: is left to the data set, which is not read here; give it, as "
                     "in plan.patch_size=[96,160,160]")
-  strides, kernels, size = pooling(np.array(spacing), np.array(patch), config.plan.poolings)
+  strides, kernels, size = pooling(np.array(spacing), np.array(patch), config.poolings)
   labels = Labels(
     tuple(Structure(f"structure {k}", (k,)) for k in range(1, structures + 1)), False,
     tuple(range(1, structures + 1)),
