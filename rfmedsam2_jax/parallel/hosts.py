@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -21,6 +21,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from rfmedsam2_jax.base.errors import RESUME, UserError
+from rfmedsam2_jax.base.progress import Progress
 
 T = TypeVar("T")
 
@@ -164,6 +165,16 @@ def together() -> Iterator[None]:
     raise error
   if messages:
     raise UserError(messages[0])
+
+
+def each(items: Sequence[T], work: Callable[[T], object], progress: Progress) -> None:
+  """Does some work on every item, each process on its share; then they wait for each other."""
+  with together():
+    mine = share(items)
+    progress(0, len(mine))
+    for done, item in enumerate(mine, 1):
+      work(item)
+      progress(done, len(mine))
 
 
 def gather(value: T) -> list[T]:

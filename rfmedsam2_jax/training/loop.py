@@ -52,7 +52,6 @@ def train_phase(
   training: Training,
   phase: Phase,
   state: TrainState,
-  step_fn: Any,
   cases: Sequence[str],
   validate: Validate | None = None,
 ) -> TrainState:
@@ -60,7 +59,6 @@ def train_phase(
 
   Args:
     state: fresh, laid out on the mesh.
-    step_fn: jitted (state, batch) -> (state, metrics), with the state donated.
     cases: identifiers of those that batches are made of.
     validate: called every `loop.validate_every` steps.
 
@@ -81,8 +79,8 @@ def train_phase(
     run.forget_after(name, start)
     if start >= loop.steps:
       return state
-    with listening() as stopping:
-      compiled = _compiled(training, phase, state, step_fn)
+    with listening() as stop_after:
+      compiled = _compiled(training, phase, state)
       log = _Log(training, phase, range(start + 1, loop.steps + 1), flops_of(compiled), ranking)
       with contextlib.closing(log):
         steps = _steps(training, phase, state, compiled, cases, log)
@@ -91,7 +89,7 @@ def train_phase(
           if validate and loop.validate_every and step % loop.validate_every == 0:
             log.check(step)
             score = log.validation(step, *validate(state, step))
-          asked, last = stopping.asked(step), step == loop.steps
+          asked, last = stop_after(step), step == loop.steps
           if asked or last or score is not None or step % loop.checkpoint_every == 0:
             log.check(step)
             checkpoints.save(step, state, score)
@@ -102,10 +100,11 @@ def train_phase(
   return state
 
 
-def _compiled(training: Training, phase: Phase, state: TrainState, step_fn: Any) -> Any:
+def _compiled(training: Training, phase: Phase, state: TrainState) -> Any:
   began = time.monotonic()
   training.report(f"{phase.name}: compiling the training step")
-  compiled = step_fn.lower(state, batch_shapes(phase.batch, training.mesh)).compile()
+  step = phase.step(state, training.mesh)
+  compiled = step.lower(state, batch_shapes(phase.batch, training.mesh)).compile()
   training.report(f"{phase.name}: compiled in {time.monotonic() - began:.0f} s")
   return compiled
 

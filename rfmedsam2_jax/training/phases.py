@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from rfmedsam2_jax.config.experiment import Config
@@ -24,8 +25,14 @@ from rfmedsam2_jax.model import Network, generator_network, init_generator
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel.mesh import check_batch
-from rfmedsam2_jax.training.state import with_frozen_as
-from rfmedsam2_jax.training.step import Loss, generator_loss_fn, refiner_loss_fn
+from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer, with_frozen_as
+from rfmedsam2_jax.training.step import (
+  Loss,
+  compile_step,
+  generator_loss_fn,
+  make_step,
+  refiner_loss_fn,
+)
 from rfmedsam2_jax.weights.checkpoint import config_json
 from rfmedsam2_jax.weights.generator import generator_json
 
@@ -66,6 +73,20 @@ class Phase(NamedTuple):
   def config_key(self) -> str:
     """Where its settings lie in the config."""
     return CONFIG_KEYS[self.name]
+
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
+    return make_optimizer(self.settings.optimizer, self.settings.loop.steps)
+
+  def start(self, params: Params, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    return init_state(params, self.patterns, self.optimizer, key)
+
+  def step(self, state: TrainState, mesh: Mesh) -> Any:
+    """The jitted step (state, batch) -> (state, metrics), see training.step.compile_step."""
+    settings = self.settings
+    step = make_step(self.loss, self.optimizer, settings.optimizer, mesh, settings.microbatches)
+    return compile_step(step, state, mesh)
 
 
 def phase_names(config: Config) -> list[PhaseName]:

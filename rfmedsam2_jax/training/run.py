@@ -33,6 +33,7 @@ from rfmedsam2_jax.data.splits import (
   save_split,
 )
 from rfmedsam2_jax.model import untrained
+from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import make_mesh
@@ -77,11 +78,8 @@ def train(
            f"{jax.local_device_count()}: they stay")
   mesh = make_mesh(config.mesh)
   check_batches(config, phase_names(config), mesh)
-  if (source := config.refiner.init_from) and not resume:
-    check_starting_point(source, config.sam2)
-    if Path(source).absolute().is_relative_to(Path(out).absolute()):
-      raise UserError(
-        f"{source}: lies in the run that is to be written; train into another folder")
+  if config.refiner.init_from and not resume:
+    _check_source(config.refiner.init_from, config.sam2, out)
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
       report = silent
@@ -114,6 +112,12 @@ def train(
     result = validate_run(run, segmenter, held_out, report)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
     return result
+
+
+def _check_source(source: str, config: SAM2Config, out: str | Path) -> None:
+  check_starting_point(source, config)
+  if Path(source).absolute().is_relative_to(Path(out).absolute()):
+    raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
 
 
 def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Split:
@@ -196,14 +200,14 @@ def _preprocess(
 ) -> None:
   folder = run / "preprocessed"
   stored = set(stored_cases(folder)) if folder.is_dir() else set()
-  progress = Progress("preprocessing, cases", report)
-  with hosts.together():
-    mine = [case for case in hosts.share(cases) if case.identifier not in stored]
-    progress(0, len(mine))
-    for done, case in enumerate(mine, 1):
-      volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
-      assert atoms is not None, "training cases have labels"
-      prepared = preprocess(volume, plan)
-      save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
-                plan.labels, seed)
-      progress(done, len(mine))
+
+  def store(case: Case) -> None:
+    if case.identifier in stored:
+      return
+    volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
+    assert atoms is not None, "training cases have labels"
+    prepared = preprocess(volume, plan)
+    save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
+              plan.labels, seed)
+
+  hosts.each(cases, store, Progress("preprocessing, cases", report))

@@ -1,11 +1,9 @@
 """The `shard` command: the steps of all phases on a mesh of devices that need not exist."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-import optax
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Report, silent
@@ -13,9 +11,7 @@ from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.plan import ChannelRule, Plan, PlanConfig, pooling
 from rfmedsam2_jax.parallel.mesh import make_mesh
-from rfmedsam2_jax.training.phases import PHASES, Phase, PhaseName, check_batches
-from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer
-from rfmedsam2_jax.training.step import compile_step, make_step
+from rfmedsam2_jax.training.phases import PHASES, PhaseName, check_batches
 from rfmedsam2_jax.training.step_report import report_step
 
 
@@ -42,18 +38,11 @@ def shard(
   mesh = make_mesh(config.mesh)
   plan = _plan_of_shapes(config.plan, channels, structures)
   check_batches(config, phases, mesh)
+  key = jax.random.key(0)
   for phase in [PHASES[name](config, plan) for name in phases]:
-    settings = phase.settings
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
-    optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-    fresh = functools.partial(_fresh, phase, optimizer)
-    state = jax.eval_shape(fresh, jax.random.key(0))
-    step = make_step(phase.loss, optimizer, settings.optimizer, mesh, settings.microbatches)
-    report_step(phase, compile_step(step, state, mesh), state, mesh, report, compiles)
-
-
-def _fresh(phase: Phase, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-  return init_state(phase.init(key), phase.patterns, optimizer, key)
+    state = jax.eval_shape(lambda key, phase=phase: phase.start(phase.init(key), key), key)
+    report_step(phase, state, mesh, report, compiles)
 
 
 def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:

@@ -24,7 +24,6 @@ GIB = 2**30
 
 def report_step(
   phase: Phase,
-  step: Any,
   state: Any,
   mesh: Mesh,
   report: Callable[[str], None],
@@ -33,7 +32,6 @@ def report_step(
   """Reports one phase's step: decisions, bytes per device, collectives.
 
   Args:
-    step: to be compiled for `state`, see training.step.compile_step.
     state: a TrainState of jax.ShapeDtypeStruct.
     compiles: False leaves out what only the compiled step tells.
   """
@@ -61,7 +59,7 @@ def report_step(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     state, shardings(state, mesh),
   )
-  compiled = step.lower(placed, batch_shapes(phase.batch, mesh)).compile()
+  compiled = phase.step(state, mesh).lower(placed, batch_shapes(phase.batch, mesh)).compile()
   memory = compiled.memory_analysis()
   if memory is not None:
     report(f"  {'activations, others':22s} {memory.temp_size_in_bytes / GIB:9.4f}   (as compiled "

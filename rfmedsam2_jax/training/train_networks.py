@@ -31,15 +31,7 @@ from rfmedsam2_jax.segmentation.segmenter import Segmenter, run_generator
 from rfmedsam2_jax.training.checkpoints import latest_checkpoint
 from rfmedsam2_jax.training.loop import Training, train_phase
 from rfmedsam2_jax.training.phases import Phase
-from rfmedsam2_jax.training.state import (
-  TrainState,
-  init_state,
-  make_optimizer,
-  merge,
-  silenced_decoder,
-  with_frozen_as,
-)
-from rfmedsam2_jax.training.step import compile_step, make_step
+from rfmedsam2_jax.training.state import TrainState, merge, silenced_decoder, with_frozen_as
 from rfmedsam2_jax.training.validation import score_stages
 from rfmedsam2_jax.weights.checkpoint import read_config, starting_params
 from rfmedsam2_jax.weights.generator import check_generator_start
@@ -166,16 +158,11 @@ def _trained(
     return scores, save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
 
   if not run.params(phase.name).is_dir():
-    optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-    state = place(init_state(params, phase.patterns, optimizer, key), mesh)
+    state = place(phase.start(params, key), mesh)
     training.report(f"{phase.name}: {_count(params)} parameters, {_count(state.trained)} of them "
                     "trained")
-    step = make_step(phase.loss, optimizer, settings.optimizer, mesh, settings.microbatches)
-    state = train_phase(
-      training, phase, state, compile_step(step, state, mesh), cases,
-      validate if training.held_out else None,
-    )
-    _save(training, phase, final(state))
+    validating = validate if training.held_out else None
+    _save(training, phase, final(train_phase(training, phase, state, cases, validating)))
   return load_params(run.params(phase.name), shapes(segmenter, phase.network))
 
 
@@ -188,17 +175,15 @@ def write_prompts(
   run: RunFolder, segmenter: Segmenter, identifiers: Sequence[str], report: Report
 ) -> None:
   """The generator's mask logits of the refiner's cases, float16 [K, D, 4G, 4G] each."""
-  progress = Progress("prompts of the refiner's cases", report)
-  with hosts.together():
-    mine = [
-      name for name in hosts.share(identifiers) if not (run / "prompts" / f"{name}.npy").exists()
-    ]
-    progress(0, len(mine))
-    for done, identifier in enumerate(mine, 1):
-      path = run / "prompts" / f"{identifier}.npy"
-      case = load_case(run / "preprocessed", identifier)
-      prepared = Prepared(np.asarray(case.image), case.window, case.restore)
-      made = run_generator(segmenter, prepared, report)
-      with replacing(path) as temporary:
-        np.save(temporary, made.prompts.logits)
-      progress(done, len(mine))
+
+  def write(identifier: str) -> None:
+    path = run / "prompts" / f"{identifier}.npy"
+    if path.exists():
+      return
+    case = load_case(run / "preprocessed", identifier)
+    prepared = Prepared(np.asarray(case.image), case.window, case.restore)
+    made = run_generator(segmenter, prepared, report)
+    with replacing(path) as temporary:
+      np.save(temporary, made.prompts.logits)
+
+  hosts.each(identifiers, write, Progress("prompts of the refiner's cases", report))

@@ -24,26 +24,26 @@ def score_stages(
   segmenter: Segmenter, cases: Sequence[Case], report: Report
 ) -> tuple[list[Scores], SheetCase | None]:
   """Scores of every stage, and the first of this process's cases to be looked at."""
-  labels, shown = segmenter.plan.labels, None
+  labels = segmenter.plan.labels
+  shown: SheetCase | None = None
   found: list[dict[str, dict[str, Score]]] = [{} for _ in range(segmenter.stages)]
-  progress = Progress("validation, cases", report)
-  with hosts.together():
-    mine = hosts.share(cases)
-    progress(0, len(mine))
-    for done, case in enumerate(mine, 1):
-      volume, truth, maps = stage_maps(segmenter, case, report)
-      spacing = volume.geometry.spacing
-      for scores, guess in zip(found, maps, strict=True):
-        scores[case.identifier] = evaluate_arrays(
-          guess, truth, spacing, labels.structures, labels.ignore
-        )
-      if shown is None:
-        stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
-        shown = SheetCase(
-          case.identifier, volume.array[0], truth, stages, spacing,
-          slice_axis=segmenter.plan.slice_axis,
-        )
-      progress(done, len(mine))
+
+  def score(case: Case) -> None:
+    nonlocal shown
+    volume, truth, maps = stage_maps(segmenter, case, report)
+    spacing = volume.geometry.spacing
+    for scores, guess in zip(found, maps, strict=True):
+      scores[case.identifier] = evaluate_arrays(
+        guess, truth, spacing, labels.structures, labels.ignore
+      )
+    if shown is None:
+      stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
+      shown = SheetCase(
+        case.identifier, volume.array[0], truth, stages, spacing,
+        slice_axis=segmenter.plan.slice_axis,
+      )
+
+  hosts.each(cases, score, Progress("validation, cases", report))
   # By stage, of all processes, in the order of the cases.
   of_stages = [
     {name: scores for part in parts for name, scores in part.items()}
