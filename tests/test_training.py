@@ -176,9 +176,9 @@ def test_the_demos_run_killed_by_sigkill_in_each_phase_resumes_to_the_same_bits(
 def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypatch):
   seen, original = {}, networks.train_phase
 
-  def watched(training, phase, state, cases, *rest):
+  def watched(training, phase, segmenter, cases, state):
     seen[phase.name] = set(cases)
-    return original(training, phase, state, cases, *rest)
+    return original(training, phase, segmenter, cases, state)
 
   monkeypatch.setattr(networks, "train_phase", watched)
   run = tmp_path / "run"

@@ -1,10 +1,10 @@
 """The training loop of a phase: step n + 1 is dispatched before the metrics of step n are read."""
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +15,17 @@ from rfmedsam2_jax.base.errors import Stopped, UserError
 from rfmedsam2_jax.base.progress import Progress, Report, duration
 from rfmedsam2_jax.data.datasets import Case
 from rfmedsam2_jax.data.run_folder import RunFolder
-from rfmedsam2_jax.evaluation.scores import Scores
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import batch_shapes, local_rows, place_batch
+from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
+from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
 from rfmedsam2_jax.training.phases import Phase
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
 from rfmedsam2_jax.training.telemetry import Telemetry
-from rfmedsam2_jax.training.validation import Ranking
-
-# (state, step): the scores of all stages, and a picture if this process has one.
-Validate = Callable[[TrainState, int], tuple[list[Scores], Path | None]]
+from rfmedsam2_jax.training.validation import Ranking, score_stages
 
 
 class Training(NamedTuple):
@@ -49,18 +47,14 @@ class Training(NamedTuple):
 
 
 def train_phase(
-  training: Training,
-  phase: Phase,
-  state: TrainState,
-  cases: Sequence[str],
-  validate: Validate | None = None,
+  training: Training, phase: Phase, segmenter: Segmenter, cases: Sequence[str], state: TrainState
 ) -> TrainState:
-  """Trains until the phase has had its steps, from the newest checkpoint where there is one.
+  """Trains until the phase has had its steps, from its newest checkpoint where there is one.
 
   Args:
-    state: fresh, laid out on the mesh.
+    segmenter: with the networks that are trained already, for validation.
     cases: identifiers of those that batches are made of.
-    validate: called every `loop.validate_every` steps.
+    state: before the first step, laid out on the mesh.
 
   Raises:
     UserError: the loss is not finite.
@@ -77,26 +71,27 @@ def train_phase(
       state = checkpoints.restore(start, state)
       training.report(f"{name}: resumed at step {start} of {loop.steps}")
     run.forget_after(name, start)
-    if start >= loop.steps:
+    if start == loop.steps:
       return state
-    with listening() as stop_after:
+    with listening() as stop_after, contextlib.ExitStack() as stack:
       compiled = _compiled(training, phase, state)
-      log = _Log(training, phase, range(start + 1, loop.steps + 1), flops_of(compiled), ranking)
-      with contextlib.closing(log):
-        steps = _steps(training, phase, state, compiled, cases, log)
-        for step, state in steps:
-          score = None
-          if validate and loop.validate_every and step % loop.validate_every == 0:
-            log.check(step)
-            score = log.validation(step, *validate(state, step))
-          asked, last = stop_after(step), step == loop.steps
-          if asked or last or score is not None or step % loop.checkpoint_every == 0:
-            log.check(step)
-            checkpoints.save(step, state, score)
-          if asked and not last:
-            checkpoints.wait()
-            raise Stopped(f"{run.path}: stopped by SIGTERM; the {name} is saved at step {step} of "
-                          f"{loop.steps}, resume it")
+      log = _Log(training, phase, start, flops_of(compiled), ranking)
+      stack.callback(log.telemetry.close)
+      steps = _steps(training, phase, state, compiled, cases, log)
+      for step, state in steps:
+        score = None
+        if training.held_out and loop.validate_every and step % loop.validate_every == 0:
+          log.check(step)
+          networks: Any = {phase.network: phase.final(state, training.mesh)}
+          score = log.validation(step, dataclasses.replace(segmenter, **networks))
+        asked, last = stop_after(step), step == loop.steps
+        if asked or last or score is not None or step % loop.checkpoint_every == 0:
+          log.check(step)
+          checkpoints.save(step, state, score)
+        if asked and not last:
+          checkpoints.wait()
+          raise Stopped(f"{run.path}: stopped by SIGTERM; the {name} is saved at step {step} of "
+                        f"{loop.steps}, resume it")
   return state
 
 
@@ -115,8 +110,8 @@ def _steps(
 ) -> Iterator[tuple[int, TrainState]]:
   """The steps of a log, each with the state behind it."""
   rows = local_rows(training.mesh, phase.settings.batch_size)
-  batches = phase.batches(training.run.path, cases, rows, log.steps.start - 1)
-  for done, step in enumerate(log.steps):
+  batches = phase.batches(training.run.path, cases, rows, log.start)
+  for done, step in enumerate(range(log.start + 1, log.stop + 1)):
     batch = dict(next(batches))
     drawn = [cases[i] for i in batch.pop("case")]
     log.telemetry.before(done)
@@ -133,13 +128,13 @@ class _Log:
   """
 
   def __init__(
-    self, training: Training, phase: Phase, steps: range, flops: float, ranking: Ranking
+    self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking
   ):
-    self.steps = steps
+    self.start, self.stop = start, phase.settings.loop.steps
     self.telemetry = Telemetry(training.run, phase.name, phase.samples, flops, training.profile)
     self._training, self._phase, self._ranking = training, phase, ranking
     self._progress = Progress(f"{phase.name}: step", training.report)
-    self._progress(steps.start - 1, steps.stop - 1)
+    self._progress(start, self.stop)
     self._began = time.monotonic()
     self._kept: list[tuple[int, dict[str, jax.Array], list[str]]] = []
     self._checked = 0
@@ -149,15 +144,14 @@ class _Log:
     self._kept.append((step, metrics, drawn))
     # Waits for the step before, not for this one: the device always has work.
     self.check(step - 1)
-    last = self.steps.stop - 1
-    self._progress(step, last)
-    if step % self._phase.settings.loop.log_every == 0 or step == last:
+    self._progress(step, self.stop)
+    if step % self._phase.settings.loop.log_every == 0 or step == self.stop:
       self.check(step)
-      rate = (step - self.steps.start + 1) / max(time.monotonic() - self._began, 1e-6)
+      rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
       values = self._means() | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
       self._write(step, values)
-      self._report(f"step {step}/{last}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
-                   f"{duration((last - step) / max(rate, 1e-6))} left")
+      self._report(f"step {step}/{self.stop}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
+                   f"{duration((self.stop - step) / max(rate, 1e-6))} left")
 
   def check(self, step: int) -> None:
     """Waits for the steps up to `step`.
@@ -171,18 +165,19 @@ class _Log:
         self._fail(number, drawn)
       self._checked += 1
 
-  def validation(self, step: int, stages: Sequence[Scores], picture: Path | None) -> float:
+  def validation(self, step: int, segmenter: Segmenter) -> float:
     """Tells the mean Dice of every stage and returns the last one's, which ranks checkpoints."""
+    run, some = self._training.run, self._phase.settings.loop.validation_cases
+    stages, shown = score_stages(segmenter, self._training.held_out[:some], self._training.report)
     dice = {f"stage{n} Dice": self._ranking.dice(scores) for n, scores in enumerate(stages)}
     self._write(step, {f"validation/{name}": x for name, x in dice.items()}, self._ranking.note)
-    if picture is not None:
-      self.telemetry.picture(step, "validation", picture)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in dice.items())
-    self._report(f"validation at step {step}: {shown}")
+    if run.writes and shown is not None:
+      path = run / "pictures" / f"{self._phase.name}-{step:06d}.png"
+      save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
+      self.telemetry.picture(step, "validation", path)
+    told = "  ".join(f"{name} {value:.4f}" for name, value in dice.items())
+    self._report(f"validation at step {step}: {told}")
     return list(dice.values())[-1]
-
-  def close(self) -> None:
-    self.telemetry.close()
 
   def _write(self, step: int, values: dict[str, float], note: Mapping[str, str] = {}) -> None:
     self._training.run.log(self._phase.name, step, {**values, **note})

@@ -25,7 +25,14 @@ from rfmedsam2_jax.model import Network, generator_network, init_generator
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel.mesh import check_batch
-from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer, with_frozen_as
+from rfmedsam2_jax.parallel.rules import whole
+from rfmedsam2_jax.training.state import (
+  TrainState,
+  init_state,
+  make_optimizer,
+  merge,
+  with_frozen_as,
+)
 from rfmedsam2_jax.training.step import (
   Loss,
   compile_step,
@@ -87,6 +94,11 @@ class Phase(NamedTuple):
     settings = self.settings
     step = make_step(self.loss, self.optimizer, settings.optimizer, mesh, settings.microbatches)
     return compile_step(step, state, mesh)
+
+  def final(self, state: TrainState, mesh: Mesh) -> Params:
+    """What is kept of a state: the averaged weights if there are any, and the frozen ones."""
+    kept = state.ema if self.settings.optimizer.ema_decay else state.trained
+    return whole(merge(kept, state.frozen), mesh)
 
 
 def phase_names(config: Config) -> list[PhaseName]:

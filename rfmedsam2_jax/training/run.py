@@ -57,13 +57,13 @@ def train(
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases.
 
+  Several processes that train one run call it within `parallel.hosts.watching`.
+
   Args:
     profile: leave a trace of a few steps of each phase in `profile/`.
 
   Returns:
     The content of validation.json; empty without validation cases.
-
-  Where several processes train one run, call it within `parallel.hosts.watching`.
 
   Raises:
     UserError: a folder in use or not to be overwritten, data that cannot be read, a loss that is
@@ -90,18 +90,15 @@ def train(
       run.write("versions.json", json.dumps(versions(), indent=1) + "\n")
     began = time.monotonic()
     plan = _plan(run, dataset, split, config.plan, report)
+    segmenter = untrained(config, plan)
     phases = {name: PHASES[name](config, plan) for name in ("generator", *phase_names(config))}
-    check_generator(run, config.generator, phases["generator"])
+    check_generator(run, phases["generator"])
     cases = {case.identifier: case for case in dataset.cases}
     _preprocess(run, [cases[name] for name in split.train], dataset, plan, config.seed, report)
     held_out = [cases[name] for name in split.validation]
     report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    about = json.loads(json.dumps({
-      "config": dataclasses.asdict(config), "labels": dataclasses.asdict(plan.labels),
-      "versions": versions(),
-    }))
+    about = _about(config, plan)
     training = Training(run, mesh, config.seed, held_out, about, report, profile)
-    segmenter = untrained(config, plan)
     segmenter = train_generator(training, phases["generator"], segmenter, for_generator)
     write_prompts(run, segmenter, for_refiner, report)
     segmenter = train_refiner(
@@ -112,6 +109,12 @@ def train(
     result = validate_run(run, segmenter, held_out, report)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
     return result
+
+
+def _about(config: Config, plan: Plan) -> dict[str, Any]:
+  """What the checkpoints of a run say of it."""
+  about = {"config": dataclasses.asdict(config), "labels": dataclasses.asdict(plan.labels)}
+  return json.loads(json.dumps(about | {"versions": versions()}))
 
 
 def _check_source(source: str, config: SAM2Config, out: str | Path) -> None:
@@ -138,11 +141,10 @@ def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Sp
 def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
   """The run's folder, in every process; the first one holds the lock and writes."""
   with contextlib.ExitStack() as stack:
+    run = RunFolder(out, writes=False)
     with hosts.together():
       if hosts.is_main():
         run = stack.enter_context(open_run(out, resume, overwrite))
-      else:
-        run = RunFolder(out, writes=False)
     yield run
 
 

@@ -6,9 +6,7 @@ the parts of a run in their order.
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,30 +14,27 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report
-from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
+from rfmedsam2_jax.config.training import RefinerConfig
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.preprocessing import Prepared, load_case
 from rfmedsam2_jax.data.run_folder import RunFolder
-from rfmedsam2_jax.evaluation.scores import Scores
 from rfmedsam2_jax.model import shapes
 from rfmedsam2_jax.nn import init_params
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel import hosts
-from rfmedsam2_jax.parallel.rules import place, whole
-from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
+from rfmedsam2_jax.parallel.rules import place
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, run_generator
 from rfmedsam2_jax.training.checkpoints import latest_checkpoint
 from rfmedsam2_jax.training.loop import Training, train_phase
 from rfmedsam2_jax.training.phases import Phase
-from rfmedsam2_jax.training.state import TrainState, merge, silenced_decoder, with_frozen_as
-from rfmedsam2_jax.training.validation import score_stages
+from rfmedsam2_jax.training.state import silenced_decoder, with_frozen_as
 from rfmedsam2_jax.weights.checkpoint import read_config, starting_params
 from rfmedsam2_jax.weights.generator import check_generator_start
 from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
 
 
 def _count(params: Any) -> str:
-  return f"{sum(math.prod(x.shape) for x in jax.tree.leaves(params)) / 1e6:.2f} M"
+  return f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.2f} M"
 
 
 def _begun(run: RunFolder, *phases: str) -> bool:
@@ -49,17 +44,18 @@ def _begun(run: RunFolder, *phases: str) -> bool:
   )
 
 
-def check_generator(run: RunFolder, config: GeneratorConfig, phase: Phase) -> None:
+def check_generator(run: RunFolder, phase: Phase) -> None:
   """Sees to it that the generator can start as the config says, without reading parameters.
 
   Raises:
     UserError: no checkpoint, one of another network or of other labels, or no steps from scratch.
   """
+  settings = phase.settings
   if _begun(run, phase.name):
     return
-  if config.init_from:
-    check_generator_start(config.init_from, phase.about["generator"])
-  elif not config.loop.steps:
+  if settings.init_from:
+    check_generator_start(settings.init_from, phase.about["generator"])
+  elif not settings.loop.steps:
     raise UserError("generator.loop.steps: is 0, which leaves a generator from scratch untrained; "
                     "give steps, or a trained one with generator.init_from")
 
@@ -100,10 +96,9 @@ def train_refiner(
   init_key, train_key = jax.random.split(jax.random.fold_in(key, 1))
   if not training.run.params(refiner.name).is_dir():
     params = _starting_refiner(training, settings, segmenter, init_key)
-    if mask_adapter is not None:
-      params = _trained(
-        training, mask_adapter, segmenter, cases, params, jax.random.fold_in(key, 2)
-      )
+    if mask_adapter:
+      adapter_key = jax.random.fold_in(key, 2)
+      params = _trained(training, mask_adapter, segmenter, cases, params, adapter_key)
     params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
   return dataclasses.replace(
     segmenter, refiner=_trained(training, refiner, segmenter, cases, params, train_key)
@@ -135,35 +130,15 @@ def _trained(
   params: Params,
   key: jax.Array,
 ) -> Params:
-  """The parameters at the end of a phase, which starts from `params` if it has not had its steps.
-
-  Args:
-    segmenter: with the networks that are trained already, for validation.
-    cases: identifiers of those that batches are made of.
-  """
-  run, mesh, settings = training.run, training.mesh, phase.settings
-
-  def final(state: TrainState) -> Params:
-    kept = state.ema if settings.optimizer.ema_decay else state.trained
-    return whole(merge(kept, state.frozen), mesh)
-
-  def validate(state: TrainState, step: int) -> tuple[list[Scores], Path | None]:
-    networks: dict[str, Any] = {phase.network: final(state)}
-    some = training.held_out[: settings.loop.validation_cases]
-    now = dataclasses.replace(segmenter, **networks)
-    scores, shown = score_stages(now, some, training.report)
-    if not run.writes or shown is None:
-      return scores, None
-    path = run / "pictures" / f"{phase.name}-{step:06d}.png"
-    return scores, save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
-
-  if not run.params(phase.name).is_dir():
-    state = place(phase.start(params, key), mesh)
+  """The parameters at the end of a phase, which starts from `params` if it has not ended yet."""
+  folder = training.run.params(phase.name)
+  if not folder.is_dir():
+    state = place(phase.start(params, key), training.mesh)
     training.report(f"{phase.name}: {_count(params)} parameters, {_count(state.trained)} of them "
                     "trained")
-    validating = validate if training.held_out else None
-    _save(training, phase, final(train_phase(training, phase, state, cases, validating)))
-  return load_params(run.params(phase.name), shapes(segmenter, phase.network))
+    state = train_phase(training, phase, segmenter, cases, state)
+    _save(training, phase, phase.final(state, training.mesh))
+  return load_params(folder, shapes(segmenter, phase.network))
 
 
 def _save(training: Training, phase: Phase, params: Params) -> None:
