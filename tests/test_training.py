@@ -259,7 +259,8 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
   checkpoints.close()
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7"]
   # Opened again, with the scores that the log has.
-  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, keep_best=1, scores={3: 0.8, 5: 0.5})
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, keep_best=1)
+  checkpoints.scores |= {3: 0.8, 5: 0.5}
   checkpoints.save(8, state, 0.7)
   checkpoints.save(9, state, None)
   checkpoints.close()
@@ -274,12 +275,12 @@ def test_a_run_goes_on_to_rank_by_the_mean_that_it_began_with(tmp_path):
   scores = Scores(("a", "b"), 1.0, {"1": case(a=1.0, b=0.0), "2": case(a=0.5, b=nan)})
   run = RunFolder(tmp_path)
   of_structures = (0.75 + 0.0) / 2
-  assert Ranking(run, "refiner").dice(scores) == of_structures
+  assert Ranking(run, "refiner", 5).dice(scores) == of_structures
   dice = {"validation/stage0 Dice": 0.3, "validation/stage1 Dice": 0.4}
   run.log("generator", 5, dice)  # by a version that knew the other mean only
-  run.log("refiner", 5, dice | Ranking(run, "refiner").note)
-  assert Ranking(run, "refiner").dice(scores) == of_structures
-  before = Ranking(run, "generator")
+  run.log("refiner", 5, dice | Ranking(run, "refiner", 5).note)
+  assert Ranking(run, "refiner", 5).dice(scores) == of_structures
+  before = Ranking(run, "generator", 5)
   assert before.known == {5: 0.4} and before.note == {}
   assert before.dice(scores) == (1.0 + 0.0 + 0.5) / 3
 

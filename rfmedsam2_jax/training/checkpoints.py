@@ -38,16 +38,17 @@ class Checkpoints:
   Args:
     keep: number of newest ones that are kept.
     keep_best: number of further ones that are kept, those with the highest score.
-    scores: of those that are there, by step.
+
+  Attributes:
+    scores: by step, of those that were validated; a resumed run puts in what it knows.
   """
 
-  def __init__(
-    self, folder: Path, keep: int, keep_best: int = 0, scores: Mapping[int, float] | None = None
-  ):
-    self._folder, self._scores = folder, dict(scores or {})
+  def __init__(self, folder: Path, keep: int, keep_best: int = 0):
+    self._folder = folder
+    self.scores: dict[int, float] = {}
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
     if keep_best:
-      policies.append(_Best(keep_best, self._scores))
+      policies.append(_Best(keep_best, self.scores))
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       options=ocp.CheckpointManagerOptions(
@@ -67,7 +68,7 @@ class Checkpoints:
       score: mean validation Dice at this step, if there was a validation.
     """
     if score is not None:
-      self._scores[step] = score
+      self.scores[step] = score
     self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state))))
 
   def restore(self, step: int, state: TrainState) -> TrainState:

@@ -61,16 +61,15 @@ def train_phase(
     Stopped: after SIGTERM, when everything is saved.
   """
   run, loop, name = training.run, phase.settings.loop, phase.name
-  ranking = Ranking(run, name)
-  checkpoints = Checkpoints(
-    run.checkpoints(name), loop.keep_checkpoints, loop.keep_best, ranking.known
-  )
+  checkpoints = Checkpoints(run.checkpoints(name), loop.keep_checkpoints, loop.keep_best)
   with contextlib.closing(checkpoints):
     start = checkpoints.latest() or 0
     if start:
       state = checkpoints.restore(start, state)
       training.report(f"{name}: resumed at step {start} of {loop.steps}")
     run.forget_after(name, start)
+    ranking = Ranking(run, name, start)
+    checkpoints.scores |= ranking.known
     if start == loop.steps:
       return state
     with listening() as stop_after, contextlib.ExitStack() as stack:

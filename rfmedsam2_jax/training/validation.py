@@ -62,11 +62,15 @@ class Ranking:
   when it was the mean over all pairs of a case and a structure: such a run goes on with that one.
 
   Attributes:
-    known: by step, of what is in the log.
+    known: by step, of what the log has up to step `start`.
+    note: what says so in a line of the log.
   """
 
-  def __init__(self, run: RunFolder, phase: str):
-    lines = [x for x in run.logged() if x["phase"] == phase and "validation/stage0 Dice" in x]
+  def __init__(self, run: RunFolder, phase: str, start: int):
+    lines = [
+      x for x in run.logged()
+      if x["phase"] == phase and x["step"] <= start and "validation/stage0 Dice" in x
+    ]
     self.known = {
       x["step"]: [value for name, value in x.items() if name.startswith("validation/")][-1]
       for x in lines
