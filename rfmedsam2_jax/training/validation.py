@@ -26,32 +26,27 @@ def score_stages(
   """Scores of every stage, and the first of this process's cases to be looked at."""
   labels = segmenter.plan.labels
   shown: SheetCase | None = None
-  found: list[dict[str, dict[str, Score]]] = [{} for _ in range(segmenter.stages)]
+  found: dict[str, list[dict[str, Score]]] = {}
 
   def score(case: Case) -> None:
     nonlocal shown
     volume, truth, maps = stage_maps(segmenter, case, report)
-    spacing = volume.geometry.spacing
-    for scores, guess in zip(found, maps, strict=True):
-      scores[case.identifier] = evaluate_arrays(
-        guess, truth, spacing, labels.structures, labels.ignore
-      )
+    name, spacing = case.identifier, volume.geometry.spacing
+    found[name] = [
+      evaluate_arrays(guess, truth, spacing, labels.structures, labels.ignore) for guess in maps
+    ]
     if shown is None:
       stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
       shown = SheetCase(
-        case.identifier, volume.array[0], truth, stages, spacing,
-        slice_axis=segmenter.plan.slice_axis,
+        name, volume.array[0], truth, stages, spacing, slice_axis=segmenter.plan.slice_axis
       )
 
   hosts.each(cases, score, Progress("validation, cases", report))
-  # By stage, of all processes, in the order of the cases.
-  of_stages = [
-    {name: scores for part in parts for name, scores in part.items()}
-    for parts in zip(*hosts.gather(found), strict=True)
-  ]
+  names = [case.identifier for case in cases]
+  of_cases = {name: stages for part in hosts.gather(found) for name, stages in part.items()}
   return [
-    Scores(labels.names, 1.0, {case.identifier: stage[case.identifier] for case in cases})
-    for stage in of_stages
+    Scores(labels.names, 1.0, {name: of_cases[name][stage] for name in names})
+    for stage in range(segmenter.stages)
   ], shown
 
 
