@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import importlib
 import logging
 import os
@@ -93,21 +94,28 @@ def place_line(error: OSError, unnamed: str) -> str:
 
 
 def quiet_libraries() -> None:
-  """What they warn of is no news to who runs a command; errors are.
-
-  Of a damaged checkpoint the first file that cannot be read is raised. It ends Orbax's event loop
-  while others are still being read, whose tasks then fail by the dozen.
-  """
+  """What they warn of is no news to who runs a command; errors are."""
   for name in ("absl", "orbax", "jax"):
     logging.getLogger(name).setLevel(logging.ERROR)
+  _ignore_late_answers()
+
+
+@functools.cache
+def _ignore_late_answers() -> None:
+  """Keeps TensorStore's threads and asyncio from printing that nobody waits for them any more.
+
+  The first file of a checkpoint that cannot be read is raised, and ends Orbax's event loop while
+  others are still being read: their tasks then fail by the dozen.
+  """
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   warnings.filterwarnings("ignore", r"coroutine '\w+Handler\.", RuntimeWarning)
-  sys.unraisablehook = _unraisable
+  before = sys.unraisablehook
 
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      before(unraisable)
 
-def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-  if str(unraisable.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(unraisable)
+  sys.unraisablehook = hook
 
 
 def _set_up_jax() -> None:
