@@ -38,7 +38,7 @@ def main() -> None:
   named = {file.name.removesuffix(".nii.gz"): file for file in options.predictions.glob("*.nii.gz")}
   cases = [case for case in dataset.cases if case.identifier in named]
   plan = make_plan(make_fingerprint(dataset, cases), config.plan)  # its rules are all given
-  unet = generator_network(config, plan)
+  unet = generator_network(config.generator, plan)
   shapes = jax.eval_shape(
     lambda key: init_generator(unet, len(plan.channels), key), jax.random.key(0))
   segmenter = Segmenter(

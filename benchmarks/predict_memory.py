@@ -19,11 +19,12 @@ import jax
 import nibabel as nib
 import numpy as np
 
+from rfmedsam2_jax.config.training import GeneratorConfig
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.plan import ChannelRule, Plan
 from rfmedsam2_jax.data.probabilities import write_probability
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image
-from rfmedsam2_jax.model import unet_for
+from rfmedsam2_jax.model import generator_network
 from rfmedsam2_jax.nn import PRESETS, SAM2, init_params
 from rfmedsam2_jax.refinement import RefinementConfig
 from rfmedsam2_jax.segmentation.config import InferenceConfig
@@ -72,7 +73,7 @@ def small_segmenter(volume: Volume) -> Segmenter:
     "memory", 0, (a, b, c), (300, 512, 512), (ChannelRule("CT", "ct", -200, 300, 50, 100),),
     (32, 128, 128), ((1, 1, 1), (2, 2, 2)), ((3, 3, 3), (3, 3, 3)), labels,
   )
-  unet = unet_for(plan, (8, 16), 1, "float32")
+  unet = generator_network(GeneratorConfig(features=(8, 16), convs_per_stage=1), plan)
   generator = unet.init(jax.random.key(0), np.zeros((1, 4, 8, 8, 1), np.float32))["params"]
   # Untrained logits are nearly equal; apart from each other, every class wins somewhere.
   decoder = generator["decoder"]

@@ -5,25 +5,28 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.config.experiment import Config, load_config
+from rfmedsam2_jax.config.training import GeneratorConfig
 from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
 from rfmedsam2_jax.data.plan import Plan, load_plan
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.layers import Params
-from rfmedsam2_jax.nn.remat import Remat
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.weights.orbax import load_params
+
+# Of a Segmenter, as its fields of parameters are called.
+Network = Literal["generator", "refiner"]
+NETWORKS: tuple[Network, ...] = ("generator", "refiner")
 
 
 def load(path: str | Path) -> Segmenter:
@@ -36,25 +39,19 @@ def load(path: str | Path) -> Segmenter:
   if not run.config.exists():
     raise UserError(f"{path}: is no run (it has no config.yaml); give a folder made by train")
   config = load_config(run.config)
-  for phase in ("generator", "refiner"):
-    if not run.params(phase).is_dir():
-      raise UserError(f"{path}: its {phase} is not trained yet; finish the run with train --resume")
+  for network in NETWORKS:
+    if not run.params(network).is_dir():
+      raise UserError(f"{path}: its {network} is not trained yet; resume its training")
   plan = load_plan(run / "plan.json")
   segmenter = untrained(config, plan)
-  generator = load_params(run.params("generator"), generator_shapes(segmenter))
-  refiner = load_params(run.params("refiner"), refiner_shapes(segmenter))
+  params: Any = {name: load_params(run.params(name), shapes(segmenter, name)) for name in NETWORKS}
   known = run / "fingerprint.json"
   fingerprint = load_json(known, Fingerprint) if known.exists() else None
   if fingerprint is not None and len(fingerprint.channels) != len(plan.channels):
     raise UserError(f"{known}: has {len(fingerprint.channels)} channels, plan.json "
                     f"{len(plan.channels)}; copy both from the run again")
-  return dataclasses.replace(
-    segmenter,
-    generator=generator,
-    refiner=refiner,
-    name=run.path.resolve().name,
-    fingerprint=fingerprint,
-  )
+  name = run.path.resolve().name
+  return dataclasses.replace(segmenter, name=name, fingerprint=fingerprint, **params)
 
 
 def untrained(config: Config, plan: Plan) -> Segmenter:
@@ -71,7 +68,7 @@ def untrained(config: Config, plan: Plan) -> Segmenter:
     )
   return Segmenter(
     plan=plan,
-    unet=generator_network(config, plan),
+    unet=generator_network(config.generator, plan),
     generator={},
     sam2=SAM2(config.sam2),
     refiner=None,
@@ -82,22 +79,13 @@ def untrained(config: Config, plan: Plan) -> Segmenter:
   )
 
 
-def generator_shapes(segmenter: Segmenter) -> Any:
-  """The tree of the generator's parameters as shapes and dtypes."""
-  init = functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels))
-  return jax.eval_shape(init, jax.random.key(0))
-
-
-def refiner_shapes(segmenter: Segmenter) -> Any:
-  """The tree of SAM 2's parameters as shapes and dtypes."""
-  return jax.eval_shape(functools.partial(init_params, segmenter.sam2.config), jax.random.key(0))
-
-
-def generator_network(config: Config, plan: Plan) -> UNet:
-  g = config.generator
-  return unet_for(
-    plan, g.features, g.convs_per_stage, g.dtype, g.remat, g.decoder_convs, g.mirrored
-  )
+def shapes(segmenter: Segmenter, network: Network) -> Any:
+  """The tree of one network's parameters as shapes and dtypes."""
+  init = {
+    "generator": functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels)),
+    "refiner": functools.partial(init_params, segmenter.sam2.config),
+  }
+  return jax.eval_shape(init[network], jax.random.key(0))
 
 
 def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
@@ -106,23 +94,24 @@ def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
   return unet.init(key, image, deep_supervision=True)["params"]
 
 
-def unet_for(
-  plan: Plan, features: Sequence[int] | None, convs_per_stage: int, dtype: str,
-  remat: Remat = "none", decoder_convs: int | None = None,
-  mirrored: tuple[int, ...] = (),
-) -> UNet:
-  """The generator that a plan asks for; by default nnU-Net's widths, 32 doubling up to 320."""
+def generator_network(config: GeneratorConfig, plan: Plan) -> UNet:
+  """The generator that a plan asks for; by default nnU-Net's widths, 32 doubling up to 320.
+
+  Raises:
+    UserError: `features` has another number of stages than the plan.
+  """
   stages = len(plan.strides)
+  features = config.features
   if features is None:
-    features = [min(32 * 2**stage, 320) for stage in range(stages)]
+    features = tuple(min(32 * 2**stage, 320) for stage in range(stages))
   if len(features) != stages:
     raise UserError(
       f"generator.features: has {len(features)} widths, but the plan's U-Net has {stages} stages; "
       "give one width per stage or set plan.poolings"
     )
   outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
-  config = UNetConfig(
-    tuple(features), plan.strides, plan.kernels, convs_per_stage, dtype, remat, decoder_convs,
-    mirrored,
-  )
-  return UNet(config, outputs)
+  c = config
+  return UNet(UNetConfig(
+    features, plan.strides, plan.kernels, c.convs_per_stage, c.dtype, c.remat, c.decoder_convs,
+    c.mirrored,
+  ), outputs)

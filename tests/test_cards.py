@@ -89,7 +89,7 @@ def test_networks_versions_and_steps_are_those_of_the_run():
   config, plan, versions = load_config(RUN / "config.yaml", []), load_plan(RUN / "plan.json"), read(
     "versions.json")
   size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
-  unet, key = generator_network(config, plan), jax.random.key(0)
+  unet, key = generator_network(config.generator, plan), jax.random.key(0)
   generator = size(jax.eval_shape(lambda k: init_generator(unet, len(plan.channels), k), key))
   refiner = size(jax.eval_shape(lambda k: init(config.sam2, k), key))
   card = rows(CARD)

@@ -308,7 +308,7 @@ def test_a_mistake_is_said_before_the_networks_are_read(
 def test_an_unfinished_run_says_how_to_finish_it(tiny_run, unseen, tmp_path, capsys):
   shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("params"))
   status, _, error = run(capsys, "predict", tmp_path / "run", unseen, "--out", tmp_path / "out")
-  assert status == 2 and "--resume" in error
+  assert status == 2 and "resume its training" in error
 
 
 def test_a_damaged_checkpoint_is_one_line(tiny_run, unseen, tmp_path, capsys):

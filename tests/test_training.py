@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,15 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.config.experiment import load_config
 from rfmedsam2_jax.config.training import OptimizerConfig
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
+from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.data.splits import load_split
+from rfmedsam2_jax.evaluation.metrics import Score
+from rfmedsam2_jax.evaluation.scores import Scores
 from rfmedsam2_jax.model import load
 from rfmedsam2_jax.nn import init_params
 from rfmedsam2_jax.nn.sam2 import BUFFERS
 from rfmedsam2_jax.training import train_networks as networks
-from rfmedsam2_jax.training.checkpoints import Checkpoints, has_checkpoint
+from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
 from rfmedsam2_jax.training.lock import open_run
 from rfmedsam2_jax.training.state import (
   init_state,
@@ -38,6 +42,7 @@ from rfmedsam2_jax.training.state import (
 )
 from rfmedsam2_jax.training.step import make_step
 from rfmedsam2_jax.training.telemetry import Telemetry
+from rfmedsam2_jax.training.validation import Ranking
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -134,7 +139,7 @@ def test_a_run_that_broke_off_resumes_to_the_same_parameters_bit_for_bit(
   with monkeypatch.context() as patch:
     patch.setattr(Telemetry, "before", be_terminated)
     assert main(["train", str(tiny_config), "--out", str(run), "--resume"]) == 75
-  assert "the refiner is saved at step 3 of 6, go on with --resume" in capsys.readouterr().err
+  assert "the refiner is saved at step 3 of 6, resume it" in capsys.readouterr().err
   assert main(["train", str(tiny_config), "--out", str(run), "--resume"]) == 0
   for one, other in zip(final_params(tiny_run), final_params(run), strict=True):
     np.testing.assert_array_equal(one, other)
@@ -169,13 +174,13 @@ def test_the_demos_run_killed_by_sigkill_in_each_phase_resumes_to_the_same_bits(
 
 
 def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypatch):
-  seen, original = {}, networks._train_network
+  seen, original = {}, networks.train_phase
 
-  def watched(phase, run, config, segmenter, train, *rest):
-    seen[phase.name] = set(train)
-    return original(phase, run, config, segmenter, train, *rest)
+  def watched(training, phase, segmenter, cases, state):
+    seen[phase.name] = set(cases)
+    return original(training, phase, segmenter, cases, state)
 
-  monkeypatch.setattr(networks, "_train_network", watched)
+  monkeypatch.setattr(networks, "train_phase", watched)
   run = tmp_path / "run"
   assert main(["train", str(tiny_config), "--out", str(run), "refiner.held_back=0.34",
                "generator.loop.steps=1", "refiner.loop.steps=1"]) == 0
@@ -242,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, capsys):
   # The first step moves the weights, the second one notices; each case of its batch is named.
   assert "the generator's loss is not finite at step 2 (cases phantom_" in error
   assert "last good checkpoint: none" in error
-  assert not has_checkpoint(tmp_path / "run" / "generator" / "checkpoints")
+  assert latest_checkpoint(tmp_path / "run" / "generator" / "checkpoints") is None
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
@@ -253,12 +258,37 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     checkpoints.save(step, state, score)
   checkpoints.close()
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7"]
+  # Opened again, with the scores that the log has.
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, keep_best=1)
+  checkpoints.scores |= {3: 0.8, 5: 0.5}
+  checkpoints.save(8, state, 0.7)
+  checkpoints.save(9, state, None)
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "8", "9"]
+
+
+def test_a_run_goes_on_to_rank_by_the_mean_that_it_began_with(tmp_path):
+  def case(**dice):
+    return {name: Score(x, x, 1.0, 1.0, 1.0) for name, x in dice.items()}
+
+  nan = float("nan")
+  scores = Scores(("a", "b"), 1.0, {"1": case(a=1.0, b=0.0), "2": case(a=0.5, b=nan)})
+  run = RunFolder(tmp_path)
+  of_structures = (0.75 + 0.0) / 2
+  assert Ranking(run, "refiner", 5).dice(scores) == of_structures
+  dice = {"validation/stage0 Dice": 0.3, "validation/stage1 Dice": 0.4}
+  run.log("generator", 5, dice)  # by a version that knew the other mean only
+  run.log("refiner", 5, dice | Ranking(run, "refiner", 5).note)
+  assert Ranking(run, "refiner", 5).dice(scores) == of_structures
+  before = Ranking(run, "generator", 5)
+  assert before.known == {5: 0.4} and before.note == {}
+  assert before.dice(scores) == (1.0 + 0.0 + 0.5) / 3
 
 
 def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):
   before = (tiny_run / "log.jsonl").read_text("utf-8")
   assert main(["train", str(tiny_config), "--out", str(tiny_run)]) == 2
-  assert "--resume or start anew with --overwrite" in capsys.readouterr().err
+  assert "holds a run; resume it or overwrite it" in capsys.readouterr().err
   # Another config does not resume it either.
   assert main(["train", str(tiny_config), "--out", str(tiny_run), "--resume", "seed=9"]) == 2
   assert "seed=0, not 9" in capsys.readouterr().err
@@ -266,6 +296,39 @@ def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):
   assert main(["train", str(tiny_config), "--out", str(tiny_run), "--resume", "sam2.remat=block",
                "generator.remat=dots", "mesh.data=1"]) == 0
   assert (tiny_run / "log.jsonl").read_text("utf-8") == before
+
+
+def test_a_run_is_loaded_without_what_only_training_needs(tiny_run):
+  code = (
+    f"import sys, rfmedsam2_jax; rfmedsam2_jax.load({str(tiny_run)!r})\n"
+    "print([m for m in ('tensorboardX', 'matplotlib', 'grain', 'optax') if m in sys.modules])"
+  )
+  done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+  assert done.stdout == "[]\n"
+
+
+def test_what_was_typed_is_checked_before_training_is_loaded(tiny_config, tmp_path):
+  mistakes = {
+    "no_such.yaml --out run": "no_such.yaml: No such file",
+    "tiny.yaml --out run data.dataset=nowhere": "nowhere: is not a folder",
+    "no_such.yaml --out thesis": "thesis: is not empty",
+    "no_such.yaml --out nothing --resume": "nothing: holds no run to resume",
+    "no_such.yaml --out run --resume --overwrite": "--resume and --overwrite exclude",
+  }
+  shutil.copy(tiny_config, tmp_path / "tiny.yaml")
+  (tmp_path / "thesis").mkdir()
+  (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+  code = (
+    f"import sys; from rfmedsam2_jax.cli import main\nfor line in {list(mistakes)!r}:\n"
+    "  print(main(['train', *line.split()]), 'rfmedsam2_jax.training.run' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+  )
+  assert done.stdout.splitlines() == ["2 False"] * len(mistakes)
+  for line, says in zip(done.stderr.splitlines(), mistakes.values(), strict=True):
+    assert says in line
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis", "tiny.yaml"]
 
 
 def test_a_run_in_use_is_refused_and_a_dead_owner_leaves_no_lock(tmp_path):

@@ -2,10 +2,12 @@
 
 import argparse
 import errno
+import functools
 import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +97,25 @@ def quiet_libraries() -> None:
   """What they warn of is no news to who runs a command; errors are."""
   for name in ("absl", "orbax", "jax"):
     logging.getLogger(name).setLevel(logging.ERROR)
+  _ignore_late_answers()
+
+
+@functools.cache
+def _ignore_late_answers() -> None:
+  """Keeps TensorStore's threads and asyncio from printing that nobody waits for them any more.
+
+  The first file of a checkpoint that cannot be read is raised, and ends Orbax's event loop while
+  others are still being read: their tasks then fail by the dozen.
+  """
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", r"coroutine '\w+Handler\.", RuntimeWarning)
+  before = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _set_up_jax() -> None:

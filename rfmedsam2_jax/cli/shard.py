@@ -31,14 +31,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
     raise UserError("--devices, --channels and --structures: give numbers from 1 on")
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", options.devices)
-  from rfmedsam2_jax.training.phases import phases_of
+  from rfmedsam2_jax.training.phases import phase_names
   from rfmedsam2_jax.training.shard import shard
 
   config = load_config(options.config, options.overrides)
   lines: list[str] = []
   shard(
     config, options.channels, options.structures,
-    [options.phase] if options.phase else list(phases_of(config)),
+    [options.phase] if options.phase else phase_names(config),
     lines.append, not options.no_compile, console.line,
   )
   console.result("\n".join(lines), {"lines": lines})

@@ -75,11 +75,6 @@ class MaskAdapterConfig:
   optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, clip_norm=1.0)
 
 
-def config_key(phase: str) -> str:
-  """Where a phase's settings lie in the config, for messages."""
-  return "refiner.mask_adapter" if phase == "mask_adapter" else phase
-
-
 @dataclasses.dataclass(frozen=True)
 class RefinerConfig:
   """Training of SAM 2 as the refiner, on runs of consecutive slices."""

@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.errors import UserError
@@ -143,6 +141,8 @@ def _row(sample: Callable[[int], Any], batches: BatchConfig, rows: Sequence[int]
 
 
 def _batches(sample: Callable[[int], Any], batches: BatchConfig):
+  import grain  # takes a second, and prediction does without
+
   rows = range(batches.size) if batches.rows is None else batches.rows
   samples = grain.MapDataset.range(_ENDLESS).map(functools.partial(_row, sample, batches, rows))
   loader = batches.loader
@@ -150,6 +150,8 @@ def _batches(sample: Callable[[int], Any], batches: BatchConfig):
     num_threads=1 if loader.workers else loader.threads, prefetch_buffer_size=loader.prefetch
   ))
   if loader.workers:
+    from absl import flags
+
     # grain's worker processes read absl's flags, which only absl's own `app.run` parses.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()

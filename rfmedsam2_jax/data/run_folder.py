@@ -54,20 +54,21 @@ class RunFolder:
     with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
       file.write(json.dumps(line) + "\n")
 
+  def logged(self) -> list[dict[str, Any]]:
+    """The lines of log.jsonl, but for one that a kill has cut off."""
+    path = self.path / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+      with contextlib.suppress(ValueError):
+        found.append(json.loads(line))
+    return found
+
   def forget_after(self, phase: str, step: int) -> None:
     """Drops lines of the log that a resumed phase will write again, and a torn last line."""
-    path = self.path / "log.jsonl"
-    if not self.writes or not path.exists():
-      return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-      try:
-        entry = json.loads(line)
-      except ValueError:
-        continue  # cut off when the run was killed
-      if entry["phase"] != phase or entry["step"] <= step:
-        kept.append(line + "\n")
-    self.write("log.jsonl", "".join(kept))
+    if self.writes and (self.path / "log.jsonl").exists():
+      kept = [x for x in self.logged() if x["phase"] != phase or x["step"] <= step]
+      self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -21,6 +21,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from rfmedsam2_jax.base.errors import RESUME, UserError
+from rfmedsam2_jax.base.progress import Progress
 
 T = TypeVar("T")
 
@@ -53,14 +54,14 @@ def initialise(how: str) -> None:
     except (ValueError, TypeError):
       address, count, index = "", 0, 0
     if ":" not in address or not 0 <= index < count:
-      raise UserError(f"--distributed {how}: is neither auto, off nor HOST:PORT,PROCESSES,INDEX")
+      raise UserError(f"distributed {how}: is neither auto, off nor HOST:PORT,PROCESSES,INDEX")
     given = {"coordinator_address": address, "num_processes": count, "process_id": index}
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(**given, shutdown_timeout_seconds=30)
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().split("\n")[0][:200]
-    raise UserError(f"--distributed {how}: the processes cannot be joined ({reason})") from None
+    raise UserError(f"distributed {how}: the processes cannot be joined ({reason})") from None
 
 
 def _launched() -> bool:
@@ -81,6 +82,8 @@ def share(items: Sequence[T]) -> Sequence[T]:
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
   """Ends this process, with one line, soon after another one of the run has ended.
+
+  For a command, not for a library's user: it exits from a thread and takes the signal SIGABRT.
 
   A collective operation waits for a process that is gone, for minutes or for ever, and JAX's own
   heartbeats end in an abort. So every process counts in the coordination service's store, and reads
@@ -139,7 +142,8 @@ def _watch(ended: threading.Event) -> None:
 
 def _leave(why: str, status: int = RESUME) -> NoReturn:
   """The main thread may be inside a collective that never ends, so nothing is waited for."""
-  print(f"rfmedsam2: {why}; start all processes again with --resume", file=sys.stderr, flush=True)
+  print(f"rfmedsam2: {why}; start all processes again, to resume the run", file=sys.stderr,
+        flush=True)
   os._exit(status)
 
 
@@ -161,6 +165,16 @@ def together() -> Iterator[None]:
     raise error
   if messages:
     raise UserError(messages[0])
+
+
+def each(items: Sequence[T], work: Callable[[T], object], progress: Progress) -> None:
+  """Does some work on every item, each process on its share; then they wait for each other."""
+  with together():
+    mine = share(items)
+    progress(0, len(mine))
+    for done, item in enumerate(mine, 1):
+      work(item)
+      progress(done, len(mine))
 
 
 def gather(value: T) -> list[T]:

@@ -6,6 +6,7 @@ batch that lie on their devices.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -98,6 +99,12 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
   """Puts this process's rows (see `local_rows`) of a batch on the devices."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def batch_shapes(batch: Any, mesh: Mesh) -> Any:
+  """Shapes of a whole batch, spread as `place_batch` spreads one."""
+  place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+  return jax.tree.map(lambda x: place(x.shape, x.dtype), batch)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -3,8 +3,9 @@
 Sample n of the data is a function of the seed and n, so the number of steps is the data's position.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,6 +13,23 @@ from orbax.checkpoint import checkpoint_managers
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.training.state import TrainState
+from rfmedsam2_jax.weights.orbax import first_line
+
+
+class _Best(NamedTuple):
+  """Keeps the `n` checkpoints with the highest scores, as a policy of Orbax.
+
+  Its own ranks by what it was given with each save, and has forgotten that in a resumed run.
+  """
+
+  n: int
+  scores: Mapping[int, float]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    del context
+    steps = sorted(c.step for c in checkpoints if c.step in self.scores)
+    best = sorted(steps, key=lambda step: self.scores[step])[-self.n :]
+    return [c.step in best for c in checkpoints]
 
 
 class Checkpoints:
@@ -20,19 +38,17 @@ class Checkpoints:
   Args:
     keep: number of newest ones that are kept.
     keep_best: number of further ones that are kept, those with the highest score.
+
+  Attributes:
+    scores: by step, of those that were validated; a resumed run puts in what it knows.
   """
 
   def __init__(self, folder: Path, keep: int, keep_best: int = 0):
     self._folder = folder
+    self.scores: dict[int, float] = {}
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
     if keep_best:
-      policies.append(
-        checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics["score"],
-          n=keep_best,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
+      policies.append(_Best(keep_best, self.scores))
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       options=ocp.CheckpointManagerOptions(
@@ -51,11 +67,9 @@ class Checkpoints:
     Args:
       score: mean validation Dice at this step, if there was a validation.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state))),
-      metrics=None if score is None else {"score": score},
-    )
+    if score is not None:
+      self.scores[step] = score
+    self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state))))
 
   def restore(self, step: int, state: TrainState) -> TrainState:
     """The state at a step, laid out as `state` is."""
@@ -65,10 +79,9 @@ class Checkpoints:
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
       )
     except Exception as error:  # Orbax raises many kinds
-      reason = str(error).strip().split("\n")[0][:200]
       raise UserError(
-        f"{self._folder / str(step)}: cannot be restored ({reason}); remove this checkpoint to go "
-        "on from the one before"
+        f"{self._folder / str(step)}: cannot be restored ({first_line(error)}); remove this "
+        "checkpoint to go on from the one before"
       ) from error
     key = jax.random.wrap_key_data(restored["state"]["key"])
     return TrainState(**(restored["state"] | {"key": key}))
@@ -82,9 +95,10 @@ class Checkpoints:
     self._manager.close()
 
 
-def has_checkpoint(folder: Path) -> bool:
-  """Whether a phase has come as far as its first checkpoint; a folder alone does not say so."""
-  return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+def latest_checkpoint(folder: Path) -> Path | None:
+  """The newest checkpoint of a phase, if it has come so far; a folder alone does not say so."""
+  steps = [int(x.name) for x in folder.iterdir() if x.name.isdigit()] if folder.is_dir() else []
+  return folder / str(max(steps)) if steps else None
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -1,145 +1,156 @@
 """The training loop of a phase: step n + 1 is dispatched before the metrics of step n are read."""
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rfmedsam2_jax.base.errors import Stopped, UserError
-from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration
-from rfmedsam2_jax.config.training import LoopConfig, config_key
+from rfmedsam2_jax.base.progress import Progress, Report, duration
+from rfmedsam2_jax.data.datasets import Case
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import flops_of
-from rfmedsam2_jax.parallel.mesh import place_batch
-from rfmedsam2_jax.training.checkpoints import Checkpoints
+from rfmedsam2_jax.parallel.mesh import batch_shapes, local_rows, place_batch
+from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
+from rfmedsam2_jax.segmentation.segmenter import Segmenter
+from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
+from rfmedsam2_jax.training.phases import Phase
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
 from rfmedsam2_jax.training.telemetry import Telemetry
+from rfmedsam2_jax.training.validation import Ranking, score_stages
+
+
+class Training(NamedTuple):
+  """What the phases of a run have in common.
+
+  held_out: cases that are validated on, in the end all of them.
+  about: what every checkpoint says of the run.
+  report: takes progress lines.
+  profile: leave a trace of a few steps of each phase in `profile/`.
+  """
+
+  run: RunFolder
+  mesh: Mesh
+  seed: int
+  held_out: Sequence[Case]
+  about: dict[str, Any]
+  report: Report
+  profile: bool
 
 
 def train_phase(
-  phase: str,
-  run: RunFolder,
-  config: LoopConfig,
-  state: TrainState,
-  step_fn: Any,
-  batches_from: Callable[[int], Any],
-  mesh: Mesh,
-  cases: Sequence[str],
-  samples: dict[str, int],
-  validate: Callable[[TrainState, int], tuple[dict[str, float], Path | None]] | None = None,
-  report: Report = PRINTED,
-  profile: bool = False,
+  training: Training, phase: Phase, segmenter: Segmenter, cases: Sequence[str], state: TrainState
 ) -> TrainState:
-  """Trains until `config.steps`, from the newest checkpoint where there is one.
+  """Trains until the phase has had its steps, from its newest checkpoint where there is one.
 
   Args:
-    phase: as in training.phases.Phase; names the folder of checkpoints and the lines of the log.
-    state: fresh, laid out on the mesh.
-    step_fn: jitted (state, batch) -> (state, metrics), with the state donated.
-    batches_from: gives the iterator of this process's rows of batch n and those after it. "case"
-      of a batch, which stays on the host, numbers `cases`.
-    samples: what one step goes through, by name, for the throughput.
-    validate: (state, step) gives metrics for the log, of which the last one ranks checkpoints, and
-      a picture; every `config.validate_every` steps.
-    report: takes progress lines.
-    profile: leave a trace of a few steps in `profile/`.
+    segmenter: with the networks that are trained already, for validation.
+    cases: identifiers of those that batches are made of.
+    state: before the first step, laid out on the mesh.
 
   Raises:
     UserError: the loss is not finite.
     Stopped: after SIGTERM, when everything is saved.
   """
-  checkpoints = Checkpoints(run.checkpoints(phase), config.keep_checkpoints, config.keep_best)
-  try:
+  run, loop, name = training.run, phase.settings.loop, phase.name
+  checkpoints = Checkpoints(run.checkpoints(name), loop.keep_checkpoints, loop.keep_best)
+  with contextlib.closing(checkpoints):
     start = checkpoints.latest() or 0
     if start:
       state = checkpoints.restore(start, state)
-      report(f"{phase}: resumed at step {start} of {config.steps}")
-    run.forget_after(phase, start)
-    batches = batches_from(start)
-    watch = _Watch(phase, run, checkpoints, cases)
-    with contextlib.ExitStack() as stack:
-      stopping = stack.enter_context(listening())
-      telemetry: Telemetry | None = None
-      progress = Progress(f"{phase}: step", report)
-      for step in range(start + 1, config.steps + 1):
-        batch = dict(next(batches))
-        drawn = batch.pop("case")
-        placed = place_batch(batch, mesh)
-        if telemetry is None:
-          began = time.monotonic()
-          report(f"{phase}: compiling the training step")
-          compiled = step_fn.lower(state, placed).compile()
-          report(f"{phase}: compiled in {time.monotonic() - began:.0f} s")
-          telemetry = stack.enter_context(contextlib.closing(Telemetry(
-            run.path, phase, run.writes, samples, flops_of(compiled), profile
-          )))
-          began = time.monotonic()
-          progress(start, config.steps)
-        telemetry.before(step - start - 1)
-        state, metrics = compiled(state, placed)
-        telemetry.after(step - start - 1, metrics)
-        watch.add(step, metrics, drawn)
-        # Waits for the step before, not for this one: the device always has work.
-        watch.check(step - 1)
-        progress(step, config.steps)
-        if step % config.log_every == 0 or step == config.steps:
-          watch.check(step)
-          values = watch.means()
-          rate = (step - start) / max(time.monotonic() - began, 1e-6)
-          values |= {"steps_per_second": round(rate, 3)} | telemetry.measured(rate)
-          run.log(phase, step, values)
-          telemetry.scalars(step, values)
-          report(
-            f"{phase}: step {step}/{config.steps}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
-            f"{duration((config.steps - step) / max(rate, 1e-6))} left"
-          )
+      training.report(f"{name}: resumed at step {start} of {loop.steps}")
+    run.forget_after(name, start)
+    ranking = Ranking(run, name, start)
+    checkpoints.scores |= ranking.known
+    if start == loop.steps:
+      return state
+    with listening() as stop_after, contextlib.ExitStack() as stack:
+      compiled = _compiled(training, phase, state)
+      log = _Log(training, phase, start, flops_of(compiled), ranking)
+      stack.callback(log.telemetry.close)
+      steps = _steps(training, phase, state, compiled, cases, log)
+      for step, state in steps:
         score = None
-        if validate and config.validate_every and step % config.validate_every == 0:
-          watch.check(step)
-          scores, picture = validate(state, step)
-          score = list(scores.values())[-1]
-          named = {f"validation/{name}": value for name, value in scores.items()}
-          run.log(phase, step, named)
-          telemetry.scalars(step, named)
-          if picture is not None:
-            telemetry.picture(step, "validation", picture)
-          shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-          report(f"{phase}: validation at step {step}: {shown}")
-        asked = stopping.asked(step)
-        if asked or score is not None or step % config.checkpoint_every == 0 or (
-          step == config.steps
-        ):
-          watch.check(step)
+        if training.held_out and loop.validate_every and step % loop.validate_every == 0:
+          log.check(step)
+          networks: Any = {phase.network: phase.final(state, training.mesh)}
+          score = log.validation(step, dataclasses.replace(segmenter, **networks))
+        asked, last = stop_after(step), step == loop.steps
+        if asked or last or score is not None or step % loop.checkpoint_every == 0:
+          log.check(step)
           checkpoints.save(step, state, score)
-        if asked and step < config.steps:
+        if asked and not last:
           checkpoints.wait()
-          raise Stopped(
-            f"{run.path}: stopped by SIGTERM; the {phase} is saved at step {step} of "
-            f"{config.steps}, go on with --resume"
-          )
-    return state
-  finally:
-    checkpoints.close()
+          raise Stopped(f"{run.path}: stopped by SIGTERM; the {name} is saved at step {step} of "
+                        f"{loop.steps}, resume it")
+  return state
 
 
-class _Watch:
-  """Metrics of the steps since the last line of the log, and what they were computed from."""
+def _compiled(training: Training, phase: Phase, state: TrainState) -> Any:
+  began = time.monotonic()
+  training.report(f"{phase.name}: compiling the training step")
+  step = phase.step(state, training.mesh)
+  compiled = step.lower(state, batch_shapes(phase.batch, training.mesh)).compile()
+  training.report(f"{phase.name}: compiled in {time.monotonic() - began:.0f} s")
+  return compiled
 
-  def __init__(self, phase: str, run: RunFolder, checkpoints: Checkpoints, cases: Sequence[str]):
-    self._phase, self._run, self._checkpoints, self._cases = phase, run, checkpoints, cases
-    self._steps: list[tuple[int, dict[str, jax.Array], np.ndarray]] = []
+
+def _steps(
+  training: Training, phase: Phase, state: TrainState, compiled: Any, cases: Sequence[str],
+  log: "_Log",
+) -> Iterator[tuple[int, TrainState]]:
+  """The steps of a log, each with the state behind it."""
+  rows = local_rows(training.mesh, phase.settings.batch_size)
+  batches = phase.batches(training.run.path, cases, rows, log.start)
+  for done, step in enumerate(range(log.start + 1, log.stop + 1)):
+    batch = dict(next(batches))
+    drawn = [cases[i] for i in batch.pop("case")]
+    log.telemetry.before(done)
+    state, metrics = compiled(state, place_batch(batch, training.mesh))
+    log.telemetry.after(done, metrics)
+    log.add(step, metrics, drawn)
+    yield step, state
+
+
+class _Log:
+  """What is told of the steps of a phase: in log.jsonl, in TensorBoard and on the way.
+
+  Metrics are kept from one line of the log to the next, with the cases that they come from.
+  """
+
+  def __init__(
+    self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking
+  ):
+    self.start, self.stop = start, phase.settings.loop.steps
+    self.telemetry = Telemetry(training.run, phase.name, phase.samples, flops, training.profile)
+    self._training, self._phase, self._ranking = training, phase, ranking
+    self._progress = Progress(f"{phase.name}: step", training.report)
+    self._progress(start, self.stop)
+    self._began = time.monotonic()
+    self._kept: list[tuple[int, dict[str, jax.Array], list[str]]] = []
     self._checked = 0
 
-  def add(self, step: int, metrics: dict[str, jax.Array], drawn: np.ndarray) -> None:
-    self._steps.append((step, metrics, drawn))
+  def add(self, step: int, metrics: dict[str, jax.Array], drawn: list[str]) -> None:
+    """Takes what a step gave; a line is written where one is due."""
+    self._kept.append((step, metrics, drawn))
+    # Waits for the step before, not for this one: the device always has work.
+    self.check(step - 1)
+    self._progress(step, self.stop)
+    if step % self._phase.settings.loop.log_every == 0 or step == self.stop:
+      self.check(step)
+      rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
+      values = self._means() | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
+      self._write(step, values)
+      self._report(f"step {step}/{self.stop}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
+                   f"{duration((self.stop - step) / max(rate, 1e-6))} left")
 
   def check(self, step: int) -> None:
     """Waits for the steps up to `step`.
@@ -147,27 +158,46 @@ class _Watch:
     Raises:
       UserError: the loss of one of them is not finite; names its cases and the last checkpoint.
     """
-    while self._checked < len(self._steps) and self._steps[self._checked][0] <= step:
-      number, metrics, drawn = self._steps[self._checked]
+    while self._checked < len(self._kept) and self._kept[self._checked][0] <= step:
+      number, metrics, drawn = self._kept[self._checked]
       if not math.isfinite(float(metrics["loss"])):
         self._fail(number, drawn)
       self._checked += 1
 
-  def means(self) -> dict[str, float]:
-    """Means over the steps, all of them checked, which are then forgotten."""
-    fetched = jax.device_get([metrics for _, metrics, _ in self._steps])
-    self._steps, self._checked = [], 0
+  def validation(self, step: int, segmenter: Segmenter) -> float:
+    """Tells the mean Dice of every stage and returns the last one's, which ranks checkpoints."""
+    run, some = self._training.run, self._phase.settings.loop.validation_cases
+    stages, shown = score_stages(segmenter, self._training.held_out[:some], self._training.report)
+    dice = {f"stage{n} Dice": self._ranking.dice(scores) for n, scores in enumerate(stages)}
+    self._write(step, {f"validation/{name}": x for name, x in dice.items()}, self._ranking.note)
+    if run.writes and shown is not None:
+      path = run / "pictures" / f"{self._phase.name}-{step:06d}.png"
+      save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
+      self.telemetry.picture(step, "validation", path)
+    told = "  ".join(f"{name} {value:.4f}" for name, value in dice.items())
+    self._report(f"validation at step {step}: {told}")
+    return list(dice.values())[-1]
+
+  def _write(self, step: int, values: dict[str, float], note: Mapping[str, str] = {}) -> None:
+    self._training.run.log(self._phase.name, step, {**values, **note})
+    self.telemetry.scalars(step, values)
+
+  def _report(self, line: str) -> None:
+    self._training.report(f"{self._phase.name}: {line}")
+
+  def _means(self) -> dict[str, float]:
+    """Means over the steps that are kept, all of them checked, which are then forgotten."""
+    fetched = jax.device_get([metrics for _, metrics, _ in self._kept])
+    self._kept, self._checked = [], 0
     return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
 
-  def _fail(self, step: int, drawn: np.ndarray) -> None:
-    mine = {self._cases[i] for i in drawn}
+  def _fail(self, step: int, drawn: Sequence[str]) -> None:
     # The loss is the same in every process, so that all of them come here.
-    names = sorted({name for some in hosts.gather(mine) for name in some})
-    last = self._checkpoints.latest()
-    rate = f"{config_key(self._phase)}.optimizer.learning_rate"
-    good = self._run.checkpoints(self._phase) / str(last) if last else "none"
+    names = sorted({name for some in hosts.gather(set(drawn)) for name in some})
+    run, name = self._training.run, self._phase.name
+    last = latest_checkpoint(run.checkpoints(name))
     raise UserError(
-      f"{self._run.path}: the {self._phase}'s loss is not finite at step {step} (cases "
-      f"{', '.join(names)}); look at these cases or lower {rate}, "
-      f"and go on with --resume (last good checkpoint: {good})"
+      f"{run.path}: the {name}'s loss is not finite at step {step} (cases {', '.join(names)}); "
+      f"look at these cases or lower {self._phase.config_key}.optimizer.learning_rate, and resume "
+      f"it (last good checkpoint: {last or 'none'})"
     )

@@ -16,21 +16,31 @@ from typing import Any
 import jax
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration
+from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration, silent
 from rfmedsam2_jax.config.experiment import Config, config_yaml, load_config
 from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
 from rfmedsam2_jax.data.files import save_json
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
-from rfmedsam2_jax.data.plan import Plan, load_plan, make_plan, save_plan
+from rfmedsam2_jax.data.plan import Plan, PlanConfig, load_plan, make_plan, save_plan
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess, save_case, stored_cases
 from rfmedsam2_jax.data.run_folder import RunFolder, versions
-from rfmedsam2_jax.data.splits import Split, divide, load_split, make_split, save_split
+from rfmedsam2_jax.data.splits import (
+  Split,
+  SplitConfig,
+  divide,
+  load_split,
+  make_split,
+  save_split,
+)
+from rfmedsam2_jax.model import untrained
+from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import make_mesh
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training.lock import open_run
-from rfmedsam2_jax.training.phases import check_batches, phases_of
+from rfmedsam2_jax.training.loop import Training
+from rfmedsam2_jax.training.phases import PHASES, check_batches, phase_names
 from rfmedsam2_jax.training.train_networks import (
   check_generator,
   train_generator,
@@ -47,6 +57,8 @@ def train(
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases.
 
+  Several processes that train one run call it within `parallel.hosts.watching`.
+
   Args:
     profile: leave a trace of a few steps of each phase in `profile/`.
 
@@ -57,39 +69,41 @@ def train(
     UserError: a folder in use or not to be overwritten, data that cannot be read, a loss that is
       not finite.
   """
+  # What can be known to fail does so now, not after the generator.
+  dataset = read_dataset(config.data.dataset, config.data.structures)
+  split = _split(Path(out), dataset, config.data.split, resume)
+  for_generator, for_refiner = divide(split.train, config.refiner.held_back, config.seed)
   if not divide_cpu(config.mesh.cpu_devices):
     report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
            f"{jax.local_device_count()}: they stay")
-  # What can be known to fail does so now, not after the generator.
-  check_batches(phases_of(config), make_mesh(config.mesh))
-  dataset = read_dataset(config.data.dataset, config.data.structures)
-  if not resume:
-    names = [case.identifier for case in dataset.cases]
-    divide(make_split(names, config.data.split).train, config.refiner.held_back, config.seed)
-    if source := config.refiner.init_from:
-      check_starting_point(source, config.sam2)
-      if Path(source).absolute().is_relative_to(Path(out).absolute()):
-        raise UserError(
-          f"{source}: lies in the run that is to be written; train into another folder")
+  mesh = make_mesh(config.mesh)
+  check_batches(config, phase_names(config), mesh)
+  if config.refiner.init_from and not resume:
+    _check_source(config.refiner.init_from, config.sam2, out)
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
-      report = _silent
+      report = silent
     if resume:
       _check_same_config(run, config)
     else:
       run.write("config.yaml", config_yaml(config))
       run.write("versions.json", json.dumps(versions(), indent=1) + "\n")
     began = time.monotonic()
-    split, plan = _plan(run, dataset, config, report)
-    check_generator(run, config, plan)
-    for_generator, for_refiner = divide(split.train, config.refiner.held_back, config.seed)
+    plan = _plan(run, dataset, split, config.plan, report)
+    segmenter = untrained(config, plan)
+    phases = {name: PHASES[name](config, plan) for name in ("generator", *phase_names(config))}
+    check_generator(run, phases["generator"])
     cases = {case.identifier: case for case in dataset.cases}
-    _preprocess(run, [cases[name] for name in split.train], dataset, plan, config, report)
+    _preprocess(run, [cases[name] for name in split.train], dataset, plan, config.seed, report)
     held_out = [cases[name] for name in split.validation]
     report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    segmenter = train_generator(run, config, plan, for_generator, held_out, report, profile)
+    about = _about(config, plan)
+    training = Training(run, mesh, config.seed, held_out, about, report, profile)
+    segmenter = train_generator(training, phases["generator"], segmenter, for_generator)
     write_prompts(run, segmenter, for_refiner, report)
-    segmenter = train_refiner(run, config, segmenter, for_refiner, held_out, report, profile)
+    segmenter = train_refiner(
+      training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner
+    )
     if run.writes:
       save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = validate_run(run, segmenter, held_out, report)
@@ -97,21 +111,41 @@ def train(
     return result
 
 
+def _about(config: Config, plan: Plan) -> dict[str, Any]:
+  """What the checkpoints of a run say of it."""
+  about = {"config": dataclasses.asdict(config), "labels": dataclasses.asdict(plan.labels)}
+  return json.loads(json.dumps(about | {"versions": versions()}))
+
+
+def _check_source(source: str, config: SAM2Config, out: str | Path) -> None:
+  check_starting_point(source, config)
+  if Path(source).absolute().is_relative_to(Path(out).absolute()):
+    raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
+
+
+def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Split:
+  """The split that a run to be resumed has, or a new one."""
+  identifiers = [case.identifier for case in dataset.cases]
+  path = out / "splits.json"
+  if not (resume and path.exists()):
+    return make_split(identifiers, config)
+  split = load_split(path)
+  gone = sorted({*split.train, *split.validation} - set(identifiers))
+  if gone:
+    raise UserError(f"{path}: case {gone[0]} is no longer in the data set; put it back or train "
+                    "into another folder")
+  return split
+
+
 @contextlib.contextmanager
 def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
   """The run's folder, in every process; the first one holds the lock and writes."""
   with contextlib.ExitStack() as stack:
-    stack.enter_context(hosts.watching())
+    run = RunFolder(out, writes=False)
     with hosts.together():
       if hosts.is_main():
         run = stack.enter_context(open_run(out, resume, overwrite))
-      else:
-        run = RunFolder(out, writes=False)
     yield run
-
-
-def _silent(line: str) -> None:
-  del line
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:
@@ -142,50 +176,40 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   return {prefix[:-1]: tree}
 
 
-def _plan(run: RunFolder, dataset: Dataset, config: Config, report: Report) -> tuple[Split, Plan]:
-  """Split, fingerprint (of the training cases alone) and plan, made once."""
-  identifiers = [case.identifier for case in dataset.cases]
+def _plan(
+  run: RunFolder, dataset: Dataset, split: Split, config: PlanConfig, report: Report
+) -> Plan:
+  """Writes split, fingerprint (of the training cases alone) and plan where they are missing."""
   with hosts.together():
     if run.writes and not (run / "splits.json").exists():
-      save_split(run / "splits.json", make_split(identifiers, config.data.split))
+      save_split(run / "splits.json", split)
     if run.writes and not (run / "plan.json").exists():
-      train = set(load_split(run / "splits.json").train)
-      train_cases = [case for case in dataset.cases if case.identifier in train]
+      train_cases = [case for case in dataset.cases if case.identifier in set(split.train)]
       fingerprint = make_fingerprint(
         dataset, train_cases, progress=Progress("fingerprint, cases", report)
       )
       save_json(run / "fingerprint.json", fingerprint)
-      save_plan(run / "plan.json", make_plan(fingerprint, config.plan))
-  split = load_split(run / "splits.json")
-  gone = sorted({*split.train, *split.validation} - set(identifiers))
-  if gone:
-    raise UserError(f"{run / 'splits.json'}: case {gone[0]} is no longer in the data set; "
-                    "put it back or train into another folder")
+      save_plan(run / "plan.json", make_plan(fingerprint, config))
   plan = load_plan(run / "plan.json")
   size = " x ".join(map(str, plan.patch_size))
   report(f"plan: {plan.name}, spacing {plan.spacing} mm, patch {size}, "
          f"{len(plan.labels.structures)} structures")
-  return split, plan
+  return plan
 
 
 def _preprocess(
-  run: RunFolder,
-  cases: Sequence[Case],
-  dataset: Dataset,
-  plan: Plan,
-  config: Config,
-  report: Report,
+  run: RunFolder, cases: Sequence[Case], dataset: Dataset, plan: Plan, seed: int, report: Report
 ) -> None:
   folder = run / "preprocessed"
   stored = set(stored_cases(folder)) if folder.is_dir() else set()
-  progress = Progress("preprocessing, cases", report)
-  with hosts.together():
-    mine = [case for case in hosts.share(cases) if case.identifier not in stored]
-    progress(0, len(mine))
-    for done, case in enumerate(mine, 1):
-      volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
-      assert atoms is not None, "training cases have labels"
-      prepared = preprocess(volume, plan)
-      save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
-                plan.labels, config.seed)
-      progress(done, len(mine))
+
+  def store(case: Case) -> None:
+    if case.identifier in stored:
+      return
+    volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
+    assert atoms is not None, "training cases have labels"
+    prepared = preprocess(volume, plan)
+    save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
+              plan.labels, seed)
+
+  hosts.each(cases, store, Progress("preprocessing, cases", report))

@@ -9,11 +9,9 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Report, silent
 from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.data.datasets import Labels, Structure
-from rfmedsam2_jax.data.plan import ChannelRule, Plan, pooling
+from rfmedsam2_jax.data.plan import ChannelRule, Plan, PlanConfig, pooling
 from rfmedsam2_jax.parallel.mesh import make_mesh
 from rfmedsam2_jax.training.phases import PHASES, PhaseName, check_batches
-from rfmedsam2_jax.training.state import init_state, make_optimizer
-from rfmedsam2_jax.training.step import compile_step, make_step
 from rfmedsam2_jax.training.step_report import report_step
 
 
@@ -38,32 +36,22 @@ def shard(
     UserError: a mesh that these devices do not make, a batch that does not spread over it.
   """
   mesh = make_mesh(config.mesh)
-  plan = _plan_of_shapes(config, channels, structures)
-  made = [PHASES[name](config, plan) for name in phases]
-  check_batches({phase.name: phase.settings for phase in made}, mesh)
-  for phase in made:
-    settings = phase.settings
+  plan = _plan_of_shapes(config.plan, channels, structures)
+  check_batches(config, phases, mesh)
+  key = jax.random.key(0)
+  for phase in [PHASES[name](config, plan) for name in phases]:
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
-    optimizer = make_optimizer(settings.optimizer, settings.loop.steps)
-    state = jax.eval_shape(
-      lambda key, phase=phase, optimizer=optimizer: init_state(
-        phase.init(key), phase.patterns, optimizer, key
-      ),
-      jax.random.key(0),
-    )
-    step = make_step(phase.loss, optimizer, settings.optimizer, mesh, settings.microbatches)
-    report_step(
-      phase.name, compile_step(step, state, mesh), state, phase.batch, mesh, report, compiles
-    )
+    state = jax.eval_shape(lambda key, phase=phase: phase.start(phase.init(key), key), key)
+    report_step(phase, state, mesh, report, compiles)
 
 
-def _plan_of_shapes(config: Config, channels: int, structures: int) -> Plan:
+def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
   """A plan that has the sizes of a real one."""
-  patch, spacing = config.plan.patch_size, config.plan.spacing or (1.0, 1.0, 1.0)
+  patch, spacing = config.patch_size, config.spacing or (1.0, 1.0, 1.0)
   if patch is None:
     raise UserError("plan.patch_size: is left to the data set, which is not read here; give it, as "
                     "in plan.patch_size=[96,160,160]")
-  strides, kernels, size = pooling(np.array(spacing), np.array(patch), config.plan.poolings)
+  strides, kernels, size = pooling(np.array(spacing), np.array(patch), config.poolings)
   labels = Labels(
     tuple(Structure(f"structure {k}", (k,)) for k in range(1, structures + 1)), False,
     tuple(range(1, structures + 1)),

@@ -5,6 +5,7 @@ neither gradients nor optimizer state.
 """
 
 import fnmatch
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,11 +57,11 @@ def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
   for pattern in patterns:
     if not fnmatch.filter(chosen, pattern):
       raise UserError(f"refiner.trainable: {pattern!r} matches no parameter; correct the pattern")
-  trained = {path: x for path, x in flat.items() if path in chosen}
-  frozen = {path: x for path, x in flat.items() if path not in chosen}
-  return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(
-    frozen, sep="/"
+  trained, frozen = (
+    {path: x for path, x in flat.items() if (path in chosen) == wanted} for wanted in (True, False)
   )
+  unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
+  return unflatten(trained), unflatten(frozen)
 
 
 def merge(first: Params, second: Params) -> Params:
@@ -102,13 +103,11 @@ def silenced_decoder(params: Params) -> Params:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Linear warm-up, then decay to zero at `steps`."""
   warmup = min(config.warmup_steps, max(steps - 1, 0))
+  first, peak = config.learning_rate / max(warmup, 1), config.learning_rate
   if config.schedule == "cosine":
-    decay = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
-  else:
-    decay = optax.polynomial_schedule(config.learning_rate, 0.0, 0.9, max(steps - warmup, 1))
-  if not warmup:
-    return decay
-  rise = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup)
+    return optax.warmup_cosine_decay_schedule(first, peak, warmup, max(steps, 1))
+  rise = optax.linear_schedule(first, peak, warmup)
+  decay = optax.polynomial_schedule(peak, 0.0, 0.9, max(steps - warmup, 1))
   return optax.join_schedules([rise, decay], [warmup])
 
 
@@ -144,4 +143,5 @@ def ema_update(ema: Params, trained: Params, decay: float, step: jax.Array) -> P
   """Averaged weights; the decay grows with the step, so that the first weights are forgotten."""
   # A warm-up of the average as in TensorFlow's ExponentialMovingAverage(num_updates).
   rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if decay else 0.0
-  return jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, ema, trained)
+  # Optax moves its second tree towards its first: the new weights by `rate` towards the average.
+  return optax.incremental_update(ema, trained, rate)

@@ -133,10 +133,11 @@ def refiner_loss_fn(
   Args:
     masks_alone: of the masks as the MaskAdapter alone corrects them, see `masks_on_grid`.
   """
-  all_stages = masks_on_grid if masks_alone else all_stages_on_grid
-  weights = config.loss
-  if masks_alone:
-    weights = dataclasses.replace(weights, iou=0.0, presence=0.0)
+  all_stages, weights = all_stages_on_grid, config.loss
+  told: tuple[str, ...] = ("focal", "dice", "iou", "presence")
+  if masks_alone:  # they come without a predicted IoU or presence
+    all_stages, weights = masks_on_grid, dataclasses.replace(weights, iou=0.0, presence=0.0)
+    told = ("focal", "dice")
 
   def loss(params: Params, batch: Batch, key: Array, axes: tuple[str, ...] = ()):
     runs, tracks, length, height, width = batch["logits"].shape
@@ -164,9 +165,7 @@ def refiner_loss_fn(
         out.logits, out.iou, out.presence, truth, counts, weights, axes
       )
       total = total + stage.loss_weight * value
-      if masks_alone:
-        parts = {name: parts[name] for name in ("focal", "dice")}
-      metrics |= {f"stage{number}/{name}": part for name, part in parts.items()}
+      metrics |= {f"stage{number}/{name}": parts[name] for name in told}
     return total, metrics
 
   return loss

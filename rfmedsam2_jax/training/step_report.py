@@ -14,18 +14,17 @@ import jax
 from jax.sharding import Mesh
 
 from rfmedsam2_jax.parallel.devices import flops_of
-from rfmedsam2_jax.parallel.mesh import batch_sharding, batch_shards
+from rfmedsam2_jax.parallel.mesh import batch_shapes, batch_shards
 from rfmedsam2_jax.parallel.rules import path_of, placements, shardings, specs
 from rfmedsam2_jax.training.collectives import KINDS, collectives_of
+from rfmedsam2_jax.training.phases import Phase
 
 GIB = 2**30
 
 
 def report_step(
-  phase: str,
-  step: Any,
+  phase: Phase,
   state: Any,
-  batch: dict[str, jax.ShapeDtypeStruct],
   mesh: Mesh,
   report: Callable[[str], None],
   compiles: bool = True,
@@ -33,17 +32,14 @@ def report_step(
   """Reports one phase's step: decisions, bytes per device, collectives.
 
   Args:
-    step: compiled for `state` and `batch`, see training.step.compile_step.
     state: a TrainState of jax.ShapeDtypeStruct.
-    batch: shapes of a whole batch.
     compiles: False leaves out what only the compiled step tells.
   """
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  report(f"{phase}: {mesh.size} devices, {shape}")
-  for line in decisions(state.trained, "trained", mesh):
-    report(line)
-  for line in decisions(state.frozen, "frozen", mesh):
-    report(line)
+  report(f"{phase.name}: {mesh.size} devices, {shape}")
+  for name in ("trained", "frozen"):
+    for line in decisions(getattr(state, name), name, mesh):
+      report(line)
   held = {
     "trained parameters": state.trained,
     "frozen parameters": state.frozen,
@@ -55,13 +51,15 @@ def report_step(
   for name, tree in held.items():
     report(f"  {name:22s} {bytes_per_device(tree, mesh) / GIB:9.4f} {_bytes(tree) / GIB:9.4f}")
   parts = batch_shards(mesh)
-  report(f"  {'batch':22s} {_bytes(batch) / parts / GIB:9.4f} {_bytes(batch) / GIB:9.4f}")
+  batch = _bytes(phase.batch)
+  report(f"  {'batch':22s} {batch / parts / GIB:9.4f} {batch / GIB:9.4f}")
   if not compiles:
     return
-  compiled = step.lower(
-    _placed(state, shardings(state, mesh)),
-    _placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
-  ).compile()
+  placed = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    state, shardings(state, mesh),
+  )
+  compiled = phase.step(state, mesh).lower(placed, batch_shapes(phase.batch, mesh)).compile()
   memory = compiled.memory_analysis()
   if memory is not None:
     report(f"  {'activations, others':22s} {memory.temp_size_in_bytes / GIB:9.4f}   (as compiled "
@@ -109,9 +107,3 @@ def _size(x: Any) -> int:
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
     return 8
   return math.prod(x.shape) * x.dtype.itemsize
-
-
-def _placed(tree: Any, where: Any) -> Any:
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where
-  )

@@ -3,40 +3,28 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 
-class Stopping:
-  """Whether the run has been asked to stop; what cannot be left halfway is finished first."""
-
-  def __init__(self):
-    self._asked = False
-
-  def ask(self, *_: Any) -> None:
-    """Takes the signal."""
-    self._asked = True
-
-  def asked(self, step: int) -> bool:
-    """Whether to stop after `step`: the same answer, at the same step, in every process."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
-
-
 @contextlib.contextmanager
-def listening() -> Iterator[Stopping]:
-  """Listens to SIGTERM as long as it lasts."""
-  stopping = Stopping()
-  if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-    # Signals come to main threads only; several processes agree through JAX's own listener.
-    yield stopping
+def listening() -> Iterator[Callable[[int], bool]]:
+  """Listens to SIGTERM as long as it lasts, so that what cannot be left halfway is finished.
+
+  Gives a function that says whether to stop after a step: the same answer, at the same step, in
+  every process.
+  """
+  if jax.process_count() > 1:  # they agree through JAX's own listener
+    yield multihost_utils.reached_preemption_sync_point
     return
-  before = signal.signal(signal.SIGTERM, stopping.ask)
+  asked: list[int] = []
+  if threading.current_thread() is not threading.main_thread():  # to which all signals come
+    yield lambda step: False
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
   try:
-    yield stopping
+    yield lambda step: bool(asked)
   finally:
     signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,7 @@ import jax
 import matplotlib.image
 from tensorboardX import SummaryWriter
 
+from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.parallel.devices import peak_flops, peak_memory
 
 # Steps that a profile covers, counted from the first of this process; compilation is behind them.
@@ -18,24 +19,17 @@ class Telemetry:
   """Numbers of a phase, in `tensorboard/PHASE` of the run, and its profile.
 
   Args:
-    folder: of the run. writes: whether this process writes.
     samples: what a step goes through, by name: volumes (crops of one each), slices, cells.
     flops: of a step, on one device.
     profile: leave a trace of a few steps in `profile/PHASE`.
   """
 
   def __init__(
-    self,
-    folder: Path,
-    phase: str,
-    writes: bool,
-    samples: dict[str, int],
-    flops: float,
-    profile: bool,
+    self, run: RunFolder, phase: str, samples: dict[str, int], flops: float, profile: bool
   ):
-    self._writer = SummaryWriter(str(folder / "tensorboard" / phase)) if writes else None
+    self._writer = SummaryWriter(str(run / "tensorboard" / phase)) if run.writes else None
     self._samples, self._flops = samples, flops
-    self._profile = folder / "profile" / phase if profile else None
+    self._profile = run / "profile" / phase if profile else None
     self._tracing = False
 
   def measured(self, steps_per_second: float) -> dict[str, float]:

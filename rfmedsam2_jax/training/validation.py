@@ -13,38 +13,70 @@ from rfmedsam2_jax.base.progress import Progress, Report, silent
 from rfmedsam2_jax.data.datasets import IGNORED, Case, read_case
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.data.volumes import Volume
-from rfmedsam2_jax.evaluation.metrics import dice
+from rfmedsam2_jax.evaluation.metrics import Score, mean_score
 from rfmedsam2_jax.evaluation.scores import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.report.contact_sheet import SheetCase
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_maps, segment_volume
 
 
-def quick_scores(
+def score_stages(
   segmenter: Segmenter, cases: Sequence[Case], report: Report
-) -> tuple[dict[str, float], SheetCase | None]:
-  """Mean Dice of every stage over a few cases, and the first of this process's to be looked at."""
-  found: list[list[float]] = [[] for _ in range(segmenter.stages)]
+) -> tuple[list[Scores], SheetCase | None]:
+  """Scores of every stage, and the first of this process's cases to be looked at."""
+  labels = segmenter.plan.labels
   shown: SheetCase | None = None
-  with hosts.together():
-    progress, mine = Progress("validation, cases", report), hosts.share(cases)
-    for done, case in enumerate(mine):
-      progress(done, len(mine))
-      volume, truth, maps = stage_maps(segmenter, case, report)
-      if shown is None:
-        stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
-        shown = SheetCase(
-          case.identifier, volume.array[0], truth, stages, volume.geometry.spacing,
-          slice_axis=segmenter.plan.slice_axis,
-        )
-      for stage, guess in enumerate(maps):
-        for structure in segmenter.plan.labels.structures:
-          mask, true_mask = np.isin(guess, structure.values), np.isin(truth, structure.values)
-          found[stage].append(dice(mask, true_mask))
-  # One list per stage, of all processes.
-  found = [sum(parts, []) for parts in zip(*hosts.gather(found), strict=True)]
-  scores = {f"stage{stage} Dice": float(np.nanmean(values)) for stage, values in enumerate(found)}
-  return scores, shown
+  found: dict[str, list[dict[str, Score]]] = {}
+
+  def score(case: Case) -> None:
+    nonlocal shown
+    volume, truth, maps = stage_maps(segmenter, case, report)
+    name, spacing = case.identifier, volume.geometry.spacing
+    found[name] = [
+      evaluate_arrays(guess, truth, spacing, labels.structures, labels.ignore) for guess in maps
+    ]
+    if shown is None:
+      stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
+      shown = SheetCase(
+        name, volume.array[0], truth, stages, spacing, slice_axis=segmenter.plan.slice_axis
+      )
+
+  hosts.each(cases, score, Progress("validation, cases", report))
+  names = [case.identifier for case in cases]
+  of_cases = {name: stages for part in hosts.gather(found) for name, stages in part.items()}
+  return [
+    Scores(labels.names, 1.0, {name: of_cases[name][stage] for name in names})
+    for stage in range(segmenter.stages)
+  ], shown
+
+
+class Ranking:
+  """The scores that a phase's checkpoints are ranked by: the last stage's mean Dice.
+
+  It is `Scores.mean`, which the lines of the log say. Lines that do not are of a run that was begun
+  when it was the mean over all pairs of a case and a structure: such a run goes on with that one.
+
+  Attributes:
+    known: by step, of what the log has up to step `start`.
+    note: what says so in a line of the log.
+  """
+
+  def __init__(self, run: RunFolder, phase: str, start: int):
+    lines = [
+      x for x in run.logged()
+      if x["phase"] == phase and x["step"] <= start and "validation/stage0 Dice" in x
+    ]
+    self.known = {
+      x["step"]: [value for name, value in x.items() if name.startswith("validation/")][-1]
+      for x in lines
+    }
+    self._of_pairs = not all("mean" in x for x in lines)
+    self.note = {} if self._of_pairs else {"mean": "of structures"}
+
+  def dice(self, scores: Scores) -> float:
+    if self._of_pairs:
+      return mean_score([x for case in scores.cases.values() for x in case.values()]).dice
+    return scores.mean.dice
 
 
 def validate_run(
@@ -54,25 +86,7 @@ def validate_run(
   if not cases:
     report("no validation cases: nothing is scored")
     return {}
-  labels = segmenter.plan.labels
-  found: list[dict[str, Any]] = [{} for _ in range(segmenter.stages)]
-  progress = Progress("validation, cases", report)
-  with hosts.together():
-    mine = hosts.share(cases)
-    progress(0, len(mine))
-    for done, case in enumerate(mine, 1):
-      volume, truth, maps = stage_maps(segmenter, case, report)
-      for stage, guess in enumerate(maps):
-        found[stage][case.identifier] = evaluate_arrays(
-          guess, truth, volume.geometry.spacing, labels.structures, labels.ignore
-        )
-      progress(done, len(mine))
-  of_case = [
-    {name: scores for part in parts for name, scores in part.items()}
-    for parts in zip(*hosts.gather(found), strict=True)
-  ]
-  found = [{case.identifier: stage[case.identifier] for case in cases} for stage in of_case]
-  stages = [Scores(labels.names, 1.0, scores) for scores in found]
+  stages, _ = score_stages(segmenter, cases, report)
   result = {f"stage{stage}": as_dict(scores) for stage, scores in enumerate(stages)}
   run.write("validation.json", json.dumps(result, indent=1) + "\n")
   for stage, scores in enumerate(stages):

@@ -94,7 +94,7 @@ def test_a_run_goes_on_with_other_meshes(config, tmp_path, phase):
   process = start(config, stopped, 8, "mesh.data=4", "mesh.fsdp=2")
   wait_for_step(stopped, phase, 2)
   process.send_signal(signal.SIGTERM)
-  assert "--resume" in ended(process, 75)
+  assert "resume it" in ended(process, 75)
   for mesh in (("mesh.data=1",), ("mesh.data=8",)):
     resumed = tmp_path / mesh[0]
     shutil.copytree(stopped, resumed)
@@ -122,7 +122,7 @@ def test_a_killed_process_ends_the_other_and_both_resume(config, tmp_path, kille
   two[killed].kill()
   two[killed].communicate()
   last = ended(two[1 - killed], 75).strip().splitlines()[-1]
-  assert last.startswith(f"rfmedsam2: process {killed} ") and last.endswith("again with --resume")
+  assert last.startswith(f"rfmedsam2: process {killed} ") and last.endswith("to resume the run")
   for process in start_two(config, run, "--resume"):
     ended(process, 0)
   assert_same_parameters(run, undisturbed)
