@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.config.experiment import Config, load_config
+from rfmedsam2_jax.config import Config, load_config
 from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
 from rfmedsam2_jax.data.plan import Plan, load_plan
@@ -35,7 +35,7 @@ def load(path: str | Path) -> Segmenter:
   run = RunFolder(path)
   if not run.config.exists():
     raise UserError(f"{path}: is no run (it has no config.yaml); give a folder made by train")
-  config = load_config(run.config)
+  config = load_config(run.config, trained=True)
   for phase in ("generator", "refiner"):
     if not run.params(phase).is_dir():
       raise UserError(f"{path}: its {phase} is not trained yet; finish the run with train --resume")
@@ -73,7 +73,7 @@ def untrained(config: Config, plan: Plan) -> Segmenter:
     plan=plan,
     unet=generator_network(config, plan),
     generator={},
-    sam2=SAM2(config.sam2),
+    sam2=SAM2(config.sam2.network),
     refiner=None,
     refinement=config.refinement,
     inference=config.inference,

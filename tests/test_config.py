@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.config.experiment import Config, config_yaml, load_config
+from rfmedsam2_jax.config import Config, config_yaml, load_config
 from rfmedsam2_jax.nn import PRESETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.config.experiment import load_config
+  from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.parallel import hosts
   from rfmedsam2_jax.training.run import train
 

@@ -12,12 +12,13 @@ is (object, slice) pairs; S is the image's side, G = S / 16, C = d_model.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rfmedsam2_jax.base.ranges import STRICT, Precision
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
@@ -53,6 +54,8 @@ _DEEPEST = 256  # layers of one kind; the largest official network has 48
 class SAM2Config:
   """Sizes of SAM 2; the defaults are sam2.1_hiera_base_plus. nn.presets has the named ones."""
 
+  __pydantic_config__ = STRICT
+
   image_size: int = 1024  # side S of the square image, divisible by 32; cost grows with its square
 
   # The trunk (Hiera).
@@ -83,7 +86,7 @@ class SAM2Config:
   pointer_positions: bool = True  # tell object pointers apart by their signed distance
 
   adapters: AdapterConfig = AdapterConfig()
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+  dtype: Precision = "float32"  # of the computation; parameters stay float32
   # Training: what is kept of every block for the backward pass. "none": all. "block": its input, at
   # a third more time per step. "dots": also what dense layers give; between the two in both.
   remat: Remat = "none"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rfmedsam2_jax.config.experiment import Config
+from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig, config_key
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.model import generator_network, init_generator
@@ -87,7 +87,7 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
   """The MaskAdapter alone, on the refiner's batches; its parameters are all of SAM 2's."""
   settings = mask_adapter_settings(config)
   phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
-  loss = refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True)
+  loss = refiner_loss_fn(SAM2(config.sam2.network), settings, config.refinement, masks_alone=True)
   return phase._replace(name="mask_adapter", loss=loss)
 
 
@@ -100,10 +100,10 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
     "refiner",
     settings,
     lambda key: with_frozen_as(
-      settings.frozen_dtype, init_params(config.sam2, key), settings.trainable
+      settings.frozen_dtype, init_params(config.sam2.network, key), settings.trainable
     ),
     settings.trainable,
-    refiner_loss_fn(SAM2(config.sam2), settings, config.refinement),
+    refiner_loss_fn(SAM2(config.sam2.network), settings, config.refinement),
     {
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
       "masks": masks,

@@ -17,7 +17,7 @@ import jax
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration
-from rfmedsam2_jax.config.experiment import Config, config_yaml, load_config
+from rfmedsam2_jax.config import Config, config_tree, config_yaml, load_config
 from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
 from rfmedsam2_jax.data.files import save_json
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
@@ -67,7 +67,7 @@ def train(
     names = [case.identifier for case in dataset.cases]
     divide(make_split(names, config.data.split).train, config.refiner.held_back, config.seed)
     if source := config.refiner.init_from:
-      check_starting_point(source, config.sam2)
+      check_starting_point(source, config.sam2.network)
       if Path(source).absolute().is_relative_to(Path(out).absolute()):
         raise UserError(
           f"{source}: lies in the run that is to be written; train into another folder")
@@ -126,7 +126,7 @@ def _check_same_config(run: RunFolder, config: Config) -> None:
     sam2=replace(before.sam2, remat=config.sam2.remat),
   )
   if before != config:
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
+    old, new = _flat(config_tree(before)), _flat(config_tree(config))
     key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
     raise UserError(
       f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume it with the "

@@ -17,7 +17,7 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report
-from rfmedsam2_jax.config.experiment import Config
+from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.data.datasets import Case
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.pipeline import RunConfig, generator_batches, refiner_batches
@@ -68,7 +68,7 @@ def _about(config: Config, plan: Plan, phase: str) -> dict[str, Any]:
   }
   if phase == "generator":
     return about | {"generator": _describe(config, plan)}
-  return about | {"sam2": config_json(config.sam2)}
+  return about | {"sam2": config_json(config.sam2.network)}
 
 
 def _begun(run: RunFolder, phase: str) -> bool:
@@ -228,11 +228,11 @@ def _starting_refiner(
   source = config.refiner.init_from
   # Once a phase has parameters of its own, these will replace all values given here.
   if source and not (_begun(run, "mask_adapter") or _begun(run, "refiner")):
-    params = starting_params(source, config.sam2, key)
+    params = starting_params(source, config.sam2.network, key)
     run.write("init_from.json", json.dumps(read_config(source)[1], indent=1) + "\n")
     report(f"refiner: starts from {source}")
     return params
-  params = init_params(config.sam2, key)
+  params = init_params(config.sam2.network, key)
   if not source and any(stage.residual for stage in config.refinement.stages):
     params = silenced_decoder(params)
   return params
