@@ -17,8 +17,9 @@ class StageConfig:
   memory: Literal["neighbours", "stream", "none"] = "neighbours"
   # neighbours: slices around, as the previous stage saw them, all cells side by side;
   # stream: SAM 2's recurrence, slice after slice, out from the anchor; none: each slice for itself.
-  reach: int = 3  # neighbours on either side, 0 to 6; more costs time and memory
-  anchors: int = 1  # slices per organ that every other slice attends to, best first; 0 for none
+  reach: Annotated[int, Field(ge=0, le=6)] = 3
+  # Neighbours on either side; more costs time and memory.
+  anchors: Whole = 1  # slices per organ that every other slice attends to, best first; 0 for none
   box: bool = True  # prompt with the box of the previous stage
   mask: bool = True  # prompt with the mask of the previous stage
   pointers: bool = False  # attend to the previous stage's object pointers; the first stage has none
@@ -29,14 +30,6 @@ class StageConfig:
   residual_limit: Annotated[float, Field(gt=0, le=1024)] = 8.0
   # Lower: sure mistakes are easier to learn to correct, and to make.
   loss_weight: ClassVar[float] = 1.0  # in the training loss; all stages count alike
-
-  def __post_init__(self):
-    if not 0 <= self.reach <= 6:
-      raise ValueError(f"reach is {self.reach}; it must be 0 to 6")
-    if not self.residual_limit > 0:
-      raise ValueError(f"residual_limit is {self.residual_limit}; it must be positive")
-    if self.anchors < 0:
-      raise ValueError(f"anchors is {self.anchors}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +61,6 @@ class RefinementConfig:
   def __post_init__(self):
     if self.stages and self.stages[0].pointers:
       raise ValueError("stages[0].pointers is true, but no stage before it makes object pointers")
-    if not 0.0 <= self.generator_weight <= 1.0:
-      raise ValueError(f"generator_weight is {self.generator_weight}; it must be between 0 and 1")
 
 
 # What `refinement.preset` names: what stages are meant to do, and the fusion that fits it.
