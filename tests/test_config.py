@@ -61,6 +61,13 @@ def test_a_preset_is_its_network(name, preset):
   assert parse_config({"sam2": {"preset": name}}).sam2.network == preset
 
 
+def test_a_stage_of_a_config_with_a_preset_can_be_overridden():
+  path, override = CONFIGS / "hippocampus.yaml", "refinement.stages.1.memory=none"
+  before, after = load_config(path).refinement, load_config(path, [override]).refinement
+  second = dataclasses.replace(before.stages[1], memory="none")
+  assert after == dataclasses.replace(before, stages=(before.stages[0], second))
+
+
 def test_a_refinement_preset_fills_what_is_not_given_in_every_stage():
   assert parse_config({"refinement": {"preset": "masks"}}).refinement == REFINEMENTS["masks"]
   found = parse_config({"refinement": {"preset": "corrections"}}).refinement
