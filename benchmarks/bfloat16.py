@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rfmedsam2_jax.config.experiment import Config, config_yaml, load_config
+from rfmedsam2_jax.config import Config, config_yaml, load_config
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.nn import init_params
 from rfmedsam2_jax.training.run import train
@@ -59,10 +59,10 @@ def settings(dataset: Path, steps: int, overrides: list[str]) -> Config:
 
 def starting_weights(folder: Path, config: Config) -> dict[str, str]:
   """Two checkpoints of the refiner's first weights: as drawn, and rounded to bfloat16."""
-  params = silenced_decoder(init_params(config.sam2, jax.random.key(config.seed)))
+  params = silenced_decoder(init_params(config.sam2.network, jax.random.key(config.seed)))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
   for name, tree in (("drawn", params), ("rounded", rounded)):
-    save_checkpoint(folder / name, config.sam2, tree, {})
+    save_checkpoint(folder / name, config.sam2.network, tree, {})
   return {name: f"refiner.init_from={folder / name}" for name in ("drawn", "rounded")}
 
 

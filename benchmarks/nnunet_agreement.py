@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import read_case, read_dataset
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.plan import make_plan
@@ -42,7 +42,7 @@ def main() -> None:
   shapes = jax.eval_shape(
     lambda key: init_generator(unet, len(plan.channels), key), jax.random.key(0))
   segmenter = Segmenter(
-    plan, unet, load_params(options.checkpoint, shapes), SAM2(config.sam2), None,
+    plan, unet, load_params(options.checkpoint, shapes), SAM2(config.sam2.network), None,
     config.refinement, config.inference)
   values = dict(zip(plan.labels.names, plan.labels.output_values, strict=True))
   equal, total = 0, 0

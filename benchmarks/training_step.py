@@ -89,7 +89,13 @@ TRAINED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 PRESENCE_BIAS = 10.0
 # Steps so small that what is measured last is what was measured first.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-6, warmup_steps=0, clip_norm=1.0)
-REFINER = RefinerConfig(box_jitter=0.0, optimizer=OPTIMIZER)
+
+
+class _Still(RefinerConfig):
+  box_jitter = 0.0
+
+
+REFINER = _Still(optimizer=OPTIMIZER)
 
 @dataclasses.dataclass(frozen=True)
 class Case:

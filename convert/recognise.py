@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert.sources import OFFICIAL_ANCHOR
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 
@@ -57,7 +57,7 @@ def named_config(name: str) -> SAM2Config:
   if name in PRESETS:
     return PRESETS[name]
   if Path(name).suffix in (".yaml", ".yml"):
-    return load_config(name).sam2
+    return load_config(name).sam2.network
   raise UserError(f"--config {name}: is neither a .yaml file nor one of {', '.join(PRESETS)}")
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.config.experiment import Config, load_config
+from rfmedsam2_jax.config import Config, load_config
 from rfmedsam2_jax.config.training import GeneratorConfig
 from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
@@ -38,7 +38,7 @@ def load(path: str | Path) -> Segmenter:
   run = RunFolder(path)
   if not run.config.exists():
     raise UserError(f"{path}: is no run (it has no config.yaml); give a folder made by train")
-  config = load_config(run.config)
+  config = load_config(run.config, trained=True)
   for network in NETWORKS:
     if not run.params(network).is_dir():
       raise UserError(f"{path}: its {network} is not trained yet; resume its training")
@@ -70,7 +70,7 @@ def untrained(config: Config, plan: Plan) -> Segmenter:
     plan=plan,
     unet=generator_network(config.generator, plan),
     generator={},
-    sam2=SAM2(config.sam2),
+    sam2=SAM2(config.sam2.network),
     refiner=None,
     refinement=config.refinement,
     inference=config.inference,

@@ -18,7 +18,7 @@ from doc_places import Places, small
 from convert import command as convert
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import entry
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.phantom import PhantomConfig
 
 # Programs whose commands no test runs, and why. CONTRIBUTING.md has the same list.

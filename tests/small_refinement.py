@@ -20,9 +20,13 @@ ALONE = StageConfig(memory="none")
 # margin, both ends of the volume.
 PRESENT = np.array([[0, 1, 1, 0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]], bool)
 DEPTH = PRESENT.shape[1]
-CONFIG = RefinementConfig(
-  stages=(NEAR, POINTERS), live_margin=2, cells_per_batch=8, slices_per_batch=4
-)
+
+
+class _FewSlices(RefinementConfig):
+  slices_per_batch = 4
+
+
+CONFIG = _FewSlices(stages=(NEAR, POINTERS), live_margin=2, cells_per_batch=8)
 
 
 @functools.lru_cache

@@ -17,7 +17,7 @@ from doc_lines import PAGES, ROOT, SHELL, Block, blocks_of
 from doc_places import Places, prepare
 from doc_runner import NOT_RUN, Runner, few_phantoms
 
-from rfmedsam2_jax.config.experiment import parse_config
+from rfmedsam2_jax.config import parse_config
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.nn import AdapterConfig, init_params
 from rfmedsam2_jax.weights.checkpoint import (
   check_starting_point,
@@ -27,7 +27,7 @@ NONE = AdapterConfig(dwconv=False, cnn=False)
 @pytest.fixture(scope="module")
 def converted(tiny_config, tmp_path_factory):
   """A checkpoint of the tiny network at another side, without adapters."""
-  config = dataclasses.replace(load_config(tiny_config).sam2, image_size=96, adapters=NONE)
+  config = dataclasses.replace(load_config(tiny_config).sam2.network, image_size=96, adapters=NONE)
   folder = tmp_path_factory.mktemp("converted") / "ckpt"
   save_checkpoint(folder, config, init_params(config, jax.random.key(9)), {"source": "a test"})
   return folder
@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_before_the_refiner_does_need_it(trained, tiny_con
 
 
 def test_a_run_is_a_starting_point_with_its_adapters(trained, tiny_config):
-  config = load_config(tiny_config).sam2
+  config = load_config(tiny_config).sam2.network
   source = trained / "refiner" / "params"
   params = starting_params(source, dataclasses.replace(config, image_size=96), jax.random.key(1))
   jax.tree.map(np.testing.assert_array_equal, params, load_checkpoint(source).params)

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from tiny_config import TINY
 
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.config.experiment import parse_config
+from rfmedsam2_jax.config import parse_config
 from rfmedsam2_jax.model import load
 from rfmedsam2_jax.nn import BUFFERS, SAM2, UNet, UNetConfig, init_params
 from rfmedsam2_jax.nn.layers import layer_norm

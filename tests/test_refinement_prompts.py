@@ -53,6 +53,7 @@ def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch)
   slab[..., 1] -= 60
   slab[0, 10:20, 13:26, 1] = 90
   seen = []
+  monkeypatch.setattr(RefinementConfig, "box_margin", 0.0)
   monkeypatch.setattr(
     segmenter_lib, "predict_slabs",
     lambda forward, image, *rest: seen.append(image) or [(slice(0, 3), slab)],
@@ -61,7 +62,7 @@ def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch)
     labels=types.SimpleNamespace(structures=("a", "b"), regions=False), patch_size=(3, 40, 52)
   )
   unet = UNet(UNetConfig(), 3)
-  owner = segmenter_lib.Segmenter(plan, unet, {}, MODEL, None, RefinementConfig(box_margin=0.0))
+  owner = segmenter_lib.Segmenter(plan, unet, {}, MODEL, None, RefinementConfig())
   image = np.zeros((2, 3, height, width), np.float32)
   made = segmenter_lib.run_generator(owner, types.SimpleNamespace(image=image))
   assert seen[0] is image

@@ -40,9 +40,10 @@ def training_batch():
   }
 
 
-def test_the_presence_gate_stays_out_of_the_loss_and_ignored_slices_too():
+def test_the_presence_gate_stays_out_of_the_loss_and_ignored_slices_too(monkeypatch):
+  monkeypatch.setattr(RefinerConfig, "box_jitter", 0.0)
   config = RefinementConfig(stages=(ALONE,), live_margin=2)
-  train = RefinerConfig(loss=RefinerLossConfig(presence=0.0), box_jitter=0.0)
+  train = RefinerConfig(loss=RefinerLossConfig(presence=0.0))
   loss = jax.jit(refiner_loss_fn(MODEL, train, config))
   key = jax.random.key(0)
   shown, parts = loss(with_presence(drawn(), 50.0), training_batch(), key)

@@ -129,7 +129,7 @@ def test_a_stream_stage_is_a_track_from_the_best_slice_of_each_organ():
   prompts = volume_prompts(present)
   prompts.logits[0, 2] *= 4  # surer than its neighbours: here the track starts
   stage = StageConfig(memory="stream")
-  config = RefinementConfig(stages=(stage,), live_margin=1, cells_per_batch=8, slices_per_batch=8)
+  config = RefinementConfig(stages=(stage,), live_margin=1, cells_per_batch=8)
   (result,) = refine_volume(MODEL, params, config, lambda z: slices[z], prompts)
   _, features = setting()
   live = {z for k, z in result.cells if k == 0}

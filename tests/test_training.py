@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.config.training import OptimizerConfig
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.data.run_folder import RunFolder
@@ -54,7 +54,7 @@ def paths(tree) -> set[str]:
 
 @pytest.fixture(scope="module")
 def sam2_params(tiny_config):
-  return init_params(load_config(tiny_config).sam2, jax.random.key(0))
+  return init_params(load_config(tiny_config).sam2.network, jax.random.key(0))
 
 
 def test_only_what_matches_is_trained_and_has_optimizer_state():
@@ -212,7 +212,7 @@ def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monk
   config = load_config(run / "config.yaml")
   init_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
   flat = functools.partial(traverse_util.flatten_dict, sep="/")
-  start = flat(silenced_decoder(init_params(config.sam2, init_key)))
+  start = flat(silenced_decoder(init_params(config.sam2.network, init_key)))
   first, last, whole = (
     flat(load_checkpoint(folder / "params").params)
     for folder in (run / "mask_adapter", run / "refiner", undisturbed / "mask_adapter"))
@@ -228,7 +228,7 @@ def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monk
   (["refiner.mask_adapter.loop.steps=3", "sam2.adapters.mask=true",
     "refinement.stages=[{residual: true}, {}]"], "but a stage is not residual"),
   (["refiner.held_back=0.9"], "0.9 of 3 training cases leaves the generator none"),
-  (["refinement.background=rest", "refinement.threshold=0.4"], "background: rest there is none"),
+  (["refinement.background=rest", "refinement.threshold=0.4"], "no option any more and always 0.5"),
 ])
 def test_settings_that_do_not_fit_together_are_refused_before_anything_is_done(
   tiny_config, tmp_path, capsys, settings, says

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.evaluation.metrics import dice

@@ -19,7 +19,7 @@ from results import by_case, difference, mean_of
 from score_run import CORRUPTIONS
 from study import CORRUPTED, ROWS, SCORED
 
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.model import load
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet

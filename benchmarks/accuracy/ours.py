@@ -26,7 +26,7 @@ from nnunet import Clock
 from results import save
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.config.experiment import config_yaml, load_config
+from rfmedsam2_jax.config import config_yaml, load_config
 
 SHARED = ("splits.json", "fingerprint.json", "plan.json", "versions.json", "preprocessed",
           "generator")

@@ -22,7 +22,7 @@ from results import save
 from scipy import ndimage
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import IGNORED, read_case, read_dataset
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess
 from rfmedsam2_jax.data.sam_slices import resize_linear

@@ -10,7 +10,7 @@ from typing import Any
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, below
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
 from rfmedsam2_jax.data.volumes import load_image, load_label_map

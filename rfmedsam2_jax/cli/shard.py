@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
   import jax
 
-  from rfmedsam2_jax.config.experiment import load_config
+  from rfmedsam2_jax.config import load_config
 
   if options.devices < 1 or options.channels < 1 or options.structures < 1:
     raise UserError("--devices, --channels and --structures: give numbers from 1 on")

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     raise UserError("--resume and --overwrite exclude each other; give one of them")
   # Mistakes are said before what takes long to load, and before processes wait for each other.
   check_folder(options.out, options.resume, options.overwrite)
-  from rfmedsam2_jax.config.experiment import load_config
+  from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.data.datasets import read_dataset
 
   config = load_config(options.config, options.overrides)

@@ -1,8 +1,11 @@
 """How the two networks are trained: steps, optimizer, what is saved and when."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
+
+from rfmedsam2_jax.base.ranges import STRICT, Axis, Count, Precision, Share, Weight, Whole
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
 from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig
 from rfmedsam2_jax.nn.losses import GeneratorLossConfig, RefinerLossConfig
@@ -13,52 +16,90 @@ from rfmedsam2_jax.nn.remat import Remat
 class OptimizerConfig:
   """AdamW or SGD with warm-up and decay to zero, clipped by global norm."""
 
+  __pydantic_config__ = STRICT
+
   name: Literal["adamw", "sgd"] = "adamw"  # sgd has Nesterov momentum 0.99, as in nnU-Net
-  learning_rate: float = 1e-3  # peak, after warm-up
+  learning_rate: Weight = 1e-3  # peak, after warm-up
   schedule: Literal["cosine", "poly"] = "cosine"  # poly: (1 - step / steps)^0.9, as in nnU-Net
-  warmup_steps: int = 50  # linear from 0
-  weight_decay: float = 1e-4  # on arrays of two or more axes only; gains and biases are left alone
-  clip_norm: float = 12.0  # global norm of the gradient; larger gradients are scaled down
-  ema_decay: float = 0.99  # of the averaged weights that are kept in the end; 0 keeps the last ones
+  warmup_steps: Whole = 50  # linear from 0
+  weight_decay: Weight = 1e-4  # on arrays of two or more axes only; gains and biases are left alone
+  clip_norm: Annotated[float, Field(ge=1e-12, le=1e12)] = 12.0
+  # Global norm of the gradient; larger gradients are scaled down.
+  ema_decay: Share = 0.99  # of the averaged weights that are kept in the end; 0 keeps the last ones
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
   """One phase of training."""
 
-  steps: int = 1000
-  log_every: int = 20  # steps between lines of the log; each is a mean over them
-  checkpoint_every: int = 200  # steps; at most so many are lost when a run is killed
-  keep_checkpoints: int = 2  # the last ones
-  keep_best: int = 0  # further ones, those with the highest mean Dice at `validate_every`
-  validate_every: int = 0  # steps; 0 validates only at the end
-  validation_cases: int = 4  # cases of a validation between; all are scored at the end
+  __pydantic_config__ = STRICT
+
+  steps: Whole = 1000
+  log_every: Count = 20  # steps between lines of the log; each is a mean over them
+  checkpoint_every: Count = 200  # steps; at most so many are lost when a run is killed
+  keep_checkpoints: Count = 2  # the last ones
+  keep_best: Whole = 0  # further ones, those with the highest mean Dice at `validate_every`
+  validate_every: Whole = 0  # steps; 0 validates only at the end
+  validation_cases: Whole = 4  # cases of a validation between; all are scored at the end
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
   """The prompt generator (3D U-Net) and its training."""
 
+  __pydantic_config__ = STRICT
+
   init_from: str = ""  # checkpoint folder of a generator to start from; "" starts from scratch
   # Made by `python -m convert nnunet`; relative to the working directory. Network and labels must
   # be the checkpoint's. With loop.steps=0 it is used as it is.
-  features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
-  convs_per_stage: int = 2
-  decoder_convs: int | None = None  # per stage of the decoder; None: as many as convs_per_stage
-  mirrored: tuple[int, ...] = ()
+  features: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+  # Per stage; None: 32 doubling up to 320, as in nnU-Net.
+  convs_per_stage: Count = 2
+  decoder_convs: Count | None = None  # per stage of the decoder; None: as many as convs_per_stage
+  mirrored: tuple[Axis, ...] = ()
   # Axes (0 slices, 1 rows, 2 columns) along which the network sees volumes mirrored: one that was
   # trained on files that are not stored as LPS, see docs/convert.md.
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic
+  dtype: Precision = "float32"  # of the arithmetic
   remat: Remat = "none"
   # What is kept of a convolution with its norm for the backward pass. "none": all. "block": its
   # input, at a third more time per step. "dots": also the convolution's output, at little more.
-  batch_size: int = 2
-  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
-  oversample_foreground: float = 0.33  # share of patches centred on some structure
+  batch_size: Count = 2
+  microbatches: Count = 1  # parts of a batch, one after the other; memory falls, time rises
+  oversample_foreground: Share = 0.33  # share of patches centred on some structure
   loop: LoopConfig = LoopConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
-  loss: GeneratorLossConfig = GeneratorLossConfig()
+  loss: ClassVar[GeneratorLossConfig] = GeneratorLossConfig()
   augmentation: AugmentationConfig = AugmentationConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskAdapterLoopConfig:
+  """As LoopConfig; nothing is validated between, since the refiner that follows is."""
+
+  __pydantic_config__ = STRICT
+
+  steps: Whole = 1000
+  log_every: Count = 20
+  checkpoint_every: Count = 200
+  keep_checkpoints: ClassVar[int] = 2
+  keep_best: ClassVar[int] = 0
+  validate_every: ClassVar[int] = 0
+  validation_cases: ClassVar[int] = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskAdapterOptimizerConfig:
+  """As OptimizerConfig; a network this small is trained well by what is the same for all."""
+
+  __pydantic_config__ = STRICT
+
+  learning_rate: Weight = 1e-3
+  warmup_steps: Whole = 50
+  clip_norm: Annotated[float, Field(ge=1e-12, le=1e12)] = 12.0
+  name: ClassVar[str] = "adamw"
+  schedule: ClassVar[str] = "cosine"
+  weight_decay: ClassVar[float] = 1e-4
+  ema_decay: ClassVar[float] = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,36 +110,41 @@ class MaskAdapterConfig:
   are `residual`; with loop.steps=0 it is trained with all else.
   """
 
-  batch_size: int = 2  # runs
-  microbatches: int = 1  # parts of a batch, one after the other
-  loop: LoopConfig = LoopConfig(steps=0)
-  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, clip_norm=1.0)
+  __pydantic_config__ = STRICT
+
+  batch_size: Count = 2  # runs
+  loop: MaskAdapterLoopConfig = MaskAdapterLoopConfig(steps=0)
+  optimizer: MaskAdapterOptimizerConfig = MaskAdapterOptimizerConfig(
+    learning_rate=4e-3, clip_norm=1.0)
+  microbatches: ClassVar[int] = 1  # without SAM 2 beside it, a batch is small
 
 
 @dataclasses.dataclass(frozen=True)
 class RefinerConfig:
   """Training of SAM 2 as the refiner, on runs of consecutive slices."""
 
+  __pydantic_config__ = STRICT
+
   init_from: str = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
   # Made by `python -m convert`, or refiner/params of a run; relative to the working directory. The
   # network must be that of `sam2`; image side, dtype and adapters are the config's own. The decoder
   # is left as it is in residual stages too, where one from scratch starts silent.
-  trainable: tuple[str, ...] = ("*adapter*",)
+  trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*adapter*",)
   # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
   # frozen, without gradient or optimizer state. "*" trains everything.
-  frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # in which frozen weights are held
+  frozen_dtype: Precision = "float32"  # in which frozen weights are held
   # bfloat16 rounds them to 8 bits, for good: what is saved in the end are the rounded values. Worth
   # it together with sam2.dtype=bfloat16, which computes with such values anyway.
-  batch_size: int = 1  # runs
-  microbatches: int = 1  # parts of a batch, one after the other; memory falls, time rises
-  slices: int = 8  # consecutive slices of a run; memory and time grow with it
-  structures: int = 2  # organs of a run
-  held_back: float = 0.0
+  batch_size: Count = 1  # runs
+  microbatches: Count = 1  # parts of a batch, one after the other; memory falls, time rises
+  slices: Count = 8  # consecutive slices of a run; memory and time grow with it
+  structures: Count = 2  # organs of a run
+  held_back: Share = 0.0
   # Share of the training cases that the generator does not see and that the refiner is trained on
   # alone. A generator does better on cases that it has seen than on new ones, and a refiner trained
   # on those learns to leave masks alone. 0: both are trained on all.
-  box_jitter: float = 0.1  # boxes are moved by up to this share of their size
-  oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
+  box_jitter: ClassVar[float] = 0.1  # boxes are moved by up to this share of their size
+  oversample_foreground: ClassVar[float] = 0.8  # share of runs that are sure to hold a structure
   mask_adapter: MaskAdapterConfig = MaskAdapterConfig()
   loop: LoopConfig = LoopConfig()
   optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0)

@@ -28,6 +28,7 @@ from rfmedsam2_jax.data.augmentation import (
   transform_slices,
 )
 from rfmedsam2_jax.data.datasets import IGNORED
+from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import Triple
 from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case
 from rfmedsam2_jax.data.prompt_mistakes import (
@@ -39,13 +40,6 @@ from rfmedsam2_jax.data.sam_slices import as_rgb, resize_area, resize_linear, wi
 
 _ENDLESS = 1 << 40  # samples of an iterator: more than any training takes
 _OPEN_CASES = 200  # kept memory-mapped; each holds up to three of the process's file descriptors
-
-
-@dataclasses.dataclass(frozen=True)
-class LoaderConfig:
-  threads: int = 1  # making batches while the device works; results do not depend on it
-  prefetch: int = 2  # batches kept ready; host memory grows with it
-  workers: int = 0  # processes instead of threads, for machines with many cores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,15 @@ two in the order of canonical (z, y, x).
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.ranges import STRICT
 from rfmedsam2_jax.data.datasets import Labels
-from rfmedsam2_jax.data.files import STRICT, load_json, save_json
+from rfmedsam2_jax.data.files import load_json, save_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
 
 SliceAxis = Literal[0, 1, 2]  # canonical z, y, x
@@ -30,6 +32,8 @@ _FINEST, _COARSEST = 1e-3, 1e4  # mm, of a plan's voxels
 _WIDEST = 31        # voxels of a kernel
 
 Triple = tuple[int, int, int]
+_Size = Annotated[float, Field(ge=_FINEST, le=_COARSEST)]
+_Side = Annotated[int, Field(ge=1, le=2**12)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +64,16 @@ class ChannelRule:
 class PlanConfig:
   """What of the plan is fixed by hand; None leaves it to the rules."""
 
+  __pydantic_config__ = STRICT
+
   plane: Literal["axial", "coronal", "sagittal"] | None = None  # of the slices; None: across the
                                                                 # coarsest axis, axial if tied
-  spacing: tuple[float, float, float] | None = None  # mm, slice axis first; None: the median
-  patch_size: Triple | None = None  # voxels, slice axis first; rounded up to what pooling divides
-  voxel_budget: int = 128**3        # largest patch in voxels; the generator's memory grows with it
-  poolings: int | None = None       # at most so many halvings per axis; fewer see less context
+  spacing: tuple[_Size, _Size, _Size] | None = None  # mm, slice axis first; None: the median
+  patch_size: tuple[_Side, _Side, _Side] | None = None  # voxels, slice axis first; rounded up to
+                                                        # what pooling divides
+  voxel_budget: ClassVar[int] = 128**3  # of a patch that is not given, nnU-Net's
+  poolings: Annotated[int, Field(ge=0, le=16)] | None = None
+  # At most so many halvings per axis; fewer see less context.
   intensity: tuple[Literal["ct", "zscore"], ...] | None = None  # per channel; None: by its name
   channels: tuple[ChannelRule, ...] | None = None  # whole rules, as another data set gave them
   strides: tuple[Triple, ...] | None = None  # of each U-Net stage, together with kernels

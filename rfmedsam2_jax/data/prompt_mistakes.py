@@ -6,28 +6,33 @@ data.pipeline. Pure numpy functions of (rng, array).
 """
 
 import dataclasses
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy import ndimage
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
+from rfmedsam2_jax.base.ranges import STRICT, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptCorruptionConfig:
   """Probabilities are per track (one structure in one run) unless they say per slice."""
 
-  truth_probability: float = 0.3  # start from the truth (+-8, smooth) instead of the generator
-  morphology_probability: float = 0.4  # grown or shrunk
-  morphology: int = 2  # greatest radius, in pixels of the mask grid
-  shift_probability: float = 0.3
-  shift: int = 3  # greatest shift of a track, in pixels of the mask grid
-  drop_probability: float = 0.1  # per slice: the structure was not seen there
-  lose_probability: float = 0.03  # the structure was not seen in the whole run
-  island_probability: float = 0.15  # a false island in some consecutive slices
-  island_radius: tuple[float, float] = (1.5, 5.0)  # pixels of the mask grid
-  noise_probability: float = 0.3
-  noise: float = 4.0  # greatest standard deviation of smooth noise, in logits
+  __pydantic_config__ = STRICT
+
+  truth_probability: Share = 0.3  # start from the truth (+-8, smooth) instead of the generator
+  morphology_probability: Share = 0.4  # grown or shrunk
+  morphology: Annotated[int, Field(ge=0, le=64)] = 2  # greatest radius, pixels of the mask grid
+  shift_probability: Share = 0.3
+  shift: Annotated[int, Field(ge=0, le=64)] = 3  # greatest one of a track, likewise
+  drop_probability: Share = 0.1  # per slice: the structure was not seen there
+  lose_probability: Share = 0.03  # the structure was not seen in the whole run
+  island_probability: Share = 0.15  # a false island in some consecutive slices
+  island_radius: ClassVar[tuple[float, float]] = (1.5, 5.0)  # pixels of the mask grid
+  noise_probability: Share = 0.3
+  noise: Annotated[float, Field(ge=0, le=100)] = 4.0  # greatest deviation of smooth noise, logits
 
 
 NO_CORRUPTION = PromptCorruptionConfig(

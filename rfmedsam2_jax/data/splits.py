@@ -3,22 +3,29 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.files import STRICT, load_json, save_json
+from rfmedsam2_jax.base.ranges import STRICT, Count, Whole
+from rfmedsam2_jax.data.files import load_json, save_json
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitConfig:
   """How the training cases are divided."""
 
-  fraction: float = 0.2    # of the cases that validate, at least one; 0: none; unused with a fold
-  fold: int | None = None  # this fold of `folds` validates, the same cases as in nnU-Net's fold
-  folds: int = 5           # number of folds, when `fold` is given
-  seed: int = 12345        # another seed is another split; nnU-Net's is the default
-  train_cases: int | None = None  # train on so many of the others only; what does less data cost?
+  __pydantic_config__ = STRICT
+
+  fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+  # Of the cases that validate, at least one; 0: none; unused with a fold.
+  fold: Whole | None = None  # this fold of `folds` validates, the same cases as in nnU-Net's fold
+  folds: Annotated[int, Field(ge=2)] = 5  # number of folds, when `fold` is given
+  seed: Annotated[int, Field(ge=0, lt=2**32)] = 12345
+  # Another seed is another split; nnU-Net's is the default.
+  train_cases: Count | None = None  # train on so many of the others only; what does less data cost?
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,13 @@ An adapter of one's own is a Linen module with the fields of these, put in their
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from pydantic import Field
 
+from rfmedsam2_jax.base.ranges import STRICT, Count
 from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm, upsample2
 
@@ -120,12 +122,15 @@ class AdapterConfig:
   `SAM2Config`, but no file can describe it.
   """
 
+  __pydantic_config__ = STRICT
+
   dwconv: bool = True  # DWConvAdapters in Hiera, memory attention and mask decoder
   cnn: bool = True     # CNN-Adapters after the convolutions of the FPN neck
-  width: int = 16      # channels inside an adapter; above 24 they exceed 1 % of SAM 2.1 base+
+  width: Count = 16    # channels inside an adapter; above 24 they exceed 1 % of SAM 2.1 base+
   mask: bool = False   # MaskAdapter on the masks of every stage of refinement
-  mask_width: int = 32  # its channels
-  mask_reach: int = 2  # slices on either side whose masks of the stage before it sees
+  mask_width: Count = 32  # its channels
+  mask_reach: Annotated[int, Field(ge=0, le=16)] = 2
+  # Slices on either side whose masks of the stage before it sees.
 
   after_attention: ClassVar[Any] = DWConvAdapter
   after_convolution: ClassVar[Any] = CNNAdapter

@@ -11,12 +11,14 @@ share of it (jax.shard_map): sums over the batch are then taken over all of them
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
+from rfmedsam2_jax.base.ranges import STRICT, Share, Weight
 from rfmedsam2_jax.nn.layers import Array
 
 Axes = tuple[str, ...]
@@ -26,7 +28,7 @@ IGNORE = 255  # value of a voxel without a label in `target`
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorLossConfig:
-  """Loss of the prompt generator, nnU-Net's by default."""
+  """Loss of the prompt generator, nnU-Net's by default, which is what training takes."""
 
   dice: float = 1.0  # weight of the soft Dice loss
   cross_entropy: float = 1.0  # weight of the cross-entropy (binary where structures overlap)
@@ -37,13 +39,15 @@ class GeneratorLossConfig:
 class RefinerLossConfig:
   """Loss of one refinement stage, SAM 2's fine-tuning weights by default."""
 
-  focal: float = 20.0  # weight of the focal loss on mask logits
-  dice: float = 1.0  # weight of the Dice loss on mask logits
-  iou: float = 1.0  # weight of the regression of the predicted IoU
-  presence: float = 1.0  # weight of the cross-entropy of "the structure is on this slice"
+  __pydantic_config__ = STRICT
+
+  focal: Weight = 20.0  # weight of the focal loss on mask logits
+  dice: Weight = 1.0  # weight of the Dice loss on mask logits
+  iou: Weight = 1.0  # weight of the regression of the predicted IoU
+  presence: Weight = 1.0  # weight of the cross-entropy of "the structure is on this slice"
   iou_form: Literal["l1", "mse"] = "l1"
-  focal_alpha: float = 0.25  # weight of foreground pixels; 1 - alpha that of background
-  focal_gamma: float = 2.0  # higher leaves out easy pixels more
+  focal_alpha: Share = 0.25  # weight of foreground pixels; 1 - alpha that of background
+  focal_gamma: Annotated[float, Field(ge=0, le=100)] = 2.0  # higher leaves out easy pixels more
 
 
 def binary_cross_entropy(logits: Array, target: Array) -> Array:

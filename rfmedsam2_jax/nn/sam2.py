@@ -12,12 +12,13 @@ S / 16, C = d_model.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rfmedsam2_jax.base.ranges import STRICT, Count, Precision, Whole
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
@@ -47,37 +48,40 @@ _DEEPEST = 256  # layers of one kind; the largest official network has 48
 class SAM2Config:
   """Sizes of SAM 2; the defaults are sam2.1_hiera_base_plus. nn.presets has the named ones."""
 
+  __pydantic_config__ = STRICT
+
   image_size: int = 1024  # side S of the square image, divisible by 32; cost grows with its square
 
   # The trunk (Hiera).
-  embed_dim: int = 112  # channels of the first stage; doubled at every further stage
-  trunk_heads: int = 2  # attention heads of the first stage, doubled likewise
-  stages: tuple[int, ...] = (2, 3, 16, 3)  # blocks per stage
-  global_att_blocks: tuple[int, ...] = (12, 16, 20)  # blocks that attend over the whole slice
-  window_spec: tuple[int, ...] = (8, 4, 14, 7)  # window side per stage, in tokens
-  window_pos_embed_bkg_spatial_size: tuple[int, int] = (14, 14)  # grid of the learned positions
+  embed_dim: Count = 112  # channels of the first stage; doubled at every further stage
+  trunk_heads: Count = 2  # attention heads of the first stage, doubled likewise
+  stages: tuple[Count, ...] = (2, 3, 16, 3)  # blocks per stage
+  global_att_blocks: tuple[Whole, ...] = (12, 16, 20)  # blocks that attend over the whole slice
+  window_spec: tuple[Count, ...] = (8, 4, 14, 7)  # window side per stage, in tokens
+  window_pos_embed_bkg_spatial_size: tuple[Count, Count] = (14, 14)  # grid of the learned positions
 
-  d_model: int = 256  # channels C of the image embedding and of all tokens
-  mem_dim: int = 64  # channels of a memory; divides d_model
+  d_model: Count = 256  # channels C of the image embedding and of all tokens
+  mem_dim: Count = 64  # channels of a memory; divides d_model
 
-  memory_layers: int = 4  # layers of memory attention
-  memory_ffn: int = 2048  # hidden width of their MLPs
-  memory_mask_channels: tuple[int, int, int, int] = (4, 16, 64, 256)  # mask's way down, per halving
-  fuser_layers: int = 2  # ConvNeXt blocks that fuse mask and features
-  num_maskmem: int = 7  # rows of the temporal table; the last is for conditioning slices
+  memory_layers: Count = 4  # layers of memory attention
+  memory_ffn: Count = 2048  # hidden width of their MLPs
+  memory_mask_channels: tuple[Count, Count, Count, Count] = (4, 16, 64, 256)
+  # Of the mask's way down, per halving.
+  fuser_layers: Count = 2  # ConvNeXt blocks that fuse mask and features
+  num_maskmem: Count = 7  # rows of the temporal table; the last is for conditioning slices
 
-  decoder_depth: int = 2  # two-way layers of the mask decoder
-  decoder_mlp: int = 2048  # hidden width of their MLPs
-  decoder_heads: int = 8
-  iou_hidden: int = 256  # hidden width of the IoU head
-  prompt_mask_channels: int = 16  # hidden width of the mask prompt's way down
+  decoder_depth: Count = 2  # two-way layers of the mask decoder
+  decoder_mlp: Count = 2048  # hidden width of their MLPs
+  decoder_heads: Count = 8
+  iou_hidden: Count = 256  # hidden width of the IoU head
+  prompt_mask_channels: Count = 16  # hidden width of the mask prompt's way down
 
   # What SAM 2.1 added; both False for SAM 2.0.
   absent_embedding: bool = True  # mark the memories of slices without the object
   pointer_positions: bool = True  # tell object pointers apart by their signed distance
 
   adapters: AdapterConfig = AdapterConfig()
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+  dtype: Precision = "float32"  # of the computation; parameters stay float32
   # Training: what is kept of every block for the backward pass. "none": all. "block": its input, at
   # a third more time per step. "dots": also what dense layers give; between the two in both.
   remat: Remat = "none"
@@ -87,10 +91,6 @@ class SAM2Config:
       raise ValueError(f"image_size is {self.image_size}; it must be divisible by 32")
     if not 64 <= self.image_size <= 2**14:
       raise ValueError(f"image_size is {self.image_size}; it must be 64 to {2**14}")
-    for name in _WIDTHS:
-      values = getattr(self, name)
-      if min(values if isinstance(values, tuple) else (values,), default=0) < 1:
-        raise ValueError(f"{name} is {values}; it must be 1 or more")
     for name, values in (("stages", sum(self.stages)), ("memory_layers", self.memory_layers),
                          ("fuser_layers", self.fuser_layers),
                          ("decoder_depth", self.decoder_depth)):

@@ -9,13 +9,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from pydantic import Field
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.ranges import STRICT
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
@@ -25,12 +27,14 @@ BATCH_AXES = ("data", "fsdp")
 class MeshConfig:
   """Devices along each of `AXES`; their product is their number. One may be -1: the rest."""
 
+  __pydantic_config__ = STRICT
+
   data: int = -1  # copies of the parameters, each with its share of the batch
   fsdp: int = 1   # parts of parameters and optimizer state; memory falls, traffic rises
   model: int = 1  # parts of the widths of attention and MLPs, for networks too large otherwise
   # Devices that `train` makes of a CPU, where JAX has no others. XLA does the 2D convolutions of a
   # device on one core.
-  cpu_devices: int = 1
+  cpu_devices: Annotated[int, Field(ge=1, le=2**10)] = 1
 
   @property
   def sizes(self) -> tuple[int, int, int]:

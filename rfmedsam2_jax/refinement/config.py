@@ -1,18 +1,25 @@
 """What the refinement does: its stages, prompts and fusion, as one frozen config."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from rfmedsam2_jax.base.ranges import STRICT, Count, Share, Whole
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
   """One stage of refinement over the slices of a volume."""
 
+  __pydantic_config__ = STRICT
+
   memory: Literal["neighbours", "stream", "none"] = "neighbours"
   # neighbours: slices around, as the previous stage saw them, all cells side by side;
   # stream: SAM 2's recurrence, slice after slice, out from the anchor; none: each slice for itself.
-  reach: int = 3  # neighbours on either side, 0 to 6; more costs time and memory
-  anchors: int = 1  # slices per organ that every other slice attends to, best first; 0 for none
+  reach: Annotated[int, Field(ge=0, le=6)] = 3
+  # Neighbours on either side; more costs time and memory.
+  anchors: Whole = 1  # slices per organ that every other slice attends to, best first; 0 for none
   box: bool = True  # prompt with the box of the previous stage
   mask: bool = True  # prompt with the mask of the previous stage
   pointers: bool = False  # attend to the previous stage's object pointers; the first stage has none
@@ -20,27 +27,23 @@ class StageConfig:
   # Decode a correction: the previous stage's mask logits (within +-residual_limit) and its presence
   # (+4 or -2) are added to the decoded ones. Off, it is SAM 2 as it was published; on, a decoder
   # trained from scratch need not learn to pass a mask through first.
-  residual_limit: float = 8.0  # lower: sure mistakes are easier to learn to correct, and to make
-  loss_weight: float = 1.0  # of this stage in the training loss
-
-  def __post_init__(self):
-    if not 0 <= self.reach <= 6:
-      raise ValueError(f"reach is {self.reach}; it must be 0 to 6")
-    if not self.residual_limit > 0:
-      raise ValueError(f"residual_limit is {self.residual_limit}; it must be positive")
-    if self.anchors < 0:
-      raise ValueError(f"anchors is {self.anchors}; it must not be negative")
+  residual_limit: Annotated[float, Field(gt=0, le=1024)] = 8.0
+  # Lower: sure mistakes are easier to learn to correct, and to make.
+  loss_weight: ClassVar[float] = 1.0  # in the training loss; all stages count alike
 
 
 @dataclasses.dataclass(frozen=True)
 class RefinementConfig:
-  """Stages after the generator, and how their masks become one label map."""
+  """Stages after the generator, and how their masks become one label map.
+
+  What belongs together has a name, see `PRESETS`.
+  """
+
+  __pydantic_config__ = STRICT
 
   stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig(pointers=True))
-  live_margin: int = 3  # slices beyond a structure that are still run; more is slower
-  box_margin: float = 2.0  # added to boxes on every side, in pixels of the SAM image
-  cells_per_batch: int = 32  # (organ, slice) cells per call and device; memory grows with it
-  slices_per_batch: int = 8  # slices per call of the image encoder and device
+  live_margin: Whole = 3  # slices beyond a structure that are still run; more is slower
+  cells_per_batch: Count = 32  # (organ, slice) cells per call and device; memory grows with it
   fusion: Literal["masks", "changes"] = "masks"
   # masks: the last stage's masks, resized to the volume's grid. changes: the generator's own logits
   # plus what the stages changed of them on the mask grid, so that its detail between the pixels of
@@ -49,14 +52,24 @@ class RefinementConfig:
   # threshold: a voxel with no organ above `threshold` is background. rest: where structures do not
   # overlap, background has what they leave of 1 and must win like any of them, as in a softmax; two
   # neighbours that are unsure where they meet leave no gap between them.
-  threshold: float = 0.5  # foreground probability above which a voxel belongs to an organ
-  generator_weight: float = 0.0  # share of the generator's vote in the fused probability, 0 to 1
+  generator_weight: Share = 0.0  # share of the generator's vote in the fused probability
+
+  threshold: ClassVar[float] = 0.5  # foreground probability above which a voxel is an organ's
+  box_margin: ClassVar[float] = 2.0  # added to boxes on every side, in pixels of the SAM image
+  slices_per_batch: ClassVar[int] = 8  # of the image encoder's calls, per device
 
   def __post_init__(self):
     if self.stages and self.stages[0].pointers:
       raise ValueError("stages[0].pointers is true, but no stage before it makes object pointers")
-    if self.background == "rest" and self.threshold != 0.5:
-      raise ValueError(f"threshold is {self.threshold}, but with background: rest there is none; "
-                       "leave it 0.5")
-    if not 0.0 <= self.generator_weight <= 1.0:
-      raise ValueError(f"generator_weight is {self.generator_weight}; it must be between 0 and 1")
+
+
+# What `refinement.preset` names: what stages are meant to do, and the fusion that fits it.
+PRESETS: dict[str, RefinementConfig] = {
+  # Stages make masks anew, as SAM 2 does; its official weights are made for this.
+  "masks": RefinementConfig(),
+  # Stages correct the generator's masks, which a decoder from scratch learns in little time.
+  "corrections": RefinementConfig(
+    stages=(StageConfig(residual=True, residual_limit=3.0),
+            StageConfig(residual=True, residual_limit=3.0, pointers=True)),
+    fusion="changes", background="rest", generator_weight=0.5),
+}

@@ -1,6 +1,11 @@
 """How volumes are predicted."""
 
 import dataclasses
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from rfmedsam2_jax.base.ranges import STRICT, Axis, Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,21 +21,15 @@ class WarningConfig:
   # largest such distance within the training cases; both in standard deviations, normalised.
   intensity_distance: float = 0.1  # what is nearer is never called unusual
 
-  def __post_init__(self):
-    for name in ("spacing_factor", "extent_factor", "intensity_factor"):
-      if not getattr(self, name) >= 1.0:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-  overlap: float = 0.5  # of the generator's windows, as a share of the patch; more is slower
-  batch_size: int = 1  # windows per call of the generator and device
-  mirror_axes: tuple[int, ...] = ()
+  __pydantic_config__ = STRICT
+
+  overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+  # Of the generator's windows, as a share of the patch; more is slower.
+  batch_size: Count = 1  # windows per call of the generator and device
+  mirror_axes: tuple[Axis, ...] = ()
   # Axes (0 slices, 1 rows, 2 columns) along which the generator also sees mirrored windows and is
   # averaged; each doubles its time. Only axes that training mirrors too make sense.
-  warnings: WarningConfig = WarningConfig()
-
-  def __post_init__(self):
-    if not 0.0 <= self.overlap < 1.0:
-      raise ValueError(f"overlap is {self.overlap}; it must be at least 0 and below 1")
+  warnings: ClassVar[WarningConfig] = WarningConfig()

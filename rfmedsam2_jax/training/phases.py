@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rfmedsam2_jax.config.experiment import Config
+from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data.pipeline import (
   BatchConfig,
@@ -149,7 +149,7 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
 
 
 def refiner_phase(config: Config, plan: Plan) -> Phase:
-  settings, sam2 = config.refiner, config.sam2
+  settings, sam2 = config.refiner, config.sam2.network
   structures = min(settings.structures, len(plan.labels.structures))
   runs, length, side = settings.batch_size, settings.slices, sam2.image_size
   masks = jax.ShapeDtypeStruct((runs, structures, length, side // 4, side // 4), jnp.float32)
@@ -199,7 +199,7 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
   phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
   return phase._replace(
     name="mask_adapter",
-    loss=refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True),
+    loss=refiner_loss_fn(SAM2(config.sam2.network), settings, config.refinement, masks_alone=True),
   )
 
 

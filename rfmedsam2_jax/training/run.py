@@ -17,7 +17,7 @@ import jax
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration, silent
-from rfmedsam2_jax.config.experiment import Config, config_yaml, load_config
+from rfmedsam2_jax.config import Config, config_tree, config_yaml, load_config
 from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
 from rfmedsam2_jax.data.files import save_json
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
@@ -79,7 +79,7 @@ def train(
   mesh = make_mesh(config.mesh)
   check_batches(config, phase_names(config), mesh)
   if config.refiner.init_from and not resume:
-    _check_source(config.refiner.init_from, config.sam2, out)
+    _check_source(config.refiner.init_from, config.sam2.network, out)
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
       report = silent
@@ -160,7 +160,7 @@ def _check_same_config(run: RunFolder, config: Config) -> None:
     sam2=replace(before.sam2, remat=config.sam2.remat),
   )
   if before != config:
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
+    old, new = _flat(config_tree(before)), _flat(config_tree(config))
     key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
     raise UserError(
       f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume it with the "

@@ -7,7 +7,7 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Report, silent
-from rfmedsam2_jax.config.experiment import Config
+from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.plan import ChannelRule, Plan, PlanConfig, pooling
 from rfmedsam2_jax.parallel.mesh import make_mesh

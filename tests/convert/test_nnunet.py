@@ -12,7 +12,7 @@ from nnunet_model import ANISOTROPIC, ISOTROPIC, torch, write_model
 
 from convert.__main__ import main
 from rfmedsam2_jax.cli import main as rfmedsam2
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.plan import load_plan
 from rfmedsam2_jax.model import init_generator

@@ -102,7 +102,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("make", [patches, runs])
-def test_restored_iterator_goes_on_exactly_where_it_was(store, make, tmp_path):
+def test_restored_iterator_goes_on_exactly_where_it_was(store, make, tmp_path, monkeypatch):
   iterator = make(store)
   for _ in range(3):
     next(iterator)
@@ -110,9 +110,11 @@ def test_restored_iterator_goes_on_exactly_where_it_was(store, make, tmp_path):
   with ocp.CheckpointManager(tmp_path) as manager:
     manager.save(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
     wanted = [next(iterator) for _ in range(3)]
-    by_orbax = make(store, loader=LoaderConfig(threads=2, prefetch=4))
+    monkeypatch.setattr(LoaderConfig, "threads", 2)
+    by_orbax = make(store, loader=LoaderConfig(prefetch=4))
     manager.restore(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(by_orbax)))
-  by_state = make(store, loader=LoaderConfig(threads=0, prefetch=0))
+  monkeypatch.setattr(LoaderConfig, "threads", 0)
+  by_state = make(store, loader=LoaderConfig(prefetch=0))
   by_state.set_state(state)
   for batch in wanted:
     assert_same(batch, next(by_orbax))
@@ -201,11 +203,13 @@ def test_rotations_are_rigid_in_millimetres():
   assert draw_affine(rng, NO_AUGMENTATION, spacing, False) is None
 
 
-def test_every_intensity_change_happens_and_keeps_what_it_promises():
+def test_every_intensity_change_happens_and_keeps_what_it_promises(monkeypatch):
   names = ("noise", "blur", "brightness", "contrast", "gamma", "gamma_inverted")
   image = np.random.default_rng(0).standard_normal((1, 8, 16, 16)).astype(np.float32) + 1
+  config = dataclasses.replace(NO_AUGMENTATION, intensity=1.0)
   for name in names:
-    config = dataclasses.replace(NO_AUGMENTATION, **{f"{name}_probability": 1.0})
+    for other in names:
+      monkeypatch.setattr(AugmentationConfig, f"{other}_probability", float(other == name))
     changed = augment_intensity(np.random.default_rng(1), image, config, in_plane=False)
     assert np.abs(changed - image).max() > 0.01, name
     assert changed.dtype == np.float32

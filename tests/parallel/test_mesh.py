@@ -13,7 +13,7 @@ import pytest
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
-from rfmedsam2_jax.config.experiment import load_config
+from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.config.training import OptimizerConfig
 from rfmedsam2_jax.nn import PRESETS, init_params
 from rfmedsam2_jax.parallel.devices import divide_cpu

@@ -1,6 +1,5 @@
 """JSON and YAML that people write and that runs hold, damaged: prompts, configs, run folders."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -119,6 +118,8 @@ _WITH_DATA = ("data.split", "data.structures", "data.sam_channels=[9]", "plan.st
 
 def says_the_config(path: Path, found) -> str:
   """Why a Config is not what PyYAML reads, value by value."""
+  from rfmedsam2_jax.config import config_tree
+
   def differs(tree, mine, where):
     if isinstance(tree, Mapping):
       if not isinstance(mine, Mapping):
@@ -140,14 +141,14 @@ def says_the_config(path: Path, found) -> str:
       # A number that YAML takes for text, 1e-4; a word that it does not take for a truth value.
       return "" if str(mine) == tree or float(tree) == mine else where
     return "" if tree == mine else where
-  where = differs(yaml.safe_load(path.read_text("utf-8")) or {}, dataclasses.asdict(found), "")
+  where = differs(yaml.safe_load(path.read_text("utf-8")) or {}, config_tree(found), "")
   return f"{where} is not what YAML reads" if where else ""
 
 
 @kind("configs")
 def configs():
   def loaded(folder, content):
-    from rfmedsam2_jax.config.experiment import load_config
+    from rfmedsam2_jax.config import load_config
 
     path = folder / "config.yaml"
     path.write_bytes(content)
