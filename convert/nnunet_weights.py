@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert.sources import read_torch
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.model import init_generator
 from rfmedsam2_jax.nn.unet import UNet
+
+from .sources import read_torch
 
 # Where each kind of tensor goes, and the order of its axes there.
 _RULES = (

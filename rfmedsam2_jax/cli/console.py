@@ -1,6 +1,7 @@
 """What a command says, and to whom: a person at a terminal, a log, or a program."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -96,3 +97,13 @@ class Console:
     else:
       print(json.dumps(content, default=str), flush=True)
 
+
+def place_line(error: OSError, unnamed: str) -> str:
+  """The line about a file that cannot be read or written; raises what is no such error.
+
+  Args:
+    unnamed: stands for the file where a full disk names none.
+  """
+  if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    raise error
+  return f"{error.filename or unnamed}: {error.strerror}; free it or choose another place"

@@ -16,7 +16,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data.pipeline import LoaderConfig
 from rfmedsam2_jax.data.plan import PlanConfig
@@ -113,7 +113,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     problem = getattr(error, "problem", None) or "cannot be parsed"
     raise UserError(f"{path}: is not YAML{where} ({problem}); correct the file") from None
   except (ValueError, RecursionError, TypeError) as error:  # numbers and nesting without end
-    raise UserError(f"{path}: is not YAML of a config ({_short(error)}); correct the file"
+    raise UserError(f"{path}: is not YAML of a config ({first_line(error, 120)}); correct the file"
                     ) from None
   if not isinstance(tree, dict):
     raise UserError(f"{path}: holds no keys; see configs/quickstart.yaml for what it should hold")
@@ -167,10 +167,6 @@ def _check_ranges(value: Any, source: str, where: str, name: str = "") -> None:
     if not (math.isfinite(value) and low <= value <= high):
       expected = f"{low:g} to {high:g}" if name in _RANGES else "a finite number"
       raise UserError(f"{source}: {where[:-1]}: is {value}; give {expected}")
-
-
-def _short(error: Exception) -> str:
-  return " ".join(str(error).split())[:120]
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import gzip
 import itertools
-import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.files import replacing
-
-# Of a damaged header nibabel writes to standard error what it then raises.
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
@@ -268,7 +264,7 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
           nib.spatialimages.ImageDataError, OSError, EOFError, ValueError, OverflowError,
           zlib.error) as error:
-    reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
+    reason = first_line(error).replace(str(path), path.name)
     raise UserError(f"{path}: cannot be read as NIfTI, perhaps truncated ({reason}); "
                     f"copy or convert the file again") from None
 

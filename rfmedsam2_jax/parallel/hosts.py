@@ -20,7 +20,8 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from rfmedsam2_jax.base.errors import RESUME, UserError
+from rfmedsam2_jax.base import command
+from rfmedsam2_jax.base.errors import RESUME, UserError, first_line
 
 T = TypeVar("T")
 
@@ -59,8 +60,8 @@ def initialise(how: str) -> None:
   try:
     jax.distributed.initialize(**given, shutdown_timeout_seconds=30)
   except (RuntimeError, ValueError) as error:
-    reason = str(error).strip().split("\n")[0][:200]
-    raise UserError(f"--distributed {how}: the processes cannot be joined ({reason})") from None
+    raise UserError(f"--distributed {how}: the processes cannot be joined ({first_line(error)})"
+                    ) from None
 
 
 def _launched() -> bool:
@@ -89,8 +90,9 @@ def watching() -> Iterator[None]:
   if jax.process_count() == 1:
     yield
     return
-  # When process 0 is gone, JAX aborts the others at once: this adds the last line to its trace.
-  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+  if command.running():
+    # When process 0 is gone, JAX aborts the others at once: this adds the last line to its trace.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
   ended = threading.Event()
   watcher = threading.Thread(target=_watch, args=(ended,), daemon=True)
   watcher.start()

@@ -71,8 +71,8 @@ class SliceStore:
 
   def need(self, wanted: np.ndarray, report: Report) -> None:
     missing = [int(z) for z in wanted if int(z) not in self._row]
-    compiling("the image encoder", (self._model, self._batch), report)
-    progress = Progress("encoding, slices", report)
+    new = compiling("the image encoder", _encode, (self._model, self._batch), report)
+    progress = Progress("encoding, slices", report, new)
     for first in range(0, len(missing), self._batch):
       progress(first, len(missing))
       chunk = missing[first : first + self._batch]

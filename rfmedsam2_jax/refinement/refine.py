@@ -260,7 +260,8 @@ def _run_cells(
   rows = encoded.rows(at)
   outputs = []
   total = bucket(len(cells), size)
-  compiling("the network", (model, stage, size, total, encoded.room), report)
+  program = _refine if stage.memory == "neighbours" else _decode
+  new = compiling("the network", program, (model, stage, size, total, encoded.room), report)
   if stage.memory == "neighbours":
     scores = _scores(prompts, live, cells, size)
     # Padded, so that volumes of similar depth share a compilation; padding is not live.
@@ -271,7 +272,7 @@ def _run_cells(
     # Where a cell's memory lies in the store of live cells; empty slots point at row 0.
     place = np.zeros(live.shape, np.int32)
     place[organ, at] = np.arange(len(cells))
-    progress, maps = Progress("memories", report), []
+    progress, maps = Progress("memories", report, new), []
     for where, index in batches(len(cells), size):
       progress(where.start, len(cells))
       batch = _gather(prompts, organ[index], at[index])
@@ -279,7 +280,7 @@ def _run_cells(
       maps.append(on_host(remembered, where.stop - where.start))
     store = joined(maps, total)
     pointer_store = everywhere(padded(pointers[organ, at], total))
-  progress = Progress("cells", report)
+  progress = Progress("cells", report, new)
   for where, index in batches(len(cells), size):
     progress(where.start, len(cells))
     batch = _gather_to_decode(model, prompts, organ[index], at[index])
@@ -308,14 +309,14 @@ def _run_stream(
   del pointers  # the recurrence makes its own
   scores = _scores(prompts, live, cells, config.cells_per_batch)
   found = []
-  progress, organs = Progress("structures", report), np.unique(cells[:, 0])
+  progress, organs = Progress("structures", report, compiles=True), np.unique(cells[:, 0])
   for done, organ in enumerate(organs):
     progress(done, len(organs))
     at = np.flatnonzero(live[organ])
     first, last = int(at[0]), int(at[-1])
     length = last - first + 1
     total = bucket(length, config.slices_per_batch)
-    compiling("the network", (model, stage, total, live.shape[1]), report)
+    compiling("the network", _track, (model, stage, total, live.shape[1]), report)
     span = padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True

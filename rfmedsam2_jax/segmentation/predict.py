@@ -163,7 +163,7 @@ def predict(
     simpleitk("--format nrrd")  # said now if it is missing
   names = models[0].plan.labels.value_names
   claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
-  left = TimeLeft()
+  left = TimeLeft(compiles=True)
   for number, (case, target) in enumerate(zip(cases, targets, strict=True), 1):
     heading = f"{number}/{len(cases)} {case.identifier}"
     begins = f"{heading}{left(number - 1, len(cases))}"

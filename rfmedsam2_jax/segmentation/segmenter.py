@@ -158,7 +158,8 @@ def run_generator(
   boxes = np.zeros((organs, depth, 4), np.float32)
   present = np.zeros((organs, depth), bool)
   batch = config.batch_size * device_count()
-  compiling("the generator", (segmenter.unet, plan.patch_size, batch), report)
+  program = segmenter.unet, plan.patch_size, batch
+  new = compiling("the generator", _unet_forward, program, report)
   slabs = predict_slabs(
     functools.partial(_unet_forward, segmenter.unet, everywhere(segmenter.generator)),
     prepared.image,
@@ -167,7 +168,7 @@ def run_generator(
     batch,
     config.mirror_axes,
     segmenter.unet.config.mirrored,
-    Progress("generator, windows", report),
+    Progress("generator, windows", report, new),
   )
   for where, slab in slabs:
     odds = _log_odds(slab, regions)

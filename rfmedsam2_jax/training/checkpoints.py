@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.training.state import TrainState
 
 
@@ -65,10 +65,9 @@ class Checkpoints:
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
       )
     except Exception as error:  # Orbax raises many kinds
-      reason = str(error).strip().split("\n")[0][:200]
       raise UserError(
-        f"{self._folder / str(step)}: cannot be restored ({reason}); remove this checkpoint to go "
-        "on from the one before"
+        f"{self._folder / str(step)}: cannot be restored ({first_line(error)}); remove "
+        "this checkpoint to go on from the one before"
       ) from error
     key = jax.random.wrap_key_data(restored["state"]["key"])
     return TrainState(**(restored["state"] | {"key": key}))

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from rfmedsam2_jax.base import command
+
 
 class Stopping:
   """Whether the run has been asked to stop; what cannot be left halfway is finished first."""
@@ -29,9 +31,10 @@ class Stopping:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Stopping]:
-  """Listens to SIGTERM as long as it lasts."""
+  """Listens to SIGTERM as long as it lasts, in a command; other programs keep their handler."""
   stopping = Stopping()
-  if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+  main = threading.current_thread() is threading.main_thread()
+  if not command.running() or not main or jax.process_count() > 1:
     # Signals come to main threads only; several processes agree through JAX's own listener.
     yield stopping
     return

@@ -205,7 +205,7 @@ def write_prompts(
   run: RunFolder, segmenter: Segmenter, identifiers: Sequence[str], report: Report
 ) -> None:
   """The generator's mask logits of the refiner's cases, float16 [K, D, 4G, 4G] each."""
-  progress = Progress("prompts of the refiner's cases", report)
+  progress = Progress("prompts of the refiner's cases", report, compiles=True)
   with hosts.together():
     mine = [
       name for name in hosts.share(identifiers) if not (run / "prompts" / f"{name}.npy").exists()

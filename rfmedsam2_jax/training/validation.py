@@ -27,7 +27,7 @@ def quick_scores(
   found: list[list[float]] = [[] for _ in range(segmenter.stages)]
   shown: SheetCase | None = None
   with hosts.together():
-    progress, mine = Progress("validation, cases", report), hosts.share(cases)
+    progress, mine = Progress("validation, cases", report, compiles=True), hosts.share(cases)
     for done, case in enumerate(mine):
       progress(done, len(mine))
       volume, truth, maps = stage_maps(segmenter, case, report)
@@ -56,7 +56,7 @@ def validate_run(
     return {}
   labels = segmenter.plan.labels
   found: list[dict[str, Any]] = [{} for _ in range(segmenter.stages)]
-  progress = Progress("validation, cases", report)
+  progress = Progress("validation, cases", report, compiles=True)
   with hosts.together():
     mine = hosts.share(cases)
     progress(0, len(mine))

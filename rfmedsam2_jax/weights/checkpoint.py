@@ -13,11 +13,11 @@ import jax
 import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.nn.initialisation import init_params
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
-from rfmedsam2_jax.weights.orbax import first_line, load_params, read_about, save_params
+from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
 
 # Fields that change what is computed, but not which parameters there are.
 _FREE = ("image_size", "dtype", "remat", "adapters")
@@ -83,9 +83,8 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
       raise ValueError(f"sam2.{unknown[0]} is unknown")
     return pydantic.TypeAdapter(SAM2Config).validate_python(about["sam2"]), about
   except ValueError as error:  # pydantic's is one
-    reason = str(error).strip().split("\n")[0]
     raise UserError(
-      f"{folder}: was made by another version ({reason} in its config); make it anew"
+      f"{folder}: was made by another version ({first_line(error)} in its config); make it anew"
     ) from None
 
 

@@ -4,10 +4,6 @@
 came from, versions). Writing is atomic: a folder that exists is complete.
 """
 
-import functools
-import logging
-import sys
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,27 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.nn.layers import Params
-
-# Of a damaged folder Orbax's tasks fail by the dozen; the first is raised, the others are logged.
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-@functools.cache
-def _ignore_late_answers() -> None:
-  """Keeps TensorStore's threads and asyncio from printing that nobody waits for them any more.
-
-  The first file that cannot be read ends Orbax's event loop while others are still being read.
-  """
-  warnings.filterwarnings("ignore", r"coroutine '\w+Handler\.", RuntimeWarning)
-  before = sys.unraisablehook
-
-  def hook(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
-      before(unraisable)
-
-  sys.unraisablehook = hook
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
@@ -106,11 +83,5 @@ def read_about(folder: str | Path) -> dict[str, Any]:
 
 
 def _restore(folder: Path, **wanted: Any) -> Any:
-  _ignore_late_answers()
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     return checkpointer.restore(folder, args=ocp.args.Composite(**wanted))
-
-
-def first_line(error: Exception) -> str:
-  """What a library said is wrong, short enough for a message."""
-  return str(error).strip().split("\n")[0][:200]
