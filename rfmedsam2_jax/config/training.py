@@ -40,7 +40,7 @@ class GeneratorConfig:
   """The prompt generator (3D U-Net) and its training."""
 
   init_from: str = ""  # checkpoint folder of a generator to start from; "" starts from scratch
-  # Made by `python -m convert nnunet`; relative to the working directory. Network and labels must
+  # Made by `rfmedsam2 convert nnunet`; relative to the working directory. Network and labels must
   # be the checkpoint's. With loop.steps=0 it is used as it is.
   features: tuple[int, ...] | None = None  # per stage; None: 32 doubling up to 320, as in nnU-Net
   convs_per_stage: int = 2
@@ -85,7 +85,7 @@ class RefinerConfig:
   """Training of SAM 2 as the refiner, on runs of consecutive slices."""
 
   init_from: str = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
-  # Made by `python -m convert`, or refiner/params of a run; relative to the working directory. The
+  # Made by `rfmedsam2 convert`, or refiner/params of a run; relative to the working directory. The
   # network must be that of `sam2`; image side, dtype and adapters are the config's own. The decoder
   # is left as it is in residual stages too, where one from scratch starts silent.
   trainable: tuple[str, ...] = ("*adapter*",)

@@ -1,6 +1,6 @@
 """SAM 2 with its parameters as one folder on disk, and what it takes to train on from it.
 
-A checkpoint describes itself: its config lies beside the parameters. Made by `python -m convert`
+A checkpoint describes itself: its config lies beside the parameters. Made by `rfmedsam2 convert`
 from other people's files, and by training (`refiner/params` of a run).
 """
 
@@ -72,7 +72,7 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
     raise UserError(f"{folder}: no such checkpoint; check the path or make one, docs/convert.md")
   if not (path / "about").is_dir():
     raise UserError(
-      f"{folder}: is no checkpoint of this program; make one from it with python -m convert"
+      f"{folder}: is no checkpoint of this program; make one from it with rfmedsam2 convert"
     )
   about = read_about(folder)
   if not isinstance(about, dict) or not isinstance(about.get("sam2"), dict):

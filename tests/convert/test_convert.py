@@ -1,4 +1,4 @@
-"""`python -m convert`: the same network comes out, anything else is one clear line."""
+"""`rfmedsam2 convert`: the same network comes out, anything else is one clear line."""
 
 import dataclasses
 import json
@@ -19,6 +19,7 @@ from torch_sam2 import TINY, torch
 
 from convert.__main__ import main
 from convert.recognise import OFFICIAL
+from rfmedsam2_jax.cli.convert import converter
 from rfmedsam2_jax.nn import PRESETS, AdapterConfig
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint, with_adapters
 from rfmedsam2_jax.weights.names import from_official, official_shapes
@@ -161,7 +162,7 @@ def test_verify_compares_every_part_and_refuses_a_network_that_is_another(
   state, tiny_yaml, tmp_path, capsys, monkeypatch
 ):
   """Two tensors of one part in each other's place: their shapes fit, the network is another."""
-  from convert import to_orbax
+  to_orbax = converter("to_orbax")
 
   def swapped(state, config):
     name = "memory_attention.layers.0.norm{}.weight"
@@ -302,7 +303,9 @@ INTERRUPTED = """
 import os, signal, sys, time
 from rfmedsam2_jax.base import interruption
 interruption.install()
-from convert import command, to_orbax
+from convert.__main__ import main
+from rfmedsam2_jax.cli.convert import converter
+to_orbax = converter("to_orbax")
 save = to_orbax.save_checkpoint
 def stopped(folder, *rest):
   save(folder, *rest)
@@ -310,7 +313,7 @@ def stopped(folder, *rest):
   os.kill(os.getpid(), signal.SIGINT)
   time.sleep(60)
 to_orbax.save_checkpoint = stopped
-sys.exit(command.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
