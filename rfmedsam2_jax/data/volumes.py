@@ -264,7 +264,7 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
           nib.spatialimages.ImageDataError, OSError, EOFError, ValueError, OverflowError,
           zlib.error) as error:
-    reason = first_line(error).replace(str(path), path.name)
+    reason = first_line(error, 1000).replace(str(path), path.name)
     raise UserError(f"{path}: cannot be read as NIfTI, perhaps truncated ({reason}); "
                     f"copy or convert the file again") from None
 
