@@ -144,6 +144,7 @@ def test_a_mistake_in_what_was_typed_is_said_before_jax_is_imported(tmp_path):
     ["quickstart", "--out", "full"], ["convert", "none.pt", "ckpt"], ["convert", "x.pt", "full"],
     ["convert", "x.pt", "ckpt", "--image-size", "100"], ["convert", "nnunet", "none", "ckpt"],
     ["report", "full", "full", "--out", "report"], ["evaluate", "none", "full"],
+    ["shard", "none.yaml", "--devices", "0"],
   ]
   script = LIGHT.format(lines=", ".join(map(repr, lines)))
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,

@@ -25,8 +25,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.report.folder import write_report
-
   runs = [folder for folder in options.folders if (folder / "config.yaml").is_file()]
   predictions = [folder for folder in options.folders if folder not in runs]
   for several in (runs, predictions):
@@ -38,6 +36,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
       raise UserError(f"--{name}: belongs to predictions; name the folder that predict wrote too")
   if not 0 <= options.max_voxels < 1e6:
     raise UserError(f"--max-voxels {options.max_voxels:g}: give millions of voxels, or 0")
+  from rfmedsam2_jax.report.folder import write_report
+
   written = write_report(
     options.out, runs[0] if runs else None, predictions[0] if predictions else None,
     options.ref, options.images, options.overwrite, round(options.max_voxels * 1e6), console.line,
