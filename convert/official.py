@@ -110,6 +110,7 @@ class Official(Witness):
 
     self.model = build(config)
     self.model.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
+    self.pointer = self.model.obj_ptr_proj
     self._sizes = [(config.grid, config.grid)]
 
   def _levels(self, images: np.ndarray) -> list[np.ndarray]:
@@ -128,9 +129,6 @@ class Official(Witness):
       image_pe=self.model.sam_prompt_encoder.get_dense_pe(), repeat_image=False,
       high_res_features=high_res, **inputs,
     )
-
-  def _pointer(self, token: Any) -> Any:
-    return self.model.obj_ptr_proj(token)
 
   def remember(self, embedding: np.ndarray, logits: np.ndarray, present: np.ndarray) -> Named:
     import torch

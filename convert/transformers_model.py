@@ -79,6 +79,7 @@ class Transformers(Witness):
     self.model = Sam2VideoModel(transformers_config(config)).eval()
     state = {name: torch.tensor(x) for name, x in tensors.items()}
     self.model.load_state_dict(state, strict=False)
+    self.pointer = self.model.object_pointer_proj
 
   def _levels(self, images: np.ndarray) -> list[np.ndarray]:
     outputs = self.model.get_image_features(nchw(images), return_dict=True).fpn_hidden_states
@@ -98,9 +99,6 @@ class Transformers(Witness):
       high_resolution_features=high_res, **inputs,
     )
     return masks[:, 0], ious[:, 0], tokens[:, 0], presence[:, 0]
-
-  def _pointer(self, token: Any) -> Any:
-    return self.model.object_pointer_proj(token)
 
   def remember(self, embedding: np.ndarray, logits: np.ndarray, present: np.ndarray) -> Named:
     import torch

@@ -21,6 +21,7 @@ class Witness(abc.ABC):
 
   name: str
   model: Any
+  pointer: Any  # the module that makes an object's pointer of its mask token
 
   def image(self, images: np.ndarray) -> Named:
     return dict(zip(("stride 4", "stride 8", "embedding"), self._levels(images), strict=True))
@@ -39,7 +40,7 @@ class Witness(abc.ABC):
       dense_prompt_embeddings=dense, multimask_output=multimask,
       high_res=[nchw(x) for x in high_res],
     )
-    pointer = self._pointer(chosen[:, ious[0].argmax() if multimask else 0])
+    pointer = self.pointer(chosen[:, ious[0].argmax() if multimask else 0])
     return {"masks": masks.numpy(), "ious": ious.numpy(), "presence": presence[:, 0].numpy(),
             "pointer": pointer.numpy()}
 
@@ -61,9 +62,6 @@ class Witness(abc.ABC):
   @abc.abstractmethod
   def _decode(self, high_res: list[Any], **inputs: Any) -> tuple[Any, Any, Any, Any]:
     """Masks, IoUs, mask tokens and presence [N, 1], tensors."""
-
-  @abc.abstractmethod
-  def _pointer(self, token: Any) -> Any: ...
 
 
 def nchw(x: np.ndarray) -> Any:

@@ -110,7 +110,7 @@ hook, signals = sys.unraisablehook, [signal.getsignal(n) for n in range(1, 32)]
 import jax, orbax.checkpoint, nibabel  # whose own doings are not ours
 levels = {name: logging.getLogger(name).level for name in ("absl", "orbax", "jax", "asyncio",
                                                             "nibabel.global")}
-import rfmedsam2_jax.training.run
+import rfmedsam2_jax.model, rfmedsam2_jax.data.itk, rfmedsam2_jax.parallel.hosts
 assert levels == {name: logging.getLogger(name).level for name in levels}
 assert hook is sys.unraisablehook and not [f for f in warnings.filters if "Handler" in str(f[1])]
 assert signals == [signal.getsignal(n) for n in range(1, 32)]
