@@ -58,10 +58,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def converter(module: str) -> Any:
-  """A module of the converter, which lies beside the package in a clone that is not installed."""
-  package = "rfmedsam2_jax.convert"
-  if importlib.util.find_spec(package) is None:
-    package = "convert"
+  """A module of the converter: of `convert` in a clone that Python runs in, else as installed."""
+  beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
+  in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
+  package = "convert" if in_clone else "rfmedsam2_jax.convert"
   return importlib.import_module(f"{package}.{module}")
 
 

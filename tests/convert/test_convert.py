@@ -19,7 +19,6 @@ from torch_sam2 import TINY, torch
 
 from convert.__main__ import main
 from convert.recognise import OFFICIAL
-from rfmedsam2_jax.cli.convert import converter
 from rfmedsam2_jax.nn import PRESETS, AdapterConfig
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint, with_adapters
 from rfmedsam2_jax.weights.names import from_official, official_shapes
@@ -162,7 +161,7 @@ def test_verify_compares_every_part_and_refuses_a_network_that_is_another(
   state, tiny_yaml, tmp_path, capsys, monkeypatch
 ):
   """Two tensors of one part in each other's place: their shapes fit, the network is another."""
-  to_orbax = converter("to_orbax")
+  from convert import to_orbax
 
   def swapped(state, config):
     name = "memory_attention.layers.0.norm{}.weight"
@@ -303,9 +302,8 @@ INTERRUPTED = """
 import os, signal, sys, time
 from rfmedsam2_jax.base import interruption
 interruption.install()
+from convert import to_orbax
 from convert.__main__ import main
-from rfmedsam2_jax.cli.convert import converter
-to_orbax = converter("to_orbax")
 save = to_orbax.save_checkpoint
 def stopped(folder, *rest):
   save(folder, *rest)
