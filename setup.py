@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 from setuptools import setup
@@ -12,6 +13,10 @@ _spec = importlib.util.spec_from_file_location(
 )
 niivue = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(niivue)
+
+
+# Said of every editable installation, whatever is in the folder, and pip shows it.
+warnings.filterwarnings("ignore", "Editable installation", UserWarning)
 
 
 class BuildWithViewer(build_py):

@@ -2,7 +2,7 @@
 
 .venv-nnunet/bin/python benchmarks/accuracy/nnunet.py DATASET --splits splits.json --minutes 3
     --epochs 2 --work runs/nnunet
-python -m convert nnunet runs/nnunet/results/Dataset004_Benchmark/Trainer__nnUNetPlans__3d_fullres
+rfmedsam2 convert nnunet runs/nnunet/results/Dataset004_Benchmark/Trainer__nnUNetPlans__3d_fullres
     ckpt/nnunet --fold all --like DATASET/imagesTr/CASE.nii.gz
 python benchmarks/nnunet_agreement.py ckpt/nnunet DATASET runs/nnunet/predictions
 
@@ -29,7 +29,7 @@ from rfmedsam2_jax.weights.orbax import load_params
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("checkpoint", type=Path, help="made by python -m convert nnunet")
+  parser.add_argument("checkpoint", type=Path, help="made by rfmedsam2 convert nnunet")
   parser.add_argument("dataset", type=Path)
   parser.add_argument("predictions", type=Path, help="nnU-Net's label maps of cases of DATASET")
   options = parser.parse_args()

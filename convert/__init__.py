@@ -1,5 +1,5 @@
-"""Checkpoints of SAM 2 and nnU-Net into this program: `python -m convert`, from a clone.
+"""Checkpoints of SAM 2 and nnU-Net into this program and back: the work of `rfmedsam2 convert`.
 
-The only place besides the tests that may import PyTorch, and it does so late: safetensors are read
-without it.
+Installed as `rfmedsam2_jax.convert`; in a clone also `python -m convert`. The only place besides
+the tests that may import PyTorch, and it does so late: safetensors are read without it.
 """

@@ -1,4 +1,4 @@
-"""`python -m convert nnunet MODEL OUT`: a trained nnU-Net v2 as the prompt generator.
+"""A trained nnU-Net v2 as the prompt generator.
 
 Out: a checkpoint that `generator.init_from` starts from, with a config.yaml beside its parameters
 that has nnU-Net's spacing, patch, intensity rules and network. The files are nnU-Net's own:
@@ -6,7 +6,6 @@ plans.json, dataset.json and fold_X/checkpoint_final.pth of a model folder; a ch
 copies of the first two.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,6 @@ from typing import Any
 
 import yaml
 
-from convert.nnunet_plans import Converted, read_plans
-from convert.nnunet_weights import load_checkpoint, network_params
-from convert.outputs import check_target
-from convert.sources import file_sha256
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.data.files import read_json, replacing_whole
@@ -26,47 +21,46 @@ from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.weights.generator import generator_json
 from rfmedsam2_jax.weights.orbax import save_params
 
+from .nnunet_plans import Converted, read_plans
+from .nnunet_weights import load_checkpoint, network_params
+from .sources import file_sha256
 
-def parser() -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(
-    prog="python -m convert nnunet",
-    description="Turns a trained nnU-Net v2 (a plain 3D conv U-Net) into a prompt generator and "
-    "the config that goes with it.",
-  )
-  result.add_argument("source", type=Path,
-                      help="the model's folder nnUNetTrainer__nnUNetPlans__3d_fullres, or a .pth")
-  result.add_argument("out", type=Path, help="the checkpoint's folder")
-  result.add_argument("--fold", default="0", help="of a model's folder: 0 to 4 or all")
-  result.add_argument("--checkpoint", choices=("final", "best"), default="final",
-                      help="of a model's folder")
-  result.add_argument("--configuration", help="of the plans; that of the checkpoint unless given")
-  result.add_argument("--like", type=Path, metavar="VOLUME",
-                      help="a volume that it was trained on: its orientation is the network's")
-  result.add_argument("--overwrite", action="store_true", help="replace OUT")
-  return result
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """fold, checkpoint ("final", "best"): of a model's folder. configuration: of the plans, None for
+  the checkpoint's own. like: a volume that it was trained on, whose orientation is the network's.
+  """
+
+  fold: str = "0"
+  checkpoint: str = "final"
+  configuration: str | None = None
+  like: Path | None = None
 
 
 def convert_nnunet(
-  options: argparse.Namespace, report: Report, progress: Report = silent
+  source: Path, out: Path, wanted: Wanted, report: Report, progress: Report = silent
 ) -> str:
-  """Converts `options.source` to `options.out`; returns what was done.
+  """Converts a model's folder or a .pth to the folder `out`, which is replaced.
+
+  Returns:
+    what was done.
 
   Raises:
     UserError: whatever stops it; nothing was written then.
   """
-  check_target(options.out, options.overwrite, is_ours=(options.out / "about").is_dir())
-  file = _file(options)
+  file = _file(source, wanted)
   progress(Passing(f"reading {file}"))
   stored = load_checkpoint(file)
-  plans, dataset = _descriptions(options.source, file, stored)
+  plans, dataset = _descriptions(source, file, stored)
   init = stored.get("init_args")
   init = init if isinstance(init, Mapping) else {}
-  configuration = options.configuration or str(init.get("configuration", "3d_fullres"))
+  configuration = wanted.configuration or str(init.get("configuration", "3d_fullres"))
   if "configuration" in init and init["configuration"] != configuration:
     raise UserError(f"{file}: is of configuration {init['configuration']}, not {configuration}; "
-                    "leave --configuration out")
+                    "leave configuration out")
   mirrored = stored.get("inference_allowed_mirroring_axes")
-  found = read_plans(plans, dataset, configuration, mirrored, options.like, str(file))
+  found = read_plans(plans, dataset, configuration, mirrored, wanted.like, str(file))
   outputs = len(found.labels.structures) + (0 if found.labels.regions else 1)
   unet = UNet(found.network, outputs)
   params, facts = network_params(
@@ -86,13 +80,13 @@ def convert_nnunet(
     "differs": list(found.differs),
     "versions": versions(),
   }
-  with replacing_whole(options.out) as temporary:
+  with replacing_whole(out) as temporary:
     save_params(temporary, params, about)
-    text = yaml.safe_dump(_config(found, options.out), sort_keys=False)
+    text = yaml.safe_dump(_config(found, out), sort_keys=False)
     (temporary / "config.yaml").write_text(
-      f"# Made by python -m convert nnunet from {file.name}; name the data set: data.dataset=DIR\n"
+      f"# Made by rfmedsam2 convert nnunet from {file.name}; name the data set: data.dataset=DIR\n"
       + text, encoding="utf-8")
-  return f"converted; train with {options.out / 'config.yaml'}"
+  return f"converted; train with {out / 'config.yaml'}"
 
 
 def _config(found: Converted, out: Path) -> dict[str, Any]:
@@ -111,13 +105,12 @@ def _plain(x: Any) -> Any:
   return [_plain(value) for value in x] if isinstance(x, list | tuple) else x
 
 
-def _file(options: argparse.Namespace) -> Path:
-  source = options.source
+def _file(source: Path, wanted: Wanted) -> Path:
   if source.is_dir():
-    source = source / f"fold_{options.fold}" / f"checkpoint_{options.checkpoint}.pth"
+    source = source / f"fold_{wanted.fold}" / f"checkpoint_{wanted.checkpoint}.pth"
   if not source.is_file():
-    raise UserError(f"{source}: no such file; give nnU-Net's model folder (choose with --fold and "
-                    "--checkpoint) or a checkpoint file")
+    raise UserError(f"{source}: no such file; give nnU-Net's model folder (with the right fold and "
+                    "checkpoint) or a checkpoint file")
   return source
 
 

@@ -93,7 +93,7 @@ def _read_plans(plans, dataset, configuration, mirrored, like, source) -> Conver
   differs = []
   if like is None:
     differs.append("nnU-Net takes the axes as they lie in a file, this program turns volumes to "
-                   "LPS first; name a training volume with --like, else files must be LPS")
+                   "LPS first; name a training volume (like), else files must be LPS")
   else:
     seen = _mirrored(like, forward)
     network = dataclasses.replace(network, mirrored=seen)
@@ -232,5 +232,3 @@ def _triples(values: Any) -> tuple[Triple, ...]:
 def _floats(values: Any) -> tuple[float, float, float]:
   a, b, c = (float(n) for n in values)
   return a, b, c
-
-

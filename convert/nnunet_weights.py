@@ -9,33 +9,22 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from convert.sources import read_torch
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.model import init_generator
 from rfmedsam2_jax.nn.unet import UNet
 
+from .sources import read_torch
+
 # Where each kind of tensor goes, and the order of its axes there.
+_LAYER = r"(en|de)coder\.stages\.(\d+)\.(?:0\.)?convs\.(\d+)\."
+_THERE = r"\1coder/stages_\2/convs_\3/"
 _RULES = (
-  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.conv\.weight",
-   r"encoder/stages_\1/convs_\2/conv/kernel", (2, 3, 4, 1, 0)),
-  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.conv\.weight",
-   r"decoder/stages_\1/convs_\2/conv/kernel", (2, 3, 4, 1, 0)),
-  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.conv\.bias",
-   r"encoder/stages_\1/convs_\2/conv/bias", (0,)),
-  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.conv\.bias",
-   r"decoder/stages_\1/convs_\2/conv/bias", (0,)),
-  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.norm\.weight",
-   r"encoder/stages_\1/convs_\2/norm/scale", (0,)),
-  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.norm\.weight",
-   r"decoder/stages_\1/convs_\2/norm/scale", (0,)),
-  (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.norm\.bias",
-   r"encoder/stages_\1/convs_\2/norm/bias", (0,)),
-  (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.norm\.bias",
-   r"decoder/stages_\1/convs_\2/norm/bias", (0,)),
+  (rf"{_LAYER}conv\.weight", rf"{_THERE}conv/kernel", (2, 3, 4, 1, 0)),
+  (rf"{_LAYER}norm\.weight", rf"{_THERE}norm/scale", (0,)),
+  (rf"{_LAYER}(conv|norm)\.bias", rf"{_THERE}\4/bias", (0,)),
   (r"decoder\.transpconvs\.(\d+)\.weight", r"decoder/transpconvs_\1/kernel", (0, 2, 3, 4, 1)),
-  (r"decoder\.transpconvs\.(\d+)\.bias", r"decoder/transpconvs_\1/bias", (0,)),
   (r"decoder\.seg_layers\.(\d+)\.weight", r"decoder/seg_layers_\1/kernel", (2, 3, 4, 1, 0)),
-  (r"decoder\.seg_layers\.(\d+)\.bias", r"decoder/seg_layers_\1/bias", (0,)),
+  (r"decoder\.(transpconvs|seg_layers)\.(\d+)\.bias", r"decoder/\1_\2/bias", (0,)),
 )
 
 
@@ -50,9 +39,9 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
   except ImportError:
     raise UserError("reading .pth needs PyTorch: pip install torch") from None
   # nnU-Net's log has numpy numbers; these three build them and run nothing.
-  kinds: list[Any] = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
-           (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-           np.float64(0).__reduce__()[0]]
+  scalar: Any = np.float64(0).__reduce__()[0]
+  kinds = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), scalar,
+           (scalar, "numpy.core.multiarray.scalar")]
   with torch.serialization.safe_globals(kinds):
     stored = read_torch(file)
   if not isinstance(stored.get("network_weights"), Mapping):
@@ -95,11 +84,10 @@ def network_params(
     if path in found and not np.array_equal(found[path], x):
       raise UserError(f"{source}: tensor {full} differs from its second copy; check the file")
     found[path] = x
-  without_bias = [p for p in expected if p not in found and re.search(
-    r"(conv|transpconvs_\d+)/bias$", p)]
-  every = [p for p in expected if re.search(r"(conv|transpconvs_\d+)/bias$", p)]
-  if without_bias == every:
-    found |= {path: np.zeros(expected[path].shape, np.float32) for path in every}
+  biases = [p for p in expected if re.search(r"(conv|transpconvs_\d+)/bias$", p)]
+  without_bias = not found.keys() & set(biases)
+  if without_bias:
+    found |= {path: np.zeros(expected[path].shape, np.float32) for path in biases}
   if missing := sorted(expected.keys() - found.keys()):
     raise UserError(f"{source}: lacks {missing[0]} (and {len(missing) - 1} more tensors) of the "
                     "network in its plans; they do not belong together")

@@ -5,11 +5,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from convert.sources import OFFICIAL_ANCHOR
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import SAM2Config
+
+from .sources import OFFICIAL_ANCHOR
 
 OFFICIAL = tuple(name for name in PRESETS if name.startswith("sam2"))
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,19 +38,19 @@ def recognise(shapes: Shapes, source: str) -> str:
   if not fitting:
     raise UserError(
       f"{source}: a trunk of width {width} with {blocks} blocks is none of the official sizes; "
-      "say what it is with --config, a name or a training config that has it"
+      "name its config: a preset, or a training config that has it"
     )
   if not any(name.startswith("memory_attention.") for name in shapes):
     raise UserError(
       f"{source}: has no memory (it is the image half of SAM 2), so 2.0 and 2.1 cannot be told "
-      f"apart; choose with --config {' or --config '.join(fitting)}"
+      f"apart; choose the config {' or '.join(fitting)}"
     )
   newer = "no_obj_embed_spatial" in shapes or "obj_ptr_tpos_proj.weight" in shapes
   return next(name for name in fitting if PRESETS[name].absent_embedding == newer)
 
 
 def named_config(name: str) -> SAM2Config:
-  """What `--config` says: an official name, `nano`, or a YAML file of a training config.
+  """What names a network: an official name, `nano`, or a YAML file of a training config.
 
   Raises:
     UserError: neither.
@@ -58,7 +59,7 @@ def named_config(name: str) -> SAM2Config:
     return PRESETS[name]
   if Path(name).suffix in (".yaml", ".yml"):
     return load_config(name).sam2.network
-  raise UserError(f"--config {name}: is neither a .yaml file nor one of {', '.join(PRESETS)}")
+  raise UserError(f"config {name}: is neither a .yaml file nor one of {', '.join(PRESETS)}")
 
 
 def choose_config(
@@ -67,7 +68,7 @@ def choose_config(
   """Name and config of the network.
 
   Args:
-    forced: `--config`, or None to recognise it.
+    forced: a name as of `named_config`, or None to recognise it.
     image_size: of another side than the config has.
 
   Raises:
@@ -78,5 +79,5 @@ def choose_config(
   if image_size is None:
     return name, config
   if image_size <= 0 or image_size % 32:
-    raise UserError(f"--image-size {image_size}: the side must be a multiple of 32, such as 512")
+    raise UserError(f"image_size {image_size}: the side must be a multiple of 32, such as 512")
   return name, dataclasses.replace(config, image_size=image_size)

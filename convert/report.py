@@ -5,7 +5,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
-# What `--allow memory` means: all that only tracking and refinement use. Sam2Model lacks it.
+# What "memory" allows: all that only tracking and refinement use. Sam2Model lacks it.
 MEMORY = (
   "memory_attention.*", "memory_encoder.*", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr",
   "no_obj_embed_spatial", "mask_downsample.*", "obj_ptr_proj.*", "obj_ptr_tpos_proj.*",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 
 # The one tensor by which the network is found inside a file: theirs and Hugging Face's name.
 OFFICIAL_ANCHOR = "image_encoder.trunk.patch_embed.proj.weight"
@@ -99,7 +99,7 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     return load_file(file)
   except Exception as error:  # its own kind of error, and others for types that numpy lacks
     raise UserError(
-      f"{file}: cannot be read as safetensors ({_line(error)}); download it again"
+      f"{file}: cannot be read as safetensors ({first_line(error, 160)}); download it again"
     ) from None
 
 
@@ -129,7 +129,8 @@ def read_torch(file: Path) -> dict[Any, Any]:
           AssertionError, OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
           OSError) as error:
     raise UserError(
-      f"{file}: is damaged or no checkpoint of PyTorch ({_line(error)}); download it again"
+      f"{file}: is damaged or no checkpoint of PyTorch ({first_line(error, 160)}); download it "
+      "again"
     ) from None
   if not isinstance(tree, Mapping):
     raise UserError(f"{file}: holds a {type(tree).__name__} and no state dict; check the file")
@@ -198,8 +199,3 @@ def file_sha256(file: Path) -> str:
   """SHA-256 of a file, as hexadecimal digits."""
   with open(file, "rb") as stream:
     return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _line(error: Exception) -> str:
-  """The first line of an error's text, without its end mark."""
-  return (str(error).strip().split("\n")[0] or type(error).__name__)[:160].rstrip(".")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from convert.outputs import check_target
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.data.files import replacing_whole
@@ -15,19 +14,14 @@ from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.names import to_official
 
 
-def to_torch(
-  folder: Path, out: Path, overwrite: bool, report: Report, progress: Report = silent
-) -> str:
-  """Writes {"model": state dict}; returns what was done.
+def to_torch(folder: Path, out: Path, report: Report, progress: Report = silent) -> str:
+  """Writes {"model": state dict} to the file `out`, which is replaced; returns what was done.
 
   Raises:
-    UserError: no checkpoint, adapters that have learned something, an output that exists.
+    UserError: no checkpoint, adapters that have learned something, a full disk.
   """
-  try:
-    import torch
-  except ImportError:
-    raise UserError("--to-torch needs PyTorch: pip install torch") from None
-  check_target(out, overwrite, is_ours=out.is_file())
+  import torch
+
   progress(Passing(f"reading {folder}"))
   params = load_checkpoint(folder).params
   adapters = _adapters(params)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.official import Named, flat, nchw, nhwc
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.nn.sam2 import SAM2Config
+
+from .witness import Named, Prompted, Witness, flat, flat_tensor, nchw, nhwc
 
 
 def transformers_config(config: SAM2Config) -> Any:
@@ -30,7 +31,7 @@ def transformers_config(config: SAM2Config) -> Any:
 
   c, side, grid = config, config.image_size, config.grid
   if c.mem_dim != 64:
-    raise UserError(f"--verify: transformers has memories of 64 channels only, not {c.mem_dim}")
+    raise UserError(f"verify: transformers has memories of 64 channels only, not {c.mem_dim}")
   widths = [c.embed_dim * 2**stage for stage in range(4)]
   trunk = Sam2HieraDetConfig(
     hidden_size=c.embed_dim, num_attention_heads=c.trunk_heads, image_size=[side, side],
@@ -65,7 +66,7 @@ def transformers_config(config: SAM2Config) -> Any:
   )
 
 
-class Transformers:
+class Transformers(Witness):
   """Answers of Sam2VideoModel, whose image half is Sam2Model."""
 
   name = "transformers (PyTorch)"
@@ -78,38 +79,26 @@ class Transformers:
     self.model = Sam2VideoModel(transformers_config(config)).eval()
     state = {name: torch.tensor(x) for name, x in tensors.items()}
     self.model.load_state_dict(state, strict=False)
+    self.pointer = self.model.object_pointer_proj
 
-  def image(self, images: np.ndarray) -> Named:
+  def _levels(self, images: np.ndarray) -> list[np.ndarray]:
     outputs = self.model.get_image_features(nchw(images), return_dict=True).fpn_hidden_states
-    levels = [_nhwc_of_flat(x) for x in outputs]
-    return dict(zip(("stride 4", "stride 8", "embedding"), levels, strict=True))
+    return [_nhwc_of_flat(x) for x in outputs]
 
-  def prompts(self, points: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> Named:
-    tokens, dense = self._prompts(points, labels, mask)
-    return {"tokens": tokens[:, 0].numpy(), "dense": nhwc(dense)}
-
-  def _prompts(self, points: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> Any:
+  def _prompts(self, prompted: Prompted) -> Any:
     import torch
 
+    points, labels, mask = prompted
     return self.model.prompt_encoder(
       torch.tensor(points)[:, None], torch.tensor(labels)[:, None], None, nchw(mask[..., None])
     )
 
-  def decode(
-    self, embedding: np.ndarray, high_res: list[np.ndarray], points: np.ndarray,
-    labels: np.ndarray, mask: np.ndarray, multimask: bool,
-  ) -> Named:
-    tokens, dense = self._prompts(points, labels, mask)
-    masks, ious, chosen, presence = self.model.mask_decoder(
-      image_embeddings=nchw(embedding),
+  def _decode(self, high_res: list[Any], **inputs: Any) -> tuple[Any, Any, Any, Any]:
+    masks, ious, tokens, presence = self.model.mask_decoder(
       image_positional_embeddings=self.model.get_image_wide_positional_embeddings(),
-      sparse_prompt_embeddings=tokens, dense_prompt_embeddings=dense, multimask_output=multimask,
-      high_resolution_features=[nchw(x) for x in high_res],
+      high_resolution_features=high_res, **inputs,
     )
-    chosen = chosen[:, 0, ious[0, 0].argmax() if multimask else 0]
-    pointer = self.model.object_pointer_proj(chosen)
-    return {"masks": masks[:, 0].numpy(), "ious": ious[:, 0].numpy(),
-            "presence": presence[:, 0, 0].numpy(), "pointer": pointer.numpy()}
+    return masks[:, 0], ious[:, 0], tokens[:, 0], presence[:, 0]
 
   def remember(self, embedding: np.ndarray, logits: np.ndarray, present: np.ndarray) -> Named:
     import torch
@@ -123,31 +112,26 @@ class Transformers:
       maps = maps + torch.tensor(~present)[:, None, None, None] * absent[..., None, None]
     return {"memory": nhwc(maps)}
 
-  def condition(
-    self, embedding: np.ndarray, maps: np.ndarray, pointers: np.ndarray
-  ) -> Named:
-    """On slice 2 of 3, with slice 0 conditioning and slice 1 tracked."""
+  def condition(self, embedding: np.ndarray, maps: np.ndarray, pointers: np.ndarray) -> Named:
     import torch
 
+    cpu, dtype = torch.device("cpu"), torch.float32
     positions = self.model.vision_encoder.neck.position_encoding
-    memory_positions = self.model.memory_encoder.position_encoding
-    shape, dtype = nchw(maps[:, 0]).shape, torch.float32
+    memory_positions = self.model.memory_encoder.position_encoding(
+      nchw(maps[:, 0]).shape, "cpu", dtype
+    )
     frames = [
-      dict(maskmem_features=flat(maps[:, i]), maskmem_pos_enc=memory_positions(
-        shape, "cpu", dtype).flatten(2).permute(2, 0, 1))
+      dict(maskmem_features=flat(maps[:, i]), maskmem_pos_enc=flat_tensor(memory_positions))
       for i in range(2)
     ]
-    memory, where = self.model._build_memory_attention_inputs(
-      [(0, frames[0]), (1, frames[1])], torch.device("cpu")
-    )
+    memory, where = self.model._build_memory_attention_inputs(list(enumerate(frames)), cpu)
     tokens, token_positions = self.model._process_object_pointers(
-      [2, 1], [torch.tensor(pointers[:, i]) for i in range(2)], 3, 1, embedding.shape[-1],
-      torch.device("cpu"),
+      [2, 1], [torch.tensor(pointers[:, i]) for i in range(2)], 3, 1, embedding.shape[-1], cpu
     )
     y = self.model.memory_attention(
       current_vision_features=flat(embedding),
-      current_vision_position_embeddings=positions(
-        nchw(embedding).shape, "cpu", dtype).flatten(2).permute(2, 0, 1),
+      current_vision_position_embeddings=flat_tensor(
+        positions(nchw(embedding).shape, "cpu", dtype)),
       memory=torch.cat([*memory, tokens]),
       memory_posision_embeddings=torch.cat([*where, token_positions]),
       num_object_pointer_tokens=len(tokens),

@@ -1,12 +1,11 @@
-"""`--verify`: the PyTorch network beside ours, part by part, on random input.
+"""The PyTorch network beside ours, part by part, on random input.
 
 The witness gets the tensors as they are in the file. Every part gets the same input on both sides,
 so that a difference belongs to its part.
 """
 
 import importlib.util
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +17,10 @@ from rfmedsam2_jax.nn.memory_attention import MemorySlots
 from rfmedsam2_jax.nn.prompt_encoder import Prompts
 from rfmedsam2_jax.nn.sam2 import SAM2, SAM2Config
 
+from .witness import Prompted, Witness
+
 # Largest difference relative to the largest value; float32 leaves about 1e-6.
 TOLERANCE = 1e-4
-Named = Mapping[str, np.ndarray]
-
-
-class Witness(Protocol):
-  """Another implementation with the same weights; arrays as ours, [N, H, W, C]."""
-
-  name: str
-
-  def image(self, images: np.ndarray) -> Named: ...
-  def prompts(self, points: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> Named: ...
-  def decode(
-    self, embedding: np.ndarray, high_res: list[np.ndarray], points: np.ndarray,
-    labels: np.ndarray, mask: np.ndarray, multimask: bool,
-  ) -> Named: ...
-  def remember(self, embedding: np.ndarray, logits: np.ndarray, present: np.ndarray) -> Named: ...
-  def condition(
-    self, embedding: np.ndarray, maps: np.ndarray, pointers: np.ndarray
-  ) -> Named: ...
 
 
 def check_installed(hugging_face: bool) -> str:
@@ -54,8 +37,8 @@ def check_installed(hugging_face: bool) -> str:
   if has["torch"] and has["sam2"]:
     return "sam2"
   missing = "torch" if not has["torch"] else "sam2"
-  raise UserError(f"--verify: {missing} is not installed; install it (docs/convert.md says how) or "
-                  "convert without --verify")
+  raise UserError(f"verify: {missing} is not installed; install it (docs/convert.md says how) or "
+                  "convert without verifying")
 
 
 def verify(
@@ -85,7 +68,7 @@ def verify(
   part = max(worst, key=lambda part: worst[part])
   if not worst[part] < TOLERANCE:  # a NaN is not
     raise UserError(
-      f"--verify: the {part} differs from {witness.name} by {worst[part]:.1e} of its scale, more "
+      f"verify: the {part} differs from {witness.name} by {worst[part]:.1e} of its scale, more "
       f"than {TOLERANCE:g}; the checkpoint was not converted"
     )
 
@@ -113,20 +96,21 @@ def _parts(
           "embedding": features.embedding}
   yield "image encoder", ours, witness.image(images)
 
-  points = rng.uniform(0, side, (1, 2, 2)).astype(np.float32)
-  labels = np.array([[1, 0]], np.int32)
-  mask = 4 * draw(1, 4 * grid, 4 * grid)
+  prompted = Prompted(
+    rng.uniform(0, side, (1, 2, 2)).astype(np.float32), np.array([[1, 0]], np.int32),
+    4 * draw(1, 4 * grid, 4 * grid),
+  )
   prompts = Prompts(
-    jnp.concatenate([points, jnp.zeros((1, 1, 2))], axis=1),
-    jnp.concatenate([labels, jnp.full((1, 1), -1, jnp.int32)], axis=1), jnp.asarray(mask),
+    jnp.pad(prompted.points, [(0, 0), (0, 1), (0, 0)]),
+    jnp.pad(prompted.labels, [(0, 0), (0, 1)], constant_values=-1), jnp.asarray(prompted.mask),
   )
   tokens, _, dense = run(lambda module, prompts: module.sam_prompt_encoder(prompts), prompts)
-  yield "prompt encoder", {"tokens": tokens, "dense": dense}, witness.prompts(points, labels, mask)
+  yield "prompt encoder", {"tokens": tokens, "dense": dense}, witness.prompts(prompted)
 
   embedding, high_res = draw(1, grid, grid, c.d_model), list(features.high_res)
   for part, multimask in (("mask decoder", False), ("three masks", True)):
     decoded = run("decode", embedding, tuple(high_res), prompts, multimask=multimask)
-    theirs = witness.decode(embedding, high_res, points, labels, mask, multimask)
+    theirs = witness.decode(embedding, high_res, prompted, multimask)
     if not memory:
       theirs = {name: x for name, x in theirs.items() if name != "pointer"}
     yield part, decoded._asdict(), theirs
@@ -152,6 +136,6 @@ def _parts(
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
   if ours.shape != theirs.shape:
-    raise UserError(f"--verify: shapes differ, {ours.shape} and {theirs.shape}; this is a mistake "
+    raise UserError(f"verify: shapes differ, {ours.shape} and {theirs.shape}; this is a mistake "
                     "of ours, please report it")
   return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

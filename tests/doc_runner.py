@@ -15,7 +15,6 @@ from unittest import mock
 from doc_lines import ROOT, commands_of
 from doc_places import Places, small
 
-from convert import command as convert
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import entry
 from rfmedsam2_jax.config import load_config
@@ -122,6 +121,8 @@ class Runner:
       words = small(words)
     if command == "serve":
       words += ["--port", "0"]
+    if command == "convert" and words[1] != "nnunet" and not (options.to_torch or options.config):
+      words += ["--config", str(self._places.network(self._folder))]
     if command == "shard":  # has devices of its own: a process of its own
       line = [sys.executable, "-m", "rfmedsam2_jax", *words, "--no-compile"]
       done = subprocess.run(line, cwd=self._folder, capture_output=True, text=True)
@@ -130,7 +131,7 @@ class Runner:
     else:
       # The server would wait for a browser, and thirty phantoms take a minute.
       with mock.patch("uvicorn.Server.run"), mock.patch(
-        "rfmedsam2_jax.cli.demo.PhantomConfig", few_phantoms
+        "rfmedsam2_jax.data.phantom.PhantomConfig", few_phantoms
       ):
         status = entry.main(words)
     if status:
@@ -139,7 +140,8 @@ class Runner:
   def _python(self, words: list[str]) -> None:
     rest = words[1:]
     if rest[:2] == ["-m", "convert"]:
-      self._convert(rest[2:])
+      if rest[2:]:
+        self._rfmedsam2(["convert", *rest[2:]])
     elif rest[:2] == ["-m", "rfmedsam2_jax"]:
       if rest[2:]:
         self._rfmedsam2(rest[2:])
@@ -153,24 +155,6 @@ class Runner:
       self._parse_script(rest)
     else:
       raise Wrong(words, "no test knows what this is")
-
-  def _convert(self, words: list[str]) -> None:
-    if not words:
-      return
-    pattern = _is_pattern(words)
-    if pattern:
-      words = [word.strip("[].") for word in words]
-    seen: list[argparse.Namespace] = []
-    with mock.patch.object(convert, "_convert", lambda options, _: seen.append(options)):
-      convert.main(words)
-    if self._places is None or pattern:
-      return
-    self._make_room(seen[0])
-    if not (seen[0].nnunet or seen[0].to_torch or seen[0].config):
-      words = [*words, "--config", str(self._places.network(self._folder))]
-    status = convert.main(words)
-    if status:
-      raise Wrong(["python -m convert", *words], f"exit status {status}; its line is below")
 
   def _make_room(self, options: argparse.Namespace) -> None:
     """Stand-ins for what is read; what a line before has written elsewhere on the page is moved."""

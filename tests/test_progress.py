@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from rfmedsam2_jax.base import progress
@@ -23,14 +24,14 @@ def clock(monkeypatch):
 
 def test_time_left_is_steady_and_does_not_count_a_compilation(clock):
   said = []
-  work = Progress("slices", said.append)
+  program = jax.jit(lambda x: x)
+  work = Progress("slices", said.append, progress.compiling("a test", program, 3, said.append))
   work(0, 10)
-  progress.compiling("a test", object(), said.append)
   for done, seconds in enumerate([60, 2, 2, 2], 1):
     clock[0] += seconds
     work(done, 10)
   assert said == [
-    "slices: 0/10", "compiling a test", "slices: 1/10", "slices: 2/10, 0:16 left",
+    "compiling a test", "slices: 0/10", "slices: 1/10", "slices: 2/10, 0:16 left",
     "slices: 3/10, 0:14 left", "slices: 4/10, 0:12 left",
   ]
   clock[0] += 1
@@ -39,6 +40,14 @@ def test_time_left_is_steady_and_does_not_count_a_compilation(clock):
     work(done, 10)
     clock[0] += 4
   assert said == ["slices: 0/10", "slices: 1/10, 0:36 left", "slices: 2/10, 0:32 left"]
+
+
+def test_a_compilation_is_said_once_for_every_program_and_size():
+  said = []
+  one, other = jax.jit(lambda x: x), jax.jit(lambda x: x)
+  asked = [(one, 3), (one, 3), (one, 4), (other, 3), (one, 4)]
+  assert [progress.compiling("it", *each, said.append) for each in asked] == [1, 0, 1, 1, 0]
+  assert len(said) == 3
 
 
 def test_work_that_goes_on_is_not_counted_from_its_beginning(clock):

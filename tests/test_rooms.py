@@ -57,7 +57,8 @@ def test_every_room_is_part_of_the_wheel():
   settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))
   rooms = {f"rfmedsam2_jax.{p.parent.name}" for p in PACKAGE.glob("*/__init__.py")}
   listed = set(settings["tool"]["setuptools"]["packages"])
-  assert listed == rooms | {"rfmedsam2_jax", "rfmedsam2_jax.configs"}
+  others = {"rfmedsam2_jax", "rfmedsam2_jax.configs", "rfmedsam2_jax.convert"}
+  assert listed == rooms | others
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
@@ -93,3 +94,7 @@ def test_no_three_modules_have_one_name():
 def test_the_package_never_imports_torch_or_the_converter():
   for path in PACKAGE.rglob("*.py"):
     assert not packages_of(path) & {"torch", "convert"}, path
+    assert "convert" not in imports_of(path), path
+  # But for its command, and that by name, when it runs.
+  by_name = [p for p in PACKAGE.rglob("*.py") if "rfmedsam2_jax.convert" in p.read_text("utf-8")]
+  assert by_name == [PACKAGE / "cli" / "convert.py"]

@@ -19,7 +19,11 @@ class Stopped(Exception):
 RESUME = 75
 
 
-
 def printable(text: str) -> str:
   """One line without control characters, which names of files may hold, as Python writes them."""
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_line(error: Exception, limit: int = 200) -> str:
+  """What a library said is wrong, or else the kind of its error, in at most `limit` characters."""
+  return (str(error).strip().split("\n")[0] or type(error).__name__)[:limit].rstrip(".")

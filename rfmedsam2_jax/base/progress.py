@@ -1,13 +1,15 @@
 """Progress of long work as lines with the time left; some of them passing, see `Passing`."""
 
+# Not by rich or tqdm: they draw bars for terminals, these lines also go to logs, JSON and pages.
+
 import math
 import time
 from collections.abc import Callable, Hashable
+from typing import Any
 
 Report = Callable[[str], None]
 
 _EVERY = 0.5  # seconds between two passing lines of one Progress
-_compiled: set[Hashable] = set()
 
 
 class Passing(str):
@@ -43,24 +45,24 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-  """A steady estimate: the mean time of all pieces but the first, during which much is compiled.
+  """A steady estimate: the mean time of the pieces, without the first if it `compiles`.
 
   Called once before the first piece, then after pieces.
   """
 
-  def __init__(self):
+  def __init__(self, compiles: bool = False):
     self._marks: list[tuple[int, float]] = []  # before and after the first piece
-    self._known = len(_compiled)
+    self._compiles = compiles
 
   def __call__(self, done: int, total: int) -> str:
     """", 1:05 left"; empty where nothing can be said yet."""
     now = time.monotonic()
     if self._marks and done <= self._marks[0][0]:  # the same work once more
-      self._marks, self._known = [], len(_compiled)
+      self._marks, self._compiles = [], False
     if len(self._marks) < 2:
       self._marks.append((done, now))
     mark = next((m for m in reversed(self._marks) if m[0] < done), None)
-    if mark is None or (mark is self._marks[0] and len(_compiled) > self._known):
+    if mark is None or (mark is self._marks[0] and self._compiles):
       return ""
     left = (now - mark[1]) / (done - mark[0]) * (total - done)
     return f", {duration(left)} left" if left >= 1 else ""
@@ -73,12 +75,13 @@ def silent(text: str) -> None:
 class Progress:
   """Reports passing lines such as "slices: 40/300, 1:05 left", at most two a second.
 
-  Called with (pieces done, pieces in all), once before the first piece.
+  Called with (pieces done, pieces in all), once before the first piece, which may have to wait for
+  a program that `compiles`.
   """
 
-  def __init__(self, what: str, report: Report):
+  def __init__(self, what: str, report: Report, compiles: bool = False):
     self._what, self._report = what, report
-    self._left, self._last = TimeLeft(), -math.inf
+    self._left, self._last = TimeLeft(compiles), -math.inf
 
   def __call__(self, done: int, total: int) -> None:
     now = time.monotonic()
@@ -93,8 +96,17 @@ def below(report: Report, heading: str) -> Report:
   return lambda text: report(type(text)(heading + text))
 
 
-def compiling(what: str, key: Hashable, report: Report) -> None:
-  """Says that `what` is compiled, which can take a minute; once per process and `key`."""
-  if (what, key) not in _compiled:
-    _compiled.add((what, key))
+def compiling(what: str, program: Any, key: Hashable, report: Report) -> bool:
+  """Says that `what` is compiled, which can take a minute; returns whether it is.
+
+  Args:
+    program: the function that is called next, of `jax.jit`. As it keeps its compiled programs, it
+      keeps in `announced` what has been said of them.
+    key: of what it is compiled for: shapes and static arguments.
+  """
+  announced = program.__dict__.setdefault("announced", set())
+  new = key not in announced
+  announced.add(key)
+  if new:
     report(f"compiling {what}")
+  return new

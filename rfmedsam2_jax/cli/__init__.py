@@ -6,8 +6,12 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs one command; returns the exit status. Without arguments it is the program itself."""
+def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
+  """Runs one command; returns the exit status. Without arguments it is the program itself.
+
+  Args:
+    command: of a program that is this command alone, as `python -m convert` is.
+  """
   if arguments is None:
     # Before anything that takes time; `interruption` takes what came meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -16,4 +20,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interruption.install()
   from rfmedsam2_jax.cli import entry
 
-  return entry.main(arguments)
+  return entry.main(arguments, command)

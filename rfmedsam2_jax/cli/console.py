@@ -1,6 +1,7 @@
 """What a command says, and to whom: a person at a terminal, a log, or a program."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -54,45 +55,51 @@ class Console:
   def detail(self, text: str) -> None:
     """Part of the result that is known before its end."""
     if not self._quiet:
-      self._print({"detail": text} if self._json else text)
+      self._say(text, {"detail": text})
 
   def result(self, text: str, values: dict[str, Any]) -> None:
     """What the command was for: `text` for a person, `values` for a program."""
-    self._print({"result": values} if self._json else text)
+    self._say(text, {"result": values})
 
   def warning(self, text: str) -> None:
     """What a person should know before trusting the result; said under --quiet too."""
-    self._print({"warning": text} if self._json else f"{self._name}: warning: {printable(text)}",
-                sys.stderr)
+    self._say(f"{self._name}: warning: {printable(text)}", {"warning": text}, sys.stderr)
 
   def error(self, message: str, status: int) -> None:
     """Why the command did not do it."""
-    self._print(self._error(message, status), sys.stderr)
+    self._say(f"{self._name}: {printable(message)}", {"error": message, "status": status},
+              sys.stderr)
 
   def on_interruption(self, message: str) -> None:
     """What is said if a signal ends the program."""
-    said = self._error(message, interruption.STATUS)
-    if isinstance(said, str):
-      interruption.say(said, 2)
+    if self._json:
+      interruption.say(json.dumps({"error": message, "status": interruption.STATUS}), 1)
     else:
-      interruption.say(json.dumps(said), 1)
-
-  def _error(self, message: str, status: int) -> str | dict[str, Any]:
-    said: dict[str, Any] = {"error": message, "status": status}
-    return said if self._json else f"{self._name}: {printable(message)}"
+      interruption.say(f"{self._name}: {printable(message)}", 2)
 
   def _timed(self, text: str) -> None:
     now, text = time.strftime("%H:%M:%S"), printable(text)
-    self._print({"progress": text, "time": now} if self._json else f"[{now}] {text}", sys.stderr)
+    self._say(f"[{now}] {text}", {"progress": text, "time": now}, sys.stderr)
 
-  def _print(self, content: str | dict[str, Any], stream: Any = None) -> None:
+  def _say(self, text: str, values: dict[str, Any], stream: Any = None) -> None:
+    """A line for a person, or the same for a program."""
     if self._passing:
       print(CLEAR, end="", file=sys.stderr, flush=True)
       self._passing = False
-    if isinstance(content, str):
-      # Names of files may hold bytes that are no text.
-      text = content.encode(errors="backslashreplace").decode()
-      print(text, file=stream or sys.stdout, flush=True)
+    if self._json:
+      print(json.dumps(values, default=str), flush=True)
     else:
-      print(json.dumps(content, default=str), flush=True)
+      # Names of files may hold bytes that are no text.
+      shown = text.encode(errors="backslashreplace").decode()
+      print(shown, file=stream or sys.stdout, flush=True)
 
+
+def place_line(error: OSError, unnamed: str) -> str:
+  """The line about a file that cannot be read or written; raises what is no such error.
+
+  Args:
+    unnamed: stands for the file where a full disk names none.
+  """
+  if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    raise error
+  return f"{error.filename or unnamed}: {error.strerror}; free it or choose another place"

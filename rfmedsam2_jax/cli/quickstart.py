@@ -1,10 +1,20 @@
-"""`rfmedsam2 quickstart`: the whole way on generated phantoms."""
+"""`rfmedsam2 quickstart`: phantoms, training, prediction of unseen ones, scores and pages.
+
+Everything that a user does with data of their own, on data that the package generates.
+"""
 
 import argparse
 import importlib.resources
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Progress, below
 from rfmedsam2_jax.cli.console import Console
+
+if TYPE_CHECKING:
+  from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
 HELP = "generate phantoms, train on them, segment unseen ones, score and picture"
 
@@ -16,6 +26,45 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--overwrite", action="store_true", help="start anew")
 
 
+def run(options: argparse.Namespace, console: Console) -> None:
+  out, resume = options.out, options.resume
+  if out.exists() and not out.is_dir():
+    raise UserError(f"{out}: is no folder; choose another --out")
+  if out.exists() and any(out.iterdir()) and not (resume or options.overwrite):
+    raise UserError(f"{out}: is not empty; go on with --resume or start anew with --overwrite")
+  from rfmedsam2_jax.config import load_config
+  from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
+  from rfmedsam2_jax.model import load
+  from rfmedsam2_jax.report.folder import write_report
+  from rfmedsam2_jax.training.run import train
+
+  dataset, trained, predictions = out / "phantoms", out / "run", out / "predictions"
+  config = load_config(
+    packaged_config("quickstart.yaml"), [*options.overrides, f"data.dataset={dataset}"]
+  )
+  if not (dataset / "dataset.json").exists():
+    write_phantom(dataset, PhantomConfig(seed=config.seed), Progress("phantoms", console.line))
+    console.line(f"phantoms: {dataset}")
+  started = (trained / "config.yaml").exists()
+  train(config, trained, resume and started, options.overwrite, console.line)
+  model = load(trained)
+  means = _predicted(model, dataset, predictions, out / "scores.json", console)
+  sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")
+  console.line(f"picture: {sheet}")
+  pages = write_report(
+    out / "report", trained, predictions, dataset / "labelsTs", dataset / "imagesTs",
+    overwrite=True, progress=console.line,
+  )
+  for remark in pages.remarks:
+    console.warning(remark)
+  each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
+  console.result(
+    f"mean Dice of unseen phantoms: {each}\nall results: {out}; "
+    f"open {pages.index} in a browser",
+    {"out": out, "dice": means},
+  )
+
+
 def packaged_config(name: str) -> Path:
   """A config of configs/, in a clone or in an installed package."""
   clone = Path(__file__).parents[2] / "configs" / name
@@ -24,16 +73,55 @@ def packaged_config(name: str) -> Path:
   return Path(str(importlib.resources.files("rfmedsam2_jax.configs") / name))
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.cli.demo import quickstart
+def _title(stage: int) -> str:
+  return f"stage {stage}" if stage else "generator"
 
-  means = quickstart(
-    packaged_config("quickstart.yaml"), options.overrides, options.out, options.resume,
-    options.overwrite, console.line, console.warning,
+
+def _predicted(
+  model: "Segmenter", dataset: Path, predictions: Path, summary: Path, console: Console
+) -> dict[str, float | None]:
+  """Segments the unseen phantoms; mean Dice per stage, None where it is undefined."""
+  from rfmedsam2_jax.data.files import replacing
+  from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
+  from rfmedsam2_jax.segmentation.predict import predict
+
+  predict(
+    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True,
+    progress=below(console.line, "unseen phantoms: "),
+    warn=lambda case, message: console.warning(f"{case}: {message}"),
   )
-  each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
-  console.result(
-    f"mean Dice of unseen phantoms: {each}\nall results: {options.out}; "
-    f"open {options.out / 'report' / 'index.html'} in a browser",
-    {"out": options.out, "dice": means},
-  )
+  means = {}
+  for stage in range(model.stages):
+    folder = predictions / f"stage{stage}"
+    progress = Progress(f"scores of {_title(stage)}, cases", console.line)
+    scores = evaluate_folders(
+      folder, dataset / "labelsTs", model.plan.labels, progress=progress
+    )
+    save_scores(folder / "scores.json", scores)
+    means[folder.name] = as_dict(scores)["mean"]["dice"]
+  save_scores(predictions / "scores.json", scores)
+  console.line("unseen phantoms, after the last stage:")
+  for line in table(scores).splitlines():
+    console.line(line)
+  with replacing(summary) as temporary:
+    temporary.write_text(json.dumps(means, indent=1) + "\n")
+  return means
+
+
+def _picture(model: "Segmenter", dataset: Path, predictions: Path, path: Path) -> Path:
+  """A contact sheet of two unseen phantoms, a column per stage."""
+  from rfmedsam2_jax.data.volumes import load_image, load_label_map
+  from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
+
+  cases = []
+  for image in sorted((dataset / "imagesTs").glob("*.nii.gz"))[:2]:
+    name, volume = image.name.removesuffix("_0000.nii.gz"), load_image(image)
+    maps = {
+      _title(stage): load_label_map(
+        predictions / f"stage{stage}" / f"{name}.nii.gz", volume.geometry
+      )
+      for stage in range(model.stages)
+    }
+    truth = load_label_map(dataset / "labelsTs" / f"{name}.nii.gz", volume.geometry)
+    cases.append(SheetCase(name, volume.array[0], truth, maps, volume.spacing))
+  return save_contact_sheet(path, cases, model.plan.labels.structures)

@@ -17,7 +17,7 @@ HELP = "a local web page: prompt a volume with boxes and points, track, correct,
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("checkpoint", type=Path, help="folder made by python -m convert")
+  parser.add_argument("checkpoint", type=Path, help="folder made by rfmedsam2 convert")
   parser.add_argument("--folder", type=Path, help="whose volumes the page can open")
   parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
   parser.add_argument(

@@ -23,14 +23,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  import jax
-
-  from rfmedsam2_jax.config import load_config
-
   if options.devices < 1 or options.channels < 1 or options.structures < 1:
     raise UserError("--devices, --channels and --structures: give numbers from 1 on")
+  import jax
+
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", options.devices)
+  from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.training.phases import phase_names
   from rfmedsam2_jax.training.shard import shard
 

@@ -13,7 +13,7 @@ HELP = "follow prompted structures through a volume with a checkpoint of SAM 2"
 def arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("image", type=Path, help="volume, or folder with a DICOM series")
   parser.add_argument(
-    "--checkpoint", type=Path, required=True, help="folder made by python -m convert"
+    "--checkpoint", type=Path, required=True, help="folder made by rfmedsam2 convert"
   )
   parser.add_argument("--out", type=Path, required=True, help="folder of the results")
   parser.add_argument(

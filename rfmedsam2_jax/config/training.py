@@ -50,7 +50,7 @@ class GeneratorConfig:
   __pydantic_config__ = STRICT
 
   init_from: str = ""  # checkpoint folder of a generator to start from; "" starts from scratch
-  # Made by `python -m convert nnunet`; relative to the working directory. Network and labels must
+  # Made by `rfmedsam2 convert nnunet`; relative to the working directory. Network and labels must
   # be the checkpoint's. With loop.steps=0 it is used as it is.
   features: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
   # Per stage; None: 32 doubling up to 320, as in nnU-Net.
@@ -126,7 +126,7 @@ class RefinerConfig:
   __pydantic_config__ = STRICT
 
   init_from: str = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
-  # Made by `python -m convert`, or refiner/params of a run; relative to the working directory. The
+  # Made by `rfmedsam2 convert`, or refiner/params of a run; relative to the working directory. The
   # network must be that of `sam2`; image side, dtype and adapters are the config's own. The decoder
   # is left as it is in residual stages too, where one from scratch starts silent.
   trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*adapter*",)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from rfmedsam2_jax.base import interruption
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 
 # For `__pydantic_config__` of the dataclasses that are stored: an unknown key is an error.
 STRICT = pydantic.ConfigDict(extra="forbid")
@@ -98,8 +98,8 @@ def read_json(path: str | Path) -> Any:
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
   except (ValueError, RecursionError) as error:
-    reason = " ".join(str(error).split())[:120]
-    raise UserError(f"{path}: is not readable JSON ({reason}); correct the file") from None
+    raise UserError(f"{path}: is not readable JSON ({first_line(error, 120)}); correct the file"
+                    ) from None
 
 
 def save_json(path: str | Path, value: Any) -> None:

@@ -4,18 +4,17 @@ In: a file, or a folder with one DICOM series. Out: voxels by native index and a
 data.volumes has them of a NIfTI file; everything behind is the same. SimpleITK is an extra.
 """
 
-import contextlib
 import math
 import os
 import re
-import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rfmedsam2_jax.base.command import native_errors
 from rfmedsam2_jax.base.errors import UserError
 
 ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -82,7 +81,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
   reader = sitk.ImageFileReader()
   reader.SetFileName(str(path))
   try:
-    with _silenced():
+    with native_errors():
       reader.ReadImageInformation()
       _check_header(sitk, path, reader)
       image = reader.Execute()
@@ -134,7 +133,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
   if not is_series(folder):
     raise UserError(f"{folder}: is a folder without DICOM files; give a volume or a folder with "
                     f"one DICOM series")
-  with _silenced():
+  with native_errors():
     names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
   if not names:
     raise UserError(f"{folder}: has DICOM files but no series of images; copy the series again")
@@ -144,7 +143,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     raise UserError(f"{folder}: has {len(files)} series (of {sizes} files); move the one that is "
                     f"meant into a folder of its own")
   try:
-    with _silenced():
+    with native_errors():
       _check_slices(sitk, folder, files[0])
       reader = sitk.ImageSeriesReader()
       reader.SetFileNames(files[0])
@@ -189,20 +188,6 @@ def check_claim(path: Path, shape: Sequence[int], itemsize: int, packed: bool) -
   if math.prod(map(int, shape)) * itemsize > stored * (_DEFLATE if packed else 1):
     raise UserError(f"{path}: cannot be read, its header claims {size(shape)} voxels in {stored} "
                     "bytes; it is truncated or damaged, copy or convert it again")
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-  """Standard error of the process closed: MetaIO and zlib write there what ITK then raises."""
-  with open(os.devnull, "w") as nothing:
-    sys.stderr.flush()
-    kept = os.dup(2)
-    os.dup2(nothing.fileno(), 2)
-    try:
-      yield
-    finally:
-      os.dup2(kept, 2)
-      os.close(kept)
 
 
 def _check_slices(sitk: Any, folder: Path, files: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ class PlanConfig:
   intensity: tuple[Literal["ct", "zscore"], ...] | None = None  # per channel; None: by its name
   channels: tuple[ChannelRule, ...] | None = None  # whole rules, as another data set gave them
   strides: tuple[Triple, ...] | None = None  # of each U-Net stage, together with kernels
-  kernels: tuple[Triple, ...] | None = None  # what python -m convert nnunet takes over
+  kernels: tuple[Triple, ...] | None = None  # what rfmedsam2 convert nnunet takes over
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.files import replacing
 
@@ -272,7 +272,7 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
           nib.spatialimages.ImageDataError, OSError, EOFError, ValueError, OverflowError,
           zlib.error) as error:
-    reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
+    reason = first_line(error, 1000).replace(str(path), path.name)
     raise UserError(f"{path}: cannot be read as NIfTI, perhaps truncated ({reason}); "
                     f"copy or convert the file again") from None
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from rfmedsam2_jax.base.errors import RESUME, UserError
+from rfmedsam2_jax.base.errors import RESUME, UserError, first_line
 from rfmedsam2_jax.base.progress import Progress
 
 T = TypeVar("T")
@@ -60,8 +60,8 @@ def initialise(how: str) -> None:
   try:
     jax.distributed.initialize(**given, shutdown_timeout_seconds=30)
   except (RuntimeError, ValueError) as error:
-    reason = str(error).strip().split("\n")[0][:200]
-    raise UserError(f"distributed {how}: the processes cannot be joined ({reason})") from None
+    raise UserError(
+      f"distributed {how}: the processes cannot be joined ({first_line(error)})") from None
 
 
 def _launched() -> bool:

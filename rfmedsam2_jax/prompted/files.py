@@ -42,7 +42,7 @@ def open_volume(
   """A volume that can be prompted.
 
   Args:
-    checkpoint: folder that `python -m convert` made.
+    checkpoint: folder that `rfmedsam2 convert` made.
     image: a NIfTI file, or one that is loaded.
     window: centre and width of the intensities that SAM sees; None: percentiles of the volume.
     image_size: side of the square that slices are squashed to; None: the checkpoint's.

@@ -76,8 +76,8 @@ class SliceTable:
   def need(self, wanted: np.ndarray, report: Report) -> None:
     """Encodes what is missing, batch by batch."""
     missing = [int(z) for z in wanted if int(z) not in self._row]
-    compiling("the image encoder", self._program, report)
-    progress = Progress("encoding, slices", report)
+    new = compiling("the image encoder", _encode, self._program, report)
+    progress = Progress("encoding, slices", report, new)
     for first in range(0, len(missing), self._batch):
       progress(first, len(missing))
       self._store.get(missing[first : first + self._batch])

@@ -278,11 +278,12 @@ def _run_cells(run: StageRun) -> Cells[np.ndarray]:
   count, (organ, at) = len(run.cells), run.cells.T
   rows = run.encoded.rows(at)
   total = bucket(count, size)
-  compiling("the network", (run.model, run.stage, size, total, run.encoded.room), run.report)
+  program = run.model, run.stage, size, total, run.encoded.room
+  new = compiling("the network", _run, program, run.report)
   memories, slots_of = None, None
   if run.stage.memory == "neighbours":
-    memories, slots_of = _remembered(run, rows, size, total)
-  progress, outputs = Progress("cells", run.report), []
+    memories, slots_of = _remembered(run, rows, size, total, new)
+  progress, outputs = Progress("cells", run.report, new), []
   for where, index in batches(count, size):
     progress(where.start, count)
     batch = Batch(
@@ -294,16 +295,16 @@ def _run_cells(run: StageRun) -> Cells[np.ndarray]:
 
 
 def _remembered(
-  run: StageRun, rows: np.ndarray, size: int, total: int
+  run: StageRun, rows: np.ndarray, size: int, total: int, new: bool
 ) -> tuple[stages_lib.Memories, Callable[[np.ndarray], stages_lib.CellSlots[np.ndarray]]]:
   """The memories of all live cells, and which of them the cells at some indices read.
 
   Args:
     rows: of the cells' slices in the table of features. size: cells of a batch.
-    total: rows of the table of memories.
+    total: rows of the table of memories. new: the programs are compiled now.
   """
   organ, at = run.cells.T
-  progress, maps = Progress("memories", run.report), []
+  progress, maps = Progress("memories", run.report, new), []
 
   def remember(where: slice, index: np.ndarray, batch: CellPrompts[np.ndarray]) -> None:
     progress(where.start, len(run.cells))
@@ -346,7 +347,7 @@ def _run_stream(run: StageRun) -> Cells[np.ndarray]:
     at = np.flatnonzero(live[organ])
     first, last = int(at[0]), int(at[-1])
     total = bucket(last - first + 1, config.slices_per_batch)
-    compiling("the network", (run.model, stage, total, run.depth), run.report)
+    compiling("the network", _track, (run.model, stage, total, run.depth), run.report)
     span = padded(np.arange(first, last + 1), total)
     active = np.zeros(total, bool)
     active[at - first] = True

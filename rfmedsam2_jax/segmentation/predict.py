@@ -145,7 +145,7 @@ def predict(
   """
   models = _models(model)
   request = make_request(models[0].plan, inputs, out, prompts, labels, given, overwrite, format)
-  left, count = TimeLeft(), len(request.cases)
+  left, count = TimeLeft(compiles=True), len(request.cases)
   for number, case in enumerate(request.cases, 1):
     heading = f"{number}/{count} {case.identifier}"
     begins = f"{heading}{left(number - 1, count)}"

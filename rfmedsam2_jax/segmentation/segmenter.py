@@ -148,7 +148,8 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
   boxes = np.zeros((organs, depth, 4), np.float32)
   present = np.zeros((organs, depth), bool)
   batch = config.batch_size * device_count()
-  compiling("the generator", (segmenter.unet, plan.patch_size, batch), report)
+  program = segmenter.unet, plan.patch_size, batch
+  new = compiling("the generator", _unet_forward, program, report)
   slabs = predict_slabs(
     functools.partial(_unet_forward, segmenter.unet, everywhere(segmenter.generator)),
     prepared.image,
@@ -157,7 +158,7 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
     batch,
     config.mirror_axes,
     segmenter.unet.config.mirrored,
-    Progress("generator, windows", report),
+    Progress("generator, windows", report, new),
   )
   for where, slab in slabs:
     winner = None if regions else slab.argmax(axis=-1)

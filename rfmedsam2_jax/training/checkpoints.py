@@ -11,9 +11,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.training.state import TrainState
-from rfmedsam2_jax.weights.orbax import first_line
 
 
 class _Best(NamedTuple):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from rfmedsam2_jax.base import command
+
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[int], bool]]:
@@ -20,7 +22,8 @@ def listening() -> Iterator[Callable[[int], bool]]:
     yield multihost_utils.reached_preemption_sync_point
     return
   asked: list[int] = []
-  if threading.current_thread() is not threading.main_thread():  # to which all signals come
+  # Signals come to main threads, and other programs than a command keep their handler.
+  if not command.running() or threading.current_thread() is not threading.main_thread():
     yield lambda step: False
     return
   before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))

@@ -161,4 +161,5 @@ def write_prompts(
     with replacing(path) as temporary:
       np.save(temporary, made.prompts.logits)
 
-  hosts.each(identifiers, write, Progress("prompts of the refiner's cases", report))
+  progress = Progress("prompts of the refiner's cases", report, compiles=True)
+  hosts.each(identifiers, write, progress)

@@ -41,7 +41,7 @@ def score_stages(
         name, volume.array[0], truth, stages, spacing, slice_axis=segmenter.plan.slice_axis
       )
 
-  hosts.each(cases, score, Progress("validation, cases", report))
+  hosts.each(cases, score, Progress("validation, cases", report, compiles=True))
   names = [case.identifier for case in cases]
   of_cases = {name: stages for part in hosts.gather(found) for name, stages in part.items()}
   return [

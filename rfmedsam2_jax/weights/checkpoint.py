@@ -1,6 +1,6 @@
 """SAM 2 with its parameters as one folder on disk, and what it takes to train on from it.
 
-A checkpoint describes itself: its config lies beside the parameters. Made by `python -m convert`
+A checkpoint describes itself: its config lies beside the parameters. Made by `rfmedsam2 convert`
 from other people's files, and by training (`refiner/params` of a run).
 """
 
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
-from rfmedsam2_jax.weights.orbax import first_line, load_params, read_about, save_params
+from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
 
 # Fields that change what is computed, but not which parameters there are.
 _FREE = ("image_size", "dtype", "remat", "adapters")
@@ -71,7 +71,7 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
     raise UserError(f"{folder}: no such checkpoint; check the path or make one, docs/convert.md")
   if not (path / "about").is_dir():
     raise UserError(
-      f"{folder}: is no checkpoint of this program; make one from it with python -m convert"
+      f"{folder}: is no checkpoint of this program; make one from it with rfmedsam2 convert"
     )
   about = read_about(folder)
   if not isinstance(about, dict) or not isinstance(about.get("sam2"), dict):
@@ -82,9 +82,8 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
       raise ValueError(f"sam2.{unknown[0]} is unknown")
     return pydantic.TypeAdapter(SAM2Config).validate_python(about["sam2"]), about
   except ValueError as error:  # pydantic's is one
-    reason = str(error).strip().split("\n")[0]
     raise UserError(
-      f"{folder}: was made by another version ({reason} in its config); make it anew"
+      f"{folder}: was made by another version ({first_line(error)} in its config); make it anew"
     ) from None
 
 

@@ -1,6 +1,6 @@
 """What a checkpoint of the generator says of itself, and whether training may start from it.
 
-Made by `python -m convert nnunet` from other people's files, and by training (`generator/params`
+Made by `rfmedsam2 convert nnunet` from other people's files, and by training (`generator/params`
 of a run).
 """
 
@@ -43,13 +43,13 @@ def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
     UserError: no checkpoint, a damaged one, or one of another generator.
   """
   if not (Path(folder) / "about").is_dir():
-    raise UserError(f"{folder}: is no checkpoint of a generator; make one with python -m convert "
+    raise UserError(f"{folder}: is no checkpoint of a generator; make one with rfmedsam2 convert "
                     "nnunet, or give generator/params of a run")
   about = read_about(folder)
   found = about.get("generator")
   if not isinstance(found, dict):
     raise UserError(f"{folder}: is a checkpoint, but does not say of which generator; give one "
-                    "made by python -m convert nnunet or by a run of this version")
+                    "made by rfmedsam2 convert nnunet or by a run of this version")
   for key, value in expected.items():
     if found.get(key) != value:
       raise UserError(

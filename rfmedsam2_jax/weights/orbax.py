@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.nn.layers import Params
 
 
@@ -85,8 +85,3 @@ def read_about(folder: str | Path) -> dict[str, Any]:
 def _restore(folder: Path, **wanted: Any) -> Any:
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     return checkpointer.restore(folder, args=ocp.args.Composite(**wanted))
-
-
-def first_line(error: Exception) -> str:
-  """What a library said is wrong, short enough for a message."""
-  return str(error).strip().split("\n")[0][:200]

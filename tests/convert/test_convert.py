@@ -1,4 +1,4 @@
-"""`python -m convert`: the same network comes out, anything else is one clear line."""
+"""`rfmedsam2 convert`: the same network comes out, anything else is one clear line."""
 
 import dataclasses
 import json
@@ -302,7 +302,8 @@ INTERRUPTED = """
 import os, signal, sys, time
 from rfmedsam2_jax.base import interruption
 interruption.install()
-from convert import command, to_orbax
+from convert import to_orbax
+from convert.__main__ import main
 save = to_orbax.save_checkpoint
 def stopped(folder, *rest):
   save(folder, *rest)
@@ -310,7 +311,7 @@ def stopped(folder, *rest):
   os.kill(os.getpid(), signal.SIGINT)
   time.sleep(60)
 to_orbax.save_checkpoint = stopped
-sys.exit(command.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 

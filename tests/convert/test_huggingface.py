@@ -93,7 +93,7 @@ def test_an_image_with_points_box_and_mask(image, small_yaml, tmp_path, capsys, 
   folder, model = image
   arguments = [str(folder), str(tmp_path / "ckpt"), "--config", small_yaml]
   assert main(arguments) == 2
-  assert "--allow memory" in capsys.readouterr().err
+  assert "allow memory" in capsys.readouterr().err
   assert main([*arguments, "--allow", "memory"]) == 0
   config, params, about = load_checkpoint(tmp_path / "ckpt")
   assert "maskmem_tpos_enc" in about["fresh"] and "no_mem_embed" not in about["fresh"]

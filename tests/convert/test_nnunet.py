@@ -1,4 +1,4 @@
-"""`python -m convert nnunet`: networks of dynamic-network-architectures, plans, a run from them."""
+"""`rfmedsam2 convert nnunet`: networks of dynamic-network-architectures, plans, a run from them."""
 
 import hashlib
 import json

@@ -54,7 +54,7 @@ def test_the_image_half_alone_says_that_it_cannot_be_told():
   shapes = official_shapes(PRESETS["sam2.1_hiera_large"])
   result = match({}, shapes)
   image_half = {name: x for name, x in shapes.items() if name in result.refused(("memory",))}
-  with pytest.raises(UserError, match="--config sam2.1_hiera_large or --config sam2_hiera_large"):
+  with pytest.raises(UserError, match="config sam2.1_hiera_large or sam2_hiera_large"):
     recognise(image_half, "x.pt")
   assert len(MEMORY) and not any(name.startswith("memory") for name in image_half)
 

@@ -292,6 +292,6 @@ def nnunet():
       torch.save(stored, file)
       attempt = of(folder, model)
       read = path.endswith("inherits_from")  # of itself: nothing is inherited
-      return Attempt(attempt.call, (*attempt.names, "--configuration"), attempt.out,
+      return Attempt(attempt.call, (*attempt.names, "configuration"), attempt.out,
                      attempt.judge if read else None)
     yield f"{path}, {number}", changed

@@ -7,9 +7,11 @@ READ_DAMAGED = """
 import shutil, sys
 from pathlib import Path
 import numpy as np
+from rfmedsam2_jax.base import command
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.weights.orbax import load_params, save_params
 
+command.begin()
 params = {f"m{i}": {"kernel": np.full((16, 16), i, np.float32)} for i in range(30)}
 good, bad = Path("good"), Path("bad")
 save_params(good, params, {})
