@@ -5,6 +5,7 @@ Its place also makes the helpers beside it (torch_sam2) importable from every te
 
 import fcntl
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from tiny_config import PHANTOMS, write_tiny_config
 
 from rfmedsam2_jax.data.phantom import write_phantom
+
+MOST_MEMORY = 3 << 30  # bytes of one process, beyond which it forgets its compiled programs
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +70,11 @@ def signals_as_in_a_terminal():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-  """Compiled programs of a module are of no use to the next, and would fill gigabytes."""
+  """What is compiled and traced serves later modules too, until it fills gigabytes."""
   yield
-  jax.clear_caches()
+  pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
+  if pages * resource.getpagesize() > MOST_MEMORY:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import re
 import subprocess
 from dataclasses import replace
 
-import jax
 import pytest
 import yaml
 from doc_lines import PAGES, ROOT, SHELL, Block, blocks_of
@@ -70,12 +69,6 @@ def places(phantoms, tiny_run, tmp_path_factory):
 
 def _is_script(block: Block) -> bool:
   return block.text.startswith("#!")
-
-
-@pytest.fixture(autouse=True)
-def forget_programs_of_a_block():
-  yield
-  jax.clear_caches()
 
 
 @pytest.fixture
