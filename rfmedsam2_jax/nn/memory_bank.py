@@ -1,12 +1,10 @@
 """The memory bank: which remembered slices a cell attends to; fixed shapes and pure functions.
 
 Two ways of filling the same `MemorySlots` that `SAM2.condition` reads:
-  neighbours  every cell reads the slices around it, as the previous stage saw them
+  neighbours  (refinement) every cell reads the slices around it, as the previous stage saw them
               (`neighbour_slots`); no recurrence, so all cells of a stage can run side by side.
-  stream      SAM 2's own recurrence over slices (`MemoryBank`): what was segmented is remembered
-              and read at the next slices. The bank never grows with the depth of the volume.
-
-In: memories from `SAM2.remember`. Out: slots for `SAM2.condition`. Used by refinement and tracking.
+  stream      (tracking) SAM 2's own recurrence over slices (`MemoryBank`): what was segmented is
+              remembered and read at the next slices.
 """
 
 from typing import NamedTuple
@@ -25,32 +23,24 @@ POINTER_SLOTS = MAX_POINTER_DISTANCE - 1
 
 
 def pointer_positions(offsets: Array, depth: Array | int) -> Array:
-  """Temporal positions of object pointers (sam2_base.py:582, 591-629 of sam2 1.1.0).
+  """Temporal positions of object pointers (sam2_base.py:582, 591-629 of sam2 1.1.0): float32 [...],
+  offset / (min(depth, 16) - 1).
 
   Args:
     offsets: int [...], slice of the cell minus slice of the pointer; signed.
     depth: true number of slices of the volume, without padding; broadcasts against offsets.
-
-  Returns:
-    float32 [...], offset / (min(depth, 16) - 1).
   """
   span = jnp.maximum(jnp.minimum(depth, MAX_POINTER_DISTANCE) - 1, 1)
   return offsets.astype(jnp.float32) / span
 
 
 class SlotTable(NamedTuple):
-  """For every cell of a grid of tracks and slices, the slices that it remembers.
+  """For every cell of a grid of tracks and slices, the slices that it remembers; all [T, Z, M]."""
 
-  slices: int32 [T, Z, M], clipped into the volume where not valid.
-  rows: int32 [T, Z, M], row of the temporal table.
-  offsets: int32 [T, Z, M], own slice minus remembered slice.
-  valid: bool [T, Z, M].
-  """
-
-  slices: Array
-  rows: Array
-  offsets: Array
-  valid: Array
+  slices: Array  # int32, clipped into the volume where not valid
+  rows: Array  # int32, row of the temporal table
+  offsets: Array  # int32, own slice minus remembered slice
+  valid: Array  # bool
 
 
 def anchor_slices(
@@ -60,8 +50,7 @@ def anchor_slices(
 
   Args:
     score: float32 [T, Z], presence times mean foreground probability of the previous stage.
-    live: bool [T, Z].
-    given: bool [T, Z], slices with a person's prompt, anchors in any case.
+    live, given: bool [T, Z]; given are slices with a person's prompt, anchors in any case.
     anchors: further anchors per track, the live slices with the highest score; 0 for none.
     max_given: the largest number of given slices of a track.
 
@@ -83,7 +72,7 @@ def neighbour_slots(
 
   Args:
     live: bool [T, Z]; only live cells are remembered.
-    reach: slices on either side; at most 6, the rows of the temporal table.
+    reach: slices on either side; at most 6, the rows of the temporal table, or ValueError.
     anchors, anchors_valid: from `anchor_slices`.
     inside: bool [Z] or [T, Z], slices that belong to the volume (the others are padding).
 
@@ -111,25 +100,18 @@ def neighbour_slots(
 
 
 class Ring(NamedTuple):
-  """Values by slice, in A conditioning slots followed by two halves of R slots, one per direction.
+  """Values by slice, in A conditioning slots and two halves of R slots, one per direction."""
 
-  values: [N, A + 2 R, ...]; slices: int32 [N, A + 2 R]; valid: bool [N, A + 2 R].
-  """
-
-  values: Array
-  slices: Array
-  valid: Array
+  values: Array  # [N, A + 2 R, ...]
+  slices: Array  # int32 [N, A + 2 R]
+  valid: Array  # bool [N, A + 2 R]
 
 
 class MemoryBank(NamedTuple):
-  """What N tracks remember while slices stream by; no shape depends on the depth of the volume.
+  """What N tracks remember while slices stream by; no shape depends on the depth of the volume."""
 
-  maps: Ring of [G, G, mem_dim], the last 6 slices in each direction.
-  pointers: Ring of [C], gated by presence, the last 15.
-  """
-
-  maps: Ring
-  pointers: Ring
+  maps: Ring  # of [G, G, mem_dim], the last 6 slices in each direction
+  pointers: Ring  # of [C], gated by presence, the last 15
 
   @property
   def conditioning(self) -> int:
@@ -141,22 +123,16 @@ def empty_bank(
   tracks: int, conditioning: int, grid: int, mem_dim: int, d_model: int, dtype=jnp.float32,
   map_dtype=None,
 ) -> MemoryBank:
-  """A bank that remembers nothing, with room for `conditioning` conditioning slices per track.
-
-  Args:
-    dtype: of the pointers, and of the maps unless `map_dtype` says otherwise.
-  """
+  """A bank that remembers nothing, with room for `conditioning` conditioning slices per track;
+  `dtype` is of the pointers, and of the maps unless `map_dtype` says otherwise."""
 
   def ring(reach: int, dtype, *shape: int) -> Ring:
-    slots = conditioning + 2 * reach
-    return Ring(
-      jnp.zeros((tracks, slots, *shape), dtype), jnp.zeros((tracks, slots), jnp.int32),
-      jnp.zeros((tracks, slots), bool)
-    )
+    slots = tracks, conditioning + 2 * reach
+    return Ring(jnp.zeros((*slots, *shape), dtype), jnp.zeros(slots, jnp.int32),
+                jnp.zeros(slots, bool))
 
-  return MemoryBank(
-    ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim), ring(POINTER_SLOTS, dtype, d_model)
-  )
+  maps = ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim)
+  return MemoryBank(maps, ring(POINTER_SLOTS, dtype, d_model))
 
 
 def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) -> Ring:
@@ -177,9 +153,8 @@ def add_conditioning(
     slot: int32 [N], conditioning slot; where: bool [N], tracks that remember at all.
     maps [N, G, G, mem_dim]; pointers [N, C]; slices int32 [N].
   """
-  return MemoryBank(
-    _put(bank.maps, slot, where, maps, slices), _put(bank.pointers, slot, where, pointers, slices)
-  )
+  kept = _put(bank.maps, slot, where, maps, slices)
+  return MemoryBank(kept, _put(bank.pointers, slot, where, pointers, slices))
 
 
 def add_recent(
@@ -197,8 +172,7 @@ def add_recent(
     start: int32 [N], the slice that both directions set out from.
     reverse: direction of travel, may be traced.
   """
-  conditioning = bank.conditioning
-  backward = jnp.asarray(reverse, jnp.int32)
+  conditioning, backward = bank.conditioning, jnp.asarray(reverse, jnp.int32)
 
   def add(ring: Ring, reach: int, values: Array) -> Ring:
     slot = conditioning + slices % reach
@@ -206,26 +180,21 @@ def add_recent(
     early = where & (slices - start <= reach) & (backward == 0)
     return _put(ring, slot + reach, early, values, slices)
 
-  return MemoryBank(
-    add(bank.maps, RECENT_SLOTS, maps), add(bank.pointers, POINTER_SLOTS, pointers)
-  )
+  kept = add(bank.maps, RECENT_SLOTS, maps)
+  return MemoryBank(kept, add(bank.pointers, POINTER_SLOTS, pointers))
 
 
-def read(
-  bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | bool
-) -> MemorySlots:
+def read(bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | bool) -> MemorySlots:
   """What the tracks read at a slice: conditioning slices anywhere, recent ones behind them.
+
+  A + 6 maps and A + 15 pointers. Pointers of conditioning slices that lie ahead are left out
+  (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval).
 
   Args:
     slices: int32 [N], the slice at hand. depth: true depth of the volume.
     reverse: direction of travel, may be traced; "behind" means larger slice numbers when it is set.
-
-  Returns:
-    MemorySlots of A + 6 maps and A + 15 pointers. Pointers of conditioning slices that lie ahead
-    are left out (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval).
   """
-  conditioning = bank.conditioning
-  backward = jnp.asarray(reverse, jnp.int32)
+  conditioning, backward = bank.conditioning, jnp.asarray(reverse, jnp.int32)
 
   def look(ring: Ring, reach: int) -> tuple[Array, Array, Array, Array]:
     # Only the half of this direction: attention to slots that are not valid would cost as much.

@@ -18,21 +18,22 @@ def _sine_periods(channels: int) -> np.ndarray:
   return 10000.0 ** (2 * (np.arange(channels) // 2) / channels)
 
 
+def _sines_and_cosines(angles: Array) -> Array:
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 @functools.lru_cache(maxsize=32)
 def sine_positions_2d(height: int, width: int, channels: int) -> np.ndarray:
-  """Fixed positions of a grid (position_encoding.py:79 of sam2 1.1.0).
+  """Fixed positions of a grid, float32 [height, width, channels] (position_encoding.py:79 of sam2
+  1.1.0).
 
   Positions count from 1 and are normalised to 2 pi. The first half of the channels encodes y, the
   second x; sine and cosine are interleaved.
-
-  Returns:
-    float32 [height, width, channels].
   """
   half = channels // 2
-  periods = _sine_periods(half)
 
   def encode(size: int) -> np.ndarray:
-    angles = np.arange(1, size + 1)[:, None] / (size + 1e-6) * (2 * math.pi) / periods
+    angles = np.arange(1, size + 1)[:, None] / (size + 1e-6) * (2 * math.pi) / _sine_periods(half)
     return np.where(np.arange(half) % 2 == 0, np.sin(angles), np.cos(angles))
 
   y = np.broadcast_to(encode(height)[:, None], (height, width, half))
@@ -45,21 +46,16 @@ def sine_positions_1d(positions: Array, channels: int) -> Array:
 
   Unlike the grid's, all sines come before all cosines. [...] to float32 [..., channels].
   """
-  angles = positions[..., None] / _sine_periods(channels // 2).astype(np.float32)
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+  periods = _sine_periods(channels // 2).astype(np.float32)
+  return _sines_and_cosines(positions[..., None] / periods)
 
 
-def hiera_positions(
-  background_1HWC: Array, window_1HWC: Array, height: int, width: int
-) -> Array:
-  """Hiera's position embedding for a grid: a resized background plus a tiled window.
+def hiera_positions(background_1HWC: Array, window_1HWC: Array, height: int, width: int) -> Array:
+  """Hiera's position embedding of a grid, float32 [1, height, width, C].
 
   Args:
     background_1HWC: float32 [1, h, w, C], resized by bicubic interpolation as PyTorch does it.
-    window_1HWC: float32 [1, s, s, C], s dividing `height` and `width`.
-
-  Returns:
-    float32 [1, height, width, C].
+    window_1HWC: float32 [1, s, s, C], tiled; s divides `height` and `width`.
 
   Raises:
     ValueError: the window does not tile the grid.
@@ -91,7 +87,7 @@ def random_fourier(points: Array, matrix_2F: Array) -> Array:
   # Written out, because a matrix product may be computed in reduced precision on an accelerator
   # and an angle of many turns does not survive that.
   angles = 2 * math.pi * (points[..., :1] * matrix[0] + points[..., 1:] * matrix[1])
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+  return _sines_and_cosines(angles)
 
 
 def random_fourier_grid(matrix_2F: Array, height: int, width: int) -> Array:

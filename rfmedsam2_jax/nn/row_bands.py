@@ -1,10 +1,9 @@
-"""Work on large activations band by band of rows, so that what lies between two operations stays
-cached.
+"""Work on large activations band by band of rows, so that what lies between operations is cached.
 
-XLA:CPU runs one operation after the other over the whole array. Where the array between them is
-larger than the caches, and freshly allocated at every call, both wait for memory: in SAM 2.1 tiny
-at 1024, on one core, the first block takes 198 ms for its attention and 177 ms for its MLP at once,
-79 and 120 ms in bands; its arithmetic alone would take 68 and 102. On accelerators nothing is cut.
+XLA:CPU runs one operation after the other over the whole array, and waits for memory where that is
+larger than the caches: in SAM 2.1 tiny at 1024, on one core, the first block takes 198 ms for its
+attention and 177 ms for its MLP at once, 79 and 120 ms in bands; its arithmetic alone would take 68
+and 102. On accelerators nothing is cut.
 """
 
 from collections.abc import Callable

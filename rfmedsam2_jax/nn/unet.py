@@ -1,11 +1,10 @@
-"""The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet).
-
-In: normalised patches (data.preprocessing). Out: logits per class, which segmentation joins to a
-volume and refinement.prompts turns into boxes and mask prompts. Submodules are named as in nnU-Net
-(`encoder/stages_0/convs_0`, `decoder/transpconvs_0`, `decoder/seg_layers_0`).
+"""The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet), normalised patches to logits
+per class. Submodules are named as in nnU-Net (`encoder/stages_0/convs_0`, `decoder/transpconvs_0`,
+`decoder/seg_layers_0`).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +41,8 @@ class UNetConfig:
   @property
   def divisor(self) -> Triple:
     """What the patch size must be divisible by, along D, H, W."""
-    total = [1, 1, 1]
-    for stride in self.strides:
-      total = [t * s for t, s in zip(total, stride, strict=True)]
-    return (total[0], total[1], total[2])
+    d, h, w = (math.prod(strides) for strides in zip(*self.strides, strict=True))
+    return d, h, w
 
 
 class InstanceNorm(nn.Module):
@@ -55,8 +52,6 @@ class InstanceNorm(nn.Module):
   far from zero.
   """
 
-  epsilon: float = 1e-5
-
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     channels = x_BDHWC.shape[-1]
@@ -65,7 +60,7 @@ class InstanceNorm(nn.Module):
     x = x_BDHWC.astype(jnp.float32)
     mean = x.mean((1, 2, 3), keepdims=True)
     variance = jnp.square(x - mean).mean((1, 2, 3), keepdims=True)
-    factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+    factor = jax.lax.rsqrt(variance + 1e-5) * scale
     return ((x - mean) * factor + bias).astype(x_BDHWC.dtype)
 
 
@@ -77,7 +72,7 @@ class TransposedConv3D(nn.Module):
 
   features: int
   stride: Triple
-  dtype: jnp.dtype = jnp.float32
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
@@ -103,8 +98,8 @@ class ConvBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
-    y = Conv3D(self.features, self.kernel, self.stride, dtype=self.dtype, name="conv")(x_BDHWC)
-    y = checkpoint_name(y, CONVOLUTION)
+    conv = Conv3D(self.features, self.kernel, self.stride, self.dtype, name="conv")
+    y = checkpoint_name(conv(x_BDHWC), CONVOLUTION)
     return nn.leaky_relu(InstanceNorm(name="norm")(y), 0.01)
 
 
@@ -116,15 +111,14 @@ class Stage(nn.Module):
   stride: Triple
   convs: int
   dtype: jnp.dtype
-  remat: Remat = "none"
+  remat: Remat
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     block_of = rematerialised(ConvBlock, self.remat)
     for i in range(self.convs):
-      stride = self.stride if i == 0 else (1, 1, 1)
-      block = block_of(self.features, self.kernel, stride, self.dtype, name=f"convs_{i}")
-      x_BDHWC = block(x_BDHWC)
+      sizes = self.features, self.kernel, (1, 1, 1) if i else self.stride
+      x_BDHWC = block_of(*sizes, self.dtype, name=f"convs_{i}")(x_BDHWC)
     return x_BDHWC
 
 
@@ -134,15 +128,11 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> list[Array]:
     """Features of every stage, full resolution first."""
-    c = self.config
-    skips = []
+    c, skips = self.config, [x_BDHWC]
     for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, strict=True)):
-      stage = Stage(
-        *sizes, c.convs_per_stage, jnp.dtype(c.dtype), c.remat, name=f"stages_{i}"
-      )
-      x_BDHWC = stage(x_BDHWC)
-      skips.append(x_BDHWC)
-    return skips
+      stage = Stage(*sizes, c.convs_per_stage, jnp.dtype(c.dtype), c.remat, name=f"stages_{i}")
+      skips.append(stage(skips[-1]))
+    return skips[1:]
 
 
 class Decoder(nn.Module):
@@ -158,12 +148,8 @@ class Decoder(nn.Module):
     for i, level in enumerate(reversed(range(len(skips) - 1))):
       up = TransposedConv3D(c.features[level], c.strides[level + 1], dtype, name=f"transpconvs_{i}")
       x = jnp.concatenate([up(x), skips[level]], axis=-1)
-      kernel = c.kernels[level]
-      stage = Stage(
-        c.features[level], kernel, (1, 1, 1), c.decoder_convs or c.convs_per_stage, dtype, c.remat,
-        name=f"stages_{i}",
-      )
-      x = stage(x)
+      sizes = c.features[level], c.kernels[level], (1, 1, 1), c.decoder_convs or c.convs_per_stage
+      x = Stage(*sizes, dtype, c.remat, name=f"stages_{i}")(x)
       # All heads are made at initialisation, so that the tree does not depend on the call.
       if deep_supervision or level == 0 or self.is_initializing():
         head = nn.Dense(self.num_outputs, dtype=jnp.float32, name=f"seg_layers_{i}")
@@ -172,27 +158,15 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-  """nnU-Net's PlainConvUNet, channels last.
-
-  Args:
-    config: sizes.
-    num_outputs: logits per voxel: background and atoms, or one per region.
-  """
+  """nnU-Net's PlainConvUNet, channels last."""
 
   config: UNetConfig
-  num_outputs: int
+  num_outputs: int  # logits per voxel: background and atoms, or one per region
 
   @nn.compact
   def __call__(self, x_BDHWC: Array, deep_supervision: bool = False) -> Array | tuple[Array, ...]:
-    """Logits, float32.
-
-    Args:
-      x_BDHWC: patches; D, H, W divisible by `config.divisor`.
-      deep_supervision: also give the logits of the coarser decoder stages.
-
-    Returns:
-      [B, D, H, W, num_outputs], or with deep supervision a tuple of one such array per stage but
-      the lowest, full resolution first.
+    """Logits, float32 [B, D, H, W, num_outputs], or with deep supervision a tuple of one such array
+    per stage but the lowest, full resolution first.
 
     Raises:
       ValueError: the patch is not divisible by `config.divisor`.
@@ -203,7 +177,6 @@ class UNet(nn.Module):
     axes = tuple(axis + 1 for axis in self.config.mirrored)
     x_BDHWC = jnp.flip(x_BDHWC, axes) if axes else x_BDHWC
     skips = Encoder(self.config, name="encoder")(x_BDHWC.astype(self.config.dtype))
-    decoder = Decoder(self.config, self.num_outputs, name="decoder")
-    outputs = decoder(skips, deep_supervision)
+    outputs = Decoder(self.config, self.num_outputs, name="decoder")(skips, deep_supervision)
     outputs = tuple(jnp.flip(y, axes) for y in outputs) if axes else outputs
     return outputs if deep_supervision else outputs[0]
