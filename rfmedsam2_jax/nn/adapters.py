@@ -1,16 +1,7 @@
 """The trainable parts of RFMedSAM 2 in a frozen SAM 2: the paper's DWConvAdapter and CNN-Adapter,
-and our MaskAdapter.
-
-All change nothing when fresh: the last layer starts at zero, so that a converted network with new
-adapters is SAM 2 itself. Their submodules are named `adapter` wherever they are placed, which is
-how the training config selects them.
-
-An adapter of one's own is a Linen module with the fields of these, put in their place:
-
-    class MyAdapters(AdapterConfig):
-      after_attention = MyAdapter
-
-    config = dataclasses.replace(PRESETS["nano"], adapters=MyAdapters(cnn=False))
+and our MaskAdapter. All change nothing when fresh, as their last layer starts at zero: a converted
+network with new adapters is SAM 2 itself. Their submodules are named `adapter` wherever they are
+placed, which is how the training config selects them.
 """
 
 import dataclasses
@@ -69,10 +60,9 @@ class MaskAdapter(nn.Module):
   """A correction of mask logits by convolutions on the mask grid; an adapter of our own.
 
   What SAM 2's decoder says of a mask prompt has passed a grid of stride 16. This small U-Net of two
-  levels (`width` channels at full resolution, twice as many at half) sees the mask of the stage
-  before as it is, on the slices around too, and the slice. It is for stages whose masks are nearly
-  right, and can be trained without the rest of SAM 2, which is four times as fast
-  (`RefinerConfig.mask_adapter`).
+  levels (`width` channels at full resolution, twice as many at half) sees the slice and the mask of
+  the stage before as it is, on the slices around too. It is for stages whose masks are nearly right
+  and can be trained without the rest of SAM 2, four times as fast (`RefinerConfig.mask_adapter`).
   """
 
   width: int = 32
@@ -106,10 +96,10 @@ def _zero_dense(features: int, dtype: DType) -> nn.Dense:
 class AdapterConfig:
   """Which adapters exist, and their size.
 
-  Subclasses put other modules into the same places: `after_attention` and `after_convolution` are
-  called as `(width, dtype=..., name="adapter")` and map [B, H, W, C] to itself; `on_masks` as
-  `(mask_width, dtype=...)`, see MaskAdapter. Such a config works with everything that takes a
-  `SAM2Config`, but no file can describe it.
+  Subclasses put other modules into the same places (`after_attention = MyAdapter`):
+  `after_attention` and `after_convolution` are called as `(width, dtype=..., name="adapter")` and
+  map [B, H, W, C] to itself; `on_masks` as `(mask_width, dtype=...)`, see MaskAdapter. Such a
+  config works with everything that takes a `SAM2Config`, but no file can describe it.
   """
 
   __pydantic_config__ = STRICT

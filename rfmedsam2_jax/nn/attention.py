@@ -26,17 +26,13 @@ _LOW = -1e30  # score of a key that takes no part: finite, for blocks without an
 def dot_product_attention(
   q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None = None
 ) -> Array:
-  """softmax(q k' / sqrt(D)) v per head; the softmax is float32 whatever the inputs are.
+  """softmax(q k' / sqrt(D)) v per head, [B, N, H, V] in the dtype of the queries [B, N, H, D]; the
+  softmax is float32 whatever the inputs are.
 
   Args:
-    q_BNHD: queries [B, N, H, D].
-    k_BMHD: keys [B, M, H, D].
-    v_BMHV: values [B, M, H, V]; cuDNN is used only where V = D.
+    k_BMHD, v_BMHV: keys [B, M, H, D] and values [B, M, H, V]; cuDNN is used only where V = D.
     mask_BM: bool [B, M], False for keys that take no part. Where a row of the batch has no key
       left, the result is zero, and so are the gradients.
-
-  Returns:
-    [B, N, H, V] in the dtype of the queries.
   """
   if mask_BM is not None:
     # A row without keys attends to all of them and its result is thrown away: no softmax ever
@@ -54,10 +50,8 @@ def dot_product_attention(
 
 
 def attention_weights(q_BNHD: Array, k_BMHD: Array, mask_BM: Array | None = None) -> Array:
-  """What `dot_product_attention` weighs the values by, to look at: float32 [B, H, N, M].
-
-  The rows sum to one, or to zero where a row of the batch has no key left.
-  """
+  """What `dot_product_attention` weighs the values by, to look at: float32 [B, H, N, M]. The rows
+  sum to one, or to zero where a row of the batch has no key left."""
   scores = jnp.einsum("bnhd,bmhd->bhnm", q_BNHD, k_BMHD, preferred_element_type=jnp.float32)
   where = None if mask_BM is None else mask_BM[:, None, None, :]
   weights = jax.nn.softmax(scores * q_BNHD.shape[-1] ** -0.5, axis=-1, where=where)
@@ -174,11 +168,9 @@ def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None) 
 
 @functools.lru_cache(maxsize=32)
 def axial_rope(height: int, width: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Cosines and sines of SAM 2's rotary positions, for the tokens of a grid in row-major order.
-
-  The first half of the pairs turns with x, the second with y (position_encoding.py:180 of
-  sam2 1.1.0). Both float32 [height * width, head_width / 2]; `head_width` is divisible by 4.
-  """
+  """Cosines and sines of SAM 2's rotary positions, both float32 [height * width, head_width / 2],
+  for the tokens of a grid in row-major order; head_width is divisible by 4. The first half of the
+  pairs turns with x, the second with y (position_encoding.py:180 of sam2 1.1.0)."""
   frequencies = 10000.0 ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
   y, x = np.divmod(np.arange(height * width), width)
   angles = np.concatenate([np.outer(x, frequencies), np.outer(y, frequencies)], axis=-1)
@@ -186,13 +178,9 @@ def axial_rope(height: int, width: int, head_width: int) -> tuple[np.ndarray, np
 
 
 def apply_rope(x_BNHD: Array, rope: tuple[np.ndarray, np.ndarray]) -> Array:
-  """Turns the interleaved pairs (channels 2i and 2i + 1) of queries or keys by their position.
-
-  Args:
-    x_BNHD: [B, N, H, D], where N is a multiple of the grid's tokens (the keys of several memories,
-      each a whole grid). Tokens without a position (object pointers) are kept apart by the caller.
-    rope: from `axial_rope` with head_width D.
-  """
+  """Turns the interleaved pairs (channels 2i and 2i + 1) of queries or keys [B, N, H, D] by their
+  position. N is a multiple of the grid's tokens (the keys of several memories, each a whole grid);
+  tokens without a position (object pointers) are kept apart. `rope` is of head_width D."""
   batch, tokens, heads, width = x_BNHD.shape
   cos, sin = (t[None, None, :, None, :] for t in rope)
   x = x_BNHD.astype(jnp.float32).reshape(batch, -1, rope[0].shape[0], heads, width // 2, 2)

@@ -59,10 +59,8 @@ def winograd_pays(x_BDHWC: Array, kernel: Array, stride: Triple) -> bool:
 
 
 def conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
-  """3D convolution, channels last, PyTorch's padding, in the form that suits the backend.
-
-  `kernel` is [kd, kh, kw, Cin, Cout] of odd sizes.
-  """
+  """3D convolution, channels last, PyTorch's padding, in the form that suits the backend; kernel
+  [kd, kh, kw, Cin, Cout] of odd sizes."""
   if jax.default_backend() != "cpu":
     return native_conv3d(x_BDHWC, kernel, stride)
   if winograd_pays(x_BDHWC, kernel, stride):
@@ -84,10 +82,8 @@ def shifted_depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
 
 
 class Conv3D(nn.Module):
-  """3D convolution with PyTorch's padding; odd sizes of the kernel.
-
-  Parameters: kernel [kd, kh, kw, Cin, features], bias [features], both float32.
-  """
+  """3D convolution with PyTorch's padding; parameters, both float32: kernel [kd, kh, kw, Cin,
+  features] of odd sizes, bias [features]."""
 
   features: int
   kernel: Triple
@@ -105,10 +101,8 @@ class Conv3D(nn.Module):
 
 
 class DepthwiseConv2D(nn.Module):
-  """Depth-wise 2D convolution, stride 1, PyTorch's padding.
-
-  Parameters: kernel [k, k, 1, features], bias [features], both float32.
-  """
+  """Depth-wise 2D convolution, stride 1, PyTorch's padding; parameters, both float32: kernel [k, k,
+  1, features], bias [features]."""
 
   features: int
   kernel: tuple[int, int] = (3, 3)

@@ -1,6 +1,5 @@
 """The neck of SAM 2's image encoder, and the encoder: normalised images to feature maps of one
 width at strides 4, 8, 16, which the mask decoder (the finer two) and memory attention take.
-
 Follows sam2/modeling/backbones/image_encoder.py of sam2 1.1.0, with the same submodule names.
 """
 

@@ -1,7 +1,6 @@
-"""Hiera: the hierarchical vision transformer that is the trunk of SAM 2's image encoder.
-
-In: normalised images. Out: one feature map per stage, which nn.fpn brings to a common width.
-Follows sam2/modeling/backbones/hieradet.py of sam2 1.1.0, with the same submodule names.
+"""Hiera: the hierarchical vision transformer that is the trunk of SAM 2's image encoder; nn.fpn
+brings the feature maps of its stages to a common width. Follows
+sam2/modeling/backbones/hieradet.py of sam2 1.1.0, with the same submodule names.
 """
 
 import flax.linen as nn
@@ -34,33 +33,24 @@ class Hiera(nn.Module):
 
   @nn.compact
   def __call__(self, images_BHW3: Array) -> tuple[Array, ...]:
-    """Features of every stage, fine to coarse: [B, H/4, W/4, C], [B, H/8, W/8, 2C], ...
-
-    Raises:
-      ValueError: the sides of the images are not divisible by 4 x the first window (32 officially).
-    """
+    """Features of every stage, fine to coarse: [B, H/4, W/4, C], [B, H/8, W/8, 2C], ...; ValueError
+    where the sides of the images are not divisible by 4 x the first window (32 officially)."""
     x = PatchEmbed(self.embed_dim, self.dtype, name="patch_embed")(images_BHW3)
     init = nn.initializers.normal(0.02)
-    background = self.param(
-      "pos_embed", init, (1, *self.window_pos_embed_bkg_spatial_size, self.embed_dim)
-    )
-    side = self.window_spec[0]
-    window = self.param("pos_embed_window", init, (1, side, side, self.embed_dim))
-    x = x + hiera_positions(background, window, *x.shape[1:3]).astype(x.dtype)
-
+    side, grid = self.window_spec[0], self.window_pos_embed_bkg_spatial_size
+    background = self.param("pos_embed", init, (1, *grid, self.embed_dim))
+    tile = self.param("pos_embed_window", init, (1, side, side, self.embed_dim))
+    x = x + hiera_positions(background, tile, *x.shape[1:3]).astype(x.dtype)
     features, block = [], 0
     block_of = rematerialised(Block, self.remat)
     for stage, blocks in enumerate(self.stages):
       for i in range(blocks):
         opens_stage = stage > 0 and i == 0
         # The block that opens a stage still has the window of the stage before.
-        side = self.window_spec[stage - 1 if opens_stage else stage]
-        x = block_of(
-          features=self.embed_dim * 2**stage, num_heads=self.num_heads * 2**stage,
-          window=0 if block in self.global_att_blocks else side,
-          pool=opens_stage and stage <= self.q_pool, adapters=self.adapters, dtype=self.dtype,
-          name=f"blocks_{block}"
-        )(x)
+        window = 0 if block in self.global_att_blocks else self.window_spec[stage - opens_stage]
+        pool = opens_stage and stage <= self.q_pool
+        sizes = self.embed_dim * 2**stage, self.num_heads * 2**stage, window, pool
+        x = block_of(*sizes, self.adapters, self.dtype, name=f"blocks_{block}")(x)
         block += 1
       features.append(x)
     return tuple(features)
@@ -146,8 +136,8 @@ class MultiScaleAttention(nn.Module):
 class PaddedDense(nn.Module):
   """A dense layer of an image that is zero-padded at its lower right before the projection.
 
-  Padding after the product and before the bias gives the same and saves the products of zeros (8 %
-  of SAM 2.1 tiny's operations at 512). The padding is not masked: SAM 2 attends to it.
+  Padding after the product and before the bias saves the products of zeros (8 % of SAM 2.1 tiny's
+  operations at 512). The padding is not masked: SAM 2 attends to it.
   """
 
   features: int
@@ -155,8 +145,8 @@ class PaddedDense(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC: Array, padding: tuple[int, int]) -> Array:
-    shape = (x_BHWC.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    init = nn.initializers.lecun_normal()
+    kernel = self.param("kernel", init, (x_BHWC.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x_BHWC, kernel, bias, dtype=self.dtype)
     y = jnp.dot(x, kernel)

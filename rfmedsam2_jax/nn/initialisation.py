@@ -1,7 +1,5 @@
-"""Fresh parameters of SAM 2 without compiling anything.
-
-Linen's `init` draws each of some 500 tensors in its own piece of compiled code; for XLA:CPU that is
-half a minute of compilation even for `nano`. The same distributions are drawn here by numpy.
+"""Fresh parameters of SAM 2, drawn by numpy from the distributions of Linen's `init`, which draws
+each of some 500 tensors in its own piece of compiled code: half a minute on a CPU even for `nano`.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
 """Losses of the two training phases: pure functions of logits and truth, float32.
 
-Generator: as in nnU-Net. Refiner: as SAM 2. What must not count (ignored voxels, absent structures,
-dead cells) is a mask, and gives a zero gradient, never NaN, whatever stands under it. `axes` names
-the mesh axes that a batch is spread over, where the function runs on one device's share of it
-(jax.shard_map): sums over the batch are then taken over all of them.
+What must not count (ignored voxels, absent structures, dead cells) is a mask, and gives a zero
+gradient, never NaN, whatever stands under it. `axes` names the mesh axes that a batch is spread
+over where a function sees one device's share (jax.shard_map): sums are then over all of them.
 """
 
 import dataclasses
@@ -64,15 +63,13 @@ def masked_mean(values: Array, mask: Array, axes: Axes) -> Array:
   return total / jnp.maximum(weight, 1e-6)
 
 
-def soft_dice(
-  probability: Array, truth: Array, valid: Array, batch_dice: bool, axes: Axes
-) -> Array:
+def soft_dice(p: Array, truth: Array, valid: Array, batch_dice: bool, axes: Axes) -> Array:
   """1 - mean soft Dice over channels, nnU-Net's form (smooth 1e-5); `batch_dice` sums over the
-  batch too. `probability` and `truth` are [B, D, H, W, K], `valid` [B, D, H, W], 0 for ignored."""
+  batch too. Probabilities and truth are [B, D, H, W, K], `valid` [B, D, H, W], 0 for ignored."""
   voxels = (0, 1, 2, 3) if batch_dice else (1, 2, 3)
   weight = valid[..., None]
-  intersection = (probability * truth * weight).sum(voxels)
-  total = (probability * weight).sum(voxels) + (truth * weight).sum(voxels)
+  intersection = (p * truth * weight).sum(voxels)
+  total = (p * weight).sum(voxels) + (truth * weight).sum(voxels)
   if batch_dice:
     intersection, total = _over_devices([intersection, total], axes)
   dice = ((2.0 * intersection + 1e-5) / (total + 1e-5)).mean()
@@ -83,15 +80,13 @@ def segmentation_loss(
   logits: Array, target: Array, membership: Array, regions: bool,
   config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
-  """Soft Dice and cross-entropy at one resolution.
+  """Soft Dice and cross-entropy at one resolution: the weighted sum, and its unweighted parts
+  "dice" and "cross_entropy".
 
   Args:
     logits: [B, D, H, W, K + 1] with background first (softmax); regions [B, D, H, W, K] (sigmoid).
     target: uint8 [B, D, H, W], atoms of the label map; 255 is ignored.
     membership: bool [A, K], which structures an atom belongs to (at most one unless regions).
-
-  Returns:
-    The weighted sum, and its unweighted parts "dice" and "cross_entropy".
   """
   logits = logits.astype(jnp.float32)
   valid = target != IGNORE
@@ -136,11 +131,8 @@ def generator_loss(
   logits: Sequence[Array], target: Array, membership: Array, regions: bool = False,
   config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
-  """The deeply supervised loss of the prompt generator, and its parts at full resolution.
-
-  See `segmentation_loss`; `logits` are from UNet with deep supervision, full resolution first, and
-  `target` is at full resolution.
-  """
+  """The deeply supervised loss of the prompt generator, and its parts at full resolution, see
+  `segmentation_loss`; `logits` are UNet's, full resolution first, and `target` has that too."""
   total: Array = jnp.float32(0)
   parts = []
   for weight, x in zip(deep_supervision_weights(len(logits)), logits, strict=True):
@@ -188,27 +180,26 @@ def mask_iou(logits: Array, target: Array, known: Array) -> Array:
 
 
 class CellTruth(NamedTuple):
-  """What is true of cells; leading axes [...] are of any number."""
+  """What is true of cells; leading axes [...] are of any number. `masks`: [..., H, W], occupancy of
+  the structure in [0, 1]. `known`: [..., H, W], share of the pixel that is labelled at all, in
+  [0, 1]. `present`: bool [...], the structure is on the slice: only then masks and IoU count."""
 
-  masks: Array  # [..., H, W], occupancy of the structure in [0, 1]
-  known: Array  # [..., H, W], share of the pixel that is labelled at all, in [0, 1]
-  present: Array  # bool [...], the structure is on the slice: only then masks and IoU count
+  masks: Array
+  known: Array
+  present: Array
 
 
 def refiner_loss(
   mask_logits: Array, ious: Array, presence: Array, truth: CellTruth, live: Array,
   config: RefinerLossConfig = RefinerLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
-  """Loss of one refinement stage over cells [...].
+  """Loss of one refinement stage over cells [...]: the weighted sum, and its unweighted parts
+  "focal", "dice", "iou", "presence" (each a mean over the cells that count, 0 where there is none).
 
   Args:
     mask_logits: [..., H, W], before the presence gate.
     ious, presence: [...], predicted IoU and logits.
     live: bool [...], the cell counts at all; anything, NaN included, may stand in the others.
-
-  Returns:
-    The weighted sum, and its unweighted parts "focal", "dice", "iou", "presence" (each a mean over
-    the cells that count, 0 where there is none).
   """
   # Replaced before any arithmetic: a mask after it would leave NaN in the gradient.
   live = jnp.asarray(live, bool)

@@ -3,6 +3,7 @@ nn.prompt_encoder, become a mask, its quality and its presence. Follows
 sam2.modeling.sam.mask_decoder and transformer (1.1.0).
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -19,12 +20,16 @@ STABILITY_THRESHOLD = 0.98
 
 
 class Decoded(NamedTuple):
-  """What the decoder says of N cells, with M = 1 or 3 masks each; never gated by presence."""
+  """What the decoder says of N cells, with M = 1 or 3 masks each; never gated by presence.
 
-  masks: Array  # float32 [N, M, 4G, 4G] logits
-  ious: Array  # float32 [N, M], predicted IoU in [0, 1]
-  presence: Array  # float32 [N], logit that the object is on the slice at all
-  pointer: Array  # [N, C], the object pointer
+  `masks`: float32 [N, M, 4G, 4G] logits. `ious`: float32 [N, M], predicted, in [0, 1]. `presence`:
+  float32 [N], logit that the object is on the slice at all. `pointer`: [N, C], of the object.
+  """
+
+  masks: Array
+  ious: Array
+  presence: Array
+  pointer: Array
 
 
 class MaskDecoder(nn.Module):
@@ -41,6 +46,7 @@ class MaskDecoder(nn.Module):
 
   def setup(self):
     masks, token = 1 + NUM_MULTIMASK, nn.initializers.normal(1.0)  # torch's Embedding
+    mlp = functools.partial(MLP, dtype=self.dtype)
     self.obj_score_token = self.param("obj_score_token", token, (1, self.width))
     self.iou_token = self.param("iou_token", token, (1, self.width))
     self.mask_tokens = self.param("mask_tokens", token, (masks, self.width))
@@ -52,11 +58,9 @@ class MaskDecoder(nn.Module):
     self.output_upscaling_3 = ConvTranspose2x2(self.width // 8, dtype=self.dtype)
     self.conv_s0 = conv2d(self.width // 8, 1, dtype=self.dtype)
     self.conv_s1 = conv2d(self.width // 4, 1, dtype=self.dtype)
-    self.output_hypernetworks_mlps = [
-      MLP(self.width, self.width // 8, 3, dtype=self.dtype) for _ in range(masks)
-    ]
-    self.iou_prediction_head = MLP(self.iou_hidden, masks, 3, nn.relu, True, self.dtype)
-    self.pred_obj_score_head = MLP(self.width, 1, 3, dtype=self.dtype)
+    self.output_hypernetworks_mlps = [mlp(self.width, self.width // 8, 3) for _ in range(masks)]
+    self.iou_prediction_head = mlp(self.iou_hidden, masks, 3, sigmoid_output=True)
+    self.pred_obj_score_head = mlp(self.width, 1, 3)
     if self.adapters.mask:
       self.adapter = self.adapters.on_masks(self.adapters.mask_width, dtype=self.dtype)
 
@@ -165,30 +169,26 @@ class TwoWayAttentionBlock(nn.Module):
     self, tokens_NTC: Array, image_NLC: Array, token_positions_NTC: Array,
     image_positions_1LC: Array, exists_NT: Array, grid: tuple[int, int],
   ) -> tuple[Array, Array]:
-    width = tokens_NTC.shape[-1]
-
-    def norm(name: str, x: Array) -> Array:
-      return layer_norm(dtype=self.dtype, name=name)(x)
-
-    def attend(name: str, inner: int, *args: Array) -> Array:
-      return TokenAttention(self.heads, inner, self.dtype, name=name)(*args)
-
-    tokens, image = tokens_NTC, image_NLC
+    tokens, image, width = tokens_NTC, image_NLC, tokens_NTC.shape[-1]
+    norm = functools.partial(layer_norm, dtype=self.dtype)
+    attention = functools.partial(TokenAttention, self.heads, dtype=self.dtype)
+    attend = attention(width, name="self_attn")
     if self.first:
-      tokens = attend("self_attn", width, tokens, tokens, tokens, exists_NT)
+      tokens = attend(tokens, tokens, tokens, exists_NT)
     else:
       q = tokens + token_positions_NTC
-      tokens = tokens + attend("self_attn", width, q, q, tokens, exists_NT)
-    tokens = norm("norm1", tokens)
+      tokens = tokens + attend(q, q, tokens, exists_NT)
+    tokens = norm(name="norm1")(tokens)
     q, k = tokens + token_positions_NTC, image + image_positions_1LC
-    tokens = tokens + attend("cross_attn_token_to_image", width // 2, q, k, image)
-    tokens = norm("norm2", tokens)
+    tokens = tokens + attention(width // 2, name="cross_attn_token_to_image")(q, k, image)
+    tokens = norm(name="norm2")(tokens)
     tokens = tokens + MLP(self.mlp, width, 2, dtype=self.dtype, name="mlp")(tokens)
-    tokens = norm("norm3", tokens)
+    tokens = norm(name="norm3")(tokens)
     q, k = image + image_positions_1LC, tokens + token_positions_NTC
-    image = image + attend("cross_attn_image_to_token", width // 2, q, k, tokens, exists_NT)
+    attend = attention(width // 2, name="cross_attn_image_to_token")
+    image = image + attend(q, k, tokens, exists_NT)
     on_grid = self.adapters.adapted(image.reshape(-1, *grid, width), self.dtype)
-    return tokens, norm("norm4", on_grid.reshape(image.shape))
+    return tokens, norm(name="norm4")(on_grid.reshape(image.shape))
 
 
 class TokenAttention(nn.Module):

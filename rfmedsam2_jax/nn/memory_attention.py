@@ -3,6 +3,7 @@ object pointers, before it goes to the mask decoder. Follows sam2.modeling.memor
 1.1.0).
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -26,14 +27,20 @@ Rope = tuple[np.ndarray, np.ndarray]
 
 class MemorySlots(NamedTuple):
   """The memories of N cells in M slots and P pointer slots, P may be 0; what is missing is not
-  valid, and may hold anything. SAM 2.0 ignores the positions of pointers."""
+  valid, and may hold anything.
 
-  maps: Array  # [N, M, G, G, mem_dim], from `remember`
-  rows: Array  # int32 [N, M] of the temporal table: distance - 1, the last for conditioning slices
-  valid: Array  # bool [N, M]
-  pointers: Array  # [N, P, C]
-  pointer_positions: Array  # float32 [N, P], signed distance / (min(true depth, 16) - 1)
-  pointer_valid: Array  # bool [N, P]
+  `maps`: [N, M, G, G, mem_dim], from `remember`. `rows`: int32 [N, M], row of the temporal table:
+  distance - 1, the last row for conditioning slices. `valid`: bool [N, M]. `pointers`: [N, P, C].
+  `pointer_positions`: float32 [N, P], signed distance / (min(true depth, 16) - 1), ignored by SAM
+  2.0. `pointer_valid`: bool [N, P].
+  """
+
+  maps: Array
+  rows: Array
+  valid: Array
+  pointers: Array
+  pointer_positions: Array
+  pointer_valid: Array
 
 
 class MemoryAttention(nn.Module):
@@ -93,8 +100,8 @@ class MemoryAttention(nn.Module):
       else:
         where.append(jnp.repeat(pointer_positions_NPE.astype(self.dtype), split, axis=1))
       valid.append(jnp.repeat(slots.pointer_valid, split, axis=1))
-    memory, where, valid = (jnp.concatenate(x, axis=1) for x in (memory, where, valid))
-    return memory, where, valid
+    memory_NTE, where_NTE, valid_NT = (jnp.concatenate(x, axis=1) for x in (memory, where, valid))
+    return memory_NTE, where_NTE, valid_NT
 
 
 class MemoryAttentionLayer(nn.Module):
@@ -111,22 +118,17 @@ class MemoryAttentionLayer(nn.Module):
     """`spatial` of the T keys lie on the grid and are rotated; the rest are pointers."""
     first, height, width, channels = x_NGGC.shape
     rope = axial_rope(height, width, channels)  # one head, as wide as the features
-
-    def norm(name: str, x: Array) -> Array:
-      return layer_norm(dtype=self.dtype, name=name)(x)
-
-    def dense(name: str, features: int, x: Array) -> Array:
-      return nn.Dense(features, dtype=self.dtype, name=name)(x)
-
+    norm, dense = (functools.partial(f, dtype=self.dtype) for f in (layer_norm, nn.Dense))
     x = x_NGGC.reshape(first, height * width, channels)
-    y = norm("norm1", x)
+    y = norm(name="norm1")(x)
     x = x + RoPEAttention(self.dtype, name="self_attn")(y, y, y, rope, height * width)
     attention = RoPEAttention(self.dtype, name="cross_attn_image")
-    y, n = norm("norm2", x), len(keys_NTE)
+    y, n = norm(name="norm2")(x), len(keys_NTE)
     y = jnp.broadcast_to(y, (n, *y.shape[1:]))
     x = x + attention(y, keys_NTE, memory_NTE, rope, spatial, valid_NT)
     x = self.adapters.adapted(x.reshape(n, height, width, channels), self.dtype).reshape(x.shape)
-    x = x + dense("linear2", channels, nn.relu(dense("linear1", self.ffn, norm("norm3", x))))
+    y = nn.relu(dense(self.ffn, name="linear1")(norm(name="norm3")(x)))
+    x = x + dense(channels, name="linear2")(y)
     return x.reshape(n, height, width, channels)
 
 
@@ -146,11 +148,8 @@ class RoPEAttention(nn.Module):
   ) -> Array:
     """Keys from `rotated` on have no place on the grid and are left as they are."""
     width = q_NLC.shape[-1]
-
-    def project(name: str, x: Array) -> Array:
-      return nn.Dense(width, dtype=self.dtype, name=name)(x)
-
-    q, k = (project(f"{n}_proj", x)[:, :, None] for n, x in (("q", q_NLC), ("k", k_NTE)))
+    project = functools.partial(nn.Dense, width, dtype=self.dtype)
+    q, k = (project(name=f"{n}_proj")(x)[:, :, None] for n, x in (("q", q_NLC), ("k", k_NTE)))
     q = apply_rope(q, rope)
     if rotated == k.shape[1]:
       k = apply_rope(k, rope)
@@ -162,8 +161,9 @@ class RoPEAttention(nn.Module):
       # The weights of a query sum to one, so that it makes no difference whether the values are
       # projected before they are averaged or after: memories are narrower before (64 channels to
       # 256), which saves a quarter of memory attention's operations.
-      out = project("v_proj", dot_product_attention(q, k, v_NTE[:, :, None], valid_NT)[:, :, 0])
+      mean = dot_product_attention(q, k, v_NTE[:, :, None], valid_NT)[:, :, 0]
+      out = project(name="v_proj")(mean)
     else:
-      v = project("v_proj", v_NTE)[:, :, None]
+      v = project(name="v_proj")(v_NTE)[:, :, None]
       out = dot_product_attention(q, k, v, valid_NT)[:, :, 0]
-    return project("out_proj", out)
+    return project(name="out_proj")(out)

@@ -26,8 +26,7 @@ class MemoryEncoder(nn.Module):
     down_of = rematerialised(MaskDownSampler, self.remat)
     down = down_of(self.width, self.mask_channels, self.dtype, name="mask_downsampler")
     x = conv2d(self.width, 1, dtype=self.dtype, name="pix_feat_proj")(embedding_NGGC)
-    fuser = Fuser(self.fuser_layers, self.dtype, self.remat, name="fuser")
-    x = fuser(x + down(mask_NSS1))
+    x = Fuser(self.fuser_layers, self.dtype, self.remat, name="fuser")(x + down(mask_NSS1))
     return conv2d(self.out, 1, dtype=self.dtype, name="out_proj")(x)
 
 
@@ -44,8 +43,8 @@ class MaskDownSampler(nn.Module):
     for i, channels in enumerate(self.channels):
       x = conv2d(channels, 3, 2, 1, dtype=self.dtype, name=f"encoder_{3 * i}")(x)
       x = gelu(layer_norm(1e-6, dtype=self.dtype, name=f"encoder_{3 * i + 1}")(x))
-    last = 3 * len(self.channels)
-    return conv2d(self.features, 1, dtype=self.dtype, name=f"encoder_{last}")(x)
+    name = f"encoder_{3 * len(self.channels)}"
+    return conv2d(self.features, 1, dtype=self.dtype, name=name)(x)
 
 
 class Fuser(nn.Module):

@@ -18,16 +18,18 @@ ABSENT, NOT_A_POINT, BOX_START, BOX_END = -2, -1, 2, 3
 class Prompts(NamedTuple):
   """Prompts of N cells; whatever a cell lacks is masked, so that all cells have one shape.
 
-  Labels are 0 negative and 1 positive point, 2 and 3 the corners of a box, -1 the token that says
-  "not a point", -2 no token at all (hidden from every attention). SAM 2 has one not-a-point token
-  behind the points and boxes it is given, and two on a tracked slice without prompts
-  (sam2_base.py:316, prompt_encoder.py:189); whoever builds this puts them in.
+  `points`: float32 [N, Q, 2], x y as pixel indices of the S x S image (the encoder adds the half
+  pixel). `labels`: int32 [N, Q], 0 negative and 1 positive point, 2 and 3 the corners of a box, -1
+  the token that says "not a point", -2 no token at all (hidden from every attention). SAM 2 has one
+  not-a-point token behind the points and boxes it is given, and two on a tracked slice without
+  prompts (sam2_base.py:316, prompt_encoder.py:189); whoever builds this puts them in. `mask`:
+  float32 [N, 4G, 4G] logits, or None if no cell has one. `has_mask`: bool [N], None for all.
   """
 
-  points: Array  # float32 [N, Q, 2], x y as pixel indices of the S x S image, no half pixel added
-  labels: Array  # int32 [N, Q]
-  mask: AnyArray | None = None  # float32 [N, 4G, 4G] logits, or None if no cell has one
-  has_mask: AnyArray | None = None  # bool [N]; None says that every cell has one
+  points: Array
+  labels: Array
+  mask: AnyArray | None = None
+  has_mask: AnyArray | None = None
 
 
 def pack_prompts(
@@ -37,15 +39,11 @@ def pack_prompts(
   """Corners, clicks and the tokens that SAM 2's own calls put behind them.
 
   As in sam2_base.py:316-345 a box is two points and one not-a-point token always follows; a cell
-  with neither has two of them, like an unprompted tracked slice.
-
-  Args:
-    boxes: [N, 4], x0 y0 x1 y1 as inclusive pixel indices of the S x S image. has_box: bool [N].
-    points: [N, Q, 2]. point_labels: int [N, Q]; ABSENT where there is none.
-    mask, has_mask: see `Prompts`.
+  with neither has two of them, like an unprompted tracked slice. `boxes`: [N, 4], x0 y0 x1 y1 as
+  inclusive pixel indices of the S x S image. `has_box`: bool [N]. `points`: [N, Q, 2].
+  `point_labels`: int [N, Q]; ABSENT where there is none. `mask`, `has_mask`: see `Prompts`.
   """
-  count = boxes.shape[0]
-  clicked = jnp.any(point_labels >= 0, axis=1)
+  clicked, count = jnp.any(point_labels >= 0, axis=1), boxes.shape[0]
   corners = boxes.reshape(count, 2, 2)
   box_labels = jnp.where(has_box[:, None], jnp.array([BOX_START, BOX_END]), ABSENT)
   second = jnp.where(has_box | clicked, ABSENT, NOT_A_POINT)[:, None]
@@ -97,9 +95,8 @@ class PromptEncoder(nn.Module):
   def setup(self):
     token = nn.initializers.normal(1.0)  # torch's Embedding
     self.pe_layer = RandomPositions(self.width)
-    self.point_embeddings = [
-      self.param(f"point_embeddings_{i}", token, (1, self.width)) for i in range(4)
-    ]
+    names = (f"point_embeddings_{i}" for i in range(4))
+    self.point_embeddings = [self.param(name, token, (1, self.width)) for name in names]
     self.not_a_point_embed = self.param("not_a_point_embed", token, (1, self.width))
     self.no_mask_embed = self.param("no_mask_embed", token, (1, self.width))
     self.mask_downscaling_0 = conv2d(self.mask_channels // 4, 2, stride=2, dtype=self.dtype)
@@ -114,7 +111,11 @@ class PromptEncoder(nn.Module):
 
   def __call__(self, prompts: Prompts) -> tuple[Array, Array, Array]:
     """Returns tokens [N, Q, width], which of them exist bool [N, Q], dense map [N, G, G, width]."""
-    tokens = self._embed_points(prompts.points, prompts.labels)
+    points = (prompts.points.astype(jnp.float32) + 0.5) / (16 * self.grid)
+    where = random_fourier(points, self.pe_layer())
+    where = jnp.where(prompts.labels[..., None] >= 0, where, 0)
+    what = jnp.concatenate([self.not_a_point_embed, *self.point_embeddings])
+    tokens = where + what[jnp.maximum(prompts.labels, NOT_A_POINT) + 1]
     exists, n = prompts.labels != ABSENT, len(prompts.labels)
     no_mask = self.no_mask_embed.astype(self.dtype)
     dense = jnp.broadcast_to(no_mask, (n, self.grid, self.grid, self.width))
@@ -122,18 +123,8 @@ class PromptEncoder(nn.Module):
       has_mask = jnp.ones(n, bool) if prompts.has_mask is None else prompts.has_mask
       has_mask = has_mask[:, None, None, None]
       # Where there is none, the mask may hold anything; zeros keep its gradient finite.
-      mask = jnp.where(has_mask, prompts.mask[..., None], 0)
-      dense = jnp.where(has_mask, self._embed_masks(mask), dense)
+      x = jnp.where(has_mask, prompts.mask[..., None], 0).astype(self.dtype)
+      x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(x)))
+      x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
+      dense = jnp.where(has_mask, self.mask_downscaling_6(x), dense)
     return tokens.astype(self.dtype), exists, dense
-
-  def _embed_points(self, points_NQ2: Array, labels_NQ: Array) -> Array:
-    points = points_NQ2.astype(jnp.float32) + 0.5
-    where = random_fourier(points / (16 * self.grid), self.pe_layer())
-    where = jnp.where(labels_NQ[..., None] >= 0, where, 0)
-    what = jnp.concatenate([self.not_a_point_embed, *self.point_embeddings])
-    return where + what[jnp.maximum(labels_NQ, NOT_A_POINT) + 1]
-
-  def _embed_masks(self, x_NHW1: Array) -> Array:
-    x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(x_NHW1.astype(self.dtype))))
-    x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
-    return self.mask_downscaling_6(x)

@@ -26,11 +26,9 @@ _KEPT = policies.save_from_both_policies(
 def rematerialised(block: T, remat: Remat, static: tuple[int, ...] = ()) -> T:
   """A block (module class, or function of a module) whose backward pass computes it again.
 
-  Args:
-    remat: "none" gives `block` itself; "block" keeps only what goes into it; "dots" also keeps what
-      its dense layers and 3D convolutions give, so that little more than norms, activations and
-      attention is done twice.
-    static: places of arguments that are no arrays; the module counts as 0.
+  "none" gives `block` itself; "block" keeps only what goes into it; "dots" also keeps what its
+  dense layers and 3D convolutions give, so that little more than norms, activations and attention
+  is done twice. `static`: places of arguments that are no arrays; the module counts as 0.
   """
   if remat == "none":
     return block

@@ -25,9 +25,8 @@ def largest_divisor(count: int, most: int) -> int:
 def map_bands(f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements: int) -> Array:
   """f(module, x) for a function that works on bands of rows without looking beyond them.
 
-  Args:
-    f: calls submodules of `module`; [b, h, W, C] to [b, h', W', C'], any b, h = H or `rows`.
-    rows: of a band; divides H. elements: size of the widest array that f makes of one band.
+  f calls submodules of `module`; [b, h, W, C] to [b, h', W', C'], any b, h = H or `rows`, which
+  divides H. `elements`: size of the widest array that f makes of one band.
   """
   batch, height, width, channels = x_BHWC.shape
   bands = batch * height // rows

@@ -79,10 +79,9 @@ class SAM2Config:
   remat: Remat = "none"
 
   def __post_init__(self):
-    if self.image_size % 32:
-      raise ValueError(f"image_size is {self.image_size}; it must be divisible by 32")
-    if not 64 <= self.image_size <= 2**14:
-      raise ValueError(f"image_size is {self.image_size}; it must be 64 to {2**14}")
+    if self.image_size % 32 or not 64 <= self.image_size <= 2**14:
+      demand = "divisible by 32" if self.image_size % 32 else f"64 to {2**14}"
+      raise ValueError(f"image_size is {self.image_size}; it must be {demand}")
     for name in ("stages", "memory_layers", "fuser_layers", "decoder_depth"):
       layers = sum(self.stages) if name == "stages" else getattr(self, name)
       if layers > _DEEPEST:
@@ -108,11 +107,16 @@ class SAM2Config:
 
 
 class ImageFeatures(NamedTuple):
-  """What the decoder and the memory need of a slice."""
+  """What the decoder and the memory need of a slice.
 
-  embedding: Array  # [B, G, G, C], before any memory and without `no_mem_embed`
-  high_res: tuple[Array, Array]  # [B, 4G, 4G, C/8], [B, 2G, 2G, C/4], projected for the decoder
-  pixels: Array | None = None  # the image [B, 4G, 4G, 3] for a MaskAdapter; None without one
+  `embedding`: [B, G, G, C], before any memory and without `no_mem_embed`. `high_res`: [B, 4G, 4G,
+  C/8] and [B, 2G, 2G, C/4], already projected for the decoder. `pixels`: the image [B, 4G, 4G, 3]
+  for a MaskAdapter; None without one.
+  """
+
+  embedding: Array
+  high_res: tuple[Array, Array]
+  pixels: Array | None = None
 
 
 class SAM2(nn.Module):
@@ -225,10 +229,9 @@ class SAM2(nn.Module):
     """Where the presence logit is not positive: masks of -1024 and the pointer `no_obj_ptr`."""
     present = decoded.presence > 0
     no_pointer = self.no_obj_ptr.astype(decoded.pointer.dtype)
-    return decoded._replace(
-      masks=jnp.where(present[:, None, None, None], decoded.masks, ABSENT_LOGIT),
-      pointer=jnp.where(present[:, None], decoded.pointer, no_pointer),
-    )
+    masks = jnp.where(present[:, None, None, None], decoded.masks, ABSENT_LOGIT)
+    pointer = jnp.where(present[:, None], decoded.pointer, no_pointer)
+    return decoded._replace(masks=masks, pointer=pointer)
 
   def correct_masks(self, pixels_Nhh3: Array, nearby_NRhh: Array) -> Array:
     """What the MaskAdapter adds to mask logits of cells, float32 [N, 4G, 4G]: from the pixels of
@@ -250,9 +253,8 @@ class SAM2(nn.Module):
     prompts = box_prompts(jnp.zeros((n, 4)), mask=mask)
     decoded = self.decode(self.unconditioned(features.embedding), features.high_res, prompts)
     if features.pixels is not None:
-      self.correct_masks(
-        features.pixels, decoded.masks.repeat(2 * c.adapters.mask_reach + 1, axis=1)
-      )
+      nearby = decoded.masks.repeat(2 * c.adapters.mask_reach + 1, axis=1)
+      self.correct_masks(features.pixels, nearby)
     gated = self.gate(decoded)
     maps = self.remember(features.embedding, gated.masks[:, 0], decoded.presence > 0)
     row, valid, position = jnp.zeros((n, 1), jnp.int32), jnp.ones((n, 1), bool), jnp.zeros((n, 1))
@@ -262,9 +264,7 @@ class SAM2(nn.Module):
 
 
 def apply(config: SAM2Config, params: Params, *inputs: Any, method: str, **options: Any) -> Any:
-  """Runs one part of SAM 2: a pure function that `jax.jit`, `vmap` and `grad` take.
-
-  `inputs` and `options` are those of the method of `SAM2`: encode_image, remember, condition,
-  unconditioned, decode or gate.
-  """
+  """Runs one part of SAM 2: a pure function that `jax.jit`, `vmap` and `grad` take. `inputs` and
+  `options` are of the method of `SAM2`: encode_image, remember, condition, unconditioned, decode or
+  gate."""
   return SAM2(config).apply({"params": params}, *inputs, method=method, **options)

@@ -30,11 +30,10 @@ class UNetConfig:
   mirrored: tuple[int, ...] = ()  # axes (0 D, 1 H, 2 W) along which it sees its input mirrored
 
   def __post_init__(self):
-    if not len(self.features) == len(self.strides) == len(self.kernels):
-      raise ValueError(
-        "features, strides and kernels need one entry per stage, got "
-        f"{len(self.features)}, {len(self.strides)} and {len(self.kernels)}"
-      )
+    f, s, k = len(self.features), len(self.strides), len(self.kernels)
+    if not f == s == k:
+      raise ValueError("features, strides and kernels need one entry per stage, got "
+                       f"{f}, {s} and {k}")
     if len(self.features) < 2:
       raise ValueError("a U-Net needs at least two stages")
 
@@ -46,11 +45,8 @@ class UNetConfig:
 
 
 class InstanceNorm(nn.Module):
-  """Instance norm over D, H, W with scale and bias, as torch.nn.InstanceNorm3d(affine=True).
-
-  Statistics are float32 and taken in two passes, as a fast variance loses digits where the mean is
-  far from zero.
-  """
+  """Instance norm over D, H, W with scale and bias, as torch.nn.InstanceNorm3d(affine=True), with
+  float32 statistics in two passes: a fast variance loses digits where the mean is far from zero."""
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
@@ -65,10 +61,8 @@ class InstanceNorm(nn.Module):
 
 
 class TransposedConv3D(nn.Module):
-  """torch.nn.ConvTranspose3d with kernel = stride: a dense layer and a depth-to-space.
-
-  Parameters: kernel [Cin, sd, sh, sw, features], bias [features].
-  """
+  """torch.nn.ConvTranspose3d with kernel = stride: a dense layer and a depth-to-space; parameters:
+  kernel [Cin, sd, sh, sw, features], bias [features]."""
 
   features: int
   stride: Triple
@@ -166,11 +160,8 @@ class UNet(nn.Module):
   @nn.compact
   def __call__(self, x_BDHWC: Array, deep_supervision: bool = False) -> Array | tuple[Array, ...]:
     """Logits, float32 [B, D, H, W, num_outputs], or with deep supervision a tuple of one such array
-    per stage but the lowest, full resolution first.
-
-    Raises:
-      ValueError: the patch is not divisible by `config.divisor`.
-    """
+    per stage but the lowest, full resolution first; ValueError where the patch is not divisible by
+    `config.divisor`."""
     shape, divisor = x_BDHWC.shape[1:4], self.config.divisor
     if any(size % d for size, d in zip(shape, divisor, strict=True)):
       raise ValueError(f"patch {shape} is not divisible by {divisor}")

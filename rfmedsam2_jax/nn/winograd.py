@@ -1,14 +1,10 @@
 """3D convolution with stride 1 by Winograd's minimal filtering, for XLA:CPU (nn.convolutions).
 
-XLA:CPU multiplies matrices well and convolves in 3D badly. Here the image is cut into overlapping
-tiles, which are transformed along D, H and W, multiplied by the transformed kernel (one matrix
+Overlapping tiles are transformed along D, H and W, multiplied by the transformed kernel (one matrix
 product per coefficient, an eighth of the arithmetic) and transformed back; Lavin and Gray, arXiv
-1509.09308, F(4, 3) along every axis. All transforms are matrix products too. The work goes through
-the volume in layers of tiles, one at a time, so that the intermediate arrays stay in the cache;
-that is worth more than the arithmetic.
-
-Rounding is about thirty times that of a direct sum: 2e-5 to 5e-5 of the largest value, in the
-output and in both gradients, which are computed the same way.
+1509.09308, F(4, 3) along every axis. Tiles go layer by layer, so that the arrays between stay in
+the cache; that is worth more than the arithmetic. Rounding is about thirty times that of a direct
+sum: 2e-5 to 5e-5 of the largest value, in the output and in both gradients.
 """
 
 from collections.abc import Sequence
