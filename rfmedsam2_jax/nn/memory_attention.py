@@ -118,7 +118,8 @@ class MemoryAttentionLayer(nn.Module):
     """`spatial` of the T keys lie on the grid and are rotated; the rest are pointers."""
     first, height, width, channels = x_NGGC.shape
     rope = axial_rope(height, width, channels)  # one head, as wide as the features
-    norm, dense = (functools.partial(f, dtype=self.dtype) for f in (layer_norm, nn.Dense))
+    norm = functools.partial(layer_norm, dtype=self.dtype)
+    dense = functools.partial(nn.Dense, dtype=self.dtype)
     x = x_NGGC.reshape(first, height * width, channels)
     y = norm(name="norm1")(x)
     x = x + RoPEAttention(self.dtype, name="self_attn")(y, y, y, rope, height * width)

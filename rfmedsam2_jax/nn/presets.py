@@ -1,6 +1,7 @@
 """The sizes of SAM 2 by name: the eight official ones, and `nano`, which trains on a CPU."""
 
 import dataclasses
+from typing import Any
 
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 
@@ -24,7 +25,7 @@ _NANO = SAM2Config(
   memory_layers=1, memory_ffn=128, memory_mask_channels=(4, 8, 16, 32), fuser_layers=1,
   decoder_mlp=128, decoder_heads=4, iou_hidden=64,
 )
-_SAM_2_0 = {"absent_embedding": False, "pointer_positions": False}
+_SAM_2_0: Any = {"absent_embedding": False, "pointer_positions": False}
 
 PRESETS: dict[str, SAM2Config] = {
   **{f"sam2.1_hiera_{name}": size for name, size in _SIZES.items()},
