@@ -2,20 +2,11 @@
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
+from rfmedsam2_jax.nn.mask_decoder import Decoded
+from rfmedsam2_jax.nn.memory_attention import MemorySlots
 from rfmedsam2_jax.nn.presets import PRESETS
-from rfmedsam2_jax.nn.sam2 import (
-  ABSENT_LOGIT,
-  BUFFERS,
-  SAM2,
-  Decoded,
-  ImageFeatures,
-  MemorySlots,
-  Prompts,
-  SAM2Config,
-  apply,
-  box_prompts,
-  no_prompts,
-)
+from rfmedsam2_jax.nn.prompt_encoder import Prompts, box_prompts, no_prompts
+from rfmedsam2_jax.nn.sam2 import ABSENT_LOGIT, BUFFERS, SAM2, ImageFeatures, SAM2Config, apply
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 
 init = init_params

@@ -1,16 +1,7 @@
-"""The trainable parts of RFMedSAM 2 in a frozen SAM 2: DWConvAdapter, CNN-Adapter, and MaskAdapter.
-
-The first two are the paper's; they map an image-shaped tensor to its own shape. MaskAdapter is
-ours. All change nothing when fresh: the last layer starts at zero, so that a converted network with
-new adapters is SAM 2 itself. Their submodules are named `adapter` wherever they are placed, which
-is how the training config selects them.
-
-An adapter of one's own is a Linen module with the fields of these, put in their place:
-
-    class MyAdapters(AdapterConfig):
-      after_attention = MyAdapter
-
-    config = dataclasses.replace(PRESETS["nano"], adapters=MyAdapters(cnn=False))
+"""The trainable parts of RFMedSAM 2 in a frozen SAM 2: the paper's DWConvAdapter and CNN-Adapter,
+and our MaskAdapter. All change nothing when fresh, as their last layer starts at zero: a converted
+network with new adapters is SAM 2 itself. Their submodules are named `adapter` wherever they are
+placed, which is how the training config selects them.
 """
 
 import dataclasses
@@ -30,11 +21,8 @@ MASK_LIMIT = 8.0  # mask logits beyond +-this say nothing more
 class DWConvAdapter(nn.Module):
   """Depth-wise convolutional adapter of RFMedSAM 2, placed after an attention on image tokens.
 
-  The order of its layers is the paper's; the bottleneck is ours, since adapters as wide as their
-  blocks could not stay under 1 % of the parameters.
-
-  Args:
-    width: channels of the bottleneck.
+  The order of its layers is the paper's; the bottleneck of `width` channels is ours, since adapters
+  as wide as their blocks could not stay under 1 % of the parameters.
   """
 
   width: int = 16
@@ -47,20 +35,15 @@ class DWConvAdapter(nn.Module):
     y = nn.Dense(self.width, dtype=self.dtype, name="point")(y)
     y = gelu(DepthwiseConv2D(self.width, dtype=self.dtype, name="depth")(y))
     y = layer_norm(dtype=self.dtype, name="norm_out")(y)
-    # Zero, so that a network with fresh adapters is SAM 2 itself.
-    y = _zero_dense(x_BHWC.shape[-1], self.dtype, "up")(y)
-    return x_BHWC + y
+    return x_BHWC + _zero_dense(x_BHWC.shape[-1], self.dtype)(y)
 
 
 class CNNAdapter(nn.Module):
   """Convolutional adapter of RFMedSAM 2, placed after a convolution of the FPN neck.
 
-  The place is the paper's, the layers are ours: point-wise down, depth-wise 3x3, GELU, point-wise
-  up, added to the convolution's output. There is no norm, because the neck's features are used by
-  their magnitude.
-
-  Args:
-    width: channels of the bottleneck.
+  The place is the paper's, the layers are ours: point-wise down to `width` channels, depth-wise
+  3x3, GELU, point-wise up, added to the convolution's output. There is no norm, because the neck's
+  features are used by their magnitude.
   """
 
   width: int = 16
@@ -70,19 +53,16 @@ class CNNAdapter(nn.Module):
   def __call__(self, x_BHWC: Array) -> Array:
     y = nn.Dense(self.width, dtype=self.dtype, name="down")(x_BHWC)
     y = gelu(DepthwiseConv2D(self.width, dtype=self.dtype, name="depth")(y))
-    return x_BHWC + _zero_dense(x_BHWC.shape[-1], self.dtype, "up")(y)
+    return x_BHWC + _zero_dense(x_BHWC.shape[-1], self.dtype)(y)
 
 
 class MaskAdapter(nn.Module):
   """A correction of mask logits by convolutions on the mask grid; an adapter of our own.
 
   What SAM 2's decoder says of a mask prompt has passed a grid of stride 16. This small U-Net of two
-  levels sees the mask of the stage before as it is, on the slices around too, and the slice. It is
-  for stages whose masks are nearly right, and can be trained without the rest of SAM 2, which is
-  four times as fast (`RefinerConfig.mask_adapter`).
-
-  Args:
-    width: channels at full resolution; twice as many at half.
+  levels (`width` channels at full resolution, twice as many at half) sees the slice and the mask of
+  the stage before as it is, on the slices around too. It is for stages whose masks are nearly right
+  and can be trained without the rest of SAM 2, four times as fast (`RefinerConfig.mask_adapter`).
   """
 
   width: int = 32
@@ -105,21 +85,21 @@ class MaskAdapter(nn.Module):
     coarse = nn.Dense(self.width, dtype=self.dtype, name="back")(gelu(coarse))
     fine = fine + upsample2(coarse)
     fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_1")(fine))
-    return _zero_dense(1, self.dtype, "up")(fine)[..., 0].astype(jnp.float32)
+    return _zero_dense(1, self.dtype)(fine)[..., 0].astype(jnp.float32)
 
 
-def _zero_dense(features: int, dtype: DType, name: str) -> nn.Dense:
-  return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
+def _zero_dense(features: int, dtype: DType) -> nn.Dense:
+  return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name="up")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
   """Which adapters exist, and their size.
 
-  Subclasses put other modules into the same places: `after_attention` and `after_convolution` are
-  called as `(width, dtype=..., name="adapter")` and map [B, H, W, C] to itself; `on_masks` as
-  `(mask_width, dtype=...)`, see MaskAdapter. Such a config works with everything that takes a
-  `SAM2Config`, but no file can describe it.
+  Subclasses put other modules into the same places (`after_attention = MyAdapter`):
+  `after_attention` and `after_convolution` are called as `(width, dtype=..., name="adapter")` and
+  map [B, H, W, C] to itself; `on_masks` as `(mask_width, dtype=...)`, see MaskAdapter. Such a
+  config works with everything that takes a `SAM2Config`, but no file can describe it.
   """
 
   __pydantic_config__ = STRICT

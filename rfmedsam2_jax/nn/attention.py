@@ -1,7 +1,5 @@
-"""Scaled dot-product attention in the form that suits the backend, and SAM 2's rotary positions.
-
-Everything in SAM 2 that attends (hiera, mask_decoder, memory_attention) goes through
-`dot_product_attention`: one meaning, several ways to compute it, chosen when it is traced.
+"""Scaled dot-product attention of all of SAM 2, in the form that suits the backend when it is
+traced, and SAM 2's rotary positions.
 """
 
 import functools
@@ -15,8 +13,8 @@ from rfmedsam2_jax.nn.row_bands import largest_divisor
 
 # Scores (batch x heads x queries x keys) that are computed at once: so many that on a CPU they stay
 # in the caches, where more queries are worth reading wider keys for; elsewhere only memory counts.
-# Blocks of both queries and keys: 79 ms where queries alone in parts take 108 (memory attention of
-# three objects at 512 on two cores), close to the 75 of the arithmetic.
+# Blocks of both take 79 ms where queries alone in parts take 108 (memory attention of three objects
+# at 512 on two cores), close to the 75 of the arithmetic.
 _CPU_SCORES_PER_CHANNEL = 2**14
 _CPU_BLOCK = 1024  # queries, and keys
 _ACCELERATOR_SCORES = 2**28
@@ -28,17 +26,13 @@ _LOW = -1e30  # score of a key that takes no part: finite, for blocks without an
 def dot_product_attention(
   q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None = None
 ) -> Array:
-  """softmax(q k' / sqrt(D)) v per head; the softmax is float32 whatever the inputs are.
+  """softmax(q k' / sqrt(D)) v per head, [B, N, H, V] in the dtype of the queries [B, N, H, D]; the
+  softmax is float32 whatever the inputs are.
 
   Args:
-    q_BNHD: queries [B, N, H, D].
-    k_BMHD: keys [B, M, H, D].
-    v_BMHV: values [B, M, H, V]; cuDNN is used only where V = D.
+    k_BMHD, v_BMHV: keys [B, M, H, D] and values [B, M, H, V]; cuDNN is used only where V = D.
     mask_BM: bool [B, M], False for keys that take no part. Where a row of the batch has no key
       left, the result is zero, and so are the gradients.
-
-  Returns:
-    [B, N, H, V] in the dtype of the queries.
   """
   if mask_BM is not None:
     # A row without keys attends to all of them and its result is thrown away: no softmax ever
@@ -47,9 +41,7 @@ def dot_product_attention(
     mask_BM = mask_BM | ~some_B[:, None]
   if v_BMHV.shape[-1] == q_BNHD.shape[-1] and fits_cudnn(q_BNHD):
     mask = None if mask_BM is None else mask_BM[:, None, None, :]
-    out = jax.nn.dot_product_attention(
-      q_BNHD, k_BMHD, v_BMHV, mask=mask, implementation="cudnn"
-    )
+    out = jax.nn.dot_product_attention(q_BNHD, k_BMHD, v_BMHV, mask=mask, implementation="cudnn")
   else:
     out = _einsum_attention(q_BNHD, k_BMHD, v_BMHV, mask_BM)
   if mask_BM is not None:
@@ -58,10 +50,8 @@ def dot_product_attention(
 
 
 def attention_weights(q_BNHD: Array, k_BMHD: Array, mask_BM: Array | None = None) -> Array:
-  """What `dot_product_attention` weighs the values by, to look at: float32 [B, H, N, M].
-
-  The rows sum to one, or to zero where a row of the batch has no key left.
-  """
+  """What `dot_product_attention` weighs the values by, to look at: float32 [B, H, N, M]. The rows
+  sum to one, or to zero where a row of the batch has no key left."""
   scores = jnp.einsum("bnhd,bmhd->bhnm", q_BNHD, k_BMHD, preferred_element_type=jnp.float32)
   where = None if mask_BM is None else mask_BM[:, None, None, :]
   weights = jax.nn.softmax(scores * q_BNHD.shape[-1] ** -0.5, axis=-1, where=where)
@@ -72,16 +62,14 @@ def fits_cudnn(q_BNHD: Array) -> bool:
   """Whether cuDNN's fused attention takes these arrays: half precision, limited head width."""
   if jax.default_backend() != "gpu" or q_BNHD.dtype not in (jnp.bfloat16, jnp.float16):
     return False
-  capability = getattr(jax.devices()[0], "compute_capability", "0.0")
-  major = int(str(capability).split(".")[0])
+  major = int(str(getattr(jax.devices()[0], "compute_capability", "0.0")).split(".")[0])
   width = q_BNHD.shape[-1]
   return major >= 8 and width % 8 == 0 and width <= (256 if major == 9 else 128)
 
 
 def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Array:
   """The plain computation, in parts where the scores would be large."""
-  batch, queries, heads, width = q.shape
-  keys = k.shape[1]
+  (batch, queries, heads, width), keys = q.shape, k.shape[1]
   cpu = jax.default_backend() == "cpu"
   limit = _CPU_SCORES_PER_CHANNEL * width if cpu else _ACCELERATOR_SCORES
   scores = batch * heads * queries * keys
@@ -89,36 +77,31 @@ def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Ar
   if scores <= limit:
     return _attend(q, k, v, mask_BM)
   keep = scores <= (_CPU_KEPT_SCORES if cpu else limit)
-
   if scores // batch <= limit:  # some rows of the batch at a time
-    attend = _attend if keep else jax.checkpoint(_attend)
+    some = _attend if keep else jax.checkpoint(_attend)
     parts = batch // largest_divisor(batch, limit * batch // scores)
     rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (q, k, v, mask_BM))
-    out = jax.lax.map(lambda row: attend(*row), rows)
+    out = jax.lax.map(lambda row: some(*row), rows)
     return out.reshape(*q.shape[:3], -1)
-
   # Blocks of keys; on a CPU of one head of one row of the batch, and of some of its queries.
   chunks = -(-queries // _CPU_BLOCK) if cpu else 1
   size = -(-queries // chunks)
   block = _CPU_BLOCK if cpu else max(1, limit * keys // scores)
   q = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
-  q, k, v = (
-    x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, x.shape[-1]) for x in (q, k, v)
-  )
+  q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, x.shape[-1]) for x in (q, k, v))
   mask = None if mask_BM is None else jnp.repeat(mask_BM, heads, axis=0)
+  attend = functools.partial(_attend_in_blocks, block=block, keep=keep)
   if cpu:
     q = q.reshape(batch * heads, chunks, size, -1)
 
     def head(inputs: tuple[Array, Array, Array, Array | None]) -> Array:
       q, *others = jax.tree.map(lambda x: x[None], inputs)
-      chunk = functools.partial(_attend_in_blocks, block=block, keep=keep)
-      return jax.lax.map(lambda q: chunk(q[None], *others)[0], q[0])
+      return jax.lax.map(lambda q: attend(q[None], *others)[0], q[0])
 
     out = jax.lax.map(head, (q, k, v, mask))
   else:
-    out = _attend_in_blocks(q, k, v, mask, block=block, keep=keep)
-  out = out.reshape(batch, heads, chunks * size, -1)[:, :, :queries]
-  return out.transpose(0, 2, 1, 3)
+    out = attend(q, k, v, mask)
+  return out.reshape(batch, heads, chunks * size, -1)[:, :, :queries].transpose(0, 2, 1, 3)
 
 
 def _attend_in_blocks(
@@ -128,13 +111,9 @@ def _attend_in_blocks(
 
   The softmax is corrected as larger scores come (Milakov and Gimelshein 2018, "Online normalizer
   calculation for softmax"). Blocks without any key that takes part cost nothing: memory slots that
-  are not filled yet.
-
-  Args:
-    keep: the scores for the backward pass, which otherwise computes them again.
+  are not filled yet. Without `keep` the backward pass computes the scores again.
   """
-  rows, queries, _ = q_RND.shape
-  keys = k_RMD.shape[1]
+  (rows, queries, _), keys = q_RND.shape, k_RMD.shape[1]
 
   def attend(carry, k, v, mask):
     out, total, peak = carry
@@ -144,31 +123,28 @@ def _attend_in_blocks(
     higher = jnp.maximum(peak, jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     weights, before = jnp.exp(scores - higher), jnp.exp(peak - higher)
     total = total * before + weights.sum(axis=-1, keepdims=True)
-    new = jnp.einsum(
-      "rnm,rmv->rnv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    weights = weights.astype(v.dtype)
+    new = jnp.einsum("rnm,rmv->rnv", weights, v, preferred_element_type=jnp.float32)
     return out * before + new, total, higher
 
   if not keep:
     attend = jax.checkpoint(attend)
 
   def step(carry, inputs):
-    mask = inputs[2]
-    if mask is None:
+    if inputs[2] is None:
       return attend(carry, *inputs), None
-    return jax.lax.cond(mask.any(), attend, lambda carry, *_: carry, carry, *inputs), None
+    return jax.lax.cond(inputs[2].any(), attend, lambda carry, *_: carry, carry, *inputs), None
 
   carry = (
     jnp.zeros((rows, queries, v_RMV.shape[-1]), jnp.float32),
     jnp.zeros((rows, queries, 1), jnp.float32), jnp.full((rows, queries, 1), _LOW, jnp.float32)
   )
   whole = keys - keys % block  # the keys of the last block are fewer, and come first
+  inputs = k_RMD, v_RMV, mask_RM
   if whole < keys:
-    rest = jax.tree.map(lambda x: x[:, whole:], (k_RMD, v_RMV, mask_RM))
-    carry, _ = step(carry, rest)
+    carry, _ = step(carry, jax.tree.map(lambda x: x[:, whole:], inputs))
   blocks = jax.tree.map(
-    lambda x: jnp.swapaxes(x[:, :whole].reshape(rows, -1, block, *x.shape[2:]), 0, 1),
-    (k_RMD, v_RMV, mask_RM),
+    lambda x: jnp.swapaxes(x[:, :whole].reshape(rows, -1, block, *x.shape[2:]), 0, 1), inputs
   )
   (out, total, _), _ = jax.lax.scan(step, carry, blocks)
   return (out / total).astype(q_RND.dtype)
@@ -185,19 +161,16 @@ def _attend(q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None) 
   weights = jnp.exp(scores - peak)
   # Divided after the product, which has V columns where the scores have M.
   total = weights.sum(axis=-1, keepdims=True)
-  out = jnp.einsum(
-    "bhnm,bhmv->bhnv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-  )
+  weights = weights.astype(v.dtype)
+  out = jnp.einsum("bhnm,bhmv->bhnv", weights, v, preferred_element_type=jnp.float32)
   return (out / total).astype(q.dtype).transpose(0, 2, 1, 3)
 
 
 @functools.lru_cache(maxsize=32)
 def axial_rope(height: int, width: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Cosines and sines of SAM 2's rotary positions, for the tokens of a grid in row-major order.
-
-  The first half of the pairs turns with x, the second with y (position_encoding.py:180 of
-  sam2 1.1.0). Both float32 [height * width, head_width / 2]; `head_width` is divisible by 4.
-  """
+  """Cosines and sines of SAM 2's rotary positions, both float32 [height * width, head_width / 2],
+  for the tokens of a grid in row-major order; head_width is divisible by 4. The first half of the
+  pairs turns with x, the second with y (position_encoding.py:180 of sam2 1.1.0)."""
   frequencies = 10000.0 ** -(np.arange(0, head_width, 4)[: head_width // 4] / head_width)
   y, x = np.divmod(np.arange(height * width), width)
   angles = np.concatenate([np.outer(x, frequencies), np.outer(y, frequencies)], axis=-1)
@@ -205,14 +178,9 @@ def axial_rope(height: int, width: int, head_width: int) -> tuple[np.ndarray, np
 
 
 def apply_rope(x_BNHD: Array, rope: tuple[np.ndarray, np.ndarray]) -> Array:
-  """Turns the interleaved pairs (channels 2i and 2i + 1) of queries or keys by their position.
-
-  Args:
-    x_BNHD: [B, N, H, D], where N is a multiple of the grid's tokens: the keys of several memories
-      follow each other, and each memory is a whole grid. Tokens without a position (object
-      pointers) are the caller's to keep apart.
-    rope: from `axial_rope` with head_width D.
-  """
+  """Turns the interleaved pairs (channels 2i and 2i + 1) of queries or keys [B, N, H, D] by their
+  position. N is a multiple of the grid's tokens (the keys of several memories, each a whole grid);
+  tokens without a position (object pointers) are kept apart. `rope` is of head_width D."""
   batch, tokens, heads, width = x_BNHD.shape
   cos, sin = (t[None, None, :, None, :] for t in rope)
   x = x_BNHD.astype(jnp.float32).reshape(batch, -1, rope[0].shape[0], heads, width // 2, 2)

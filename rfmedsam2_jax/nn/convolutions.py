@@ -1,12 +1,12 @@
 """Convolutions that are fast on every backend: 3D for the U-Net, depth-wise 2D for SAM 2.
 
-Both modules keep the parameters of a native convolution; only the arithmetic is chosen by the
-backend. GPU and TPU take the native operation. XLA:CPU has no fast 3D or grouped convolution, so
-there the same sum is formed from operations that it does well. Padding is PyTorch's (k // 2 on
-both sides whatever the stride; Flax's SAME differs at stride 2).
+Both modules keep the parameters of a native convolution, which GPU and TPU take. XLA:CPU has no
+fast 3D or grouped convolution, so there the same sum is formed from operations that it does well.
+Padding is PyTorch's (k // 2 on both sides whatever the stride; Flax's SAME differs at stride 2).
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +14,33 @@ from flax import linen as nn
 from jax import lax
 
 from rfmedsam2_jax.nn.layers import Array
-from rfmedsam2_jax.nn.winograd import winograd_conv3d
+from rfmedsam2_jax.nn.winograd import Triple, winograd_conv3d
 
-Triple = tuple[int, int, int]
+
+def _native(x: Array, kernel: Array, stride: Sequence[int], groups: int = 1) -> Array:
+  """lax's own convolution in 2D or 3D, channels last."""
+  axes = "DHW"[5 - x.ndim :]
+  return lax.conv_general_dilated(
+    x, kernel, stride, [(k // 2, k // 2) for k in kernel.shape[:-2]],
+    dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"), feature_group_count=groups,
+  )
 
 
 def native_conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
   """lax's own 3D convolution with PyTorch's padding; kernel [kd, kh, kw, Cin, Cout]."""
-  padding = [(k // 2, k // 2) for k in kernel.shape[:3]]
-  return lax.conv_general_dilated(
-    x_BDHWC, kernel, stride, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-  )
+  return _native(x_BDHWC, kernel, stride)
 
 
 def depth_taps_conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
   """The same sum as 2D convolutions over the depth taps: twice as fast under XLA:CPU."""
-  batch, depth, height, width, channels = x_BDHWC.shape
-  kd, kh, kw = kernel.shape[:3]
+  batch, depth, *plane = x_BDHWC.shape
+  kd = len(kernel)
   padded = jnp.pad(x_BDHWC, ((0, 0), (kd // 2, kd // 2), (0, 0), (0, 0), (0, 0)))
   depth_out = (depth - 1) // stride[0] + 1
 
   def tap(i: int) -> Array:
     x = padded[:, i : i + stride[0] * (depth_out - 1) + 1 : stride[0]]
-    return lax.conv_general_dilated(
-      x.reshape(batch * depth_out, height, width, channels), kernel[i], stride[1:],
-      [(kh // 2, kh // 2), (kw // 2, kw // 2)], dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return _native(x.reshape(batch * depth_out, *plane), kernel[i], stride[1:])
 
   taps = [tap(i) for i in range(kd)]
   y = sum(taps[1:], taps[0])
@@ -58,10 +59,8 @@ def winograd_pays(x_BDHWC: Array, kernel: Array, stride: Triple) -> bool:
 
 
 def conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
-  """3D convolution, channels last, PyTorch's padding, in the form that suits the backend.
-
-  `kernel` is [kd, kh, kw, Cin, Cout] of odd sizes.
-  """
+  """3D convolution, channels last, PyTorch's padding, in the form that suits the backend; kernel
+  [kd, kh, kw, Cin, Cout] of odd sizes."""
   if jax.default_backend() != "cpu":
     return native_conv3d(x_BDHWC, kernel, stride)
   if winograd_pays(x_BDHWC, kernel, stride):
@@ -71,11 +70,7 @@ def conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
 
 def native_depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
   """lax's own grouped convolution, stride 1, PyTorch's padding; kernel [kh, kw, 1, C]."""
-  padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
-  return lax.conv_general_dilated(
-    x_BHWC, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    feature_group_count=x_BHWC.shape[-1],
-  )
+  return _native(x_BHWC, kernel, (1, 1), groups=x_BHWC.shape[-1])
 
 
 def shifted_depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
@@ -86,23 +81,14 @@ def shifted_depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
   return sum(taps[1:], taps[0])
 
 
-def depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
-  """Depth-wise 2D convolution, channels last, stride 1, in the form that suits the backend."""
-  if jax.default_backend() == "cpu":
-    return shifted_depthwise_conv2d(x_BHWC, kernel)
-  return native_depthwise_conv2d(x_BHWC, kernel)
-
-
 class Conv3D(nn.Module):
-  """3D convolution with PyTorch's padding; odd sizes of the kernel.
-
-  Parameters: kernel [kd, kh, kw, Cin, features], bias [features], both float32.
-  """
+  """3D convolution with PyTorch's padding; parameters, both float32: kernel [kd, kh, kw, Cin,
+  features] of odd sizes, bias [features]."""
 
   features: int
-  kernel: Triple = (3, 3, 3)
-  stride: Triple = (1, 1, 1)
-  dtype: jnp.dtype = jnp.float32
+  kernel: Triple
+  stride: Triple
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
@@ -115,10 +101,8 @@ class Conv3D(nn.Module):
 
 
 class DepthwiseConv2D(nn.Module):
-  """Depth-wise 2D convolution, stride 1, PyTorch's padding.
-
-  Parameters: kernel [k, k, 1, features], bias [features], both float32.
-  """
+  """Depth-wise 2D convolution, stride 1, PyTorch's padding; parameters, both float32: kernel [k, k,
+  1, features], bias [features]."""
 
   features: int
   kernel: tuple[int, int] = (3, 3)
@@ -129,5 +113,6 @@ class DepthwiseConv2D(nn.Module):
     shape = (*self.kernel, 1, self.features)
     weight = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    y = depthwise_conv2d(x_BHWC.astype(self.dtype), weight.astype(self.dtype))
-    return y + bias.astype(self.dtype)
+    cpu = jax.default_backend() == "cpu"
+    convolve = shifted_depthwise_conv2d if cpu else native_depthwise_conv2d
+    return convolve(x_BHWC.astype(self.dtype), weight.astype(self.dtype)) + bias.astype(self.dtype)

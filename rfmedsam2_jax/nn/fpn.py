@@ -1,7 +1,5 @@
-"""The neck of SAM 2's image encoder, and the encoder: trunk and neck together.
-
-In: normalised images. Out: feature maps of one width at strides 4, 8, 16, which the mask decoder
-(the finer two) and memory attention (the last) take.
+"""The neck of SAM 2's image encoder, and the encoder: normalised images to feature maps of one
+width at strides 4, 8, 16, which the mask decoder (the finer two) and memory attention take.
 Follows sam2/modeling/backbones/image_encoder.py of sam2 1.1.0, with the same submodule names.
 """
 
@@ -17,18 +15,12 @@ TOP_DOWN_LEVELS = (2, 3)  # which receive the upsampled coarser level; 0 is the 
 
 
 class FpnNeck(nn.Module):
-  """A feature pyramid without output convolutions.
+  """A feature pyramid without output convolutions, every level of `d_model` channels."""
 
-  Args:
-    d_model: channels of every level.
-    adapters: whether and how wide the CNN-Adapters are.
-    remat: what the backward pass keeps of a level, see nn.remat.
-  """
-
-  d_model: int = 256
+  d_model: int
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
-  remat: Remat = "none"
+  remat: Remat = "none"  # of a level
 
   @nn.compact
   def __call__(self, features: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -36,13 +28,9 @@ class FpnNeck(nn.Module):
     levels: list[Array] = []
     lateral_of = rematerialised(Lateral, self.remat)
     for i in reversed(range(len(features))):
-      lateral = lateral_of(
-        self.d_model,
-        adapters=self.adapters,
-        dtype=self.dtype,
-        # Upstream counts the convolutions from the coarsest level.
-        name=f"convs_{len(features) - 1 - i}",
-      )(features[i])
+      # Upstream counts the convolutions from the coarsest level.
+      name = f"convs_{len(features) - 1 - i}"
+      lateral = lateral_of(self.d_model, self.adapters, self.dtype, name=name)(features[i])
       if levels and i in TOP_DOWN_LEVELS:
         lateral = lateral + upsample2(levels[-1])
       levels.append(lateral)
@@ -54,7 +42,7 @@ class Lateral(nn.Module):
 
   features: int
   adapters: AdapterConfig
-  dtype: DType = jnp.float32
+  dtype: DType
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
@@ -66,11 +54,7 @@ class Lateral(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-  """Trunk and neck; the coarsest level serves the top-down path and is then dropped.
-
-  Args:
-    trunk, neck: become the submodules of these names.
-  """
+  """Trunk and neck; the coarsest level serves the top-down path and is then dropped."""
 
   trunk: Hiera
   neck: FpnNeck

@@ -1,7 +1,6 @@
-"""Hiera: the hierarchical vision transformer that is the trunk of SAM 2's image encoder.
-
-In: normalised images. Out: one feature map per stage, which nn.fpn brings to a common width.
-Follows sam2/modeling/backbones/hieradet.py of sam2 1.1.0, with the same submodule names.
+"""Hiera: the hierarchical vision transformer that is the trunk of SAM 2's image encoder; nn.fpn
+brings the feature maps of its stages to a common width. Follows
+sam2/modeling/backbones/hieradet.py of sam2 1.1.0, with the same submodule names.
 """
 
 import flax.linen as nn
@@ -18,61 +17,40 @@ from rfmedsam2_jax.nn.row_bands import map_bands
 class Hiera(nn.Module):
   """The trunk; images [B, H, W, 3] to features of strides 4, 8, 16, 32.
 
-  The fields are those of the official configurations, under the same names.
-
-  Args:
-    embed_dim: channels of the first stage; every further stage has twice as many.
-    num_heads: heads of the first stage, doubled likewise.
-    stages: blocks per stage.
-    q_pool: the number of stage transitions, from the first, that halve the resolution.
-    window_spec: side of the attention windows of each stage, in tokens.
-    global_att_blocks: the blocks (counted over all stages) that attend over the whole image.
-    window_pos_embed_bkg_spatial_size: size at which the background positions are stored.
-    adapters: whether and how wide the DWConvAdapters are.
-    remat: what the backward pass keeps of a block, see nn.remat.
+  The fields are those of the official configurations and of SAM2Config, under the same names.
   """
 
-  embed_dim: int = 96
-  num_heads: int = 1
-  stages: tuple[int, ...] = (2, 3, 16, 3)
-  q_pool: int = 3
+  embed_dim: int
+  num_heads: int
+  stages: tuple[int, ...]
+  global_att_blocks: tuple[int, ...]  # counted over all stages
   window_spec: tuple[int, ...] = (8, 4, 14, 7)
-  global_att_blocks: tuple[int, ...] = (12, 16, 20)
   window_pos_embed_bkg_spatial_size: tuple[int, int] = (14, 14)
+  q_pool: int = 3  # stage transitions, from the first, that halve the resolution
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
-  remat: Remat = "none"
+  remat: Remat = "none"  # of a block
 
   @nn.compact
   def __call__(self, images_BHW3: Array) -> tuple[Array, ...]:
-    """Features of every stage, fine to coarse: [B, H/4, W/4, C], [B, H/8, W/8, 2C], ...
-
-    Raises:
-      ValueError: the sides of the images are not divisible by 4 x the first window (32 officially).
-    """
-    x = PatchEmbed(self.embed_dim, dtype=self.dtype, name="patch_embed")(images_BHW3)
+    """Features of every stage, fine to coarse: [B, H/4, W/4, C], [B, H/8, W/8, 2C], ...; ValueError
+    where the sides of the images are not divisible by 4 x the first window (32 officially)."""
+    x = PatchEmbed(self.embed_dim, self.dtype, name="patch_embed")(images_BHW3)
     init = nn.initializers.normal(0.02)
-    background = self.param(
-      "pos_embed", init, (1, *self.window_pos_embed_bkg_spatial_size, self.embed_dim)
-    )
-    side = self.window_spec[0]
-    window = self.param("pos_embed_window", init, (1, side, side, self.embed_dim))
-    x = x + hiera_positions(background, window, *x.shape[1:3]).astype(x.dtype)
-
-    features = []
-    block = 0
+    side, grid = self.window_spec[0], self.window_pos_embed_bkg_spatial_size
+    background = self.param("pos_embed", init, (1, *grid, self.embed_dim))
+    tile = self.param("pos_embed_window", init, (1, side, side, self.embed_dim))
+    x = x + hiera_positions(background, tile, *x.shape[1:3]).astype(x.dtype)
+    features, block = [], 0
     block_of = rematerialised(Block, self.remat)
     for stage, blocks in enumerate(self.stages):
       for i in range(blocks):
         opens_stage = stage > 0 and i == 0
         # The block that opens a stage still has the window of the stage before.
-        side = self.window_spec[stage - 1 if opens_stage else stage]
-        x = block_of(
-          features=self.embed_dim * 2**stage, num_heads=self.num_heads * 2**stage,
-          window=0 if block in self.global_att_blocks else side,
-          pool=opens_stage and stage <= self.q_pool, adapters=self.adapters, dtype=self.dtype,
-          name=f"blocks_{block}"
-        )(x)
+        window = 0 if block in self.global_att_blocks else self.window_spec[stage - opens_stage]
+        pool = opens_stage and stage <= self.q_pool
+        sizes = self.embed_dim * 2**stage, self.num_heads * 2**stage, window, pool
+        x = block_of(*sizes, self.adapters, self.dtype, name=f"blocks_{block}")(x)
         block += 1
       features.append(x)
     return tuple(features)
@@ -82,7 +60,7 @@ class PatchEmbed(nn.Module):
   """Overlapping 7x7 patches at stride 4: [B, H, W, 3] -> [B, H/4, W/4, features]."""
 
   features: int
-  dtype: DType = jnp.float32
+  dtype: DType
 
   @nn.compact
   def __call__(self, images_BHW3: Array) -> Array:
@@ -90,20 +68,14 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-  """One transformer block; with `pool`, it halves the resolution on the way.
+  """One transformer block; with `pool`, it halves the resolution on the way."""
 
-  Args:
-    features: channels of the result; where the input has others, the shortcut is projected.
-    window: side of the attention windows in tokens of the input, 0 for the whole image.
-    pool: queries and shortcut are max-pooled 2x2, so that the result has half the sides.
-  """
-
-  features: int
+  features: int  # channels of the result; where the input has others, the shortcut is projected
   num_heads: int
-  window: int
-  pool: bool
+  window: int  # side of the attention windows in tokens of the input, 0 for the whole image
+  pool: bool  # queries and shortcut are max-pooled 2x2, so that the result has half the sides
   adapters: AdapterConfig
-  dtype: DType = jnp.float32
+  dtype: DType
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
@@ -117,17 +89,14 @@ class Block(nn.Module):
 
   def _attend(self, x_BHWC: Array) -> Array:
     """Attention with its shortcut."""
-    shortcut = x_BHWC
-    x = layer_norm(1e-6, dtype=self.dtype, name="norm1")(x_BHWC)
+    shortcut, x = x_BHWC, layer_norm(1e-6, dtype=self.dtype, name="norm1")(x_BHWC)
     if x.shape[-1] != self.features:
       # Unlike in most transformers, this shortcut takes the normed input.
       shortcut = nn.Dense(self.features, dtype=self.dtype, name="proj")(x)
       if self.pool:
         shortcut = max_pool2(shortcut)
-    attention = MultiScaleAttention(
-      self.features, self.num_heads, self.window, self.pool, dtype=self.dtype, name="attn"
-    )
-    return shortcut + attention(x)
+    sizes = self.features, self.num_heads, self.window, self.pool
+    return shortcut + MultiScaleAttention(*sizes, self.dtype, name="attn")(x)
 
   def _transform(self, x_BHWC: Array) -> Array:
     """The MLP with its shortcut."""
@@ -143,14 +112,14 @@ class MultiScaleAttention(nn.Module):
   num_heads: int
   window: int
   pool: bool
-  dtype: DType = jnp.float32
+  dtype: DType
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
     height, width = x_BHWC.shape[1:3]
     side = self.window
     padding = (-height % side, -width % side) if side else (0, 0)
-    qkv = PaddedDense(3 * self.features, dtype=self.dtype, name="qkv")(x_BHWC, padding)
+    qkv = PaddedDense(3 * self.features, self.dtype, name="qkv")(x_BHWC, padding)
     q, k, v = jnp.split(split_windows(qkv, side) if side else qkv, 3, axis=-1)
     if self.pool:
       q = max_pool2(q)
@@ -167,17 +136,17 @@ class MultiScaleAttention(nn.Module):
 class PaddedDense(nn.Module):
   """A dense layer of an image that is zero-padded at its lower right before the projection.
 
-  Padding after the product and before the bias gives the same and saves the products of zeros (8 %
-  of SAM 2.1 tiny's operations at 512). The padding is not masked: SAM 2 attends to it.
+  Padding after the product and before the bias saves the products of zeros (8 % of SAM 2.1 tiny's
+  operations at 512). The padding is not masked: SAM 2 attends to it.
   """
 
   features: int
-  dtype: DType = jnp.float32
+  dtype: DType
 
   @nn.compact
   def __call__(self, x_BHWC: Array, padding: tuple[int, int]) -> Array:
-    shape = (x_BHWC.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    init = nn.initializers.lecun_normal()
+    kernel = self.param("kernel", init, (x_BHWC.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x_BHWC, kernel, bias, dtype=self.dtype)
     y = jnp.dot(x, kernel)

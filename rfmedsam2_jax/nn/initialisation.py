@@ -1,7 +1,5 @@
-"""Fresh parameters of SAM 2 without compiling anything.
-
-Linen's `init` draws each of some 500 tensors in its own piece of compiled code; for XLA:CPU that is
-half a minute of compilation even for `nano`. The same distributions are drawn here by numpy.
+"""Fresh parameters of SAM 2, drawn by numpy from the distributions of Linen's `init`, which draws
+each of some 500 tensors in its own piece of compiled code: half a minute on a CPU even for `nano`.
 """
 
 import dataclasses
@@ -62,18 +60,15 @@ def _draw(rng: np.random.Generator, path: list[str], shape: tuple[int, ...]) -> 
   """One tensor, float32, by its name; the rules are those of the modules' initializers."""
   *scopes, leaf = path
   parent = scopes[-1] if scopes else ""
+  constant = {"bias": 0, "scale": 1, "gamma": 1e-6}.get(leaf)
+  if leaf == "kernel" and parent == "up" and "adapter" in scopes:
+    constant = 0
+  if constant is not None:
+    return np.full(shape, constant, np.float32)
   if leaf == "kernel":
-    if "adapter" in scopes and parent == "up":
-      return np.zeros(shape, np.float32)
     # A transposed 2x2 convolution is [Cin, 2, 2, Cout]; every other kernel has its inputs in front.
     fan_in = shape[0] if parent.startswith("output_upscaling") else np.prod(shape[:-1])
     return _truncated(rng, shape, 1 / _CUT / np.sqrt(fan_in))
-  if leaf == "bias":
-    return np.zeros(shape, np.float32)
-  if leaf == "scale":
-    return np.ones(shape, np.float32)
-  if leaf == "gamma":
-    return np.full(shape, 1e-6, np.float32)
   if parent in ("sam_prompt_encoder", "pe_layer", "sam_mask_decoder"):
     return rng.standard_normal(shape, np.float32)
   if leaf.startswith("pos_embed"):

@@ -1,7 +1,4 @@
-"""Small layers that every network here is made of, with PyTorch's conventions where JAX's differ.
-
-The parts of SAM 2 (hiera, fpn, prompt_encoder, mask_decoder, memory_*) are assembled from these.
-"""
+"""Small layers of all networks here, with PyTorch's conventions where JAX's differ."""
 
 import math
 from collections.abc import Callable
@@ -42,11 +39,8 @@ def conv2d(
   features: int, kernel: int, stride: int = 1, padding: int = 0, dtype: DType = jnp.float32,
   name: str | None = None,
 ) -> nn.Conv:
-  """A 2D convolution [B, H, W, Cin] -> [B, H', W', features] with PyTorch's symmetric padding.
-
-  Args:
-    padding: zeros added on all four sides. XLA's `SAME` pads unevenly at strides above 1.
-  """
+  """A 2D convolution [B, H, W, Cin] -> [B, H', W', features] with PyTorch's symmetric padding:
+  `padding` zeros on all four sides, where XLA's `SAME` pads unevenly at strides above 1."""
   return nn.Conv(
     features, (kernel, kernel), strides=stride, padding=padding, dtype=dtype, name=name
   )
@@ -70,12 +64,10 @@ class ConvTranspose2x2(nn.Module):
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
     batch, height, width, channels = x_BHWC.shape
-    kernel = self.param(
-      "kernel",
-      nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=3,
-                                       batch_axis=(1, 2)),
-      (channels, 2, 2, self.features),
+    init = nn.initializers.variance_scaling(
+      1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=3, batch_axis=(1, 2)
     )
+    kernel = self.param("kernel", init, (channels, 2, 2, self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x_BHWC, kernel, bias, dtype=self.dtype)
     y = x.reshape(-1, channels) @ kernel.reshape(channels, -1)
@@ -84,21 +76,13 @@ class ConvTranspose2x2(nn.Module):
 
 
 class MLP(nn.Module):
-  """Dense layers `layers_0` ... with an activation between them (sam2.modeling.sam2_utils.MLP).
+  """Dense layers `layers_0` ... with an activation between them (sam2.modeling.sam2_utils.MLP)."""
 
-  Args:
-    hidden: width of all layers but the last.
-    out: width of the last layer.
-    num_layers: number of dense layers.
-    activation: ReLU everywhere in SAM 2 but in Hiera, which has the exact GELU.
-    sigmoid_output: for the IoU head; float32, as bfloat16 has few values near 1.
-  """
-
-  hidden: int
-  out: int
+  hidden: int  # width of all layers but the last
+  out: int  # width of the last layer
   num_layers: int
-  activation: Callable[[Array], Array] = nn.relu
-  sigmoid_output: bool = False
+  activation: Callable[[Array], Array] = nn.relu  # in SAM 2 but for Hiera, which has the exact GELU
+  sigmoid_output: bool = False  # of the IoU head; float32, as bfloat16 has few values near 1
   dtype: DType = jnp.float32
 
   @nn.compact

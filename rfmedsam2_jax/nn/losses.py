@@ -1,12 +1,8 @@
 """Losses of the two training phases: pure functions of logits and truth, float32.
 
-Generator: soft Dice and cross-entropy over classes, or over overlapping regions, deeply supervised
-as in nnU-Net. Refiner: SAM 2's focal and Dice loss on mask logits, regression of the IoU, binary
-cross-entropy of presence. What must not count (ignored voxels, absent structures, dead cells) is a
-mask, and gives a zero gradient, never NaN, whatever stands under it.
-
-`axes` names the mesh axes that a batch is spread over, where the function runs on one device's
-share of it (jax.shard_map): sums over the batch are then taken over all of them.
+What must not count (ignored voxels, absent structures, dead cells) is a mask, and gives a zero
+gradient, never NaN, whatever stands under it. `axes` names the mesh axes that a batch is spread
+over where a function sees one device's share (jax.shard_map): sums are then over all of them.
 """
 
 import dataclasses
@@ -22,7 +18,6 @@ from rfmedsam2_jax.base.ranges import STRICT, Share, Weight
 from rfmedsam2_jax.nn.layers import Array
 
 Axes = tuple[str, ...]
-
 IGNORE = 255  # value of a voxel without a label in `target`
 
 
@@ -55,35 +50,28 @@ def binary_cross_entropy(logits: Array, target: Array) -> Array:
   return jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
 
-def over_devices(total: Array, axes: Axes) -> Array:
-  """The sum of what the devices along `axes` have summed."""
-  return jax.lax.psum(total, axes) if axes else total
+def _over_devices(totals: list[Array], axes: Axes) -> Array:
+  """The sums of what the devices along `axes` have summed."""
+  return jax.lax.psum(jnp.stack(totals), axes) if axes else jnp.stack(totals)
 
 
-def masked_mean(values: Array, mask: Array, axes: Axes = ()) -> Array:
+def masked_mean(values: Array, mask: Array, axes: Axes) -> Array:
   """Mean weighted by `mask` (broadcast to `values`); 0 where the mask is empty."""
   mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
   kept = jnp.where(mask > 0, values, 0.0)
-  total, weight = over_devices(jnp.stack([(kept * mask).sum(), mask.sum()]), axes)
+  total, weight = _over_devices([(kept * mask).sum(), mask.sum()], axes)
   return total / jnp.maximum(weight, 1e-6)
 
 
-def soft_dice(
-  probability: Array, truth: Array, valid: Array, batch_dice: bool, axes: Axes = ()
-) -> Array:
-  """1 - mean soft Dice over channels, nnU-Net's form (smooth 1e-5).
-
-  Args:
-    probability, truth: [B, D, H, W, K].
-    valid: [B, D, H, W], 0 for ignored voxels.
-    batch_dice: sums run over the batch too.
-  """
+def soft_dice(p: Array, truth: Array, valid: Array, batch_dice: bool, axes: Axes) -> Array:
+  """1 - mean soft Dice over channels, nnU-Net's form (smooth 1e-5); `batch_dice` sums over the
+  batch too. Probabilities and truth are [B, D, H, W, K], `valid` [B, D, H, W], 0 for ignored."""
   voxels = (0, 1, 2, 3) if batch_dice else (1, 2, 3)
   weight = valid[..., None]
-  intersection = (probability * truth * weight).sum(voxels)
-  total = (probability * weight).sum(voxels) + (truth * weight).sum(voxels)
+  intersection = (p * truth * weight).sum(voxels)
+  total = (p * weight).sum(voxels) + (truth * weight).sum(voxels)
   if batch_dice:
-    intersection, total = over_devices(jnp.stack([intersection, total]), axes)
+    intersection, total = _over_devices([intersection, total], axes)
   dice = ((2.0 * intersection + 1e-5) / (total + 1e-5)).mean()
   return 1.0 - (jax.lax.pmean(dice, axes) if axes and not batch_dice else dice)
 
@@ -92,25 +80,20 @@ def segmentation_loss(
   logits: Array, target: Array, membership: Array, regions: bool,
   config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
-  """Soft Dice and cross-entropy at one resolution.
+  """Soft Dice and cross-entropy at one resolution: the weighted sum, and its unweighted parts
+  "dice" and "cross_entropy".
 
   Args:
-    logits: [B, D, H, W, K + 1] with background first (softmax), or [B, D, H, W, K] for regions
-      (sigmoid each).
+    logits: [B, D, H, W, K + 1] with background first (softmax); regions [B, D, H, W, K] (sigmoid).
     target: uint8 [B, D, H, W], atoms of the label map; 255 is ignored.
     membership: bool [A, K], which structures an atom belongs to (at most one unless regions).
-
-  Returns:
-    The weighted sum, and its unweighted parts "dice" and "cross_entropy".
   """
   logits = logits.astype(jnp.float32)
   valid = target != IGNORE
-  atoms = jnp.where(valid, target, 0).astype(jnp.int32)
-  valid = valid.astype(jnp.float32)
+  atoms, valid = jnp.where(valid, target, 0).astype(jnp.int32), valid.astype(jnp.float32)
   member = jnp.asarray(membership, jnp.float32)
   if regions:
-    truth = member[atoms]
-    probability = jax.nn.sigmoid(logits)
+    truth, probability = member[atoms], jax.nn.sigmoid(logits)
     entropy = binary_cross_entropy(logits, truth).mean(-1)
   else:
     background = 1.0 - member.max(1, keepdims=True)
@@ -129,10 +112,9 @@ def segmentation_loss(
 
 def deep_supervision_weights(outputs: int) -> tuple[float, ...]:
   """nnU-Net's weights, full resolution first: halved per level, 0 for the lowest, sum 1."""
-  weights = np.array([0.5**i for i in range(outputs)])
-  if outputs > 1:
-    weights[-1] = 0.0
-  return tuple(float(w) for w in weights / weights.sum())
+  weights = 0.5 ** np.arange(outputs)
+  weights[1:][-1:] = 0
+  return tuple((weights / weights.sum()).tolist())
 
 
 def downsample_target(target: Array, shape: Sequence[int]) -> Array:
@@ -149,28 +131,17 @@ def generator_loss(
   logits: Sequence[Array], target: Array, membership: Array, regions: bool = False,
   config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
-  """The deeply supervised loss of the prompt generator.
-
-  Args:
-    logits: from UNet with deep supervision, full resolution first; see `segmentation_loss`.
-    target: uint8 [B, D, H, W] atoms at full resolution, 255 ignored.
-
-  Returns:
-    The loss, and the parts of the full resolution ("dice", "cross_entropy").
-  """
-  total = jnp.float32(0)
-  parts: dict[str, Array] = {}
-  weights = deep_supervision_weights(len(logits))
-  for level, (weight, level_logits) in enumerate(zip(weights, logits, strict=True)):
-    if weight == 0:
-      continue
-    level_target = downsample_target(target, level_logits.shape[1:4])
-    loss, level_parts = segmentation_loss(
-      level_logits, level_target, membership, regions, config, axes
-    )
-    total = total + weight * loss
-    parts = parts if level else level_parts
-  return total, parts
+  """The deeply supervised loss of the prompt generator, and its parts at full resolution, see
+  `segmentation_loss`; `logits` are UNet's, full resolution first, and `target` has that too."""
+  total: Array = jnp.float32(0)
+  parts = []
+  for weight, x in zip(deep_supervision_weights(len(logits)), logits, strict=True):
+    if weight:
+      small = downsample_target(target, x.shape[1:4])
+      loss, its_parts = segmentation_loss(x, small, membership, regions, config, axes)
+      total = total + weight * loss
+      parts.append(its_parts)
+  return total, parts[0]
 
 
 def focal_loss(
@@ -209,12 +180,9 @@ def mask_iou(logits: Array, target: Array, known: Array) -> Array:
 
 
 class CellTruth(NamedTuple):
-  """What is true of cells; leading axes [...] are of any number.
-
-  masks: [..., H, W], occupancy of the structure in [0, 1].
-  known: [..., H, W], share of the pixel that is labelled at all, in [0, 1].
-  present: bool [...], the structure is on the slice: only then masks and IoU count.
-  """
+  """What is true of cells; leading axes [...] are of any number. `masks`: [..., H, W], occupancy of
+  the structure in [0, 1]. `known`: [..., H, W], share of the pixel that is labelled at all, in
+  [0, 1]. `present`: bool [...], the structure is on the slice: only then masks and IoU count."""
 
   masks: Array
   known: Array
@@ -225,17 +193,13 @@ def refiner_loss(
   mask_logits: Array, ious: Array, presence: Array, truth: CellTruth, live: Array,
   config: RefinerLossConfig = RefinerLossConfig(), axes: Axes = (),
 ) -> tuple[Array, dict[str, Array]]:
-  """Loss of one refinement stage over cells [...].
+  """Loss of one refinement stage over cells [...]: the weighted sum, and its unweighted parts
+  "focal", "dice", "iou", "presence" (each a mean over the cells that count, 0 where there is none).
 
   Args:
     mask_logits: [..., H, W], before the presence gate.
-    ious: [...], predicted IoU.
-    presence: [...], logits.
+    ious, presence: [...], predicted IoU and logits.
     live: bool [...], the cell counts at all; anything, NaN included, may stand in the others.
-
-  Returns:
-    The weighted sum, and its unweighted parts "focal", "dice", "iou", "presence" (each a mean over
-    the cells that count, 0 where there is none).
   """
   # Replaced before any arithmetic: a mask after it would leave NaN in the gradient.
   live = jnp.asarray(live, bool)
@@ -245,14 +209,13 @@ def refiner_loss(
   target, known = truth.masks.astype(jnp.float32), truth.known.astype(jnp.float32)
   shown = live & truth.present & (known.sum((-2, -1)) > 0)
   error = ious - jax.lax.stop_gradient(mask_iou(logits, target, known))
+  error = jnp.abs(error) if config.iou_form == "l1" else jnp.square(error)
   focal = focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma)
   entropy = binary_cross_entropy(presence, truth.present.astype(jnp.float32))
   parts = {
     "focal": masked_mean(focal, shown, axes),
     "dice": masked_mean(mask_dice_loss(logits, target, known), shown, axes),
-    "iou": masked_mean(
-      jnp.abs(error) if config.iou_form == "l1" else jnp.square(error), shown, axes
-    ),
+    "iou": masked_mean(error, shown, axes),
     "presence": masked_mean(entropy, live, axes),
   }
   return sum((getattr(config, k) * v for k, v in parts.items()), jnp.float32(0)), parts

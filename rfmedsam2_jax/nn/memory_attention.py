@@ -1,9 +1,9 @@
-"""Memory attention: a slice's features attend to memories of other slices and to object pointers.
-
-In: image embedding and `MemorySlots`, gathered by refinement or held by memory. Out: conditioned
-embedding for the mask decoder. Follows sam2.modeling.memory_attention (sam2 1.1.0).
+"""Memory attention: a slice's embedding attends to `MemorySlots`, memories of other slices and
+object pointers, before it goes to the mask decoder. Follows sam2.modeling.memory_attention (sam2
+1.1.0).
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -26,17 +26,13 @@ Rope = tuple[np.ndarray, np.ndarray]
 
 
 class MemorySlots(NamedTuple):
-  """The memories of N cells in M slots and P pointer slots; what is missing is not valid.
+  """The memories of N cells in M slots and P pointer slots, P may be 0; what is missing is not
+  valid, and may hold anything.
 
-  Attributes:
-    maps: [N, M, G, G, mem_dim], from `remember`. Slots that are not valid may hold anything.
-    rows: int32 [N, M], row of the temporal table: distance - 1, the last row for conditioning
-      slices.
-    valid: bool [N, M].
-    pointers: [N, P, C] object pointers; P may be 0.
-    pointer_positions: float32 [N, P], signed distance / (min(true depth, 16) - 1). SAM 2.0 ignores
-      them.
-    pointer_valid: bool [N, P].
+  `maps`: [N, M, G, G, mem_dim], from `remember`. `rows`: int32 [N, M], row of the temporal table:
+  distance - 1, the last row for conditioning slices. `valid`: bool [N, M]. `pointers`: [N, P, C].
+  `pointer_positions`: float32 [N, P], signed distance / (min(true depth, 16) - 1), ignored by SAM
+  2.0. `pointer_valid`: bool [N, P].
   """
 
   maps: Array
@@ -48,21 +44,13 @@ class MemorySlots(NamedTuple):
 
 
 class MemoryAttention(nn.Module):
-  """Layers of self-attention, attention to memories and MLP over a slice's features.
+  """Layers of self-attention, attention to memories and MLP over a slice's features."""
 
-  Args:
-    width: channels C of the features.
-    layers: number of layers.
-    ffn: hidden width of their MLPs.
-    remat: what the backward pass keeps of a layer, see nn.remat.
-  """
-
-  width: int
-  layers: int = 4
-  ffn: int = 2048
-  adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
-  dtype: DType = jnp.float32
-  remat: Remat = "none"
+  layers: int
+  ffn: int  # hidden width of their MLPs
+  adapters: AdapterConfig
+  dtype: DType
+  remat: Remat  # of a layer
 
   @nn.compact
   def __call__(
@@ -81,15 +69,13 @@ class MemoryAttention(nn.Module):
     memory, positions, valid = self._memory_tokens(slots, temporal_RE, pointer_positions_NPE)
     keys = memory + positions
     spatial = slots.maps.shape[1] * height * width
-
     x = embedding_NGGC.astype(self.dtype)
     # The positions are added once and weakly, and not to the queries of any attention.
     x = x + 0.1 * jnp.asarray(sine_positions_2d(height, width, channels), x.dtype)
     layer_of = rematerialised(MemoryAttentionLayer, self.remat, static=(5,))
     for i in range(self.layers):
-      x = layer_of(self.ffn, adapters=self.adapters, dtype=self.dtype, name=f"layers_{i}")(
-        x, keys, memory, valid, spatial
-      )
+      layer = layer_of(self.ffn, self.adapters, self.dtype, name=f"layers_{i}")
+      x = layer(x, keys, memory, valid, spatial)
     return layer_norm(dtype=self.dtype, name="norm")(x)
 
   def _memory_tokens(
@@ -104,10 +90,9 @@ class MemoryAttention(nn.Module):
     memory = [maps.reshape(n, -1, dim)]
     where = [positions.astype(self.dtype).reshape(n, -1, dim)]
     valid = [jnp.repeat(slots.valid, height * width, axis=1)]
-
-    p = slots.pointers.shape[1]
+    _, p, channels = slots.pointers.shape
     if p:
-      split = self.width // dim  # a pointer is as wide as this many tokens
+      split = channels // dim  # a pointer is as wide as this many tokens
       pointers = jnp.where(slots.pointer_valid[..., None], slots.pointers, 0).astype(self.dtype)
       memory.append(pointers.reshape(n, p * split, dim))
       if pointer_positions_NPE is None:
@@ -115,10 +100,8 @@ class MemoryAttention(nn.Module):
       else:
         where.append(jnp.repeat(pointer_positions_NPE.astype(self.dtype), split, axis=1))
       valid.append(jnp.repeat(slots.pointer_valid, split, axis=1))
-    return (
-      jnp.concatenate(memory, axis=1), jnp.concatenate(where, axis=1),
-      jnp.concatenate(valid, axis=1)
-    )
+    memory_NTE, where_NTE, valid_NT = (jnp.concatenate(x, axis=1) for x in (memory, where, valid))
+    return memory_NTE, where_NTE, valid_NT
 
 
 class MemoryAttentionLayer(nn.Module):
@@ -134,25 +117,19 @@ class MemoryAttentionLayer(nn.Module):
   ) -> Array:
     """`spatial` of the T keys lie on the grid and are rotated; the rest are pointers."""
     first, height, width, channels = x_NGGC.shape
-    # Memory attention has one head, as wide as the features.
-    rope = axial_rope(height, width, channels)
-
-    def norm(name: str, x: Array) -> Array:
-      return layer_norm(dtype=self.dtype, name=name)(x)
-
-    def dense(name: str, features: int, x: Array) -> Array:
-      return nn.Dense(features, dtype=self.dtype, name=name)(x)
-
+    rope = axial_rope(height, width, channels)  # one head, as wide as the features
+    norm = functools.partial(layer_norm, dtype=self.dtype)
+    dense = functools.partial(nn.Dense, dtype=self.dtype)
     x = x_NGGC.reshape(first, height * width, channels)
-    y = norm("norm1", x)
-    attention = RoPEAttention(dtype=self.dtype, name="self_attn")
-    x = x + attention(y, y, y, rope, height * width)
-    attention = RoPEAttention(dtype=self.dtype, name="cross_attn_image")
-    y, n = norm("norm2", x), len(keys_NTE)
+    y = norm(name="norm1")(x)
+    x = x + RoPEAttention(self.dtype, name="self_attn")(y, y, y, rope, height * width)
+    attention = RoPEAttention(self.dtype, name="cross_attn_image")
+    y, n = norm(name="norm2")(x), len(keys_NTE)
     y = jnp.broadcast_to(y, (n, *y.shape[1:]))
     x = x + attention(y, keys_NTE, memory_NTE, rope, spatial, valid_NT)
     x = self.adapters.adapted(x.reshape(n, height, width, channels), self.dtype).reshape(x.shape)
-    x = x + dense("linear2", channels, nn.relu(dense("linear1", self.ffn, norm("norm3", x))))
+    y = nn.relu(dense(self.ffn, name="linear1")(norm(name="norm3")(x)))
+    x = x + dense(channels, name="linear2")(y)
     return x.reshape(n, height, width, channels)
 
 
@@ -163,7 +140,7 @@ class RoPEAttention(nn.Module):
   keys each query attends to. Otherwise they never exist as an array.
   """
 
-  dtype: DType = jnp.float32
+  dtype: DType
 
   @nn.compact
   def __call__(
@@ -172,11 +149,8 @@ class RoPEAttention(nn.Module):
   ) -> Array:
     """Keys from `rotated` on have no place on the grid and are left as they are."""
     width = q_NLC.shape[-1]
-
-    def project(name: str, x: Array) -> Array:
-      return nn.Dense(width, dtype=self.dtype, name=name)(x)
-
-    q, k = (project(f"{n}_proj", x)[:, :, None] for n, x in (("q", q_NLC), ("k", k_NTE)))
+    project = functools.partial(nn.Dense, width, dtype=self.dtype)
+    q, k = (project(name=f"{n}_proj")(x)[:, :, None] for n, x in (("q", q_NLC), ("k", k_NTE)))
     q = apply_rope(q, rope)
     if rotated == k.shape[1]:
       k = apply_rope(k, rope)
@@ -188,8 +162,9 @@ class RoPEAttention(nn.Module):
       # The weights of a query sum to one, so that it makes no difference whether the values are
       # projected before they are averaged or after: memories are narrower before (64 channels to
       # 256), which saves a quarter of memory attention's operations.
-      out = project("v_proj", dot_product_attention(q, k, v_NTE[:, :, None], valid_NT)[:, :, 0])
+      mean = dot_product_attention(q, k, v_NTE[:, :, None], valid_NT)[:, :, 0]
+      out = project(name="v_proj")(mean)
     else:
-      v = project("v_proj", v_NTE)[:, :, None]
+      v = project(name="v_proj")(v_NTE)[:, :, None]
       out = dot_product_attention(q, k, v, valid_NT)[:, :, 0]
-    return project("out_proj", out)
+    return project(name="out_proj")(out)

@@ -1,12 +1,8 @@
-"""The memory bank: which remembered slices a cell attends to; fixed shapes and pure functions.
+"""The memory bank: which remembered slices a cell attends to, two ways of filling `MemorySlots`.
 
-Two ways of filling the same `MemorySlots` that `SAM2.condition` reads:
-  neighbours  every cell reads the slices around it, as the previous stage saw them
-              (`neighbour_slots`); no recurrence, so all cells of a stage can run side by side.
-  stream      SAM 2's own recurrence over slices (`MemoryBank`): what was segmented is remembered
-              and read at the next slices. The bank never grows with the depth of the volume.
-
-In: memories from `SAM2.remember`. Out: slots for `SAM2.condition`. Used by refinement and tracking.
+Refinement: every cell reads the slices around it, as the previous stage saw them
+(`neighbour_slots`); no recurrence, so all cells of a stage can run side by side. Tracking: SAM 2's
+own recurrence (`MemoryBank`): what was segmented is remembered and read at the next slices.
 """
 
 from typing import NamedTuple
@@ -25,26 +21,18 @@ POINTER_SLOTS = MAX_POINTER_DISTANCE - 1
 
 
 def pointer_positions(offsets: Array, depth: Array | int) -> Array:
-  """Temporal positions of object pointers (sam2_base.py:582, 591-629 of sam2 1.1.0).
-
-  Args:
-    offsets: int [...], slice of the cell minus slice of the pointer; signed.
-    depth: true number of slices of the volume, without padding; broadcasts against offsets.
-
-  Returns:
-    float32 [...], offset / (min(depth, 16) - 1).
-  """
+  """Temporal positions of object pointers (sam2_base.py:582, 591-629 of sam2 1.1.0): float32 [...],
+  offset / (min(depth, 16) - 1). Offsets are int [...], slice of the cell minus that of the pointer;
+  depth is the true number of slices of the volume, without padding, and broadcasts against them."""
   span = jnp.maximum(jnp.minimum(depth, MAX_POINTER_DISTANCE) - 1, 1)
   return offsets.astype(jnp.float32) / span
 
 
 class SlotTable(NamedTuple):
-  """For every cell of a grid of tracks and slices, the slices that it remembers.
+  """For every cell of a grid of tracks and slices, the slices that it remembers; all [T, Z, M].
 
-  slices: int32 [T, Z, M], clipped into the volume where not valid.
-  rows: int32 [T, Z, M], row of the temporal table.
-  offsets: int32 [T, Z, M], own slice minus remembered slice.
-  valid: bool [T, Z, M].
+  `slices`: int32, clipped into the volume where not valid. `rows`: int32, of the temporal table.
+  `offsets`: int32, own slice minus remembered slice. `valid`: bool.
   """
 
   slices: Array
@@ -56,39 +44,33 @@ class SlotTable(NamedTuple):
 def anchor_slices(
   score: Array, live: Array, given: Array, anchors: int, max_given: int = 0
 ) -> tuple[Array, Array]:
-  """The slices of each track that take the conditioning row.
+  """The slices of each track that take the conditioning row: int32 [T, anchors + max_given], given
+  ones first, then best first; and whether they are valid, bool, alike.
 
   Args:
     score: float32 [T, Z], presence times mean foreground probability of the previous stage.
-    live: bool [T, Z].
-    given: bool [T, Z], slices with a person's prompt, anchors in any case.
+    live, given: bool [T, Z]; given are slices with a person's prompt, anchors in any case.
     anchors: further anchors per track, the live slices with the highest score; 0 for none.
     max_given: the largest number of given slices of a track.
-
-  Returns:
-    slices int32 [T, anchors + max_given], given ones first, then best first; valid bool, alike.
   """
   ranking = jnp.where(live, score, -1.0) + jnp.where(given, 4.0, 0.0)
   count = min(anchors + max_given, live.shape[1])
   slices = jnp.argsort(-ranking, axis=1, stable=True)[:, :count].astype(jnp.int32)
-  rank = jnp.arange(count)[None]
-  wanted = rank < jnp.sum(given, axis=1, keepdims=True) + anchors
+  wanted = jnp.arange(count)[None] < jnp.sum(given, axis=1, keepdims=True) + anchors
   return slices, wanted & jnp.take_along_axis(live | given, slices, axis=1)
 
 
 def neighbour_slots(
   live: Array, reach: int, anchors: Array, anchors_valid: Array, inside: Array | None = None
 ) -> SlotTable:
-  """Slots at offsets +-1 to +-reach, the own slice excluded, and the anchors of the track.
+  """M = 2 * reach + anchors slots: at offsets +-1 to +-reach, the own slice excluded, in row
+  |offset| - 1 on both sides, and the anchors of the track.
 
   Args:
     live: bool [T, Z]; only live cells are remembered.
-    reach: slices on either side; at most 6, the rows of the temporal table.
+    reach: slices on either side; at most 6, the rows of the temporal table, or ValueError.
     anchors, anchors_valid: from `anchor_slices`.
     inside: bool [Z] or [T, Z], slices that belong to the volume (the others are padding).
-
-  Returns:
-    SlotTable with M = 2 * reach + anchors. The row of a neighbour is |offset| - 1 on both sides.
   """
   if not 0 <= reach <= RECENT_SLOTS:
     raise ValueError(f"reach is {reach}; the temporal table has rows for 0 to {RECENT_SLOTS}")
@@ -111,10 +93,8 @@ def neighbour_slots(
 
 
 class Ring(NamedTuple):
-  """Values by slice, in A conditioning slots followed by two halves of R slots, one per direction.
-
-  values: [N, A + 2 R, ...]; slices: int32 [N, A + 2 R]; valid: bool [N, A + 2 R].
-  """
+  """Values [N, A + 2 R, ...] by slice, int32, in A conditioning slots and two halves of R slots,
+  one per direction; which of them are valid, bool."""
 
   values: Array
   slices: Array
@@ -122,41 +102,28 @@ class Ring(NamedTuple):
 
 
 class MemoryBank(NamedTuple):
-  """What N tracks remember while slices stream by; no shape depends on the depth of the volume.
-
-  maps: Ring of [G, G, mem_dim], the last 6 slices in each direction.
-  pointers: Ring of [C], gated by presence, the last 15.
-  """
+  """What N tracks remember while slices stream by; no shape depends on the depth of the volume:
+  maps [G, G, mem_dim] of the last 6 slices in each direction, and pointers [C], gated by presence,
+  of the last 15."""
 
   maps: Ring
   pointers: Ring
-
-  @property
-  def conditioning(self) -> int:
-    """Number A of conditioning slots per track."""
-    return self.maps.slices.shape[1] - 2 * RECENT_SLOTS
 
 
 def empty_bank(
   tracks: int, conditioning: int, grid: int, mem_dim: int, d_model: int, dtype=jnp.float32,
   map_dtype=None,
 ) -> MemoryBank:
-  """A bank that remembers nothing, with room for `conditioning` conditioning slices per track.
-
-  Args:
-    dtype: of the pointers, and of the maps unless `map_dtype` says otherwise.
-  """
+  """A bank that remembers nothing, with room for `conditioning` conditioning slices per track;
+  `dtype` is of the pointers, and of the maps unless `map_dtype` says otherwise."""
 
   def ring(reach: int, dtype, *shape: int) -> Ring:
-    slots = conditioning + 2 * reach
-    return Ring(
-      jnp.zeros((tracks, slots, *shape), dtype), jnp.zeros((tracks, slots), jnp.int32),
-      jnp.zeros((tracks, slots), bool)
-    )
+    slots = tracks, conditioning + 2 * reach
+    return Ring(jnp.zeros((*slots, *shape), dtype), jnp.zeros(slots, jnp.int32),
+                jnp.zeros(slots, bool))
 
-  return MemoryBank(
-    ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim), ring(POINTER_SLOTS, dtype, d_model)
-  )
+  maps = ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim)
+  return MemoryBank(maps, ring(POINTER_SLOTS, dtype, d_model))
 
 
 def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) -> Ring:
@@ -171,15 +138,10 @@ def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) ->
 def add_conditioning(
   bank: MemoryBank, slot: Array, where: Array, maps: Array, pointers: Array, slices: Array
 ) -> MemoryBank:
-  """Remembers one conditioning slice per track.
-
-  Args:
-    slot: int32 [N], conditioning slot; where: bool [N], tracks that remember at all.
-    maps [N, G, G, mem_dim]; pointers [N, C]; slices int32 [N].
-  """
-  return MemoryBank(
-    _put(bank.maps, slot, where, maps, slices), _put(bank.pointers, slot, where, pointers, slices)
-  )
+  """Remembers one conditioning slice per track: maps [N, G, G, mem_dim], pointers [N, C], slices
+  int32 [N]; in conditioning slots int32 [N]. `where`: bool [N], tracks that remember at all."""
+  both = zip(bank, (maps, pointers), strict=True)
+  return MemoryBank(*(_put(ring, slot, where, values, slices) for ring, values in both))
 
 
 def add_recent(
@@ -190,44 +152,35 @@ def add_recent(
 
   The reverse pass starts with the forward pass's memories right behind it, because the official
   predictor keeps both directions in one dictionary; so the forward pass leaves its first slices
-  from `start` on in the reverse half as well. Should the reverse pass run `start` again, it needs
-  one slice more than fits beside `start` itself: the later one takes its place.
-
-  Args:
-    start: int32 [N], the slice that both directions set out from.
-    reverse: direction of travel, may be traced.
+  from `start` (int32 [N]) on in the reverse half as well. Should the reverse pass run `start`
+  again, it needs one slice more than fits beside `start` itself: the later one takes its place.
+  `reverse`, the direction of travel, may be traced.
   """
-  conditioning = bank.conditioning
   backward = jnp.asarray(reverse, jnp.int32)
 
   def add(ring: Ring, reach: int, values: Array) -> Ring:
-    slot = conditioning + slices % reach
+    slot = ring.slices.shape[1] - 2 * reach + slices % reach
     ring = _put(ring, slot + reach * backward, where, values, slices)
     early = where & (slices - start <= reach) & (backward == 0)
     return _put(ring, slot + reach, early, values, slices)
 
-  return MemoryBank(
-    add(bank.maps, RECENT_SLOTS, maps), add(bank.pointers, POINTER_SLOTS, pointers)
-  )
+  kept = add(bank.maps, RECENT_SLOTS, maps)
+  return MemoryBank(kept, add(bank.pointers, POINTER_SLOTS, pointers))
 
 
-def read(
-  bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | bool
-) -> MemorySlots:
+def read(bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | bool) -> MemorySlots:
   """What the tracks read at a slice: conditioning slices anywhere, recent ones behind them.
 
-  Args:
-    slices: int32 [N], the slice at hand. depth: true depth of the volume.
-    reverse: direction of travel, may be traced; "behind" means larger slice numbers when it is set.
-
-  Returns:
-    MemorySlots of A + 6 maps and A + 15 pointers. Pointers of conditioning slices that lie ahead
-    are left out (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval).
+  A + 6 maps and A + 15 pointers. Pointers of conditioning slices that lie ahead are left out
+  (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval). `slices`: int32 [N], the slice at hand.
+  `depth`: true depth of the volume. `reverse`: direction of travel, may be traced; "behind" means
+  larger slice numbers when it is set.
   """
-  conditioning = bank.conditioning
   backward = jnp.asarray(reverse, jnp.int32)
 
   def look(ring: Ring, reach: int) -> tuple[Array, Array, Array, Array]:
+    conditioning = ring.slices.shape[1] - 2 * reach
+
     # Only the half of this direction: attention to slots that are not valid would cost as much.
     def mine(x: Array) -> Array:
       recent = jax.lax.dynamic_slice_in_dim(x, conditioning + reach * backward, reach, axis=1)
@@ -243,7 +196,6 @@ def read(
   rows = jnp.where(is_conditioning, CONDITIONING_ROW, jnp.clip(behind - 1, 0, RECENT_SLOTS - 1))
   pointers, pointer_behind, _, pointer_valid = look(bank.pointers, POINTER_SLOTS)
   return MemorySlots(
-    maps=maps, rows=rows.astype(jnp.int32), valid=valid, pointers=pointers,
-    pointer_positions=pointer_positions(pointer_behind, depth),
-    pointer_valid=pointer_valid & (pointer_behind >= 0)
+    maps, rows.astype(jnp.int32), valid, pointers, pointer_positions(pointer_behind, depth),
+    pointer_valid & (pointer_behind >= 0)
   )

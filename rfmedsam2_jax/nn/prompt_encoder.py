@@ -1,7 +1,5 @@
-"""Embeds prompts (points, boxes as two points, masks) for the mask decoder.
-
-In: `Prompts`, made by refinement or tracking. Out: sparse tokens with their mask and a dense map,
-which nn.mask_decoder reads. Follows sam2.modeling.sam.prompt_encoder (sam2 1.1.0).
+"""Embeds prompts (points, boxes as two points, masks) for the mask decoder. Follows
+sam2.modeling.sam.prompt_encoder (sam2 1.1.0).
 """
 
 from typing import NamedTuple
@@ -14,26 +12,18 @@ from rfmedsam2_jax.nn.layers import AnyArray, Array, DType, conv2d, gelu, layer_
 from rfmedsam2_jax.nn.positions import random_fourier, random_fourier_grid
 
 # Labels of points. 0 and 1 are SAM's; a token that says "no point" is not the same as no token.
-ABSENT = -2
-NOT_A_POINT = -1
-NEGATIVE = 0
-POSITIVE = 1
-BOX_START = 2
-BOX_END = 3
+ABSENT, NOT_A_POINT, BOX_START, BOX_END = -2, -1, 2, 3
 
 
 class Prompts(NamedTuple):
   """Prompts of N cells; whatever a cell lacks is masked, so that all cells have one shape.
 
-  Attributes:
-    points: float32 [N, Q, 2], x and y as indices of pixels of the S x S image (the encoder adds
-      the half pixel).
-    labels: int32 [N, Q]. 0 negative and 1 positive point, 2 and 3 the corners of a box, -1 the
-      token that says "not a point", -2 no token at all (hidden from every attention). SAM 2 has
-      one not-a-point token behind the points and boxes it is given, and two on a tracked slice
-      without prompts (sam2_base.py:316, prompt_encoder.py:189); whoever builds this puts them in.
-    mask: float32 [N, 4G, 4G] logits, or None if no cell has one.
-    has_mask: bool [N]; None says that every cell has one.
+  `points`: float32 [N, Q, 2], x y as pixel indices of the S x S image (the encoder adds the half
+  pixel). `labels`: int32 [N, Q], 0 negative and 1 positive point, 2 and 3 the corners of a box, -1
+  the token that says "not a point", -2 no token at all (hidden from every attention). SAM 2 has one
+  not-a-point token behind the points and boxes it is given, and two on a tracked slice without
+  prompts (sam2_base.py:316, prompt_encoder.py:189); whoever builds this puts them in. `mask`:
+  float32 [N, 4G, 4G] logits, or None if no cell has one. `has_mask`: bool [N], None for all.
   """
 
   points: Array
@@ -49,15 +39,11 @@ def pack_prompts(
   """Corners, clicks and the tokens that SAM 2's own calls put behind them.
 
   As in sam2_base.py:316-345 a box is two points and one not-a-point token always follows; a cell
-  with neither has two of them, like an unprompted tracked slice.
-
-  Args:
-    boxes: [N, 4], x0 y0 x1 y1 as inclusive pixel indices of the S x S image. has_box: bool [N].
-    points: [N, Q, 2]. point_labels: int [N, Q]; ABSENT where there is none.
-    mask, has_mask: see `Prompts`.
+  with neither has two of them, like an unprompted tracked slice. `boxes`: [N, 4], x0 y0 x1 y1 as
+  inclusive pixel indices of the S x S image. `has_box`: bool [N]. `points`: [N, Q, 2].
+  `point_labels`: int [N, Q]; ABSENT where there is none. `mask`, `has_mask`: see `Prompts`.
   """
-  count = boxes.shape[0]
-  clicked = jnp.any(point_labels >= 0, axis=1)
+  clicked, count = jnp.any(point_labels >= 0, axis=1), boxes.shape[0]
   corners = boxes.reshape(count, 2, 2)
   box_labels = jnp.where(has_box[:, None], jnp.array([BOX_START, BOX_END]), ABSENT)
   second = jnp.where(has_box | clicked, ABSENT, NOT_A_POINT)[:, None]
@@ -84,50 +70,38 @@ def no_prompts(n: int) -> Prompts:
 
 
 class RandomPositions(nn.Module):
-  """The matrix of the random Fourier features (PositionEmbeddingRandom).
+  """The matrix of the random Fourier features of `width` channels, float32 [2, width / 2].
 
-  A buffer in PyTorch. Here it lives among the parameters, so that one tree is the whole network;
-  no gradient reaches it, and `nn.sam2.BUFFERS` names it for optimizers.
-  """
-
-  width: int  # channels of the features
-
-  @nn.compact
-  def __call__(self) -> Array:
-    """float32 [2, width / 2]."""
-    shape = (2, self.width // 2)
-    matrix = self.param(
-      "positional_encoding_gaussian_matrix", nn.initializers.normal(1.0), shape
-    )
-    return jax.lax.stop_gradient(matrix)
-
-
-class PromptEncoder(nn.Module):
-  """Prompts to sparse tokens and a dense map.
-
-  Args:
-    width: channels of tokens and map.
-    grid: side G of the map; the image has 16 G.
-    mask_channels: hidden width of the mask's way down.
+  A buffer in PyTorch (PositionEmbeddingRandom), here among the parameters, so that one tree is the
+  whole network; no gradient reaches it, and `nn.sam2.BUFFERS` names it for optimizers.
   """
 
   width: int
-  grid: int
-  mask_channels: int = 16
-  dtype: DType = jnp.float32
+
+  @nn.compact
+  def __call__(self) -> Array:
+    init, name = nn.initializers.normal(1.0), "positional_encoding_gaussian_matrix"
+    return jax.lax.stop_gradient(self.param(name, init, (2, self.width // 2)))
+
+
+class PromptEncoder(nn.Module):
+  """Prompts to sparse tokens and a dense map."""
+
+  width: int  # channels of tokens and map
+  grid: int  # side G of the map; the image has 16 G
+  mask_channels: int  # hidden width of the mask's way down
+  dtype: DType
 
   def setup(self):
     token = nn.initializers.normal(1.0)  # torch's Embedding
     self.pe_layer = RandomPositions(self.width)
-    self.point_embeddings = [
-      self.param(f"point_embeddings_{i}", token, (1, self.width)) for i in range(4)
-    ]
+    names = (f"point_embeddings_{i}" for i in range(4))
+    self.point_embeddings = [self.param(name, token, (1, self.width)) for name in names]
     self.not_a_point_embed = self.param("not_a_point_embed", token, (1, self.width))
     self.no_mask_embed = self.param("no_mask_embed", token, (1, self.width))
-    small, large = self.mask_channels // 4, self.mask_channels
-    self.mask_downscaling_0 = conv2d(small, 2, stride=2, dtype=self.dtype)
+    self.mask_downscaling_0 = conv2d(self.mask_channels // 4, 2, stride=2, dtype=self.dtype)
     self.mask_downscaling_1 = layer_norm(1e-6, dtype=self.dtype)
-    self.mask_downscaling_3 = conv2d(large, 2, stride=2, dtype=self.dtype)
+    self.mask_downscaling_3 = conv2d(self.mask_channels, 2, stride=2, dtype=self.dtype)
     self.mask_downscaling_4 = layer_norm(1e-6, dtype=self.dtype)
     self.mask_downscaling_6 = conv2d(self.width, 1, dtype=self.dtype)
 
@@ -137,27 +111,20 @@ class PromptEncoder(nn.Module):
 
   def __call__(self, prompts: Prompts) -> tuple[Array, Array, Array]:
     """Returns tokens [N, Q, width], which of them exist bool [N, Q], dense map [N, G, G, width]."""
-    tokens = self._embed_points(prompts.points, prompts.labels)
-    exists = prompts.labels != ABSENT
-    n = prompts.labels.shape[0]
+    points = (prompts.points.astype(jnp.float32) + 0.5) / (16 * self.grid)
+    where = random_fourier(points, self.pe_layer())
+    where = jnp.where(prompts.labels[..., None] >= 0, where, 0)
+    what = jnp.concatenate([self.not_a_point_embed, *self.point_embeddings])
+    tokens = where + what[jnp.maximum(prompts.labels, NOT_A_POINT) + 1]
+    exists, n = prompts.labels != ABSENT, len(prompts.labels)
     no_mask = self.no_mask_embed.astype(self.dtype)
     dense = jnp.broadcast_to(no_mask, (n, self.grid, self.grid, self.width))
     if prompts.mask is not None:
       has_mask = jnp.ones(n, bool) if prompts.has_mask is None else prompts.has_mask
       has_mask = has_mask[:, None, None, None]
       # Where there is none, the mask may hold anything; zeros keep its gradient finite.
-      mask = jnp.where(has_mask, prompts.mask[..., None], 0)
-      dense = jnp.where(has_mask, self._embed_masks(mask), dense)
+      x = jnp.where(has_mask, prompts.mask[..., None], 0).astype(self.dtype)
+      x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(x)))
+      x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
+      dense = jnp.where(has_mask, self.mask_downscaling_6(x), dense)
     return tokens.astype(self.dtype), exists, dense
-
-  def _embed_points(self, points_NQ2: Array, labels_NQ: Array) -> Array:
-    points = points_NQ2.astype(jnp.float32) + 0.5
-    where = random_fourier(points / (16 * self.grid), self.pe_layer())
-    where = jnp.where(labels_NQ[..., None] >= 0, where, 0)
-    what = jnp.concatenate([self.not_a_point_embed, *self.point_embeddings])
-    return where + what[jnp.maximum(labels_NQ, NOT_A_POINT) + 1]
-
-  def _embed_masks(self, x_NHW1: Array) -> Array:
-    x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(x_NHW1.astype(self.dtype))))
-    x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
-    return self.mask_downscaling_6(x)

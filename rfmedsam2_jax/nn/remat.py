@@ -1,9 +1,8 @@
 """What the backward pass keeps of a block, and what it computes again from the block's input.
 
-Training holds the intermediate arrays of every block until its gradient is taken. A block that is
-computed again holds its inputs only; memory is then that of the largest block plus one input each,
-for about a third more arithmetic. Parameters, outputs and gradients stay what they are, and a
-network that is only run forwards compiles to the same program.
+A block that is computed again holds its inputs only; memory is then that of the largest block plus
+one input each, for about a third more arithmetic. Parameters, outputs and gradients stay what they
+are, and a network that is only run forwards compiles to the same program.
 """
 
 from collections.abc import Callable
@@ -11,32 +10,29 @@ from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
+from jax import checkpoint_policies as policies
 
 Remat = Literal["none", "block", "dots"]
 T = TypeVar("T", bound=Callable[..., Any])
 
 CONVOLUTION = "convolution"  # jax.ad_checkpoint.checkpoint_name of a convolution's output
 
-_KEPT = jax.checkpoint_policies.save_from_both_policies(
+_KEPT = policies.save_from_both_policies(
   # Dense layers; the products of attention have batch axes, and their scores are what is large.
-  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  jax.checkpoint_policies.save_only_these_names(CONVOLUTION),
+  policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(CONVOLUTION)
 )
 
 
 def rematerialised(block: T, remat: Remat, static: tuple[int, ...] = ()) -> T:
-  """A block whose backward pass computes it again.
+  """A block (module class, or function of a module) whose backward pass computes it again.
 
-  Args:
-    block: a module class, or a function whose first argument is a module.
-    remat: "none" gives `block` itself; "block" keeps only what goes into it; "dots" also keeps what
-      its dense layers and 3D convolutions give, so that little more than norms, activations and
-      attention is done twice.
-    static: places of arguments that are no arrays; the module counts as 0.
+  "none" gives `block` itself; "block" keeps only what goes into it; "dots" also keeps what its
+  dense layers and 3D convolutions give, so that little more than norms, activations and attention
+  is done twice. `static`: places of arguments that are no arrays; the module counts as 0.
   """
   if remat == "none":
     return block
-  policy = _KEPT if remat == "dots" else jax.checkpoint_policies.nothing_saveable
+  policy = _KEPT if remat == "dots" else policies.nothing_saveable
   return nn.remat(block, policy=policy, static_argnums=static)
 
 

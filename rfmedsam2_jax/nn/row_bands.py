@@ -1,10 +1,9 @@
-"""Work on large activations band by band of rows, so that what lies between two operations stays
-cached.
+"""Work on large activations band by band of rows, so that what lies between operations is cached.
 
-XLA:CPU runs one operation after the other over the whole array. Where the array between them is
-larger than the caches, and freshly allocated at every call, both wait for memory: in SAM 2.1 tiny
-at 1024, on one core, the first block takes 198 ms for its attention and 177 ms for its MLP at once,
-79 and 120 ms in bands; its arithmetic alone would take 68 and 102. On accelerators nothing is cut.
+XLA:CPU runs one operation after the other over the whole array, and waits for memory where that is
+larger than the caches: in SAM 2.1 tiny at 1024, on one core, the first block takes 198 ms for its
+attention and 177 ms for its MLP at once, 79 and 120 ms in bands; its arithmetic alone would take 68
+and 102. On accelerators nothing is cut.
 """
 
 from collections.abc import Callable
@@ -26,9 +25,8 @@ def largest_divisor(count: int, most: int) -> int:
 def map_bands(f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements: int) -> Array:
   """f(module, x) for a function that works on bands of rows without looking beyond them.
 
-  Args:
-    f: calls submodules of `module`; [b, h, W, C] to [b, h', W', C'], any b, h = H or `rows`.
-    rows: of a band; divides H. elements: size of the widest array that f makes of one band.
+  f calls submodules of `module`; [b, h, W, C] to [b, h', W', C'], any b, h = H or `rows`, which
+  divides H. `elements`: size of the widest array that f makes of one band.
   """
   batch, height, width, channels = x_BHWC.shape
   bands = batch * height // rows

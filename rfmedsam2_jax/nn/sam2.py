@@ -5,9 +5,8 @@
     features, memory slots -> condition -> features that know their neighbours
     features, prompts -> decode -> Decoded
 
-Everything is a pure function of (params, inputs), see `apply`. Submodules and parameters have the
-names of sam2 1.1.0 (sam2_base.SAM2Base), so that weights.names can say where each official tensor
-goes. B counts slices, N counts cells, that is (object, slice) pairs; S is the image's side, G =
+Submodules and parameters have the names of sam2 1.1.0 (sam2_base.SAM2Base), as weights.names needs
+them. B counts slices, N counts cells, that is (object, slice) pairs; S is the image's side, G =
 S / 16, C = d_model.
 """
 
@@ -32,15 +31,8 @@ from rfmedsam2_jax.nn.remat import Remat
 
 # The mask logit of an object that is not there (sam2_base.NO_OBJ_SCORE).
 ABSENT_LOGIT = -1024.0
-
 # Parameters that are buffers in PyTorch: no gradient reaches them, give them no optimizer state.
 BUFFERS = ("sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix",)
-
-_WIDTHS = (
-  "embed_dim", "trunk_heads", "stages", "window_spec", "window_pos_embed_bkg_spatial_size",
-  "d_model", "mem_dim", "memory_layers", "memory_ffn", "memory_mask_channels", "num_maskmem",
-  "decoder_depth", "decoder_mlp", "decoder_heads", "iou_hidden", "prompt_mask_channels",
-)
 _DEEPEST = 256  # layers of one kind; the largest official network has 48
 
 
@@ -87,15 +79,13 @@ class SAM2Config:
   remat: Remat = "none"
 
   def __post_init__(self):
-    if self.image_size % 32:
-      raise ValueError(f"image_size is {self.image_size}; it must be divisible by 32")
-    if not 64 <= self.image_size <= 2**14:
-      raise ValueError(f"image_size is {self.image_size}; it must be 64 to {2**14}")
-    for name, values in (("stages", sum(self.stages)), ("memory_layers", self.memory_layers),
-                         ("fuser_layers", self.fuser_layers),
-                         ("decoder_depth", self.decoder_depth)):
-      if values > _DEEPEST:
-        raise ValueError(f"{name} has {values} layers; at most {_DEEPEST} are possible")
+    if self.image_size % 32 or not 64 <= self.image_size <= 2**14:
+      demand = "divisible by 32" if self.image_size % 32 else f"64 to {2**14}"
+      raise ValueError(f"image_size is {self.image_size}; it must be {demand}")
+    for name in ("stages", "memory_layers", "fuser_layers", "decoder_depth"):
+      layers = sum(self.stages) if name == "stages" else getattr(self, name)
+      if layers > _DEEPEST:
+        raise ValueError(f"{name} has {layers} layers; at most {_DEEPEST} are possible")
     if len(self.stages) != 4 or len(self.window_spec) != 4:
       raise ValueError("stages and window_spec need four numbers each")
     if self.embed_dim % self.trunk_heads:
@@ -119,10 +109,9 @@ class SAM2Config:
 class ImageFeatures(NamedTuple):
   """What the decoder and the memory need of a slice.
 
-  Attributes:
-    embedding: [B, G, G, C], before any memory and without `no_mem_embed`.
-    high_res: [B, 4G, 4G, C/8] and [B, 2G, 2G, C/4], already projected for the decoder.
-    pixels: the image [B, 4G, 4G, 3] for a MaskAdapter; None without one.
+  `embedding`: [B, G, G, C], before any memory and without `no_mem_embed`. `high_res`: [B, 4G, 4G,
+  C/8] and [B, 2G, 2G, C/4], already projected for the decoder. `pixels`: the image [B, 4G, 4G, 3]
+  for a MaskAdapter; None without one.
   """
 
   embedding: Array
@@ -131,7 +120,7 @@ class ImageFeatures(NamedTuple):
 
 
 class SAM2(nn.Module):
-  """SAM 2 of a given size, with RFMedSAM 2's adapters. See the file's docstring."""
+  """SAM 2 of a given size, with RFMedSAM 2's adapters; `apply` runs its parts."""
 
   config: SAM2Config
 
@@ -140,18 +129,17 @@ class SAM2(nn.Module):
     parts: dict[str, Any] = {"adapters": c.adapters, "dtype": dtype, "remat": c.remat}
     small = nn.initializers.truncated_normal(0.02)
     trunk = Hiera(
-      c.embed_dim, c.trunk_heads, c.stages, window_spec=c.window_spec,
-      global_att_blocks=c.global_att_blocks,
-      window_pos_embed_bkg_spatial_size=c.window_pos_embed_bkg_spatial_size, **parts,
+      c.embed_dim, c.trunk_heads, c.stages, c.global_att_blocks, c.window_spec,
+      c.window_pos_embed_bkg_spatial_size, **parts,
     )
     self.image_encoder = ImageEncoder(trunk, FpnNeck(c.d_model, **parts))
-    self.sam_prompt_encoder = PromptEncoder(c.d_model, c.grid, c.prompt_mask_channels, dtype=dtype)
+    self.sam_prompt_encoder = PromptEncoder(c.d_model, c.grid, c.prompt_mask_channels, dtype)
     self.sam_mask_decoder = MaskDecoder(
       c.d_model, c.decoder_depth, c.decoder_heads, c.decoder_mlp, c.iou_hidden, **parts
     )
-    self.memory_attention = MemoryAttention(c.d_model, c.memory_layers, c.memory_ffn, **parts)
+    self.memory_attention = MemoryAttention(c.memory_layers, c.memory_ffn, **parts)
     self.memory_encoder = MemoryEncoder(
-      c.d_model, c.mem_dim, c.memory_mask_channels, c.fuser_layers, dtype=dtype, remat=c.remat
+      c.d_model, c.mem_dim, c.memory_mask_channels, c.fuser_layers, dtype, c.remat
     )
     self.maskmem_tpos_enc = self.param("maskmem_tpos_enc", small, (c.num_maskmem, c.mem_dim))
     self.no_mem_embed = self.param("no_mem_embed", small, (c.d_model,))
@@ -166,16 +154,12 @@ class SAM2(nn.Module):
       self.obj_ptr_tpos_proj = nn.Dense(c.mem_dim, dtype=dtype)
 
   def encode_image(self, images_BSS3: Array) -> ImageFeatures:
-    """Features of slices.
-
-    Args:
-      images_BSS3: float32, normalised by ImageNet's mean and standard deviation.
-    """
+    """Features of slices, float32 and normalised by ImageNet's mean and standard deviation."""
     side = self.config.image_size
     if images_BSS3.shape[1:] != (side, side, 3):
       raise ValueError(f"images are {images_BSS3.shape}; this SAM 2 takes [B, {side}, {side}, 3]")
     stride4, stride8, stride16 = self.image_encoder(images_BSS3)
-    high_res = self.sam_mask_decoder.project_high_res(stride4, stride8)
+    high_res = self.sam_mask_decoder.conv_s0(stride4), self.sam_mask_decoder.conv_s1(stride8)
     pixels = self.pixels(images_BSS3) if self.config.adapters.mask else None
     return ImageFeatures(stride16, high_res, pixels)
 
@@ -207,22 +191,15 @@ class SAM2(nn.Module):
     return maps
 
   def condition(self, embedding_NGGC: Array, slots: MemorySlots) -> Array:
-    """Lets cells attend to their memories; a cell with no valid one is `unconditioned`.
-
-    Args:
-      embedding_NGGC: leading axis N, or 1 where all cells lie on one slice.
-    """
-    pointer_positions = None
+    """Lets cells attend to their memories; a cell with no valid one is `unconditioned`. The
+    embedding's leading axis is N, or 1 where all cells lie on one slice."""
+    positions = None
     if self.config.pointer_positions and slots.pointers.shape[1]:
       sine = sine_positions_1d(slots.pointer_positions, self.config.d_model)
-      pointer_positions = self.obj_ptr_tpos_proj(sine)
-    conditioned = self.memory_attention(
-      embedding_NGGC, slots, self.maskmem_tpos_enc, pointer_positions
-    )
+      positions = self.obj_ptr_tpos_proj(sine)
+    known = self.memory_attention(embedding_NGGC, slots, self.maskmem_tpos_enc, positions)
     has_memory = slots.valid.any(axis=1) | slots.pointer_valid.any(axis=1)
-    return jnp.where(
-      has_memory[:, None, None, None], conditioned, self.unconditioned(embedding_NGGC)
-    )
+    return jnp.where(has_memory[:, None, None, None], known, self.unconditioned(embedding_NGGC))
 
   def unconditioned(self, embedding_NGGC: Array) -> Array:
     """The embedding as the decoder wants it where there is no memory (conditioning slices)."""
@@ -236,8 +213,7 @@ class SAM2(nn.Module):
     """Masks of cells. Logits are raw: the presence gate is `gate`, apart.
 
     Args:
-      embedding_NGGC: from `condition` or `unconditioned`.
-      high_res: of the same cells, see ImageFeatures.
+      embedding_NGGC: from `condition` or `unconditioned`; `high_res` of the same cells.
       multimask: three masks instead of one; the pointer is that of the highest predicted IoU.
       dynamic_multimask: where the single mask is unstable, take the best of three; the pointer
         stays that of the single mask (mask_decoder.py:150).
@@ -253,32 +229,25 @@ class SAM2(nn.Module):
     """Where the presence logit is not positive: masks of -1024 and the pointer `no_obj_ptr`."""
     present = decoded.presence > 0
     no_pointer = self.no_obj_ptr.astype(decoded.pointer.dtype)
-    return decoded._replace(
-      masks=jnp.where(present[:, None, None, None], decoded.masks, ABSENT_LOGIT),
-      pointer=jnp.where(present[:, None], decoded.pointer, no_pointer),
-    )
+    masks = jnp.where(present[:, None, None, None], decoded.masks, ABSENT_LOGIT)
+    pointer = jnp.where(present[:, None], decoded.pointer, no_pointer)
+    return decoded._replace(masks=masks, pointer=pointer)
 
   def correct_masks(self, pixels_Nhh3: Array, nearby_NRhh: Array) -> Array:
-    """What the MaskAdapter adds to mask logits of cells, float32 [N, 4G, 4G].
-
-    Args:
-      pixels_Nhh3: of the cells' slices, see ImageFeatures.
-      nearby_NRhh: mask logits of the slices around, R = 2 mask_reach + 1; 0 where there is none.
+    """What the MaskAdapter adds to mask logits of cells, float32 [N, 4G, 4G]: from the pixels of
+    their slices, and mask logits of the R = 2 mask_reach + 1 slices around, 0 where there is none.
     """
-    return self.sam_mask_decoder.correct(pixels_Nhh3, nearby_NRhh)
+    return self.sam_mask_decoder.adapter(pixels_Nhh3, nearby_NRhh)
 
   def mask_prompt(self, masks_NSS: Array) -> Array:
-    """A given mask (0 or 1, image resolution) as a mask prompt [N, 4G, 4G] on its own scale.
-
-    SAM 2 makes the pointer of a slice with a given mask from it (sam2_base.py:440).
-    """
+    """A given mask (0 or 1, image resolution) as a mask prompt [N, 4G, 4G] on its own scale, from
+    which SAM 2 makes the pointer of a slice with a given mask (sam2_base.py:440)."""
     x = masks_NSS[..., None].astype(self.config.compute_dtype)
     return self.mask_downsample(x)[..., 0].astype(jnp.float32)
 
   def __call__(self, images_BSS3: Array) -> Decoded:
     """Runs every part once; `init` calls it so that all parameters come to be."""
-    c = self.config
-    n = images_BSS3.shape[0]
+    c, n = self.config, images_BSS3.shape[0]
     features = self.encode_image(images_BSS3)
     mask = self.mask_prompt(jnp.zeros((n, c.image_size, c.image_size)))
     prompts = box_prompts(jnp.zeros((n, 4)), mask=mask)
@@ -288,20 +257,14 @@ class SAM2(nn.Module):
       self.correct_masks(features.pixels, nearby)
     gated = self.gate(decoded)
     maps = self.remember(features.embedding, gated.masks[:, 0], decoded.presence > 0)
-    slots = MemorySlots(
-      maps=maps[:, None], rows=jnp.zeros((n, 1), jnp.int32), valid=jnp.ones((n, 1), bool),
-      pointers=gated.pointer[:, None], pointer_positions=jnp.zeros((n, 1)),
-      pointer_valid=jnp.ones((n, 1), bool)
-    )
+    row, valid, position = jnp.zeros((n, 1), jnp.int32), jnp.ones((n, 1), bool), jnp.zeros((n, 1))
+    slots = MemorySlots(maps[:, None], row, valid, gated.pointer[:, None], position, valid)
     conditioned = self.condition(features.embedding, slots)
     return self.decode(conditioned, features.high_res, no_prompts(n))
 
 
 def apply(config: SAM2Config, params: Params, *inputs: Any, method: str, **options: Any) -> Any:
-  """Runs one part of SAM 2: a pure function that `jax.jit`, `vmap` and `grad` take.
-
-  Args:
-    method: encode_image, remember, condition, unconditioned, decode or gate, see `SAM2`.
-    inputs, options: of that method.
-  """
+  """Runs one part of SAM 2: a pure function that `jax.jit`, `vmap` and `grad` take. `inputs` and
+  `options` are of the method of `SAM2`: encode_image, remember, condition, unconditioned, decode or
+  gate."""
   return SAM2(config).apply({"params": params}, *inputs, method=method, **options)

@@ -1,11 +1,10 @@
-"""The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet).
-
-In: normalised patches (data.preprocessing). Out: logits per class, which segmentation joins to a
-volume and refinement.prompts turns into boxes and mask prompts. Submodules are named as in nnU-Net
-(`encoder/stages_0/convs_0`, `decoder/transpconvs_0`, `decoder/seg_layers_0`).
+"""The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet), normalised patches to logits
+per class. Submodules are named as in nnU-Net (`encoder/stages_0/convs_0`, `decoder/transpconvs_0`,
+`decoder/seg_layers_0`).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,31 +30,23 @@ class UNetConfig:
   mirrored: tuple[int, ...] = ()  # axes (0 D, 1 H, 2 W) along which it sees its input mirrored
 
   def __post_init__(self):
-    if not len(self.features) == len(self.strides) == len(self.kernels):
-      raise ValueError(
-        "features, strides and kernels need one entry per stage, got "
-        f"{len(self.features)}, {len(self.strides)} and {len(self.kernels)}"
-      )
+    f, s, k = len(self.features), len(self.strides), len(self.kernels)
+    if not f == s == k:
+      raise ValueError("features, strides and kernels need one entry per stage, got "
+                       f"{f}, {s} and {k}")
     if len(self.features) < 2:
       raise ValueError("a U-Net needs at least two stages")
 
   @property
   def divisor(self) -> Triple:
     """What the patch size must be divisible by, along D, H, W."""
-    total = [1, 1, 1]
-    for stride in self.strides:
-      total = [t * s for t, s in zip(total, stride, strict=True)]
-    return (total[0], total[1], total[2])
+    d, h, w = (math.prod(strides) for strides in zip(*self.strides, strict=True))
+    return d, h, w
 
 
 class InstanceNorm(nn.Module):
-  """Instance norm over D, H, W with scale and bias, as torch.nn.InstanceNorm3d(affine=True).
-
-  Statistics are float32 and taken in two passes, as a fast variance loses digits where the mean is
-  far from zero.
-  """
-
-  epsilon: float = 1e-5
+  """Instance norm over D, H, W with scale and bias, as torch.nn.InstanceNorm3d(affine=True), with
+  float32 statistics in two passes: a fast variance loses digits where the mean is far from zero."""
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
@@ -65,19 +56,17 @@ class InstanceNorm(nn.Module):
     x = x_BDHWC.astype(jnp.float32)
     mean = x.mean((1, 2, 3), keepdims=True)
     variance = jnp.square(x - mean).mean((1, 2, 3), keepdims=True)
-    factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+    factor = jax.lax.rsqrt(variance + 1e-5) * scale
     return ((x - mean) * factor + bias).astype(x_BDHWC.dtype)
 
 
 class TransposedConv3D(nn.Module):
-  """torch.nn.ConvTranspose3d with kernel = stride: a dense layer and a depth-to-space.
-
-  Parameters: kernel [Cin, sd, sh, sw, features], bias [features].
-  """
+  """torch.nn.ConvTranspose3d with kernel = stride: a dense layer and a depth-to-space; parameters:
+  kernel [Cin, sd, sh, sw, features], bias [features]."""
 
   features: int
   stride: Triple
-  dtype: jnp.dtype = jnp.float32
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
@@ -103,8 +92,8 @@ class ConvBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
-    y = Conv3D(self.features, self.kernel, self.stride, dtype=self.dtype, name="conv")(x_BDHWC)
-    y = checkpoint_name(y, CONVOLUTION)
+    conv = Conv3D(self.features, self.kernel, self.stride, self.dtype, name="conv")
+    y = checkpoint_name(conv(x_BDHWC), CONVOLUTION)
     return nn.leaky_relu(InstanceNorm(name="norm")(y), 0.01)
 
 
@@ -116,15 +105,14 @@ class Stage(nn.Module):
   stride: Triple
   convs: int
   dtype: jnp.dtype
-  remat: Remat = "none"
+  remat: Remat
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     block_of = rematerialised(ConvBlock, self.remat)
     for i in range(self.convs):
-      stride = self.stride if i == 0 else (1, 1, 1)
-      block = block_of(self.features, self.kernel, stride, self.dtype, name=f"convs_{i}")
-      x_BDHWC = block(x_BDHWC)
+      sizes = self.features, self.kernel, (1, 1, 1) if i else self.stride
+      x_BDHWC = block_of(*sizes, self.dtype, name=f"convs_{i}")(x_BDHWC)
     return x_BDHWC
 
 
@@ -134,15 +122,11 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> list[Array]:
     """Features of every stage, full resolution first."""
-    c = self.config
-    skips = []
+    c, skips = self.config, [x_BDHWC]
     for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, strict=True)):
-      stage = Stage(
-        *sizes, c.convs_per_stage, jnp.dtype(c.dtype), c.remat, name=f"stages_{i}"
-      )
-      x_BDHWC = stage(x_BDHWC)
-      skips.append(x_BDHWC)
-    return skips
+      stage = Stage(*sizes, c.convs_per_stage, jnp.dtype(c.dtype), c.remat, name=f"stages_{i}")
+      skips.append(stage(skips[-1]))
+    return skips[1:]
 
 
 class Decoder(nn.Module):
@@ -158,12 +142,8 @@ class Decoder(nn.Module):
     for i, level in enumerate(reversed(range(len(skips) - 1))):
       up = TransposedConv3D(c.features[level], c.strides[level + 1], dtype, name=f"transpconvs_{i}")
       x = jnp.concatenate([up(x), skips[level]], axis=-1)
-      kernel = c.kernels[level]
-      stage = Stage(
-        c.features[level], kernel, (1, 1, 1), c.decoder_convs or c.convs_per_stage, dtype, c.remat,
-        name=f"stages_{i}",
-      )
-      x = stage(x)
+      sizes = c.features[level], c.kernels[level], (1, 1, 1), c.decoder_convs or c.convs_per_stage
+      x = Stage(*sizes, dtype, c.remat, name=f"stages_{i}")(x)
       # All heads are made at initialisation, so that the tree does not depend on the call.
       if deep_supervision or level == 0 or self.is_initializing():
         head = nn.Dense(self.num_outputs, dtype=jnp.float32, name=f"seg_layers_{i}")
@@ -172,38 +152,22 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-  """nnU-Net's PlainConvUNet, channels last.
-
-  Args:
-    config: sizes.
-    num_outputs: logits per voxel: background and atoms, or one per region.
-  """
+  """nnU-Net's PlainConvUNet, channels last."""
 
   config: UNetConfig
-  num_outputs: int
+  num_outputs: int  # logits per voxel: background and atoms, or one per region
 
   @nn.compact
   def __call__(self, x_BDHWC: Array, deep_supervision: bool = False) -> Array | tuple[Array, ...]:
-    """Logits, float32.
-
-    Args:
-      x_BDHWC: patches; D, H, W divisible by `config.divisor`.
-      deep_supervision: also give the logits of the coarser decoder stages.
-
-    Returns:
-      [B, D, H, W, num_outputs], or with deep supervision a tuple of one such array per stage but
-      the lowest, full resolution first.
-
-    Raises:
-      ValueError: the patch is not divisible by `config.divisor`.
-    """
+    """Logits, float32 [B, D, H, W, num_outputs], or with deep supervision a tuple of one such array
+    per stage but the lowest, full resolution first; ValueError where the patch is not divisible by
+    `config.divisor`."""
     shape, divisor = x_BDHWC.shape[1:4], self.config.divisor
     if any(size % d for size, d in zip(shape, divisor, strict=True)):
       raise ValueError(f"patch {shape} is not divisible by {divisor}")
     axes = tuple(axis + 1 for axis in self.config.mirrored)
     x_BDHWC = jnp.flip(x_BDHWC, axes) if axes else x_BDHWC
     skips = Encoder(self.config, name="encoder")(x_BDHWC.astype(self.config.dtype))
-    decoder = Decoder(self.config, self.num_outputs, name="decoder")
-    outputs = decoder(skips, deep_supervision)
+    outputs = Decoder(self.config, self.num_outputs, name="decoder")(skips, deep_supervision)
     outputs = tuple(jnp.flip(y, axes) for y in outputs) if axes else outputs
     return outputs if deep_supervision else outputs[0]

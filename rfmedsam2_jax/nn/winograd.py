@@ -1,18 +1,14 @@
 """3D convolution with stride 1 by Winograd's minimal filtering, for XLA:CPU (nn.convolutions).
 
-XLA:CPU multiplies matrices well and convolves in 3D badly. Here the image is cut into overlapping
-tiles, every tile is transformed along D, H and W, the transformed tiles are multiplied by the
-transformed kernel (one matrix product per coefficient, an eighth of the arithmetic), and
-transformed back; Lavin and Gray, arXiv 1509.09308, F(4, 3) along every axis. All transforms are
-matrix products too. The work goes through the volume in layers of tiles, one at a time, so that the
-intermediate arrays stay in the cache; that is worth more than the arithmetic.
-
-Rounding is about thirty times that of a direct sum: 2e-5 to 5e-5 of the largest value, in the
-output and in both gradients, which are computed the same way.
+Overlapping tiles are transformed along D, H and W, multiplied by the transformed kernel (one matrix
+product per coefficient, an eighth of the arithmetic) and transformed back; Lavin and Gray, arXiv
+1509.09308, F(4, 3) along every axis. Tiles go layer by layer, so that the arrays between stay in
+the cache; that is worth more than the arithmetic. Rounding is about thirty times that of a direct
+sum: 2e-5 to 5e-5 of the largest value, in the output and in both gradients.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,37 +36,29 @@ class Transform(NamedTuple):
     return self.back.shape[1]
 
 
-IDENTITY = Transform(*(np.ones((1, 1), np.float32) for _ in range(3)))
+def _transform(*matrices: Any) -> Transform:
+  return Transform(*(np.array(matrix, np.float32) for matrix in matrices))
 
-F2 = Transform(
-  input=np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]], np.float32),
-  kernel=np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32),
-  back=np.array([[1, 1, 1, 0], [0, 1, -1, 1]], np.float32),
+
+IDENTITY = _transform([[1]], [[1]], [[1]])
+F2 = _transform(
+  [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
+  [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], [[1, 1, 1, 0], [0, 1, -1, 1]]
 )
-
-F4 = Transform(
-  input=np.array(
-    [
-      [4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
-      [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]
-    ],
-    np.float32,
-  ),
-  kernel=np.array(
-    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float32
-  )
-  / 24,
-  back=np.array(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32
-  ),
+_KERNEL_24 = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
+F4 = _transform(
+  [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+   [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
+  np.array(_KERNEL_24, np.float32) / 24,
+  [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 )
 
 
 class Tiling(NamedTuple):
   """How a volume [B, D, H, W] is cut: transforms and numbers of tiles along D, H, W."""
 
-  transforms: tuple[Transform, Transform, Transform]
-  tiles: Triple
+  transforms: tuple[Transform, ...]
+  tiles: tuple[int, ...]
 
 
 def tiling(shape: Sequence[int], kernel: Sequence[int]) -> Tiling:
@@ -79,7 +67,7 @@ def tiling(shape: Sequence[int], kernel: Sequence[int]) -> Tiling:
     IDENTITY if k == 1 else (F2 if size <= 2 else F4) for size, k in zip(shape, kernel, strict=True)
   )
   tiles = tuple(-(-size // t.outputs) for size, t in zip(shape, transforms, strict=True))
-  return Tiling(transforms, tiles)  # type: ignore[arg-type]
+  return Tiling(transforms, tiles)
 
 
 def _blocks(x_BDHWC: Array, cut: Tiling, overlap: bool) -> Array:
@@ -105,11 +93,12 @@ def _transform_tiles(x: Array, matrices: list[np.ndarray], cut: Tiling) -> Array
   x = (jnp.asarray(matrices[0]) @ x.reshape(x.shape[0], -1)).reshape(
     depth, height // th.outputs, th.outputs, width // tw.outputs, tw.outputs, channels
   )
-  parts = []
-  for p in range(matrices[1].shape[1]):
-    for q in range(matrices[2].shape[1]):
-      a, b = p // th.outputs, q // tw.outputs
-      parts.append(x[:, a : a + rows, p % th.outputs, b : b + columns, q % tw.outputs])
+
+  def part(p: int, q: int) -> Array:
+    a, b = p // th.outputs, q // tw.outputs
+    return x[:, a : a + rows, p % th.outputs, b : b + columns, q % tw.outputs]
+
+  parts = [part(p, q) for p, q in np.ndindex(matrices[1].shape[1], matrices[2].shape[1])]
   # Both in-plane axes in one product: XLA:CPU is slow where few rows are transformed.
   plane = jnp.asarray(np.kron(matrices[1], matrices[2]))
   y = plane @ jnp.stack(parts).reshape(len(parts), -1)
@@ -175,14 +164,10 @@ def winograd_conv3d(x_BDHWC: Array, kernel: Array) -> Array:
   return _forward(x_BDHWC, kernel)
 
 
-def _vjp_forward(x_BDHWC: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-  return _forward(x_BDHWC, kernel), (x_BDHWC, kernel)
-
-
 def _vjp_backward(saved: tuple[Array, Array], dy_BDHWC: Array) -> tuple[Array, Array]:
   x_BDHWC, kernel = saved
   dx = _forward(dy_BDHWC, kernel[::-1, ::-1, ::-1].swapaxes(3, 4))
   return dx, _kernel_gradient(x_BDHWC, dy_BDHWC, kernel.shape[:3])
 
 
-winograd_conv3d.defvjp(_vjp_forward, _vjp_backward)
+winograd_conv3d.defvjp(lambda x, kernel: (_forward(x, kernel), (x, kernel)), _vjp_backward)
