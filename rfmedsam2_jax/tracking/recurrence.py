@@ -13,16 +13,7 @@ from typing import Generic, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn import (
-  ABSENT_LOGIT,
-  SAM2,
-  Decoded,
-  ImageFeatures,
-  MemorySlots,
-  Prompts,
-  apply,
-  no_prompts,
-)
+from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, Prompts, apply, no_prompts
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn.layers import A, AnyArray, Array, Params
 
@@ -60,7 +51,7 @@ def decode_cells(
     multimask: the mask with the highest predicted IoU of three, and its pointer.
     dynamic_multimask: without `multimask`, the same where the single mask is unstable.
   """
-  decoded: Decoded = apply(
+  decoded = apply(
     model.config, params, conditioned, high_res, prompts, method="decode",
     multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
   )
@@ -85,11 +76,10 @@ def cells_of_masks(
 
   The pointer comes from the decoder on features without `no_mem_embed` (sam2_base.py:440).
   """
-  count = masks_NSS.shape[0]
+  count, side = masks_NSS.shape[0], 4 * model.config.grid
   prompt = apply(model.config, params, masks_NSS, method="mask_prompt")
   prompts = no_prompts(count)._replace(mask=prompt)
   decoded = decode_cells(model, params, features.embedding, features.high_res, prompts)
-  side = 4 * model.config.grid
   logits = _MASK_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
   logits = jax.image.resize(logits, (count, side, side), "linear", antialias=True)
   present = jnp.any(masks_NSS > 0, axis=(1, 2))
@@ -107,13 +97,13 @@ def remember_cells(
   """Memory maps [N, G, G, mem_dim] of cells; absent objects are remembered as masks of -1024.
 
   Args:
-    embedding: [N, G, G, C], of the cells' slices.
-    logits: [N, 4G, 4G]. presence: [N], positive where the object is.
+    embedding: [N, G, G, C], of the cells' slices. logits: [N, 4G, 4G].
+    presence: [N], positive where the object is.
     binarize: SAM 2 does so on slices that a person prompted.
   """
-  logits, present = gated_logits(logits, presence), presence > 0
   return apply(
-    model.config, params, embedding, logits, present, method="remember", binarize=binarize
+    model.config, params, embedding, gated_logits(logits, presence), presence > 0,
+    method="remember", binarize=binarize,
   )
 
 
@@ -146,9 +136,8 @@ def sweep(
 
   Args:
     bank: of N tracks; conditioning slices are already in it.
-    features: leading axis L.
+    features: leading axis L. prompts, bias: leading axes [L, N].
     multimask: see `decode_cells`.
-    prompts, bias: leading axes [L, N]; none by default.
 
   Returns:
     The bank, and Cells [L, N]; those that were not run hold logits and presence of -1024.
@@ -163,16 +152,12 @@ def sweep(
     at = jnp.full(tracks, number, jnp.int32)
 
     def advance(bank):
-      slots: MemorySlots = memory.read(bank, at, course.depth, course.reverse)
+      slots = memory.read(bank, at, course.depth, course.reverse)
       conditioned = apply(model.config, params, here.embedding, slots, method="condition")
       tokens = no_prompts(tracks) if prompted is None else prompted
-      cells = decode_cells(
-        model, params, conditioned, here.high_res, tokens, multimask, bias=added
-      )
+      cells = decode_cells(model, params, conditioned, here.high_res, tokens, multimask, bias=added)
       maps = remember_cells(model, params, embedding, cells.logits, cells.presence)
-      bank = memory.add_recent(
-        bank, running, maps, cells.pointer, at, course.start, course.reverse
-      )
+      bank = memory.add_recent(bank, running, maps, cells.pointer, at, course.start, course.reverse)
       return bank, jax.tree.map(functools.partial(_where, running), cells, none())
 
     # Where no track runs there is nothing to do, and nothing is done.
@@ -198,11 +183,10 @@ def no_cells(model: SAM2, shape: tuple[int, ...]) -> Cells[Array]:
 class TrackInputs(NamedTuple):
   """N tracks over Z slices (padding included), each from a slice of its own.
 
-  prompts: Prompts with leading axes [N, Z].
+  prompts, bias: leading axes [N, Z].
   start: int32 [N], the conditioning slice that the track starts from; decoded without memory.
   active: bool [N, Z], cells to run; the others are neither segmented nor remembered.
   depth: int32, true depth of the volume, for the positions of pointers.
-  bias: leading axes [N, Z], or None.
   """
 
   prompts: Prompts
@@ -217,26 +201,21 @@ def track(
 ) -> Cells[Array]:
   """Follows N objects whose every slice may have prompts, with mask token 0 alone.
 
-  The recurrence of the `stream` stages of refinement: all slices' features are at hand, and no
-  mask is binarised.
-
-  Args:
-    features: leading axis Z.
+  The recurrence of the `stream` stages of refinement: all slices' features (leading axis Z) are at
+  hand, and no mask is binarised.
 
   Returns:
     Cells [N, Z]; those that are not active have logits of -1024 and presence -1024.
   """
   tracks, depth_padded = inputs.active.shape
-  config, start = model.config, jnp.asarray(inputs.start)
-  which = jnp.arange(tracks)
+  config, start, which = model.config, jnp.asarray(inputs.start), jnp.arange(tracks)
   first = jax.tree.map(lambda x: x[start], features)
   prompts, bias = jax.tree.map(lambda x: x[which, start], (inputs.prompts, inputs.bias))
   conditioned = apply(config, params, first.embedding, method="unconditioned")
   begun = decode_cells(model, params, conditioned, first.high_res, prompts, bias=bias)
   maps = remember_cells(model, params, first.embedding, begun.logits, begun.presence)
-  bank = memory.empty_bank(
-    tracks, 1, config.grid, config.mem_dim, config.d_model, config.compute_dtype
-  )
+  sizes = config.grid, config.mem_dim, config.d_model
+  bank = memory.empty_bank(tracks, 1, *sizes, config.compute_dtype)
   bank = memory.add_conditioning(
     bank, jnp.zeros(tracks, jnp.int32), jnp.ones(tracks, bool), maps, begun.pointer, start
   )
