@@ -27,12 +27,6 @@ class Fused(NamedTuple):
   winning: np.ndarray
 
 
-def cell_logits(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray]:
-  """Slices [n] that the stage ran for an organ, and their logits float32 [n, 4G, 4G]."""
-  mine = result.cells[:, 0] == organ
-  return result.cells[mine, 1], result.logits[mine].astype(np.float32)
-
-
 def blended(
   generator: np.ndarray, seen: np.ndarray, result: StageResult | None, organ: int,
   config: RefinementConfig, resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
@@ -43,34 +37,31 @@ def blended(
     generator: [D, H, W], the generator's log-odds of this organ. They stand where no cell was run.
     seen: [D, 4G, 4G], the same as the first stage saw them.
     result: of a stage, or None for the generator alone.
-    config: its `generator_weight` is the share of the generator where a cell was run; with `fusion:
-      changes`, what the stages changed of `seen` is added to the generator's own log-odds, instead
-      of the masks replacing them.
+    config: says how the generator counts where a cell was run.
     resize: linear resize of [n, h, w] to [n, H, W], half-pixel centres.
 
   Returns:
     float32 [D, H, W].
   """
   probability = expit(generator.astype(np.float32))
-  if result is None:
+  if result is None or organ not in result.cells[:, 0]:
     return probability
-  slices, logits = cell_logits(result, organ)
-  if len(slices):
-    if config.fusion == "masks":
-      refined = resize(expit(logits), generator.shape[1:])
-    else:
-      limit = config.stages[0].residual_limit
-      # Absence (-1024) still outweighs any vote for presence after this.
-      change = np.maximum(logits, -2.5 * limit) - _limited(seen[slices], limit)
-      refined = expit(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
-    weight = config.generator_weight
-    probability[slices] = weight * probability[slices] + (1 - weight) * refined
+  mine = result.cells[:, 0] == organ
+  slices, logits = result.cells[mine, 1], result.logits[mine].astype(np.float32)
+  if config.fusion == "masks":
+    refined = resize(expit(logits), generator.shape[1:])
+  else:
+    limit = config.stages[0].residual_limit
+
+    def limited(x: np.ndarray) -> np.ndarray:  # as far as a residual stage sees them
+      return np.clip(x.astype(np.float32), -limit, limit)
+
+    # Absence (-1024) still outweighs any vote for presence after this.
+    change = np.maximum(logits, -2.5 * limit) - limited(seen[slices])
+    refined = expit(limited(generator[slices]) + resize(change, generator.shape[1:]))
+  weight = config.generator_weight
+  probability[slices] = weight * probability[slices] + (1 - weight) * refined
   return probability
-
-
-def _limited(logits: np.ndarray, limit: float) -> np.ndarray:
-  # As far as a residual stage sees them.
-  return np.clip(logits.astype(np.float32), -limit, limit)
 
 
 def fuse(
@@ -84,14 +75,13 @@ def fuse(
     sources: one per run; their probabilities are averaged.
     output_values: label of each organ. shape: of the label map.
     threshold: a voxel with no organ above it is background.
-    exclusive: taken as a softmax's: background is whatever they leave, and the largest share wins
-      even below the threshold.
+    exclusive: background is whatever the organs leave of 1, and the largest share wins even below
+      the threshold.
     regions: structures may overlap; later ones are written over earlier ones (nnU-Net's
       regions_class_order).
     watch: takes every organ and its averaged probability, float32 [D, H, W], one after the other.
   """
-  largest = max(output_values, default=0)
-  labels = np.zeros(shape, np.uint8 if largest < 256 else np.uint16)
+  labels = np.zeros(shape, np.uint8 if max(output_values, default=0) < 256 else np.uint16)
   best = np.zeros(shape, np.float32)
   total = np.zeros(shape, np.float32) if exclusive and not regions else None
   for organ, value in enumerate(output_values):
@@ -102,13 +92,12 @@ def fuse(
       probability = probability / np.float32(len(sources))
     watch(organ, probability)
     if regions:
-      inside = probability > threshold
-      labels[inside] = value
-      np.copyto(best, probability, where=inside)
-      continue
-    if total is not None:
+      better = probability > threshold
+    elif total is not None:
       total += probability
-    better = probability > (best if total is not None else np.maximum(best, threshold))
+      better = probability > best
+    else:
+      better = probability > np.maximum(best, threshold)
     labels[better] = value
     np.copyto(best, probability, where=better)
   if total is not None:

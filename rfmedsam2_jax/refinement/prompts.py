@@ -14,10 +14,6 @@ import jax.numpy as jnp
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn.adapters import MASK_LIMIT
 from rfmedsam2_jax.nn.layers import A, Array
-from rfmedsam2_jax.refinement.config import StageConfig
-
-# Log-odds of a structure where the stage before saw it, and where not: gaps outnumber islands.
-RESIDUAL_PRESENT, RESIDUAL_ABSENT = 4.0, -2.0
 
 
 class CellPrompts(NamedTuple, Generic[A]):
@@ -70,7 +66,7 @@ def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
 
   Args:
     masks: bool [..., H, W]. side: S.
-    margin: added on every side, in pixels of the S x S image; the result is clipped to it.
+    margin: added on every side, in pixels of the S x S image, to which the result is clipped.
 
   Returns:
     boxes: float32 [..., 4], x0 y0 x1 y1 as inclusive pixel indices; zeros where a mask is empty.
@@ -92,11 +88,7 @@ def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
 def live_cells(present: A, margin: int) -> A:
   """Cells that a stage runs: those with the organ, and `margin` slices beyond on both sides.
 
-  Args:
-    present: bool [..., D].
-
-  Returns:
-    bool [..., D].
+  Both bool [..., D].
   """
   xp: Any = present.__array_namespace__()
   depth = present.shape[-1]
@@ -123,8 +115,7 @@ def nearby_logits(logits: A, presence: A, inside: A) -> A:
 
 def anchor_score(presence: Array, logits: Array) -> Array:
   """Presence times mean foreground probability, float32 [...], of logits [..., h, w]."""
-  probability = jax.nn.sigmoid(logits)
-  inside = logits > 0
+  probability, inside = jax.nn.sigmoid(logits), logits > 0
   mean = jnp.sum(probability * inside, (-2, -1)) / jnp.maximum(jnp.sum(inside, (-2, -1)), 1)
   return presence * mean
 
@@ -140,25 +131,9 @@ def next_prompts(
   logits, presence = jax.lax.stop_gradient((logits, presence))
   boxes, filled = scaled_boxes(logits > 0, side, box_margin)
   present = filled & (presence > 0)
-  cells = logits.shape[0]
   return CellPrompts(
     logits=jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT),
     presence=jnp.where(present, jax.nn.sigmoid(presence), 0.0),
-    boxes=boxes,
-    has_box=present,
-    has_mask=present,
-    points=jnp.zeros((cells, 0, 2)),
-    point_labels=jnp.zeros((cells, 0), jnp.int32),
+    boxes=boxes, has_box=present, has_mask=present,
+    points=jnp.zeros((len(logits), 0, 2)), point_labels=jnp.zeros((len(logits), 0), jnp.int32),
   )
-
-
-def residual_of(cells: CellPrompts[Array], stage: StageConfig) -> tuple[Array, Array]:
-  """What a stage adds to what it decodes: mask logits [N, 4G, 4G] and presence logits [N].
-
-  Zeros unless `stage.residual`; the mask is left out where it is no prompt either.
-  """
-  if not stage.residual:
-    return jnp.zeros_like(cells.logits), jnp.zeros_like(cells.presence)
-  shown = (cells.has_mask & stage.mask)[:, None, None]
-  mask = jnp.where(shown, jnp.clip(cells.logits, -stage.residual_limit, stage.residual_limit), 0.0)
-  return mask, jnp.where(cells.presence > 0, RESIDUAL_PRESENT, RESIDUAL_ABSENT)

@@ -22,24 +22,11 @@ from rfmedsam2_jax.base.progress import Passing, Progress, Report, below, compil
 from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
+from rfmedsam2_jax.refinement import prompts as prompts_lib
 from rfmedsam2_jax.refinement import stages as stages_lib
-from rfmedsam2_jax.refinement.cell_batches import (
-  SliceTable,
-  batches,
-  bucket,
-  joined,
-  on_host,
-  padded,
-  table,
-)
+from rfmedsam2_jax.refinement.cell_batches import SliceTable, batches, bucket, joined, padded, table
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
-from rfmedsam2_jax.refinement.prompts import (
-  CellPrompts,
-  anchor_score,
-  live_cells,
-  nearby_logits,
-  next_prompts,
-)
+from rfmedsam2_jax.refinement.prompts import CellPrompts
 from rfmedsam2_jax.tracking import Cells
 from rfmedsam2_jax.tracking.recurrence import remember_cells
 
@@ -82,18 +69,6 @@ class StageResult(NamedTuple):
   has_box: np.ndarray
 
 
-class Batch(NamedTuple):
-  """Cells that run together.
-
-  rows: int32 [N], of the cells' slices in the table of features. prompts: CellPrompts [N].
-  slots: the memories that they read; None where none are read.
-  """
-
-  rows: np.ndarray
-  prompts: CellPrompts[np.ndarray]
-  slots: stages_lib.CellSlots[np.ndarray] | None = None
-
-
 def _of_rows(features: ImageFeatures, rows: Any) -> ImageFeatures:
   return jax.tree.map(lambda x: x[rows], features)
 
@@ -102,13 +77,9 @@ def _remember_rows(model, params, embedding, rows, cells):
   return remember_cells(model, params, embedding[rows], cells.logits, cells.presence)
 
 
-def _run_rows(model, params, stage, features, memories, batch):
-  here = _of_rows(features, batch.rows)
-  if batch.slots is None:
-    return stages_lib.decode_alone(model, params, stage, here, batch.prompts)
-  return stages_lib.refine_cells(
-    model, params, stage, here, batch.prompts, memories, batch.slots
-  )
+def _run_rows(model, params, stage, features, memories, rows, cells, slots):
+  here = _of_rows(features, rows)
+  return stages_lib.refine_cells(model, params, stage, here, cells, memories, slots)
 
 
 # Compiled once per (model, stage): both are hashable and static. Parameters and stores, of features
@@ -117,8 +88,8 @@ _remember = spread(_remember_rows, static=[0], whole=[1, 2])
 _run = spread(_run_rows, static=[0, 2], whole=[1, 3, 4])
 _track = jax.jit(tracking.track, static_argnums=0)
 _bias = jax.jit(stages_lib.bias_of, static_argnums=(0, 2))
-_next = jax.jit(next_prompts, static_argnums=(2, 3))
-_score = jax.jit(anchor_score)
+_next = jax.jit(prompts_lib.next_prompts, static_argnums=(2, 3))
+_score = jax.jit(prompts_lib.anchor_score)
 _slots = jax.jit(stages_lib.grid_slots, static_argnums=(0, 5))
 
 
@@ -150,8 +121,8 @@ class StageRun:
 
   def gathered(self, organ: np.ndarray, at: np.ndarray) -> CellPrompts[np.ndarray]:
     """What is known of cells; enough for memories and scores."""
-    names = (name for name in CellPrompts._fields if name != "nearby")
-    cells = CellPrompts(**{name: getattr(self.prompts, name)[organ, at] for name in names})
+    # The fields of both start alike.
+    cells = CellPrompts(*(x[organ, at] for x in self.prompts[: len(CellPrompts._fields) - 1]))
     return cells._replace(logits=cells.logits.astype(np.float32))
 
   def to_decode(self, organ: np.ndarray, at: np.ndarray) -> CellPrompts[np.ndarray]:
@@ -163,7 +134,8 @@ class StageRun:
     inside = (around >= 0) & (around < self.depth)
     here = organ[:, None], np.clip(around, 0, self.depth - 1)
     logits = self.prompts.logits[here].astype(np.float32)
-    return cells._replace(nearby=nearby_logits(logits, self.prompts.presence[here], inside))
+    nearby = prompts_lib.nearby_logits(logits, self.prompts.presence[here], inside)
+    return cells._replace(nearby=nearby)
 
   def scored(
     self, size: int, watch: Callable[[slice, np.ndarray, CellPrompts[np.ndarray]], None]
@@ -203,10 +175,14 @@ def refine_volume(
   encoded = SliceTable(model, params, slices, config.slices_per_batch * device_count())
   organs, depth = prompts.presence.shape
   pointers = np.broadcast_to(absent, (organs, depth, model.config.d_model))
-  result = _nothing(model)
+  side, none = 4 * model.config.grid, np.zeros(0, np.float32)
+  result = StageResult(
+    np.zeros((0, 2), np.int32), np.zeros((0, side, side), np.float16), none, none,
+    np.zeros((0, 4), np.float32), np.zeros(0, bool),
+  )
   results = []
   for number, stage in enumerate(config.stages, 1):
-    live = live_cells(prompts.presence > 0, config.live_margin) | prompts.given
+    live = prompts_lib.live_cells(prompts.presence > 0, config.live_margin) | prompts.given
     if not live.any():
       results.append(result)
       continue
@@ -215,7 +191,7 @@ def refine_volume(
       model, params, config, stage, encoded, prompts, pointers, live,
       below(progress, f"stage {number}, "),
     )
-    progress(Passing(f"stage {number}: {len(run.cells)} cells on {encoded.count} slices"))
+    progress(Passing(f"stage {number}: {len(run.cells)} cells on {len(encoded.row_of)} slices"))
     outputs = _run_stream(run) if stage.memory == "stream" else _run_cells(run)
     shown = (outputs.presence > 0)[:, None, None]
     organ, at = run.cells.T
@@ -235,40 +211,27 @@ def refine_volume(
   return results
 
 
-def _nothing(model: SAM2) -> StageResult:
-  side = 4 * model.config.grid
-  none = np.zeros(0, np.float32)
-  return StageResult(
-    np.zeros((0, 2), np.int32), np.zeros((0, side, side), np.float16), none, none,
-    np.zeros((0, 4), np.float32), np.zeros(0, bool),
-  )
-
-
 def _carry_on(run: StageRun, outputs: Cells[np.ndarray]) -> VolumePrompts:
   """The next stage's prompts: from this stage's outputs where it ran; no organ elsewhere."""
-  prompts, config = run.prompts, run.config
-  organ, at = run.cells.T
+  prompts, config, fixed = run.prompts, run.config, run.prompts.fixed_boxes
   side, margin = run.model.config.image_size, config.box_margin
   new = [
-    on_host(_next(outputs.logits[index], outputs.presence[index], side, margin))
+    jax.device_get(_next(outputs.logits[index], outputs.presence[index], side, margin))
     for _, index in batches(len(run.cells), config.cells_per_batch)
   ]
-  cell: CellPrompts[np.ndarray] = joined(new, len(run.cells))
-  presence = np.zeros_like(prompts.presence)
-  has_mask = np.zeros_like(prompts.has_mask)
-  has_box = prompts.has_box & prompts.fixed_boxes
-  boxes = prompts.boxes.copy()
-  logits = prompts.logits
-  presence[organ, at] = cell.presence
-  has_mask[organ, at] = cell.has_mask
-  logits[organ, at] = cell.logits
-  free = ~prompts.fixed_boxes[organ, at]
-  boxes[organ[free], at[free]] = cell.boxes[free]
-  has_box[organ[free], at[free]] = cell.has_box[free]
-  presence = np.where(prompts.fixed_boxes, prompts.presence, presence)
-  has_mask &= presence > 0
+  cells: CellPrompts[np.ndarray] = joined(new, len(run.cells))
+
+  def ran(values: np.ndarray) -> np.ndarray:
+    grid = np.zeros((*run.live.shape, *values.shape[1:]), values.dtype)
+    grid[run.live] = values
+    return grid
+
+  prompts.logits[run.live] = cells.logits
+  presence = np.where(fixed, prompts.presence, ran(cells.presence))
   return prompts._replace(
-    logits=logits, presence=presence, boxes=boxes, has_box=has_box, has_mask=has_mask
+    presence=presence, has_mask=ran(cells.has_mask) & (presence > 0),
+    boxes=np.where((run.live & ~fixed)[..., None], ran(cells.boxes), prompts.boxes),
+    has_box=np.where(fixed, prompts.has_box, ran(cells.has_box)),
   )
 
 
@@ -276,8 +239,7 @@ def _run_cells(run: StageRun) -> Cells[np.ndarray]:
   """`neighbours` and `none`: every cell for itself, given the previous stage."""
   size = run.config.cells_per_batch * device_count()
   count, (organ, at) = len(run.cells), run.cells.T
-  rows = run.encoded.rows(at)
-  total = bucket(count, size)
+  rows, total = run.encoded.rows(at), bucket(count, size)
   program = run.model, run.stage, size, total, run.encoded.room
   new = compiling("the network", _run, program, run.report)
   memories, slots_of = None, None
@@ -286,11 +248,10 @@ def _run_cells(run: StageRun) -> Cells[np.ndarray]:
   progress, outputs = Progress("cells", run.report, new), []
   for where, index in batches(count, size):
     progress(where.start, count)
-    batch = Batch(
-      rows[index], run.to_decode(organ[index], at[index]), slots_of and slots_of(index)
-    )
-    out = _run(run.model, run.params, run.stage, run.encoded.features, memories, batch)
-    outputs.append(on_host(out))
+    outputs.append(jax.device_get(_run(
+      run.model, run.params, run.stage, run.encoded.features, memories, rows[index],
+      run.to_decode(organ[index], at[index]), slots_of and slots_of(index),
+    )))
   return joined(outputs, count)
 
 
@@ -309,15 +270,14 @@ def _remembered(
   def remember(where: slice, index: np.ndarray, batch: CellPrompts[np.ndarray]) -> None:
     progress(where.start, len(run.cells))
     embedding = run.encoded.features.embedding
-    remembered = _remember(run.model, run.params, embedding, rows[index], batch)
-    maps.append(on_host(remembered))
+    maps.append(jax.device_get(_remember(run.model, run.params, embedding, rows[index], batch)))
 
   scores = run.scored(size, remember)
   # Padded, so that volumes of similar depth share a compilation; padding is not live.
   deep = [(0, 0), (0, -run.depth % DEPTH_BUCKET)]
   grids = (np.pad(x, deep) for x in (run.live, scores, run.prompts.given))
   max_given = int(run.prompts.given.sum(axis=1).max())
-  slots, positions = on_host(_slots(run.stage, *grids, run.depth, max_given))
+  slots, positions = jax.device_get(_slots(run.stage, *grids, run.depth, max_given))
   # Where a cell's memory lies in the table of memories; empty slots point at row 0.
   place = np.zeros(run.live.shape, np.int32)
   place[organ, at] = np.arange(len(run.cells))
