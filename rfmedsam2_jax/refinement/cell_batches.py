@@ -1,7 +1,6 @@
 """What refinement.refine gathers cells from: features of slices, and rows in batches of fixed size.
 
-Shapes are few: batches have one size, and tables grow by doubling, so that volumes share
-compilations.
+Batches have one size, and tables grow by doubling, so that volumes share compilations.
 """
 
 import functools
@@ -32,11 +31,10 @@ def padded(array: np.ndarray, count: int) -> np.ndarray:
   return np.pad(array, [(0, count - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
 
-def batches(count: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+def batches(count: int, size: int) -> Iterator[np.ndarray]:
   """Index batches of fixed size; the last one repeats its last index."""
   for first in range(0, count, size):
-    stop = min(first + size, count)
-    yield slice(first, stop), padded(np.arange(first, stop), size)
+    yield padded(np.arange(first, min(first + size, count)), size)
 
 
 def joined(parts: list[Any], count: int) -> Any:

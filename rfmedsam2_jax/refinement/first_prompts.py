@@ -15,12 +15,8 @@ from rfmedsam2_jax.refinement.refine import VolumePrompts
 
 
 def generated(logits: np.ndarray, boxes: np.ndarray, present: np.ndarray) -> VolumePrompts:
-  """Stage-0 prompts of the generator.
-
-  Args:
-    logits: float16 [K, D, 4G, 4G]. boxes: float32 [K, D, 4] in pixels of the S x S image, of the
-      arg-max masks. present: bool [K, D].
-  """
+  """Stage-0 prompts of the generator, from its logits float16 [K, D, 4G, 4G], and from the boxes
+  float32 [K, D, 4] (pixels of the S x S image) and presence bool [K, D] of its arg-max masks."""
   cells = present.shape
   return VolumePrompts(
     logits, present.astype(np.float32), boxes.astype(np.float32), has_box=present.copy(),
@@ -36,10 +32,8 @@ def with_oracle(
   """Presence and boxes from the truth in every stage; masks stay the generator's, inside the box.
 
   No mask of the truth is shown to the network. Where the generator found nothing inside a true
-  box, the first prompt is the box alone.
-
-  Args:
-    truth_boxes: float32 [K, D, 4] in pixels of the S x S image. truth_present: bool [K, D].
+  box, the first prompt is the box alone. Boxes are float32 [K, D, 4] in pixels of the S x S image,
+  presence is bool [K, D].
   """
   logits = _inside_boxes(prompts.logits, truth_boxes, side)
   return prompts._replace(
@@ -69,8 +63,7 @@ def with_given(
 ) -> VolumePrompts:
   """The generator's prompts, corrected on some cells by a person; these also become anchors.
 
-  Args:
-    mask_side: 4G. resize: antialiased linear resize of [n, H, W] to [n, 4G, 4G].
+  `resize` is an antialiased linear resize of [n, H, W] to [n, 4G, 4G], where `mask_side` is 4G.
   """
   clicks = collections.Counter((p.organ, p.slice) for p in given for _ in p.points)
   cells, most = prompts.presence.shape, max(clicks.values(), default=0)

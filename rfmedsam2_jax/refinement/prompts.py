@@ -1,9 +1,7 @@
 """Prompts from masks: presence, box and mask prompt of each cell, from the logits before a stage.
 
 A cell is one (organ, slice) pair; arrays over cells lead with [K, D] or, gathered, with [N].
-In: the generator's logits, or those of a stage (refinement.stages). Out: `CellPrompts`, which
-refinement.stages turns into the prompts and memories of the next stage. What is also used on the
-host (boxes, live cells) takes numpy arrays as well as JAX ones.
+What is also used on the host (boxes, live cells) takes numpy arrays as well as JAX ones.
 """
 
 from typing import Any, Generic, NamedTuple
@@ -38,14 +36,11 @@ class CellPrompts(NamedTuple, Generic[A]):
 
 
 def stage0_logits(logits: Array, regions: bool) -> Array:
-  """Per-organ mask logits of the generator.
+  """Log-odds of organs by the generator, float [..., K]: logit_k - logsumexp(others) within +-32.
 
   Args:
-    logits: float [..., K + 1] with background first, or [..., K] where structures are regions that
-      may overlap.
-
-  Returns:
-    float [..., K]: the log-odds of organ k, logit_k - logsumexp(others), clamped to +-32.
+    logits: float [..., K + 1] with background first, or [..., K] where structures are `regions`,
+      which may overlap.
   """
   if regions:
     return jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)
@@ -86,10 +81,7 @@ def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
 
 
 def live_cells(present: A, margin: int) -> A:
-  """Cells that a stage runs: those with the organ, and `margin` slices beyond on both sides.
-
-  Both bool [..., D].
-  """
+  """Cells [..., D] that a stage runs: those with the organ, and `margin` slices on both sides."""
   xp: Any = present.__array_namespace__()
   depth = present.shape[-1]
   padded = xp.pad(present, [(0, 0)] * (present.ndim - 1) + [(margin, margin)])
@@ -98,14 +90,11 @@ def live_cells(present: A, margin: int) -> A:
 
 
 def nearby_logits(logits: A, presence: A, inside: A) -> A:
-  """Mask logits of slices around a cell as a MaskAdapter takes them.
+  """Mask logits around a cell for a MaskAdapter: within +-8, -8 where absent, 0 without a slice.
 
   Args:
-    logits: float32 [..., R, 4G, 4G], of the cell and the slices on either side of it.
+    logits: float32 [..., R, 4G, 4G], of the cell and the slices on either side, as the result is.
     presence: float32 [..., R]. inside: bool [..., R], False for slices that are not there.
-
-  Returns:
-    float32 [..., R, 4G, 4G] within +-8: -8 where the organ is absent, 0 where there is no slice.
   """
   xp: Any = logits.__array_namespace__()
   limited = xp.clip(logits, -MASK_LIMIT, MASK_LIMIT)
@@ -120,16 +109,13 @@ def anchor_score(presence: Array, logits: Array) -> Array:
   return presence * mean
 
 
-def next_prompts(
-  logits: Array, presence: Array, side: int, box_margin: float
-) -> CellPrompts[Array]:
+def next_prompts(logits: Array, presence: Array, side: int, margin: float) -> CellPrompts[Array]:
   """Prompts for the next stage from the outputs of this one; no gradient flows through them.
 
-  Args:
-    logits: float32 [N, 4G, 4G], ungated. presence: float32 [N], logit.
+  `logits` are float32 [N, 4G, 4G], ungated, `presence` logits float32 [N].
   """
   logits, presence = jax.lax.stop_gradient((logits, presence))
-  boxes, filled = scaled_boxes(logits > 0, side, box_margin)
+  boxes, filled = scaled_boxes(logits > 0, side, margin)
   present = filled & (presence > 0)
   return CellPrompts(
     logits=jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT),

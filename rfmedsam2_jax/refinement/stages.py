@@ -1,11 +1,8 @@
 """One stage of refinement: remember the previous stage's masks, condition, decode.
 
 A stage only needs what the previous stage said, so its cells are independent of each other: N of
-them are one batched call. In training the cells of a run are all there at once (`all_stages_on_grid`);
-at prediction refinement.refine gathers live cells into batches of fixed size.
-
-In: features and `CellPrompts`. Out: `Cells`, from which refinement.prompts makes the next
-stage's prompts and refinement.fusion the label map.
+them are one batched call. In: features and `CellPrompts`. Out: `Cells`, from which
+refinement.prompts makes the next stage's prompts and refinement.fusion the label map.
 """
 
 from collections.abc import Callable
@@ -151,14 +148,11 @@ def grid_slots(
   stage: StageConfig, live: Array, score: Array, given: Array, depth: Array | int,
   max_given: int = 0, inside: Array | None = None,
 ) -> tuple[memory.SlotTable, Array]:
-  """Which slices every cell of a [T, Z] grid of tracks and slices remembers.
+  """What every cell of a [T, Z] grid of tracks and slices remembers: SlotTable, pointer positions.
 
   Args:
-    live, given: bool [T, Z]. score: float32 [T, Z], see `anchor_score`.
-    depth: true depth of the volume, scalar or [T]. inside: bool [T, Z].
-
-  Returns:
-    SlotTable [T, Z, M], pointer positions float32 [T, Z, M].
+    live, given, inside: bool [T, Z]. score: float32 [T, Z], see `anchor_score`.
+    depth: true depth of the volume, scalar or [T].
   """
   anchors = memory.anchor_slices(score, live, given, stage.anchors, max_given)
   table = memory.neighbour_slots(live, stage.reach, *anchors, inside)
@@ -187,9 +181,8 @@ def all_stages_on_grid(
   def run(stage: StageConfig, cells: CellPrompts[Array], runs: Runs, live: Array) -> Cells[Array]:
     nonlocal pointers
     here = jax.tree.map(runs.of_cells, features)
-    if stage.memory == "none":
-      outputs = refine_cells(model, params, stage, here, cells)
-    else:
+    memories, slots = None, None
+    if stage.memory != "none":
       score = prompts_lib.anchor_score(cells.presence, cells.logits).reshape(live.shape)
       given = jnp.zeros(live.shape, bool)
       table, positions = grid_slots(stage, live, score, given, runs.depth, inside=runs.inside)
@@ -200,12 +193,12 @@ def all_stages_on_grid(
       if pointers is None:
         pointers = jnp.zeros((live.size, here.embedding.shape[-1]), maps.dtype)
       memories = Memories(maps, pointers)
-      outputs = refine_cells(model, params, stage, here, cells, memories, slots)
+    outputs = refine_cells(model, params, stage, here, cells, memories, slots)
     absent = params["no_obj_ptr"].reshape(-1).astype(outputs.pointer.dtype)
     pointers = jnp.where(live.reshape(-1, 1), outputs.pointer, absent)
     return outputs
 
-  return _one_after_the_other(model, config, cells, (inside, depth), run)
+  return _one_after_the_other(model, config, cells, inside, depth, run)
 
 
 def masks_on_grid(
@@ -224,20 +217,16 @@ def masks_on_grid(
     bias = bias_of(model, params, stage, runs.of_cells(pixels), cells)
     return Cells(bias.mask, nothing, bias.presence, nothing[:, None])
 
-  return _one_after_the_other(model, config, cells, (inside, depth), run)
+  return _one_after_the_other(model, config, cells, inside, depth, run)
 
 
 def _one_after_the_other(
-  model: SAM2, config: RefinementConfig, cells: CellPrompts[Array], volume: tuple[Array, Array],
+  model: SAM2, config: RefinementConfig, cells: CellPrompts[Array], inside: Array, depth: Array,
   run: Callable[[StageConfig, CellPrompts[Array], Runs, Array], Cells[Array]],
 ) -> list[tuple[Cells[Array], Array]]:
-  """Runs the stages, each on the prompts that the one before makes, as at prediction.
-
-  Args:
-    volume: `inside` and `depth` of runs. run: gives the cells of one stage.
-  """
-  tracks = len(cells.presence) // volume[0].size
-  runs = Runs(*(jnp.repeat(x, tracks, axis=0) for x in volume))
+  """Runs the stages by `run`, each on the prompts that the one before makes, as at prediction."""
+  tracks = len(cells.presence) // inside.size
+  runs = Runs(*(jnp.repeat(x, tracks, axis=0) for x in (inside, depth)))
   adapters, results = model.config.adapters, []
   for stage in config.stages:
     # What a stage says of padding must not make slices of the volume live.

@@ -1,7 +1,6 @@
 """Conditioning cells of a tracked volume: what a person prompted, decoded and remembered.
 
-In: `SlicePrompt`s, and for corrections the `Tracks` so far. Out: `Prompted` cells, from which
-tracking.tracker follows.
+In: `SlicePrompt`s, and for corrections the `Tracks` so far. Out: `Prompted` cells.
 """
 
 import dataclasses
@@ -24,9 +23,8 @@ from rfmedsam2_jax.tracking.tracks import AllPrompted, Prompted, TrackingConfig,
 
 
 def _with_map(model, params, features, cells):
-  return cells, recurrence.remember_cells(
-    model, params, features.embedding, cells.logits, cells.presence, binarize=True
-  )
+  remembered = features.embedding, cells.logits, cells.presence
+  return cells, recurrence.remember_cells(model, params, *remembered, binarize=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
@@ -59,12 +57,8 @@ class PromptDecoder:
   depth: int
 
   def __call__(self, prompts: Sequence[SlicePrompt], tracks: Tracks | None = None) -> AllPrompted:
-    """Prompted cells, in batches of one kind each.
-
-    Args:
-      tracks: that are corrected, on slices that were followed: with memories and the mask found
-        there. None: of tracks that begin, without memory.
-    """
+    """Prompted cells, of `tracks` that are corrected on slices that were followed, with memories
+    and the mask found there; else of tracks that begin, without memory."""
     # Corrections one at a time: a batch that is filled up would read memories for nothing.
     size = 1 if tracks else self.config.slices_per_batch
     found: AllPrompted = {}
@@ -79,8 +73,7 @@ class PromptDecoder:
           masks = np.stack([np.asarray(p.mask, np.float32) for p in batch])
           out = _take_masks(self.model, self.params, features, masks)
         else:
-          mask = _mask_of(tracks, batch[0]) if tracks else (None, None)
-          slots = self._slots(tracks, batch[0]) if tracks else None
+          *mask, slots = self._before(tracks, batch[0]) if tracks else (None, None, None)
           out = _decode_prompted(
             self.model, self.params, features, point_prompts(batch, *mask), slots,
             kind == "multimask", self.config.dynamic_multimask,
@@ -98,9 +91,15 @@ class PromptDecoder:
     ambiguous = prompt.box is None and len(prompt.labels) == 1
     return "multimask" if ambiguous and self.config.multimask else "single"
 
-  def _slots(self, tracks: Tracks, prompt: SlicePrompt) -> MemorySlots:
-    """What SAM 2 reads at a slice that is corrected."""
+  def _before(
+    self, tracks: Tracks, prompt: SlicePrompt
+  ) -> tuple[np.ndarray, np.ndarray, MemorySlots]:
+    """What SAM 2 has at a slice that is corrected: the mask, that it exists, and memories."""
     track, at = prompt.track, prompt.slice
+    found = cells_at(tracks.cells, slice(track, track + 1), at)
+    logits, present = found.logits.astype(np.float32), found.presence[:, None, None] > 0
+    # Limited as in sam2_video_predictor.py:280.
+    mask = np.clip(np.where(present, logits, -LOGIT_LIMIT), -LOGIT_LIMIT, LOGIT_LIMIT)
     sign = -1 if tracks.reverse[at] else 1  # of "behind", in the direction that it was followed in
     known = sorted((z, cell) for (other, z), cell in tracks.prompted.items() if other == track)
     # The slice itself, too, if it was prompted before.
@@ -130,20 +129,10 @@ class PromptDecoder:
     positions = np.asarray(memory.pointer_positions(jnp.array(offsets), self.depth))
     of_maps = np.stack(values), np.array(rows, np.int32), np.ones(len(maps), bool)
     of_pointers = np.stack(heard), positions, np.ones(len(pointers), bool)
-    return MemorySlots(
+    return mask.astype(np.float32), np.ones(1, bool), MemorySlots(
       *(padded(x, memory.RECENT_SLOTS) for x in of_maps),
       *(padded(x, memory.POINTER_SLOTS) for x in of_pointers),
     )
-
-
-def _mask_of(tracks: Tracks, prompt: SlicePrompt) -> tuple[np.ndarray, np.ndarray]:
-  """The mask found before as a mask prompt, and that it exists.
-
-  SAM 2 limits it (sam2_video_predictor.py:280).
-  """
-  found = cells_at(tracks.cells, slice(prompt.track, prompt.track + 1), prompt.slice)
-  mask = np.where(found.presence[:, None, None] > 0, found.logits.astype(np.float32), -LOGIT_LIMIT)
-  return np.clip(mask, -LOGIT_LIMIT, LOGIT_LIMIT).astype(np.float32), np.ones(1, bool)
 
 
 def power_of_two(number: int) -> int:

@@ -1,7 +1,4 @@
-"""Prompted segmentation of single images: encode once, predict for as many prompts as one likes.
-
-The functions of tracking without the scan; what SAM 2's image predictor computes.
-"""
+"""Prompted segmentation of single images, as SAM 2's image predictor: encode once, then predict."""
 
 import jax
 

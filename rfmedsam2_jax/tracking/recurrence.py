@@ -3,8 +3,6 @@
 All tracks (one object each) step together as one batch. A sweep is one `lax.scan` over a batch of
 slices whose direction is an argument, with a memory bank of fixed shape: one compiled program
 serves both directions and volumes of every depth.
-
-In: features of slices and prompts. Out: mask logits, scores and pointers per cell.
 """
 
 import functools
@@ -57,14 +55,11 @@ def decode_cells(
   )
   if multimask:
     best = jnp.argmax(decoded.ious, axis=1)[:, None]
-    decoded = decoded._replace(
-      masks=jnp.take_along_axis(decoded.masks, best[..., None, None], axis=1),
-      ious=jnp.take_along_axis(decoded.ious, best, axis=1),
-    )
+    masks = jnp.take_along_axis(decoded.masks, best[..., None, None], axis=1)
+    decoded = decoded._replace(masks=masks, ious=jnp.take_along_axis(decoded.ious, best, axis=1))
   if bias is not None:
-    decoded = decoded._replace(
-      masks=decoded.masks + bias.mask[:, None], presence=decoded.presence + bias.presence
-    )
+    masks = decoded.masks + bias.mask[:, None]
+    decoded = decoded._replace(masks=masks, presence=decoded.presence + bias.presence)
   pointer = apply(model.config, params, decoded, method="gate").pointer
   return Cells(decoded.masks[:, 0], decoded.ious[:, 0], decoded.presence, pointer)
 
@@ -84,10 +79,8 @@ def cells_of_masks(
   logits = jax.image.resize(logits, (count, side, side), "linear", antialias=True)
   present = jnp.any(masks_NSS > 0, axis=(1, 2))
   absent = params["no_obj_ptr"].reshape(1, -1).astype(decoded.pointer.dtype)
-  return Cells(
-    logits, jnp.ones(count), jnp.where(present, _MASK_LOGIT, -_MASK_LOGIT),
-    jnp.where(present[:, None], decoded.pointer, absent)
-  )
+  pointer = jnp.where(present[:, None], decoded.pointer, absent)
+  return Cells(logits, jnp.ones(count), jnp.where(present, _MASK_LOGIT, -_MASK_LOGIT), pointer)
 
 
 def remember_cells(
@@ -97,8 +90,7 @@ def remember_cells(
   """Memory maps [N, G, G, mem_dim] of cells; absent objects are remembered as masks of -1024.
 
   Args:
-    embedding: [N, G, G, C], of the cells' slices. logits: [N, 4G, 4G].
-    presence: [N], positive where the object is.
+    embedding: [N, G, G, C], of the cells' slices. logits: [N, 4G, 4G]. presence: [N].
     binarize: SAM 2 does so on slices that a person prompted.
   """
   return apply(
@@ -224,12 +216,10 @@ def track(
   outputs = no_cells(model, (tracks, depth_padded))
   outputs = jax.tree.map(lambda x, new: x.at[which, start].set(new), outputs, begun)
   for reverse in (False, True):
-    ahead = numbers < start[:, None] if reverse else numbers > start[:, None]
-    run = inputs.active & ahead
+    run = inputs.active & (numbers < start[:, None] if reverse else numbers > start[:, None])
     order = slice(None, None, -1) if reverse else slice(None)
-    here, slices, prompted = jax.tree.map(
-      lambda x, order=order: x[order], (features, numbers, by_slice)
-    )
+    sliced = features, numbers, by_slice
+    here, slices, prompted = jax.tree.map(lambda x, order=order: x[order], sliced)
     course = Course(slices, run[:, order], start, inputs.depth, jnp.asarray(reverse))
     bank, cells = sweep(model, params, bank, here, course, False, *prompted)
     cells = jax.tree.map(lambda x, order=order: jnp.swapaxes(x[order], 0, 1), cells)

@@ -1,9 +1,7 @@
 """Tracking through a volume: slices pass through the accelerator, the rest stays on the host.
 
 The accelerator holds a batch of slices and a memory bank of fixed shape, however deep the volume
-is. Features stay on the host where corrections are to come.
-
-In: slices and `SlicePrompt`s. Out: `Tracks`, or batches of them as they are made.
+is. In: slices and `SlicePrompt`s. Out: `Tracks`, or batches of them as they are made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,9 +53,7 @@ class VolumeTracker:
     )
     self._decoded = PromptDecoder(model, params, config, self._features, depth)
 
-  def track(
-    self, prompts: Sequence[SlicePrompt], arrived: Arrived = lambda cells, slices: None
-  ) -> Tracks:
+  def track(self, prompts: Sequence[SlicePrompt], arrived: Arrived = lambda *_: None) -> Tracks:
     """Follows the prompted objects in both directions.
 
     Args:
@@ -74,17 +70,15 @@ class VolumeTracker:
     return self._collected(prompted, set(prompted), None, arrived)
 
   def correct(
-    self, tracks: Tracks, prompts: Sequence[SlicePrompt],
-    arrived: Arrived = lambda cells, slices: None,
+    self, tracks: Tracks, prompts: Sequence[SlicePrompt], arrived: Arrived = lambda *_: None
   ) -> Tracks:
     """Adds prompts on any slices, seen together with what is there, and follows anew.
 
     A point or a box is decoded with the memories around its slice and with the mask that was
     found there, as SAM 2 corrects (`add_all_frames_to_correct_as_cond=True`). All other slices
-    are then followed again from the prompted ones; what was remembered of wrong masks is not kept
-    (the official predictor keeps it). An object that is new begins with these prompts. Objects
-    without one stay as they are, unless the first prompted slice of all is another now: both
-    directions set out from it, so that everything is followed again.
+    are followed again from the prompted ones; what was remembered of wrong masks is not kept (the
+    official predictor keeps it). A new object begins with these prompts. Objects without one stay
+    as they are, unless the first prompted slice of all, where both directions set out, is another.
 
     Raises:
       ValueError: as `track`.
@@ -103,12 +97,9 @@ class VolumeTracker:
     Where a slice comes again (the first prompted one, for objects that are prompted elsewhere), the
     later is the one that counts, as in the official predictor.
 
-    Args:
-      moved: the tracks to follow.
-
     Yields:
-      Slices int [L], Cells [moved, L], and whether they were run backward; every slice at least
-      once.
+      Slices int [L], Cells [N, L] of the `moved` tracks, and whether they were run backward; every
+      slice at least once.
     """
     size, start = self._config.slices_per_batch, min(z for _, z in prompted)
     groups = np.array_split(range(len(moved)), -(-len(moved) // self._config.objects_per_batch))
@@ -126,10 +117,9 @@ class VolumeTracker:
     for chunk, run, reverse in batches:
       features = next(features_of) if run.any() else None
       cells = self._nothing(len(moved), len(chunk))
-      for number, rows in enumerate(groups):
+      for i, rows in enumerate(groups):
         if features is not None and run[rows].any():
-          bank, part = self._sweep(banks[number], features, chunk, run[rows], start, reverse)
-          banks[number] = bank
+          banks[i], part = self._sweep(banks[i], features, chunk, run[rows], start, reverse)
           put_cells(cells, rows, part)
       for (t, z), known in prompted.items():
         if t in moved and z in chunk:
@@ -139,8 +129,7 @@ class VolumeTracker:
       yield chunk, cells, reverse
 
   def _collected(
-    self, prompted: AllPrompted, added: set[tuple[int, int]], known: Tracks | None,
-    arrived: Arrived,
+    self, prompted: AllPrompted, added: set[tuple[int, int]], known: Tracks | None, arrived: Arrived
   ) -> Tracks:
     """Follows the tracks that `added` changes, or all; what is `known` of the others stays."""
     tracks = 1 + max(track for track, _ in prompted)

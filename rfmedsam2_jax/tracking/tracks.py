@@ -34,7 +34,6 @@ class TrackingConfig:
 
   @property
   def map_dtype(self) -> np.dtype:
-    """Of memory maps."""
     return jnp.dtype(self.memory_dtype)
 
 
