@@ -146,7 +146,7 @@ class VolumeTracker:
     arrived(cells, np.array(sorted({z for _, z in added})))
     for slices, part, reverse in self.follow(prompted, moved):
       backward[slices] = reverse
-      put_cells(cells, np.ix_(moved, slices), part)
+      put_cells(cells, np.ix_(np.array(moved), slices), part)
       arrived(cells, slices)
     return Tracks(cells, prompted, backward)
 
