@@ -5,12 +5,6 @@ from rfmedsam2_jax.refinement.fusion import Fused, blended, fuse
 from rfmedsam2_jax.refinement.refine import StageResult, VolumePrompts, refine_volume
 
 __all__ = [
-  "Fused",
-  "RefinementConfig",
-  "StageConfig",
-  "StageResult",
-  "VolumePrompts",
-  "blended",
-  "fuse",
+  "Fused", "RefinementConfig", "StageConfig", "StageResult", "VolumePrompts", "blended", "fuse",
   "refine_volume",
 ]

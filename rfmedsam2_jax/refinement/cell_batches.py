@@ -1,7 +1,6 @@
 """What refinement.refine gathers cells from: features of slices, and rows in batches of fixed size.
 
-Shapes are few: batches have one size, and tables grow by doubling, so that volumes share
-compilations.
+Batches have one size, and tables grow by doubling, so that volumes share compilations.
 """
 
 import functools
@@ -16,17 +15,15 @@ from rfmedsam2_jax.nn import SAM2, ImageFeatures
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel.spread import everywhere, spread
 from rfmedsam2_jax.refinement.stages import encode_slices
+from rfmedsam2_jax.tracking.conditioning import power_of_two
 from rfmedsam2_jax.tracking.features import FeatureStore
 
 _encode = spread(encode_slices, static=[0], whole=[1])
 
 
 def bucket(count: int, size: int) -> int:
-  """The smallest size * 2^n that holds `count`, so that volumes share compilations."""
-  total = size
-  while total < count:
-    total *= 2
-  return total
+  """The smallest size * 2^n that holds `count`."""
+  return size * power_of_two(-(-count // size))
 
 
 def padded(array: np.ndarray, count: int) -> np.ndarray:
@@ -34,16 +31,10 @@ def padded(array: np.ndarray, count: int) -> np.ndarray:
   return np.pad(array, [(0, count - len(array))] + [(0, 0)] * (array.ndim - 1), mode="edge")
 
 
-def batches(count: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+def batches(count: int, size: int) -> Iterator[np.ndarray]:
   """Index batches of fixed size; the last one repeats its last index."""
   for first in range(0, count, size):
-    stop = min(first + size, count)
-    yield slice(first, stop), padded(np.arange(first, stop), size)
-
-
-def on_host(tree: Any) -> Any:
-  """Device arrays as numpy arrays."""
-  return jax.tree.map(np.asarray, tree)
+    yield padded(np.arange(first, min(first + size, count)), size)
 
 
 def joined(parts: list[Any], count: int) -> Any:
@@ -66,29 +57,25 @@ class SliceTable:
     encode = functools.partial(_encode, model, params)
     self._store = FeatureStore(encode, slices, batch, model.config.compute_dtype)
     self._program, self._batch = (model, batch), batch
-    self._row: dict[int, int] = {}
+    self.row_of: dict[int, int] = {}  # by slice number
     self.features: ImageFeatures
-
-  @property
-  def count(self) -> int:
-    return len(self._row)
 
   def need(self, wanted: np.ndarray, report: Report) -> None:
     """Encodes what is missing, batch by batch."""
-    missing = [int(z) for z in wanted if int(z) not in self._row]
+    missing = [int(z) for z in wanted if int(z) not in self.row_of]
     new = compiling("the image encoder", _encode, self._program, report)
     progress = Progress("encoding, slices", report, new)
     for first in range(0, len(missing), self._batch):
       progress(first, len(missing))
       self._store.get(missing[first : first + self._batch])
     if missing:
-      self._row |= {z: row for row, z in enumerate(missing, len(self._row))}
-      self.features = table(self._store.held(list(self._row)), self.room)
+      self.row_of |= {z: row for row, z in enumerate(missing, len(self.row_of))}
+      self.features = table(self._store.held(list(self.row_of)), self.room)
 
   @property
   def room(self) -> int:
     """Rows of the table."""
-    return bucket(len(self._row), self._batch)
+    return bucket(len(self.row_of), self._batch)
 
   def rows(self, slices: np.ndarray) -> np.ndarray:
-    return np.array([self._row[int(z)] for z in slices.reshape(-1)], np.int32)
+    return np.array([self.row_of[int(z)] for z in slices], np.int32)

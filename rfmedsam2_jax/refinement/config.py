@@ -1,4 +1,4 @@
-"""What the refinement does: its stages, prompts and fusion, as one frozen config."""
+"""What the refinement does: its stages, prompts and fusion."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
@@ -46,8 +46,8 @@ class RefinementConfig:
   cells_per_batch: Count = 32  # (organ, slice) cells per call and device; memory grows with it
   fusion: Literal["masks", "changes"] = "masks"
   # masks: the last stage's masks, resized to the volume's grid. changes: the generator's own logits
-  # plus what the stages changed of them on the mask grid, so that its detail between the pixels of
-  # that grid is kept; for stages that are `residual`.
+  # plus what the stages changed of them, so that its detail between the pixels of the mask grid is
+  # kept; for stages that are `residual`.
   background: Literal["threshold", "rest"] = "threshold"
   # threshold: a voxel with no organ above `threshold` is background. rest: where structures do not
   # overlap, background has what they leave of 1 and must win like any of them, as in a softmax; two

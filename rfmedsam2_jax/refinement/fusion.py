@@ -1,9 +1,7 @@
 """From a stage's masks to one label map, class by class, so that host memory stays bounded.
 
 No array of all classes exists at full size in float32: what is kept is the best probability so far
-and the label that has it. Several runs are averaged by giving several sources.
-
-In: the generator's log-odds and `StageResult`s. Out: a label map on the grid of the input.
+and the label that has it. In: the generator's log-odds and `StageResult`s. Out: a label map.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +13,6 @@ from scipy.special import expit
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.refine import StageResult
 
-# Gives organ k's foreground probability, float32 [D, H, W], on the grid of the label map.
-Source = Callable[[int], np.ndarray]
-
 
 class Fused(NamedTuple):
   """labels: uint8 or uint16 [D, H, W]. winning: float32 [D, H, W], the probability of the organ
@@ -27,71 +22,54 @@ class Fused(NamedTuple):
   winning: np.ndarray
 
 
-def cell_logits(result: StageResult, organ: int) -> tuple[np.ndarray, np.ndarray]:
-  """Slices [n] that the stage ran for an organ, and their logits float32 [n, 4G, 4G]."""
-  mine = result.cells[:, 0] == organ
-  return result.cells[mine, 1], result.logits[mine].astype(np.float32)
-
-
 def blended(
   generator: np.ndarray, seen: np.ndarray, result: StageResult | None, organ: int,
   config: RefinementConfig, resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
 ) -> np.ndarray:
-  """Probability of one organ on the prepared grid.
+  """Probability of one organ on the prepared grid, float32 [D, H, W].
 
   Args:
     generator: [D, H, W], the generator's log-odds of this organ. They stand where no cell was run.
     seen: [D, 4G, 4G], the same as the first stage saw them.
     result: of a stage, or None for the generator alone.
-    config: its `generator_weight` is the share of the generator where a cell was run; with `fusion:
-      changes`, what the stages changed of `seen` is added to the generator's own log-odds, instead
-      of the masks replacing them.
+    config: says how the generator counts where a cell was run.
     resize: linear resize of [n, h, w] to [n, H, W], half-pixel centres.
-
-  Returns:
-    float32 [D, H, W].
   """
   probability = expit(generator.astype(np.float32))
-  if result is None:
+  if result is None or organ not in result.cells[:, 0]:
     return probability
-  slices, logits = cell_logits(result, organ)
-  if len(slices):
-    if config.fusion == "masks":
-      refined = resize(expit(logits), generator.shape[1:])
-    else:
-      limit = config.stages[0].residual_limit
-      # Absence (-1024) still outweighs any vote for presence after this.
-      change = np.maximum(logits, -2.5 * limit) - _limited(seen[slices], limit)
-      refined = expit(_limited(generator[slices], limit) + resize(change, generator.shape[1:]))
-    weight = config.generator_weight
-    probability[slices] = weight * probability[slices] + (1 - weight) * refined
+  mine = result.cells[:, 0] == organ
+  slices, logits = result.cells[mine, 1], result.logits[mine].astype(np.float32)
+  if config.fusion == "masks":
+    refined = resize(expit(logits), generator.shape[1:])
+  else:
+    limit = config.stages[0].residual_limit
+    # As far as a residual stage sees them.
+    own, before = (np.clip(x[slices].astype(np.float32), -limit, limit) for x in (generator, seen))
+    # Absence (-1024) still outweighs any vote for presence after this.
+    change = np.maximum(logits, -2.5 * limit) - before
+    refined = expit(own + resize(change, generator.shape[1:]))
+  weight = config.generator_weight
+  probability[slices] = weight * probability[slices] + (1 - weight) * refined
   return probability
 
 
-def _limited(logits: np.ndarray, limit: float) -> np.ndarray:
-  # As far as a residual stage sees them.
-  return np.clip(logits.astype(np.float32), -limit, limit)
-
-
 def fuse(
-  sources: Sequence[Source], output_values: Sequence[int], shape: tuple[int, int, int],
-  threshold: float = 0.5, exclusive: bool = False, regions: bool = False,
-  watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
+  sources: Sequence[Callable[[int], np.ndarray]], output_values: Sequence[int],
+  shape: tuple[int, int, int], threshold: float = 0.5, exclusive: bool = False,
+  regions: bool = False, watch: Callable[[int, np.ndarray], None] = lambda *_: None,
 ) -> Fused:
   """Label map from per-organ probabilities.
 
   Args:
-    sources: one per run; their probabilities are averaged.
-    output_values: label of each organ. shape: of the label map.
+    sources: one per run, gives an organ's foreground probability, float32 of `shape`; averaged.
+    output_values: label of each organ. shape: D, H, W of the label map.
     threshold: a voxel with no organ above it is background.
-    exclusive: taken as a softmax's: background is whatever they leave, and the largest share wins
-      even below the threshold.
-    regions: structures may overlap; later ones are written over earlier ones (nnU-Net's
-      regions_class_order).
+    exclusive: background is what they leave of 1; the largest share wins even below the threshold.
+    regions: may overlap; later ones are written over earlier ones (nnU-Net's regions_class_order).
     watch: takes every organ and its averaged probability, float32 [D, H, W], one after the other.
   """
-  largest = max(output_values, default=0)
-  labels = np.zeros(shape, np.uint8 if largest < 256 else np.uint16)
+  labels = np.zeros(shape, np.uint8 if max(output_values, default=0) < 256 else np.uint16)
   best = np.zeros(shape, np.float32)
   total = np.zeros(shape, np.float32) if exclusive and not regions else None
   for organ, value in enumerate(output_values):
@@ -102,13 +80,12 @@ def fuse(
       probability = probability / np.float32(len(sources))
     watch(organ, probability)
     if regions:
-      inside = probability > threshold
-      labels[inside] = value
-      np.copyto(best, probability, where=inside)
-      continue
-    if total is not None:
+      better = probability > threshold
+    elif total is not None:
       total += probability
-    better = probability > (best if total is not None else np.maximum(best, threshold))
+      better = probability > best
+    else:
+      better = probability > np.maximum(best, threshold)
     labels[better] = value
     np.copyto(best, probability, where=better)
   if total is not None:

@@ -1,9 +1,7 @@
 """Prompts from masks: presence, box and mask prompt of each cell, from the logits before a stage.
 
 A cell is one (organ, slice) pair; arrays over cells lead with [K, D] or, gathered, with [N].
-In: the generator's logits, or those of a stage (refinement.stages). Out: `CellPrompts`, which
-refinement.stages turns into the prompts and memories of the next stage. What is also used on the
-host (boxes, live cells) takes numpy arrays as well as JAX ones.
+What is also used on the host (boxes, live cells) takes numpy arrays as well as JAX ones.
 """
 
 from typing import Any, Generic, NamedTuple
@@ -14,10 +12,6 @@ import jax.numpy as jnp
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn.adapters import MASK_LIMIT
 from rfmedsam2_jax.nn.layers import A, Array
-from rfmedsam2_jax.refinement.config import StageConfig
-
-# Log-odds of a structure where the stage before saw it, and where not: gaps outnumber islands.
-RESIDUAL_PRESENT, RESIDUAL_ABSENT = 4.0, -2.0
 
 
 class CellPrompts(NamedTuple, Generic[A]):
@@ -42,14 +36,11 @@ class CellPrompts(NamedTuple, Generic[A]):
 
 
 def stage0_logits(logits: Array, regions: bool) -> Array:
-  """Per-organ mask logits of the generator.
+  """Log-odds of organs by the generator, float [..., K]: logit_k - logsumexp(others) within +-32.
 
   Args:
-    logits: float [..., K + 1] with background first, or [..., K] where structures are regions that
-      may overlap.
-
-  Returns:
-    float [..., K]: the log-odds of organ k, logit_k - logsumexp(others), clamped to +-32.
+    logits: float [..., K + 1] with background first, or [..., K] where structures are `regions`,
+      which may overlap.
   """
   if regions:
     return jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)
@@ -70,7 +61,7 @@ def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
 
   Args:
     masks: bool [..., H, W]. side: S.
-    margin: added on every side, in pixels of the S x S image; the result is clipped to it.
+    margin: added on every side, in pixels of the S x S image, to which the result is clipped.
 
   Returns:
     boxes: float32 [..., 4], x0 y0 x1 y1 as inclusive pixel indices; zeros where a mask is empty.
@@ -90,14 +81,7 @@ def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
 
 
 def live_cells(present: A, margin: int) -> A:
-  """Cells that a stage runs: those with the organ, and `margin` slices beyond on both sides.
-
-  Args:
-    present: bool [..., D].
-
-  Returns:
-    bool [..., D].
-  """
+  """Cells [..., D] that a stage runs: those with the organ, and `margin` slices on both sides."""
   xp: Any = present.__array_namespace__()
   depth = present.shape[-1]
   padded = xp.pad(present, [(0, 0)] * (present.ndim - 1) + [(margin, margin)])
@@ -106,14 +90,11 @@ def live_cells(present: A, margin: int) -> A:
 
 
 def nearby_logits(logits: A, presence: A, inside: A) -> A:
-  """Mask logits of slices around a cell as a MaskAdapter takes them.
+  """Mask logits around a cell for a MaskAdapter: within +-8, -8 where absent, 0 without a slice.
 
   Args:
-    logits: float32 [..., R, 4G, 4G], of the cell and the slices on either side of it.
+    logits: float32 [..., R, 4G, 4G], of the cell and the slices on either side, as the result is.
     presence: float32 [..., R]. inside: bool [..., R], False for slices that are not there.
-
-  Returns:
-    float32 [..., R, 4G, 4G] within +-8: -8 where the organ is absent, 0 where there is no slice.
   """
   xp: Any = logits.__array_namespace__()
   limited = xp.clip(logits, -MASK_LIMIT, MASK_LIMIT)
@@ -123,42 +104,22 @@ def nearby_logits(logits: A, presence: A, inside: A) -> A:
 
 def anchor_score(presence: Array, logits: Array) -> Array:
   """Presence times mean foreground probability, float32 [...], of logits [..., h, w]."""
-  probability = jax.nn.sigmoid(logits)
-  inside = logits > 0
+  probability, inside = jax.nn.sigmoid(logits), logits > 0
   mean = jnp.sum(probability * inside, (-2, -1)) / jnp.maximum(jnp.sum(inside, (-2, -1)), 1)
   return presence * mean
 
 
-def next_prompts(
-  logits: Array, presence: Array, side: int, box_margin: float
-) -> CellPrompts[Array]:
+def next_prompts(logits: Array, presence: Array, side: int, margin: float) -> CellPrompts[Array]:
   """Prompts for the next stage from the outputs of this one; no gradient flows through them.
 
-  Args:
-    logits: float32 [N, 4G, 4G], ungated. presence: float32 [N], logit.
+  `logits` are float32 [N, 4G, 4G], ungated, `presence` logits float32 [N].
   """
   logits, presence = jax.lax.stop_gradient((logits, presence))
-  boxes, filled = scaled_boxes(logits > 0, side, box_margin)
+  boxes, filled = scaled_boxes(logits > 0, side, margin)
   present = filled & (presence > 0)
-  cells = logits.shape[0]
   return CellPrompts(
     logits=jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT),
     presence=jnp.where(present, jax.nn.sigmoid(presence), 0.0),
-    boxes=boxes,
-    has_box=present,
-    has_mask=present,
-    points=jnp.zeros((cells, 0, 2)),
-    point_labels=jnp.zeros((cells, 0), jnp.int32),
+    boxes=boxes, has_box=present, has_mask=present,
+    points=jnp.zeros((len(logits), 0, 2)), point_labels=jnp.zeros((len(logits), 0), jnp.int32),
   )
-
-
-def residual_of(cells: CellPrompts[Array], stage: StageConfig) -> tuple[Array, Array]:
-  """What a stage adds to what it decodes: mask logits [N, 4G, 4G] and presence logits [N].
-
-  Zeros unless `stage.residual`; the mask is left out where it is no prompt either.
-  """
-  if not stage.residual:
-    return jnp.zeros_like(cells.logits), jnp.zeros_like(cells.presence)
-  shown = (cells.has_mask & stage.mask)[:, None, None]
-  mask = jnp.where(shown, jnp.clip(cells.logits, -stage.residual_limit, stage.residual_limit), 0.0)
-  return mask, jnp.where(cells.presence > 0, RESIDUAL_PRESENT, RESIDUAL_ABSENT)

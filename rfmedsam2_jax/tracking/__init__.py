@@ -2,20 +2,11 @@
 
 from rfmedsam2_jax.tracking.image import encode_images, predict_masks
 from rfmedsam2_jax.tracking.prompts import SlicePrompt, point_prompts
-from rfmedsam2_jax.tracking.recurrence import (
-  Bias,
-  Cells,
-  Course,
-  TrackInputs,
-  decode_cells,
-  sweep,
-  track,
-)
+from rfmedsam2_jax.tracking.recurrence import Bias, Cells, Course, TrackInputs, sweep, track
 from rfmedsam2_jax.tracking.tracker import Arrived, VolumeTracker
-from rfmedsam2_jax.tracking.tracks import Batch, TrackingConfig, Tracks
+from rfmedsam2_jax.tracking.tracks import TrackingConfig, Tracks
 
 __all__ = [
-  "Arrived", "Batch", "Bias", "Cells", "Course", "SlicePrompt", "TrackInputs", "TrackingConfig",
-  "Tracks", "VolumeTracker", "decode_cells", "encode_images", "point_prompts", "predict_masks",
-  "sweep", "track",
+  "Arrived", "Bias", "Cells", "Course", "SlicePrompt", "TrackInputs", "TrackingConfig", "Tracks",
+  "VolumeTracker", "encode_images", "point_prompts", "predict_masks", "sweep", "track",
 ]

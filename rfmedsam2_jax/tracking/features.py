@@ -14,9 +14,8 @@ class FeatureStore:
   """Features of slices, each encoded once; held on the host where they may be wanted again.
 
   Args:
-    encode: makes features of images [batch, S, S, 3].
+    encode: makes features of images [batch, S, S, 3]. batch: slices that are encoded at once.
     slices: gives such images for slice numbers [batch].
-    batch: slices that are encoded at once.
     dtype: of what is held; None: hold only what `get` is told to keep.
   """
 
@@ -30,8 +29,7 @@ class FeatureStore:
   def get(self, slices: Sequence[int] | np.ndarray, keep: bool = False) -> ImageFeatures:
     """Features of slices on the device, padded at the end to whole batches.
 
-    Args:
-      keep: hold these as they are: prompted slices are few, and wanted twice.
+    `keep` holds these as they are: prompted slices are few, and wanted twice.
     """
     numbers = [int(z) for z in slices]
     missing = [z for z in dict.fromkeys(numbers) if z not in self._host]
@@ -51,12 +49,14 @@ class FeatureStore:
         return features
       fresh |= rows
     wanted = numbers + [numbers[-1]] * (-len(numbers) % self._batch)
-    stacked = _stacked([fresh.get(z) or self._host[z] for z in wanted])
-    return jax.tree.map(lambda x: jnp.asarray(x.astype(self._computed)), stacked)
+    return jax.tree.map(
+      lambda *xs: jnp.asarray(np.stack(xs).astype(self._computed)),
+      *(fresh.get(z) or self._host[z] for z in wanted),
+    )
 
   def held(self, slices: Sequence[int]) -> ImageFeatures:
     """Features of slices that are held, numpy arrays."""
-    return _stacked([self._host[z] for z in slices])
+    return jax.tree.map(lambda *xs: np.stack(xs), *(self._host[z] for z in slices))
 
   def ahead(self, batches: Sequence[np.ndarray]) -> Iterator[ImageFeatures]:
     """Features of one batch of slices after the other; each is made while the last is used."""
@@ -68,7 +68,3 @@ class FeatureStore:
           yield ready.result()
       if made:
         yield made.result()
-
-
-def _stacked(rows: Sequence[ImageFeatures]) -> ImageFeatures:
-  return jax.tree.map(lambda *xs: np.stack(xs), *rows)

@@ -1,7 +1,4 @@
-"""Prompted segmentation of single images: encode once, predict for as many prompts as one likes.
-
-The functions of tracking without the scan; what SAM 2's image predictor computes.
-"""
+"""Prompted segmentation of single images, as SAM 2's image predictor: encode once, then predict."""
 
 import jax
 
@@ -18,12 +15,12 @@ def encode_images(
     in_turn: on a CPU, one after the other: what lies between two operations then stays in the
       caches. 6 % faster than four at once (SAM 2.1 tiny at 512), with a quarter of the memory.
   """
+  def encode(images):
+    return apply(model.config, params, images, method="encode_image")
+
   if jax.default_backend() != "cpu" or not in_turn:
-    return apply(model.config, params, images_BSS3, method="encode_image")
-  features = jax.lax.map(
-    lambda image: apply(model.config, params, image, method="encode_image"), images_BSS3[:, None]
-  )
-  return jax.tree.map(lambda x: x[:, 0], features)
+    return encode(images_BSS3)
+  return jax.tree.map(lambda x: x[:, 0], jax.lax.map(encode, images_BSS3[:, None]))
 
 
 def predict_masks(

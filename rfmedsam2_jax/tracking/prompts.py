@@ -6,6 +6,7 @@ Coordinates are pixels of the S x S image that the network sees; who knows the v
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +19,7 @@ class SlicePrompt:
   """What a person says of one object on one slice: points and a box, or a mask.
 
   Attributes:
-    track: number of the object. slice: number of the slice.
+    track, slice: numbers of the object and of the slice.
     points: float32 [P, 2], x and y. labels: int [P], 1 for the object, 0 for what it is not.
     box: x0, y0, x1, y1, inclusive, or None.
     mask: bool [S, S], or None; excludes points and a box.
@@ -34,14 +35,8 @@ class SlicePrompt:
   def __post_init__(self):
     if self.points.shape != (len(self.labels), 2):
       raise ValueError(f"points {self.points.shape} and {len(self.labels)} labels do not agree")
-    by_point = len(self.labels) > 0 or self.box is not None
-    if by_point == (self.mask is not None):
+    if (len(self.labels) > 0 or self.box is not None) == (self.mask is not None):
       raise ValueError("a prompt has points or a box, or else a mask")
-
-  @property
-  def is_ambiguous(self) -> bool:
-    """SAM 2 answers a single point with the best of three masks (sam2_base._use_multimask)."""
-    return self.mask is None and self.box is None and len(self.labels) <= 1
 
 
 def point_prompts(
@@ -56,18 +51,14 @@ def point_prompts(
   Args:
     masks: float32 [N, 4G, 4G], mask prompts besides (a previous result), with bool [N] `has_mask`.
   """
-  rows = []
-  for prompt in prompts:
+  # An even number, so that prompts of many lengths share a compilation.
+  width = max((2 * (p.box is not None) + len(p.labels)) // 2 * 2 + 2 for p in prompts)
+  points = np.zeros((len(prompts), width, 2), np.float32)
+  labels = np.full((len(prompts), width), ABSENT, np.int32)
+  for number, prompt in enumerate(prompts):
     where, row = prompt.points, [*prompt.labels, NOT_A_POINT]
     if prompt.box is not None:
       where = np.concatenate([np.reshape(prompt.box, (2, 2)), where])
       row = [BOX_START, BOX_END, *row]
-    rows.append((where, row))
-  # An even number, so that prompts of many lengths share a compilation.
-  width = max(len(row) + len(row) % 2 for _, row in rows)
-  points = np.zeros((len(rows), width, 2), np.float32)
-  labels = np.full((len(rows), width), ABSENT, np.int32)
-  for number, (where, row) in enumerate(rows):
     points[number, : len(where)], labels[number, : len(row)] = where, row
-  mask, exists = (None if x is None else jnp.asarray(x) for x in (masks, has_mask))
-  return Prompts(jnp.asarray(points), jnp.asarray(labels), mask, exists)
+  return Prompts(*jax.tree.map(jnp.asarray, (points, labels, masks, has_mask)))

@@ -3,8 +3,6 @@
 All tracks (one object each) step together as one batch. A sweep is one `lax.scan` over a batch of
 slices whose direction is an argument, with a memory bank of fixed shape: one compiled program
 serves both directions and volumes of every depth.
-
-In: features of slices and prompts. Out: mask logits, scores and pointers per cell.
 """
 
 import functools
@@ -13,16 +11,7 @@ from typing import Generic, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn import (
-  ABSENT_LOGIT,
-  SAM2,
-  Decoded,
-  ImageFeatures,
-  MemorySlots,
-  Prompts,
-  apply,
-  no_prompts,
-)
+from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, Prompts, apply, no_prompts
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn.layers import A, AnyArray, Array, Params
 
@@ -60,20 +49,17 @@ def decode_cells(
     multimask: the mask with the highest predicted IoU of three, and its pointer.
     dynamic_multimask: without `multimask`, the same where the single mask is unstable.
   """
-  decoded: Decoded = apply(
+  decoded = apply(
     model.config, params, conditioned, high_res, prompts, method="decode",
     multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
   )
   if multimask:
     best = jnp.argmax(decoded.ious, axis=1)[:, None]
-    decoded = decoded._replace(
-      masks=jnp.take_along_axis(decoded.masks, best[..., None, None], axis=1),
-      ious=jnp.take_along_axis(decoded.ious, best, axis=1),
-    )
+    masks = jnp.take_along_axis(decoded.masks, best[..., None, None], axis=1)
+    decoded = decoded._replace(masks=masks, ious=jnp.take_along_axis(decoded.ious, best, axis=1))
   if bias is not None:
-    decoded = decoded._replace(
-      masks=decoded.masks + bias.mask[:, None], presence=decoded.presence + bias.presence
-    )
+    masks = decoded.masks + bias.mask[:, None]
+    decoded = decoded._replace(masks=masks, presence=decoded.presence + bias.presence)
   pointer = apply(model.config, params, decoded, method="gate").pointer
   return Cells(decoded.masks[:, 0], decoded.ious[:, 0], decoded.presence, pointer)
 
@@ -85,19 +71,16 @@ def cells_of_masks(
 
   The pointer comes from the decoder on features without `no_mem_embed` (sam2_base.py:440).
   """
-  count = masks_NSS.shape[0]
+  count, side = masks_NSS.shape[0], 4 * model.config.grid
   prompt = apply(model.config, params, masks_NSS, method="mask_prompt")
   prompts = no_prompts(count)._replace(mask=prompt)
   decoded = decode_cells(model, params, features.embedding, features.high_res, prompts)
-  side = 4 * model.config.grid
   logits = _MASK_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
   logits = jax.image.resize(logits, (count, side, side), "linear", antialias=True)
   present = jnp.any(masks_NSS > 0, axis=(1, 2))
   absent = params["no_obj_ptr"].reshape(1, -1).astype(decoded.pointer.dtype)
-  return Cells(
-    logits, jnp.ones(count), jnp.where(present, _MASK_LOGIT, -_MASK_LOGIT),
-    jnp.where(present[:, None], decoded.pointer, absent)
-  )
+  pointer = jnp.where(present[:, None], decoded.pointer, absent)
+  return Cells(logits, jnp.ones(count), jnp.where(present, _MASK_LOGIT, -_MASK_LOGIT), pointer)
 
 
 def remember_cells(
@@ -107,13 +90,12 @@ def remember_cells(
   """Memory maps [N, G, G, mem_dim] of cells; absent objects are remembered as masks of -1024.
 
   Args:
-    embedding: [N, G, G, C], of the cells' slices.
-    logits: [N, 4G, 4G]. presence: [N], positive where the object is.
+    embedding: [N, G, G, C], of the cells' slices. logits: [N, 4G, 4G]. presence: [N].
     binarize: SAM 2 does so on slices that a person prompted.
   """
-  logits, present = gated_logits(logits, presence), presence > 0
   return apply(
-    model.config, params, embedding, logits, present, method="remember", binarize=binarize
+    model.config, params, embedding, gated_logits(logits, presence), presence > 0,
+    method="remember", binarize=binarize,
   )
 
 
@@ -146,9 +128,8 @@ def sweep(
 
   Args:
     bank: of N tracks; conditioning slices are already in it.
-    features: leading axis L.
+    features: leading axis L. prompts, bias: leading axes [L, N].
     multimask: see `decode_cells`.
-    prompts, bias: leading axes [L, N]; none by default.
 
   Returns:
     The bank, and Cells [L, N]; those that were not run hold logits and presence of -1024.
@@ -163,16 +144,12 @@ def sweep(
     at = jnp.full(tracks, number, jnp.int32)
 
     def advance(bank):
-      slots: MemorySlots = memory.read(bank, at, course.depth, course.reverse)
+      slots = memory.read(bank, at, course.depth, course.reverse)
       conditioned = apply(model.config, params, here.embedding, slots, method="condition")
       tokens = no_prompts(tracks) if prompted is None else prompted
-      cells = decode_cells(
-        model, params, conditioned, here.high_res, tokens, multimask, bias=added
-      )
+      cells = decode_cells(model, params, conditioned, here.high_res, tokens, multimask, bias=added)
       maps = remember_cells(model, params, embedding, cells.logits, cells.presence)
-      bank = memory.add_recent(
-        bank, running, maps, cells.pointer, at, course.start, course.reverse
-      )
+      bank = memory.add_recent(bank, running, maps, cells.pointer, at, course.start, course.reverse)
       return bank, jax.tree.map(functools.partial(_where, running), cells, none())
 
     # Where no track runs there is nothing to do, and nothing is done.
@@ -198,11 +175,10 @@ def no_cells(model: SAM2, shape: tuple[int, ...]) -> Cells[Array]:
 class TrackInputs(NamedTuple):
   """N tracks over Z slices (padding included), each from a slice of its own.
 
-  prompts: Prompts with leading axes [N, Z].
+  prompts, bias: leading axes [N, Z].
   start: int32 [N], the conditioning slice that the track starts from; decoded without memory.
   active: bool [N, Z], cells to run; the others are neither segmented nor remembered.
   depth: int32, true depth of the volume, for the positions of pointers.
-  bias: leading axes [N, Z], or None.
   """
 
   prompts: Prompts
@@ -217,26 +193,21 @@ def track(
 ) -> Cells[Array]:
   """Follows N objects whose every slice may have prompts, with mask token 0 alone.
 
-  The recurrence of the `stream` stages of refinement: all slices' features are at hand, and no
-  mask is binarised.
-
-  Args:
-    features: leading axis Z.
+  The recurrence of the `stream` stages of refinement: all slices' features (leading axis Z) are at
+  hand, and no mask is binarised.
 
   Returns:
     Cells [N, Z]; those that are not active have logits of -1024 and presence -1024.
   """
   tracks, depth_padded = inputs.active.shape
-  config, start = model.config, jnp.asarray(inputs.start)
-  which = jnp.arange(tracks)
+  config, start, which = model.config, jnp.asarray(inputs.start), jnp.arange(tracks)
   first = jax.tree.map(lambda x: x[start], features)
   prompts, bias = jax.tree.map(lambda x: x[which, start], (inputs.prompts, inputs.bias))
   conditioned = apply(config, params, first.embedding, method="unconditioned")
   begun = decode_cells(model, params, conditioned, first.high_res, prompts, bias=bias)
   maps = remember_cells(model, params, first.embedding, begun.logits, begun.presence)
-  bank = memory.empty_bank(
-    tracks, 1, config.grid, config.mem_dim, config.d_model, config.compute_dtype
-  )
+  sizes = config.grid, config.mem_dim, config.d_model
+  bank = memory.empty_bank(tracks, 1, *sizes, config.compute_dtype)
   bank = memory.add_conditioning(
     bank, jnp.zeros(tracks, jnp.int32), jnp.ones(tracks, bool), maps, begun.pointer, start
   )
@@ -245,12 +216,10 @@ def track(
   outputs = no_cells(model, (tracks, depth_padded))
   outputs = jax.tree.map(lambda x, new: x.at[which, start].set(new), outputs, begun)
   for reverse in (False, True):
-    ahead = numbers < start[:, None] if reverse else numbers > start[:, None]
-    run = inputs.active & ahead
+    run = inputs.active & (numbers < start[:, None] if reverse else numbers > start[:, None])
     order = slice(None, None, -1) if reverse else slice(None)
-    here, slices, prompted = jax.tree.map(
-      lambda x, order=order: x[order], (features, numbers, by_slice)
-    )
+    sliced = features, numbers, by_slice
+    here, slices, prompted = jax.tree.map(lambda x, order=order: x[order], sliced)
     course = Course(slices, run[:, order], start, inputs.depth, jnp.asarray(reverse))
     bank, cells = sweep(model, params, bank, here, course, False, *prompted)
     cells = jax.tree.map(lambda x, order=order: jnp.swapaxes(x[order], 0, 1), cells)

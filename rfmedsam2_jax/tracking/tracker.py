@@ -1,9 +1,7 @@
 """Tracking through a volume: slices pass through the accelerator, the rest stays on the host.
 
 The accelerator holds a batch of slices and a memory bank of fixed shape, however deep the volume
-is. Features stay on the host where corrections are to come.
-
-In: slices and `SlicePrompt`s. Out: `Tracks`, or batches of them as they are made.
+is. In: slices and `SlicePrompt`s. Out: `Tracks`, or batches of them as they are made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,22 +19,10 @@ from rfmedsam2_jax.tracking.features import FeatureStore
 from rfmedsam2_jax.tracking.image import encode_images
 from rfmedsam2_jax.tracking.prompts import SlicePrompt
 from rfmedsam2_jax.tracking.recurrence import Cells, Course
-from rfmedsam2_jax.tracking.tracks import (
-  AllPrompted,
-  Batch,
-  HostCells,
-  TrackingConfig,
-  Tracks,
-  put_cells,
-)
+from rfmedsam2_jax.tracking.tracks import AllPrompted, HostCells, TrackingConfig, Tracks, put_cells
 
 # Cells [N, D] as far as they are known, and the slices that are new in them.
 Arrived = Callable[[HostCells, np.ndarray], None]
-
-
-def _unheard(cells: HostCells, slices: np.ndarray) -> None:
-  pass
-
 
 _encode = jax.jit(encode_images, static_argnums=0)
 _sweep = jax.jit(recurrence.sweep, static_argnums=(0, 5), donate_argnums=2)
@@ -63,11 +49,11 @@ class VolumeTracker:
     self._depth, self._progress = depth, progress
     self._features = FeatureStore(
       lambda images: _encode(model, params, images), slices, config.slices_per_batch,
-      config.cache_dtype,
+      None if config.cache == "none" else jnp.dtype(config.cache),
     )
     self._decoded = PromptDecoder(model, params, config, self._features, depth)
 
-  def track(self, prompts: Sequence[SlicePrompt], arrived: Arrived = _unheard) -> Tracks:
+  def track(self, prompts: Sequence[SlicePrompt], arrived: Arrived = lambda *_: None) -> Tracks:
     """Follows the prompted objects in both directions.
 
     Args:
@@ -79,82 +65,71 @@ class VolumeTracker:
     """
     if not prompts:
       raise ValueError("no prompts: nothing says what to follow")
-    prompts = self._checked(prompts, 1 + max(p.track for p in prompts))
-    _check_complete(prompts, 0)
+    self._check(prompts, 0)
     prompted = self._decoded(prompts)
     return self._collected(prompted, set(prompted), None, arrived)
 
   def correct(
-    self, tracks: Tracks, prompts: Sequence[SlicePrompt], arrived: Arrived = _unheard
+    self, tracks: Tracks, prompts: Sequence[SlicePrompt], arrived: Arrived = lambda *_: None
   ) -> Tracks:
     """Adds prompts on any slices, seen together with what is there, and follows anew.
 
     A point or a box is decoded with the memories around its slice and with the mask that was
     found there, as SAM 2 corrects (`add_all_frames_to_correct_as_cond=True`). All other slices
-    are then followed again from the prompted ones; what was remembered of wrong masks is not kept
-    (the official predictor keeps it). An object that is new begins with these prompts. Objects
-    without one stay as they are, unless the first prompted slice of all is another now: both
-    directions set out from it, so that everything is followed again.
+    are followed again from the prompted ones; what was remembered of wrong masks is not kept (the
+    official predictor keeps it). A new object begins with these prompts. Objects without one stay
+    as they are, unless the first prompted slice of all, where both directions set out, is another.
 
     Raises:
       ValueError: as `track`.
     """
     known = len(tracks.cells.presence)
-    added = self._checked(prompts, max([known, *(1 + p.track for p in prompts)]))
-    new = [p for p in added if p.track >= known]
-    _check_complete(new, known)
-    decoded = self._decoded([p for p in added if p.track < known], tracks) | self._decoded(new)
-    return self._collected({**tracks.prompted, **decoded}, set(decoded), tracks, arrived)
+    self._check(prompts, known)
+    decoded = self._decoded([p for p in prompts if p.track < known], tracks)
+    decoded |= self._decoded([p for p in prompts if p.track >= known])
+    return self._collected(tracks.prompted | decoded, set(decoded), tracks, arrived)
 
-  def follow(self, prompted: AllPrompted, moved: Sequence[int]) -> Iterator[Batch]:
+  def follow(
+    self, prompted: AllPrompted, moved: Sequence[int]
+  ) -> Iterator[tuple[np.ndarray, HostCells, bool]]:
     """Sweeps from the first prompted slice forward to the end, then backward to the beginning.
 
-    Yields every slice at least once; where a slice comes again (the first prompted one, for
-    objects that are prompted elsewhere), the later is the one that counts, as in the official
-    predictor.
+    Where a slice comes again (the first prompted one, for objects that are prompted elsewhere), the
+    later is the one that counts, as in the official predictor.
 
-    Args:
-      moved: the tracks to follow; the cells of a batch are theirs, in this order.
+    Yields:
+      Slices int [L], Cells [N, L] of the `moved` tracks, and whether they were run backward; every
+      slice at least once.
     """
-    size = self._config.slices_per_batch
-    start = min(z for _, z in prompted)
-    groups = np.array_split(moved, -(-len(moved) // self._config.objects_per_batch))
-    banks = [self._bank(group, prompted) for group in groups]
+    size, start = self._config.slices_per_batch, min(z for _, z in prompted)
+    groups = np.array_split(range(len(moved)), -(-len(moved) // self._config.objects_per_batch))
+    banks = [self._bank([moved[row] for row in rows], prompted) for rows in groups]
     ways = [(np.arange(start, self._depth), False), (np.arange(start, -1, -1), True)]
     # A volume that begins with the first prompted slice has no way back.
     batches = [
-      (slices[first : first + size], reverse)
+      (chunk, np.array([[(t, z) not in prompted for z in chunk] for t in moved]), reverse)
       for slices, reverse in (ways if start > 0 else ways[:1])
-      for first in range(0, len(slices), size)
+      for chunk in np.split(slices, range(size, len(slices), size))
     ]
-    runs = [
-      [np.array([[(t, z) not in prompted for z in chunk] for t in group]) for group in groups]
-      for chunk, _ in batches
-    ]
-    busy = [any(run.any() for run in by_group) for by_group in runs]
-    wanted = [chunk for (chunk, _), is_busy in zip(batches, busy, strict=True) if is_busy]
-    total, done = sum(len(chunk) for chunk, _ in batches), 0
+    total, done = sum(len(chunk) for chunk, _, _ in batches), 0
     self._progress(0, total)
-    features_of = self._features.ahead(wanted)
-    for (chunk, reverse), by_group, is_busy in zip(batches, runs, busy, strict=True):
-      features = next(features_of) if is_busy else None
+    features_of = self._features.ahead([chunk for chunk, run, _ in batches if run.any()])
+    for chunk, run, reverse in batches:
+      features = next(features_of) if run.any() else None
       cells = self._nothing(len(moved), len(chunk))
-      first = 0
-      for number, run in enumerate(by_group):
-        if features is not None and run.any():
-          banks[number], part = self._sweep(banks[number], features, chunk, run, start, reverse)
-          put_cells(cells, slice(first, first + len(run)), part)
-        first += len(run)
+      for i, rows in enumerate(groups):
+        if features is not None and run[rows].any():
+          banks[i], part = self._sweep(banks[i], features, chunk, run[rows], start, reverse)
+          put_cells(cells, rows, part)
       for (t, z), known in prompted.items():
         if t in moved and z in chunk:
           put_cells(cells, (moved.index(t), chunk == z), known.cells)
       done += len(chunk)
       self._progress(done, total)
-      yield Batch(chunk, cells, reverse)
+      yield chunk, cells, reverse
 
   def _collected(
-    self, prompted: AllPrompted, added: set[tuple[int, int]], known: Tracks | None,
-    arrived: Arrived,
+    self, prompted: AllPrompted, added: set[tuple[int, int]], known: Tracks | None, arrived: Arrived
   ) -> Tracks:
     """Follows the tracks that `added` changes, or all; what is `known` of the others stays."""
     tracks = 1 + max(track for track, _ in prompted)
@@ -169,29 +144,33 @@ class VolumeTracker:
     for where in added:
       put_cells(cells, where, prompted[where].cells)
     arrived(cells, np.array(sorted({z for _, z in added})))
-    for batch in self.follow(prompted, moved):
-      backward[batch.slices] = batch.reverse
-      put_cells(cells, np.ix_(np.array(moved), batch.slices), batch.cells)
-      arrived(cells, batch.slices)
+    for slices, part, reverse in self.follow(prompted, moved):
+      backward[slices] = reverse
+      put_cells(cells, np.ix_(np.array(moved), slices), part)
+      arrived(cells, slices)
     return Tracks(cells, prompted, backward)
 
   def _nothing(self, tracks: int, slices: int) -> HostCells:
     cells = recurrence.no_cells(self._model, ())
     return Cells(*(np.broadcast_to(x, (tracks, slices, *x.shape)).copy() for x in cells))
 
-  def _checked(self, prompts: Sequence[SlicePrompt], tracks: int) -> list[SlicePrompt]:
+  def _check(self, prompts: Sequence[SlicePrompt], known: int) -> None:
+    """Raises what `track` says; tracks from `known` on are new."""
     seen = set()
     for prompt in prompts:
       if not 0 <= prompt.slice < self._depth:
         raise ValueError(f"slice {prompt.slice} is outside the volume (0 to {self._depth - 1})")
-      if not 0 <= prompt.track < tracks:
+      if prompt.track < 0:
         raise ValueError(f"object {prompt.track} is unknown; add it to the first prompts")
       if (prompt.track, prompt.slice) in seen:
         raise ValueError(f"object {prompt.track} has two prompts on slice {prompt.slice}")
       seen.add((prompt.track, prompt.slice))
-    return list(prompts)
+    given = {p.track for p in prompts}
+    missing = set(range(known, max(given, default=0))) - given
+    if missing:
+      raise ValueError(f"object {min(missing)} has no prompt")
 
-  def _bank(self, group: np.ndarray, prompted: AllPrompted) -> memory.MemoryBank:
+  def _bank(self, group: Sequence[int], prompted: AllPrompted) -> memory.MemoryBank:
     """A bank that holds the prompted slices of some tracks."""
     config = self._model.config
     of_track = [sorted(z for t, z in prompted if t == track) for track in group]
@@ -200,15 +179,13 @@ class VolumeTracker:
       config.d_model, config.compute_dtype, self._config.map_dtype,
     )
     # Filled on the host: any number of prompted slices, without a compilation of its own.
-    maps, pointers = jax.tree.map(np.array, (bank.maps, bank.pointers))
+    bank = jax.tree.map(np.array, bank)
     for row, (track, slices) in enumerate(zip(group, of_track, strict=True)):
       for slot, z in enumerate(slices):
-        known = prompted[int(track), z]
-        for ring, value in ((maps, known.maps), (pointers, known.cells.pointer)):
-          ring.values[row, slot] = value
-          ring.slices[row, slot] = z
-          ring.valid[row, slot] = True
-    return jax.tree.map(jnp.asarray, memory.MemoryBank(maps, pointers))
+        known = prompted[track, z]
+        for ring, value in ((bank.maps, known.maps), (bank.pointers, known.cells.pointer)):
+          ring.values[row, slot], ring.slices[row, slot], ring.valid[row, slot] = value, z, True
+    return jax.tree.map(jnp.asarray, bank)
 
   def _sweep(
     self, bank: memory.MemoryBank, features: ImageFeatures, chunk: np.ndarray, run: np.ndarray,
@@ -220,16 +197,5 @@ class VolumeTracker:
       np.pad(chunk, (0, idle), mode="edge").astype(np.int32), np.pad(run, ((0, 0), (0, idle))),
       np.full(len(run), start, np.int32), np.int32(self._depth), np.bool_(reverse),
     )))
-    bank, cells = _sweep(
-      self._model, self._params, bank, features, course, self._config.multimask
-    )
-    cells = jax.tree.map(lambda x: np.swapaxes(np.asarray(x)[: len(chunk)], 0, 1), cells)
-    return bank, cells
-
-
-def _check_complete(prompts: Sequence[SlicePrompt], first: int) -> None:
-  """ValueError unless every track from `first` to the last that is prompted has a prompt."""
-  given = {p.track for p in prompts}
-  missing = set(range(first, 1 + max(given, default=first - 1))) - given
-  if missing:
-    raise ValueError(f"object {min(missing)} has no prompt")
+    bank, cells = _sweep(self._model, self._params, bank, features, course, self._config.multimask)
+    return bank, jax.tree.map(lambda x: np.swapaxes(np.asarray(x)[: len(chunk)], 0, 1), cells)

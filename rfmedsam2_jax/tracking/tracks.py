@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.tracking.recurrence import Cells
 
 HostCells = Cells[np.ndarray]
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "none": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +34,7 @@ class TrackingConfig:
 
   @property
   def map_dtype(self) -> np.dtype:
-    """Of memory maps."""
-    return np.dtype(_DTYPES[self.memory_dtype])
-
-  @property
-  def cache_dtype(self) -> np.dtype | None:
-    """Of features on the host; None keeps none."""
-    return _DTYPES[self.cache]
+    return jnp.dtype(self.memory_dtype)
 
 
 class Prompted(NamedTuple):
@@ -67,14 +60,6 @@ class Tracks:
   cells: HostCells
   prompted: AllPrompted
   reverse: np.ndarray
-
-
-class Batch(NamedTuple):
-  """Slices that are done: numbers int [L], Cells [N, L], and the direction they were run in."""
-
-  slices: np.ndarray
-  cells: HostCells
-  reverse: bool
 
 
 def cells_at(cells: HostCells, *where: Any) -> HostCells:
