@@ -52,11 +52,11 @@ class Details:
     Raises:
       UserError: no structure of that name.
     """
-    if structure not in self.structures:
-      names = ", ".join(self.structures)
-      raise UserError(f"{structure}: is no structure of this model; choose from {names}")
-    organ = list(self.structures).index(structure)
-    last = len(self.maps) - 1
+    names, last = list(self.structures), len(self.maps) - 1
+    if structure not in names:
+      known = ", ".join(names)
+      raise UserError(f"{structure}: is no structure of this model; choose from {known}")
+    organ = names.index(structure)
     total = self.segmentations[0].probability(last, organ)
     for found in self.segmentations[1:]:
       total = total + found.probability(last, organ)
@@ -72,8 +72,7 @@ class Details:
     spacing = np.empty(3)
     spacing[list(self.geometry.axes)] = self.geometry.spacing
     return _rounded({
-      "shape": list(self.geometry.shape),
-      "spacing_mm": spacing.tolist(),
+      "shape": list(self.geometry.shape), "spacing_mm": spacing.tolist(),
       "slice_axis": self.slice_axis,
       "warnings": [dataclasses.asdict(notice) for notice in self.warnings],
       "stages": len(self.maps),
@@ -82,17 +81,14 @@ class Details:
 
 
 def details_of(
-  segmentations: Sequence[Segmentation],
-  volume: Volume,
+  segmentations: Sequence[Segmentation], volume: Volume,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
   report: Report = silent,
 ) -> Details:
-  """Label maps of every stage and all that is known of them.
+  """Label maps of every stage of `volume` and all that is known of them.
 
   Args:
-    segmentations: of `volume`.
     watch: takes the probability of every organ after the last stage, see `fuse`.
-    report: takes lines about what is done.
   """
   first = segmentations[0].segmenter
   stages, organs = first.stages, len(first.plan.labels.structures)
@@ -111,10 +107,8 @@ def details_of(
   last = fuse_stage(stages - 1)
   maps.append(last.labels)
   structures = structure_details(segmentations, maps, last, volume.geometry)
-  notices = [
-    notice for found in segmentations
-    for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)
-  ]
+  notices = [notice for found in segmentations
+             for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)]
   notices += stage_notices(structures, first.inference.warnings)
   # Runs that were trained on the same cases say the same.
   warnings = tuple(dict.fromkeys(notices))

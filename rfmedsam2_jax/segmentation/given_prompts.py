@@ -1,7 +1,6 @@
 """A person's prompts on top of the generator's: boxes and points of a file, masks of sparse slices.
 
-In: entries (data.prompt_entries) and label maps. Out: `GivenPrompt`s on the grid that a segmenter
-has prepared.
+In: entries (data.prompt_entries), label maps. Out: `GivenPrompt`s on a segmenter's prepared grid.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ def prompts_of_entries(
   """Boxes and points of a file's voxels, on the prepared grid and in pixels of SAM's square."""
   side = model.sam2.config.image_size
   depth, height, width = prepared.restore.prepared_shape
+  labels = model.plan.labels
   for entry in entries:
     voxels = np.concatenate([entry.box, entry.points])
     where = f"{geometry.path}: a prompt for {entry.structure}"
@@ -35,18 +35,11 @@ def prompts_of_entries(
       raise UserError(f"{where} spans several slices; give one prompt per slice")
     xy = places[:, 2:0:-1] * np.array([side / width, side / height])
     corners, clicks = xy[: len(entry.box)], xy[len(entry.box) :]
-    yield GivenPrompt(
-      _organ(model.plan.labels, entry.structure),
-      int(slices[0]),
-      box=(*corners.min(axis=0), *corners.max(axis=0)) if len(corners) else None,
-      points=tuple((x, y, inside) for (x, y), inside in zip(clicks, entry.inside, strict=True)),
-    )
-
-
-def _organ(labels: Labels, structure: str | int) -> int:
-  if isinstance(structure, str):
-    return labels.names.index(structure)
-  return labels.output_values.index(structure)
+    box = (*corners.min(axis=0), *corners.max(axis=0)) if len(corners) else None
+    points = tuple((x, y, inside) for (x, y), inside in zip(clicks, entry.inside, strict=True))
+    by_name = isinstance(entry.structure, str)
+    known: Sequence[str | int] = labels.names if by_name else labels.output_values
+    yield GivenPrompt(known.index(entry.structure), int(slices[0]), box, points)
 
 
 def prompts_of_labels(

@@ -40,13 +40,11 @@ from rfmedsam2_jax.segmentation.given_prompts import prompts_of_entries, prompts
 from rfmedsam2_jax.segmentation.request import Prompts, Request, check_alike, make_request
 from rfmedsam2_jax.segmentation.segmenter import Segmentation, Segmenter, label_map, segment_volume
 
-_logger = logging.getLogger(__name__)
-
 Models = Segmenter | Sequence[Segmenter]
 
 
 def _log_warning(case: str, message: str) -> None:
-  _logger.warning("%s: %s", case, message)
+  logging.getLogger(__name__).warning("%s: %s", case, message)
 
 
 def segment(model: Models, array: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
@@ -71,8 +69,7 @@ def segment_file(
   """Segments a file or a folder with a DICOM series (or one per channel).
 
   Args:
-    out: where to write the label map on the file's own grid, .nii.gz, .nii or .seg.nrrd; None
-      writes nothing.
+    out: where to write it, too, on the file's own grid: .nii.gz, .nii or .seg.nrrd.
 
   Returns:
     Label map in the file's own axis order.
@@ -86,8 +83,7 @@ def segment_file(
 
 
 def segment_details(
-  model: Models,
-  image: np.ndarray | str | Path | Sequence[str | Path],
+  model: Models, image: np.ndarray | str | Path | Sequence[str | Path],
   spacing: tuple[float, float, float] | None = None,
 ) -> Details:
   """Segments an array or a file, and tells how sure each structure is and what is unusual.
@@ -99,28 +95,18 @@ def segment_details(
     Label maps, probabilities, predicted IoU, presence, volumes in ml and warnings.
   """
   models = _models(model)
-  if isinstance(image, np.ndarray) or spacing is not None:
-    if spacing is None:
-      raise UserError("spacing: is missing; give three sizes in mm with an array")
-    volume = _volume_of(image, spacing)
-  else:
-    volume = load_image(image, len(models[0].plan.channels))
+  if isinstance(image, np.ndarray) and spacing is None:
+    raise UserError("spacing: is missing; give three sizes in mm with an array")
+  channels = len(models[0].plan.channels)
+  volume = load_image(image, channels) if spacing is None else _volume_of(image, spacing)
   return details_of([segment_volume(m, volume) for m in models], volume)
 
 
 def predict(
-  model: Models,
-  inputs: Sequence[str | Path],
-  out: str | Path,
-  prompts: Prompts = "generated",
-  labels: str | Path | None = None,
-  given: str | Path | None = None,
-  save_stages: bool = False,
-  overwrite: bool = False,
-  progress: Report = silent,
-  probabilities: bool = False,
-  warn: Callable[[str, str], None] = _log_warning,
-  format: Format = "nifti",
+  model: Models, inputs: Sequence[str | Path], out: str | Path, prompts: Prompts = "generated",
+  labels: str | Path | None = None, given: str | Path | None = None, save_stages: bool = False,
+  overwrite: bool = False, progress: Report = silent, probabilities: bool = False,
+  warn: Callable[[str, str], None] = _log_warning, format: Format = "nifti",
 ) -> list[Path]:
   """Segments files and folders into `out`/CASE.nii.gz, with `out`/CASE.json of details.
 
@@ -193,14 +179,12 @@ def _volume_of(array: Any, spacing: Sequence[float]) -> Volume:
   affine = np.zeros((4, 4))  # from (z, y, x) of LPS+ to (x, y, z) of RAS+
   affine[[2, 1, 0, 3], range(4)] = a, -b, -c, 1.0
   header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header
-  depth, height, width = array.shape[1:]
-  none = (False, False, False)
-  geometry = Geometry(Path("array"), header, affine, (depth, height, width), (0, 1, 2), none)
+  geometry = Geometry(Path("array"), header, affine, array.shape[1:], (0, 1, 2), (False,) * 3)
   return Volume(array, (a, b, c), geometry)
 
 
 def _last_labels(models: list[Segmenter], volume: Volume) -> np.ndarray:
-  """The label map [z, y, x] after the last stage, averaged over models."""
+  """The label map [z, y, x] after the last stage."""
   return label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
 
 
@@ -224,15 +208,12 @@ def _predict_case(
     stages.append(f"stage{stage}/{target.name}")
     write_segmentation(out / stages[-1], labels_of_stage, found.geometry, labels.value_names)
   content = {
-    "case": case.identifier,
-    "inputs": [image.name for image in case.images],
-    "runs": [m.name for m in models],
-    **found.as_dict(),
+    "case": case.identifier, "inputs": [image.name for image in case.images],
+    "runs": [m.name for m in models], **found.as_dict(),
     "files": {"labels": target.name, "stages": stages, "probabilities": paths},
   }
   with replacing(out / f"{case.identifier}.json") as temporary:
-    text = json.dumps(content, indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
   write_segmentation(target, found.maps[-1], found.geometry, labels.value_names)
   return found
 
@@ -241,14 +222,12 @@ def _segment_case(
   models: list[Segmenter], request: Request, case: Case, report: Report
 ) -> tuple[list[Segmentation], Volume]:
   plan = models[0].plan
+  sparse = atoms = None
   if request.prompts == "oracle":
     volume, atoms = read_case(case, len(plan.channels), plan.labels)
-    return [segment_volume(m, volume, atoms, progress=report) for m in models], volume
-  volume = load_image(case.images, len(plan.channels))
-  if request.prompts == "generated":
-    return [segment_volume(m, volume, progress=report) for m in models], volume
-  sparse = None
-  if case.label is not None:
+  else:
+    volume = load_image(case.images, len(plan.channels))
+  if request.prompts == "given" and case.label is not None:
     sparse = load_label_map(case.label, volume.geometry)
     plan.labels.to_atoms(sparse, case.label)  # says so if a value is unknown
 
@@ -259,4 +238,5 @@ def _segment_case(
       found += prompts_of_labels(model.plan.labels, prepared.restore, sparse)
     return found
 
-  return [segment_volume(m, volume, by_hand=by_hand, progress=report) for m in models], volume
+  hand = by_hand if request.prompts == "given" else None
+  return [segment_volume(m, volume, atoms, hand, report) for m in models], volume
