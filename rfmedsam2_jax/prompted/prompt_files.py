@@ -1,14 +1,11 @@
-"""A person's prompts as files: JSON of boxes and points, a sparse label map.
-
-Out: `VoxelPrompt`s in voxels of the canonical volume, whatever the file's own axes are.
-"""
+"""`VoxelPrompt`s from a person's files: JSON of boxes and points, a sparse label map."""
 
 from pathlib import Path
 
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.prompt_entries import PromptEntry, read_entries
+from rfmedsam2_jax.data.prompt_entries import read_entries
 from rfmedsam2_jax.data.volumes import Geometry, load_label_map
 from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
 
@@ -19,19 +16,15 @@ def read_prompts(path: str | Path, geometry: Geometry, world: bool = False) -> l
   Args:
     geometry: of the image. world: coordinates are millimetres, RAS+ as in the file's affine.
   """
-  return [_voxel_prompt(entry, geometry, world) for entry in read_entries(path)]
-
-
-def _voxel_prompt(entry: PromptEntry, geometry: Geometry, world: bool) -> VoxelPrompt:
-  corners = geometry.canonical_points(entry.box, world).tolist()
-  points = geometry.canonical_points(entry.points, world).tolist()
-  return VoxelPrompt(
-    int(entry.structure),
-    box=(tuple(corners[0]), tuple(corners[1])) if corners else None,
-    points=tuple((z, y, x, inside) for (z, y, x), inside in zip(points, entry.inside, strict=True)),
-    round=entry.round,
-    source=entry.source,
-  )
+  result = []
+  for entry in read_entries(path):
+    corners = geometry.canonical_points(entry.box, world).tolist()
+    places = geometry.canonical_points(entry.points, world).tolist()
+    box = (tuple(corners[0]), tuple(corners[1])) if corners else None
+    points = tuple((z, y, x, yes) for (z, y, x), yes in zip(places, entry.inside, strict=True))
+    label, number = int(entry.structure), entry.round
+    result.append(VoxelPrompt(label, box, points, round=number, source=entry.source))
+  return result
 
 
 def read_masks(path: str | Path, geometry: Geometry) -> list[VoxelPrompt]:
