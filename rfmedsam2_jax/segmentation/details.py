@@ -4,6 +4,7 @@ In: `Segmentation`s of one volume, one per run. Out: `Details`, for Python and f
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report, silent
 from rfmedsam2_jax.data.volumes import Geometry, Volume
-from rfmedsam2_jax.refinement import Fused
 from rfmedsam2_jax.segmentation.notices import Notice, input_notices, stage_notices
 from rfmedsam2_jax.segmentation.segmenter import Segmentation, fused
 from rfmedsam2_jax.segmentation.structures import StructureDetails, structure_details
@@ -94,17 +94,15 @@ def details_of(
   stages, organs = first.stages, len(first.plan.labels.structures)
   progress = Progress("label maps, structures", report)
 
-  def fuse_stage(stage: int) -> Fused:
-    def seen(organ: int, probability: np.ndarray) -> None:
-      progress(stage * organs + organ, stages * organs)
-      if stage == stages - 1:
-        watch(organ, probability)
+  def seen(stage: int, organ: int, probability: np.ndarray) -> None:
+    progress(stage * organs + organ, stages * organs)
+    if stage == stages - 1:
+      watch(organ, probability)
 
-    return fused(segmentations, stage, seen)
-
+  watches = [functools.partial(seen, stage) for stage in range(stages)]
   # One after the other: what fuses a stage is as large as the volume.
-  maps = [fuse_stage(stage).labels for stage in range(stages - 1)]
-  last = fuse_stage(stages - 1)
+  maps = [fused(segmentations, stage, watches[stage]).labels for stage in range(stages - 1)]
+  last = fused(segmentations, stages - 1, watches[-1])
   maps.append(last.labels)
   structures = structure_details(segmentations, maps, last, volume.geometry)
   notices = [notice for found in segmentations

@@ -16,7 +16,18 @@ from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
 
-def prompts_of_entries(
+def prompts_by_hand(
+  geometry: Geometry, entries: Sequence[PromptEntry], sparse: np.ndarray | None, model: Segmenter,
+  prepared: Prepared,
+) -> list[GivenPrompt]:
+  """What a person says of a volume, in entries and a sparse label map int [z, y, x]."""
+  found = list(_of_entries(model, geometry, prepared, entries))
+  if sparse is not None:
+    found += _of_labels(model.plan.labels, prepared.restore, sparse)
+  return found
+
+
+def _of_entries(
   model: Segmenter, geometry: Geometry, prepared: Prepared, entries: Sequence[PromptEntry]
 ) -> Iterator[GivenPrompt]:
   """Boxes and points of a file's voxels, on the prepared grid and in pixels of SAM's square."""
@@ -42,10 +53,8 @@ def prompts_of_entries(
     yield GivenPrompt(known.index(entry.structure), int(slices[0]), box, points)
 
 
-def prompts_of_labels(
-  labels: Labels, restore: Restore, sparse: np.ndarray
-) -> Iterator[GivenPrompt]:
-  """Masks of the slices that a sparse label map [z, y, x] has labels on."""
+def _of_labels(labels: Labels, restore: Restore, sparse: np.ndarray) -> Iterator[GivenPrompt]:
+  """Masks of the slices that a sparse label map has labels on."""
   # Sparse slices would be lost in resampling, so each is brought over by itself.
   moved = sparse[tuple(map(slice, restore.lower, restore.upper))].transpose(restore.order)
   for native in np.flatnonzero(moved.any(axis=(1, 2))):

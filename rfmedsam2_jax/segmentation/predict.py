@@ -6,6 +6,7 @@
     details = rfmedsam2_jax.segment_details(model, "scan.nii.gz")   # and how sure it is
 """
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -17,9 +18,8 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, TimeLeft, below, silent
-from rfmedsam2_jax.data.datasets import Case, read_case
+from rfmedsam2_jax.data.datasets import read_case
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.probabilities import probability_paths, write_probability
 from rfmedsam2_jax.data.segmentations import (
   ITKSNAP_NAME,
@@ -34,11 +34,10 @@ from rfmedsam2_jax.data.volumes import (
   load_image,
   load_label_map,
 )
-from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
 from rfmedsam2_jax.segmentation.details import Details, details_of
-from rfmedsam2_jax.segmentation.given_prompts import prompts_of_entries, prompts_of_labels
+from rfmedsam2_jax.segmentation.given_prompts import prompts_by_hand
 from rfmedsam2_jax.segmentation.request import Prompts, Request, check_alike, make_request
-from rfmedsam2_jax.segmentation.segmenter import Segmentation, Segmenter, label_map, segment_volume
+from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_map, segment_volume
 
 Models = Segmenter | Sequence[Segmenter]
 
@@ -194,8 +193,19 @@ def _predict_case(
 ) -> Details:
   """Segments one case of a request and writes all that is known of it."""
   case, target, out = request.cases[number], request.targets[number], request.out
-  labels = models[0].plan.labels
-  segmentations, volume = _segment_case(models, request, case, report)
+  labels, channels = models[0].plan.labels, len(models[0].plan.channels)
+  atoms = sparse = by_hand = None
+  if request.prompts == "oracle":
+    volume, atoms = read_case(case, channels, labels)
+  else:
+    volume = load_image(case.images, channels)
+  if request.prompts == "given":
+    if case.label is not None:
+      sparse = load_label_map(case.label, volume.geometry)
+      labels.to_atoms(sparse, case.label)  # says so if a value is unknown
+    entries = request.entries.get(case.identifier, [])
+    by_hand = functools.partial(prompts_by_hand, volume.geometry, entries, sparse)
+  segmentations = [segment_volume(m, volume, atoms, by_hand, report) for m in models]
   paths = probability_paths(case.identifier, labels) if probabilities else None
 
   def keep(organ: int, probability: np.ndarray) -> None:
@@ -216,27 +226,3 @@ def _predict_case(
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
   write_segmentation(target, found.maps[-1], found.geometry, labels.value_names)
   return found
-
-
-def _segment_case(
-  models: list[Segmenter], request: Request, case: Case, report: Report
-) -> tuple[list[Segmentation], Volume]:
-  plan = models[0].plan
-  sparse = atoms = None
-  if request.prompts == "oracle":
-    volume, atoms = read_case(case, len(plan.channels), plan.labels)
-  else:
-    volume = load_image(case.images, len(plan.channels))
-  if request.prompts == "given" and case.label is not None:
-    sparse = load_label_map(case.label, volume.geometry)
-    plan.labels.to_atoms(sparse, case.label)  # says so if a value is unknown
-
-  def by_hand(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
-    entries = request.entries.get(case.identifier, [])
-    found = list(prompts_of_entries(model, volume.geometry, prepared, entries))
-    if sparse is not None:
-      found += prompts_of_labels(model.plan.labels, prepared.restore, sparse)
-    return found
-
-  hand = by_hand if request.prompts == "given" else None
-  return [segment_volume(m, volume, atoms, hand, report) for m in models], volume

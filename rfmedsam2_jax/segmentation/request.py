@@ -59,8 +59,7 @@ def make_request(
   unknown = sorted(set(entries) - {case.identifier for case in cases})
   if unknown:
     raise UserError(f"{given}: case {unknown[0]} is not among the inputs; correct its name")
-  if labels is not None:
-    cases = with_labels(cases, labels)
+  cases = cases if labels is None else with_labels(cases, labels)
   out = Path(out)
   targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
   if format == "nrrd":

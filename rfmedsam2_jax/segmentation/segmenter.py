@@ -25,17 +25,10 @@ from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
-from rfmedsam2_jax.refinement import (
-  Fused,
-  RefinementConfig,
-  StageResult,
-  blended,
-  fuse,
-  refine_volume,
-)
+from rfmedsam2_jax.refinement import Fused, RefinementConfig, StageResult, blended, fuse
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
 from rfmedsam2_jax.refinement.prompts import scaled_boxes, stage0_logits
-from rfmedsam2_jax.refinement.refine import VolumePrompts
+from rfmedsam2_jax.refinement.refine import VolumePrompts, refine_volume
 from rfmedsam2_jax.segmentation.config import InferenceConfig
 from rfmedsam2_jax.segmentation.sliding_window import predict_slabs
 
@@ -108,17 +101,15 @@ def segment_volume(
   made = run_generator(segmenter, prepared, progress)
   if segmenter.refiner is None:
     return Segmentation(segmenter, prepared, made, [])
-  side = segmenter.sam2.config.image_size
-  prompts = made.prompts
+  side, prompts = segmenter.sam2.config.image_size, made.prompts
   if truth_atoms is not None:
     atoms = prepare_atoms(truth_atoms, segmenter.plan, prepared.restore)
     prompts = with_oracle(prompts, *truth_boxes(atoms, segmenter), side)
   if by_hand is not None:
     prompts = with_given(prompts, by_hand(segmenter, prepared), side, side // 4, resize_linear)
-  slices = functools.partial(sam_slices, segmenter, prepared)
   results = refine_volume(
-    segmenter.sam2, segmenter.refiner, segmenter.refinement, slices, prompts, progress
-  )
+    segmenter.sam2, segmenter.refiner, segmenter.refinement,
+    functools.partial(sam_slices, segmenter, prepared), prompts, progress)
   return Segmentation(segmenter, prepared, made, results)
 
 
@@ -127,8 +118,7 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
   plan, config = segmenter.plan, segmenter.inference
   organs, regions = len(plan.labels.structures), plan.labels.regions
   cells = organs, prepared.image.shape[1]
-  sam = segmenter.sam2.config
-  side, mask_side = sam.image_size, 4 * sam.grid
+  side, mask_side = segmenter.sam2.config.image_size, 4 * segmenter.sam2.config.grid
   log_odds = np.empty((organs, *prepared.image.shape[1:]), np.float16)
   logits = np.empty((*cells, mask_side, mask_side), np.float16)
   boxes, present = np.zeros((*cells, 4), np.float32), np.zeros(cells, bool)
@@ -153,11 +143,9 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
 
 def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
   """Boxes float32 [K, D, 4] in pixels of the S x S image and presence bool [K, D] of the truth."""
-  side = segmenter.sam2.config.image_size
-  boxes, present = zip(*(
-    scaled_boxes(np.isin(atoms, np.flatnonzero(members)), side, 0.0)
-    for members in segmenter.plan.labels.membership.T
-  ), strict=True)
+  side, organs = segmenter.sam2.config.image_size, segmenter.plan.labels.membership.T
+  masks = (np.isin(atoms, np.flatnonzero(members)) for members in organs)
+  boxes, present = zip(*(scaled_boxes(mask, side, 0.0) for mask in masks), strict=True)
   return np.stack(boxes), np.stack(present)
 
 
