@@ -56,8 +56,8 @@ def check_prompts(
   image_size: int | None,
 ) -> None:
   """Raises what `open_volume` and the first `track` would, before the network is loaded."""
-  sam2 = at_side(read_config(checkpoint)[0], image_size)
-  SliceFrame(volume, plane, sam2.image_size).rounds(prompts)
+  side = at_side(read_config(checkpoint)[0], image_size).image_size
+  SliceFrame(volume, plane, side).rounds(prompts)
 
 
 def at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
@@ -113,13 +113,12 @@ def result_paths(out: str | Path, image: Path, overwrite: bool, format: Format) 
 def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
   """Per structure: volume, and on every slice where it is, presence and predicted IoU."""
   ml = volumes_ml(found.labels, volume.spacing)
-  numbers = np.arange(found.labels.shape[found.slice_axis])  # the file's own
-  if volume.geometry.flipped[found.slice_axis]:
-    numbers = numbers[::-1]
+  flipped = volume.geometry.flipped[found.slice_axis]
+  last = found.labels.shape[found.slice_axis] - 1
   presence, iou, result = found.presence, found.iou, {}
   for track, value in enumerate(found.structures):
     slices = [
-      {"slice": int(numbers[z]), "presence": round(float(presence[track, z]), 4),
+      {"slice": last - z if flipped else z, "presence": round(float(presence[track, z]), 4),
        "iou": round(float(iou[track, z]), 4), "prompted": (track, z) in found.tracks.prompted}
       for z in np.flatnonzero(presence[track] > 0.5).tolist()
     ]

@@ -37,8 +37,9 @@ PERCENTILES = (0.5, 99.5)  # of the voxels that are not 0, where no window is gi
 class TrackedVolume:
   """A volume whose structures were followed.
 
-  structures: label value of each track, in the order in which they began.
-  tracks: logits, scores and pointers; what a correction starts from.
+  Attributes:
+    structures: label value of each track, in the order in which they began.
+    tracks: logits, scores and pointers; what a correction starts from.
   """
 
   labels: np.ndarray  # uint8 or uint16 [D, H, W], canonical
@@ -124,8 +125,9 @@ class PromptedVolume:
   def _shower(self, structures: tuple[int, ...], show: ShowSlice) -> Arrived:
     """What a tracker calls, so that `show` is called with labels."""
     def arrived(cells: HostCells, slices: np.ndarray) -> None:
-      for z in slices.tolist() if show else ():
-        show(z, self._fused(cells, z, structures))
+      if show is not None:
+        for z in slices.tolist():
+          show(z, self._fused(cells, z, structures))
 
     return arrived
 
@@ -164,10 +166,8 @@ def _intensity_range(
 
 def parse_window(text: str) -> tuple[float, float] | None:
   """A name of WINDOWS, "centre,width", or "percentiles" (None)."""
-  if text == "percentiles":
-    return None
-  if text in WINDOWS:
-    return WINDOWS[text]
+  if text == "percentiles" or text in WINDOWS:
+    return WINDOWS.get(text)
   try:
     centre, width = (float(part) for part in text.split(","))
   except ValueError:

@@ -69,8 +69,7 @@ class Details:
 
   def as_dict(self) -> dict[str, Any]:
     """For JSON: numbers rounded to six digits, None where there is no statement."""
-    spacing = np.empty(3)
-    spacing[list(self.geometry.axes)] = self.geometry.spacing
+    spacing = np.array(self.geometry.spacing)[np.argsort(self.geometry.axes)]
     return _rounded({
       "shape": list(self.geometry.shape), "spacing_mm": spacing.tolist(),
       "slice_axis": self.slice_axis,

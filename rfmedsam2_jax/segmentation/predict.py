@@ -89,9 +89,6 @@ def segment_details(
 
   Args:
     image: an array as for `segment`, with its `spacing`; or a NIfTI file (or one per channel).
-
-  Returns:
-    Label maps, probabilities, predicted IoU, presence, volumes in ml and warnings.
   """
   models = _models(model)
   if isinstance(image, np.ndarray) and spacing is None:

@@ -164,10 +164,7 @@ def label_maps(segmentations: Sequence[Segmentation]) -> list[np.ndarray]:
 
 
 def label_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
-  """Label map after a stage (0: generator), averaged over segmentations of the same volume.
-
-  uint8 or uint16 [z, y, x] on the canonical native grid.
-  """
+  """Mean label map after a stage (0: generator), uint8 or uint16 [z, y, x] on the native grid."""
   return fused(segmentations, stage).labels
 
 

@@ -19,8 +19,9 @@ from rfmedsam2_jax.segmentation.segmenter import Segmentation
 class BoxDetails:
   """What the last stage was prompted with on one slice, and what it said there.
 
-  box: first voxels along the two other axes, in their order, then the last ones, inclusive.
-  predicted_iou, presence: of the slice's mask; None where no stage was run.
+  Attributes:
+    box: first voxels along the two other axes, in their order, then the last ones, inclusive.
+    predicted_iou, presence: of the slice's mask; None where no stage was run.
   """
 
   slice: int  # voxel along the slice axis
@@ -44,11 +45,12 @@ class StageDetails:
 class StructureDetails:
   """One structure of one segmentation; None where there is no statement.
 
-  presence: of its slices, as the last stage gave it, weighted by the area of their masks; if every
-    mask is empty, the largest of any slice; None if no slice was run.
-  predicted_iou: likewise; None if every mask is empty.
-  probability: mean of the winning probability over its voxels; None if it has none.
-  boxes: on the slices where the last stage had one.
+  Attributes:
+    presence: of its slices, as the last stage gave it, weighted by the area of their masks; if
+      every mask is empty, the largest of any slice; None if no slice was run.
+    predicted_iou: likewise; None if every mask is empty.
+    probability: mean of the winning probability over its voxels; None if it has none.
+    boxes: on the slices where the last stage had one.
   """
 
   label: int  # its value in the label map
@@ -78,7 +80,6 @@ def structure_details(
   rank = np.zeros(values[-1] + 1, np.min_scalar_type(len(values)))
   rank[values] = np.arange(len(values))
   final = rank[last.labels]
-  counts = joint_counts([final], len(values))
   tables = [joint_counts([rank[found], final], len(values)) for found in maps]
   planes = (np.bincount(ranks.ravel(), weights.ravel(), minlength=len(values))
             for ranks, weights in zip(final, last.winning, strict=True))
@@ -88,19 +89,17 @@ def structure_details(
   for organ, (name, mine) in enumerate(zip(labels.names, member, strict=True)):
     stages = []
     for stage, table in enumerate(tables):
-      results = [found.results[stage - 1] for found in segmentations] if stage else []
-      said = [_of_cells(found, organ) for found in results]
+      runs = segmentations if stage else ()
+      said = [_of_cells(found.results[stage - 1], organ) for found in runs]
       iou, presence = _mean(iou for iou, _ in said), _mean(presence for _, presence in said)
-      before, now = int(table[mine].sum()), int(table[:, mine].sum())
+      before, voxels = int(table[mine].sum()), int(table[:, mine].sum())
       both = int(table[np.ix_(mine, mine)].sum())
-      dice = 2 * both / (before + now) if before + now else None
+      dice = 2 * both / (before + voxels) if before + voxels else None
       stages.append(StageDetails(stage, before * size, iou, presence, dice))
-    voxels = int(counts[mine].sum())
-    last_stage, sure = stages[-1], float(probability[organ]) / voxels if voxels else None
+    sure = float(probability[organ]) / voxels if voxels else None
     result[name] = StructureDetails(
-      int(labels.output_values[organ]), voxels * size, last_stage.presence,
-      last_stage.predicted_iou, sure, tuple(stages),
-      tuple(_boxes(segmentations[0], organ, geometry)))
+      int(labels.output_values[organ]), voxels * size, presence, iou, sure, tuple(stages),
+      _boxes(segmentations[0], organ, geometry))
   return result
 
 
@@ -122,35 +121,28 @@ def _mean(found: Iterable[float | None]) -> float | None:
   return float(np.mean(known)) if known else None
 
 
-def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> list[BoxDetails]:
+def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> tuple[BoxDetails, ...]:
   """The box on every slice of the file whose nearest prepared slice has one."""
+  # By prepared slice: box (pixels of the S x S image), predicted IoU and presence.
+  prompted: dict[int, tuple[np.ndarray, float | None, float | None]]
+  if found.results:
+    last = found.results[-1]
+    rows = np.flatnonzero((last.cells[:, 0] == organ) & last.has_box)
+    prompted = {int(last.cells[row, 1]): (last.boxes[row], float(last.iou[row]),
+                                          float(last.presence[row])) for row in rows}
+  else:
+    prompts = found.generated.prompts
+    slices = np.flatnonzero(prompts.has_box[organ]).tolist()
+    prompted = {z: (prompts.boxes[organ, z], None, None) for z in slices}
   axis, restore = found.segmenter.plan.slice_axis, found.prepared.restore
-  prompted = _prompted(found, organ)
   natives = np.arange(restore.lower[axis], restore.upper[axis])
   points = np.zeros((len(natives), 3))
   points[:, axis] = natives
   nearest = np.rint(restore.native_to_prepared(points)[:, 0]).astype(int)
   nearest = np.clip(nearest, 0, restore.prepared_shape[0] - 1)
-  result = []
-  for native, z in zip(natives.tolist(), nearest.tolist(), strict=True):
-    if z in prompted:
-      box, iou, presence = prompted[z]
-      result.append(BoxDetails(*_on_the_file(found, native, box, geometry), iou, presence))
-  return sorted(result, key=lambda box: box.slice)
-
-
-def _prompted(
-  found: Segmentation, organ: int
-) -> dict[int, tuple[np.ndarray, float | None, float | None]]:
-  """By prepared slice, one organ's box (pixels of the S x S image), predicted IoU and presence."""
-  if not found.results:  # the boxes are the generator's
-    prompts = found.generated.prompts
-    slices = np.flatnonzero(prompts.has_box[organ]).tolist()
-    return {z: (prompts.boxes[organ, z], None, None) for z in slices}
-  last = found.results[-1]
-  rows = np.flatnonzero((last.cells[:, 0] == organ) & last.has_box)
-  return {int(last.cells[row, 1]): (last.boxes[row], float(last.iou[row]),
-                                    float(last.presence[row])) for row in rows}
+  boxes = (BoxDetails(*_on_the_file(found, native, prompted[z][0], geometry), *prompted[z][1:])
+           for native, z in zip(natives.tolist(), nearest.tolist(), strict=True) if z in prompted)
+  return tuple(sorted(boxes, key=lambda box: box.slice))
 
 
 def _on_the_file(
@@ -171,7 +163,6 @@ def _on_the_file(
   flipped = np.array(geometry.flipped)
   low, high = np.where(flipped, last - high, low), np.where(flipped, last - low, high)
   order = np.argsort(geometry.axes)  # the canonical axis along each of the file's
-  low, high = low[order], high[order]
-  along = geometry.axes[axis]
+  low, high, along = low[order], high[order], geometry.axes[axis]
   a, b = (i for i in range(3) if i != along)
   return int(low[along]), (int(low[a]), int(low[b]), int(high[a]), int(high[b]))
