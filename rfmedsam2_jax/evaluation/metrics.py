@@ -36,13 +36,10 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
 def surface_distances(
   prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """mm from every surface voxel of the prediction to the nearest of the reference's, and back.
+  """mm, float64 [n], from each surface voxel of the prediction to the reference's, and back.
 
   Args:
     prediction, reference: bool [D, H, W], neither empty. spacing: mm, in the order of the axes.
-
-  Returns:
-    float64 [n] each.
   """
   # Both surfaces lie in the box of the union, and so does every distance between them.
   box = ndimage.find_objects((prediction | reference).astype(np.uint8))[0]

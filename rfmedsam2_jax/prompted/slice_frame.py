@@ -54,8 +54,7 @@ def read_prompts(path: str | Path, geometry: Geometry, world: bool = False) -> l
     places = geometry.canonical_points(entry.points, world).tolist()
     box = (tuple(corners[0]), tuple(corners[1])) if corners else None
     points = tuple((z, y, x, yes) for (z, y, x), yes in zip(places, entry.inside, strict=True))
-    label, number = int(entry.structure), entry.round
-    result.append(VoxelPrompt(label, box, points, round=number, source=entry.source))
+    result.append(VoxelPrompt(int(entry.structure), box, points, None, entry.round, entry.source))
   return result
 
 
@@ -114,7 +113,11 @@ class SliceFrame:
 
   def _placed(self, track: int, prompt: VoxelPrompt) -> list[SlicePrompt]:
     if prompt.mask is not None:
-      return self._from_mask(track, prompt.mask)
+      across = np.moveaxis(prompt.mask, self._axis, 0)
+      numbers = np.flatnonzero(across.any(axis=(1, 2)))
+      # As the official predictor brings masks to its side.
+      masks = resize_linear(across[numbers].astype(np.float32), self._side) >= 0.5
+      return [SlicePrompt(track, int(z), mask=one) for z, one in zip(numbers, masks, strict=True)]
     rows = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
     if not len(rows) or not np.isfinite(rows).all():
       raise UserError(f"{prompt.source}: has no coordinates; give a box or points")
@@ -134,13 +137,6 @@ class SliceFrame:
       box, xy = (float(x0), float(y0), float(x1), float(y1)), xy[2:]
     labels = np.array([p[3] for p in prompt.points], np.int32)
     return [SlicePrompt(track, int(slices[0]), xy.astype(np.float32), labels, box)]
-
-  def _from_mask(self, track: int, mask: np.ndarray) -> list[SlicePrompt]:
-    slices = np.moveaxis(mask, self._axis, 0)
-    numbers = np.flatnonzero(slices.any(axis=(1, 2)))
-    # As the official predictor brings masks to its side.
-    masks = resize_linear(slices[numbers].astype(np.float32), self._side) >= 0.5
-    return [SlicePrompt(track, int(z), mask=one) for z, one in zip(numbers, masks, strict=True)]
 
 
 def _joined(one: SlicePrompt, other: SlicePrompt, source: str) -> SlicePrompt:

@@ -26,7 +26,6 @@ class Details:
   Attributes:
     maps: label map of every stage, generator first, uint8 or uint16, canonical [z, y, x].
     structures: by name, in the order of the plan.
-    warnings: what is unusual; empty if nothing is.
   """
 
   segmentations: Sequence[Segmentation]
@@ -57,9 +56,7 @@ class Details:
       known = ", ".join(names)
       raise UserError(f"{structure}: is no structure of this model; choose from {known}")
     organ = names.index(structure)
-    total = self.segmentations[0].probability(last, organ)
-    for found in self.segmentations[1:]:
-      total = total + found.probability(last, organ)
+    total = functools.reduce(np.add, (run.probability(last, organ) for run in self.segmentations))
     return self.geometry.to_native(total / np.float32(len(self.segmentations)))
 
   @property

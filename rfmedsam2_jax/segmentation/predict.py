@@ -1,12 +1,10 @@
 """The Python API: load runs, segment arrays and files, predict folders.
 
     model = rfmedsam2_jax.load("runs/hippocampus")
-    rfmedsam2_jax.segment_file(model, "scan.nii.gz", "labels.nii.gz")
     labels = rfmedsam2_jax.segment(model, array, spacing=(3.0, 1.0, 1.0))
     details = rfmedsam2_jax.segment_details(model, "scan.nii.gz")   # and how sure it is
 """
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -21,22 +19,11 @@ from rfmedsam2_jax.base.progress import Passing, Report, TimeLeft, below, silent
 from rfmedsam2_jax.data.datasets import read_case
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.probabilities import probability_paths, write_probability
-from rfmedsam2_jax.data.segmentations import (
-  ITKSNAP_NAME,
-  Format,
-  write_itksnap_labels,
-  write_segmentation,
-)
-from rfmedsam2_jax.data.volumes import (
-  Geometry,
-  Volume,
-  check_intensities,
-  load_image,
-  load_label_map,
-)
+from rfmedsam2_jax.data.segmentations import ITKSNAP_NAME, write_itksnap_labels, write_segmentation
+from rfmedsam2_jax.data.volumes import Geometry, Volume, check_intensities, load_image
 from rfmedsam2_jax.segmentation.details import Details, details_of
 from rfmedsam2_jax.segmentation.given_prompts import prompts_by_hand
-from rfmedsam2_jax.segmentation.request import Prompts, Request, check_alike, make_request
+from rfmedsam2_jax.segmentation.request import Format, Prompts, Request, check_alike, make_request
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_map, segment_volume
 
 Models = Segmenter | Sequence[Segmenter]
@@ -59,7 +46,8 @@ def segment(model: Models, array: np.ndarray, spacing: tuple[float, float, float
   Returns:
     Label map uint8 or uint16 [D, H, W].
   """
-  return _last_labels(_models(model), _volume_of(array, spacing))
+  models, volume = _models(model), _volume_of(array, spacing)
+  return label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
 
 
 def segment_file(
@@ -75,7 +63,7 @@ def segment_file(
   """
   models = _models(model)
   volume = load_image(image, len(models[0].plan.channels))
-  labels = _last_labels(models, volume)
+  labels = label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
   if out is not None:
     write_segmentation(out, labels, volume.geometry, models[0].plan.labels.value_names)
   return volume.geometry.to_native(labels)
@@ -104,7 +92,7 @@ def predict(
   overwrite: bool = False, progress: Report = silent, probabilities: bool = False,
   warn: Callable[[str, str], None] = _log_warning, format: Format = "nifti",
 ) -> list[Path]:
-  """Segments files and folders into `out`/CASE.nii.gz, with `out`/CASE.json of details.
+  """Segments files and folders into `out`/CASE.nii.gz, which it gives, with CASE.json of details.
 
   `out`/itksnap_labels.txt names the values, with colours, for ITK-SNAP.
 
@@ -118,9 +106,6 @@ def predict(
     probabilities: also write `out`/probabilities/CASE, a file per structure.
     warn: takes a case and what is unusual about it.
     format: of label maps; "nrrd" writes CASE.seg.nrrd, a segmentation of 3D Slicer.
-
-  Returns:
-    The label maps written.
 
   Raises:
     UserError: see `make_request`; a volume or label map that cannot be read.
@@ -179,11 +164,6 @@ def _volume_of(array: Any, spacing: Sequence[float]) -> Volume:
   return Volume(array, (a, b, c), geometry)
 
 
-def _last_labels(models: list[Segmenter], volume: Volume) -> np.ndarray:
-  """The label map [z, y, x] after the last stage."""
-  return label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
-
-
 def _predict_case(
   models: list[Segmenter], request: Request, number: int, save_stages: bool, probabilities: bool,
   report: Report,
@@ -191,17 +171,14 @@ def _predict_case(
   """Segments one case of a request and writes all that is known of it."""
   case, target, out = request.cases[number], request.targets[number], request.out
   labels, channels = models[0].plan.labels, len(models[0].plan.channels)
-  atoms = sparse = by_hand = None
+  atoms = by_hand = None
   if request.prompts == "oracle":
     volume, atoms = read_case(case, channels, labels)
   else:
     volume = load_image(case.images, channels)
   if request.prompts == "given":
-    if case.label is not None:
-      sparse = load_label_map(case.label, volume.geometry)
-      labels.to_atoms(sparse, case.label)  # says so if a value is unknown
     entries = request.entries.get(case.identifier, [])
-    by_hand = functools.partial(prompts_by_hand, volume.geometry, entries, sparse)
+    by_hand = prompts_by_hand(labels, volume.geometry, entries, case.label)
   segmentations = [segment_volume(m, volume, atoms, by_hand, report) for m in models]
   paths = probability_paths(case.identifier, labels) if probabilities else None
 
