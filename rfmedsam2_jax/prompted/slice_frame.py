@@ -100,9 +100,7 @@ class SliceFrame:
     return structures, [self.place([p for p in prompts if p.round == number], structures)
                         for number in sorted({p.round for p in prompts})]
 
-  def place(
-    self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]
-  ) -> list[SlicePrompt]:
+  def place(self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]) -> list[SlicePrompt]:
     """One prompt per structure and slice: those of the same slice join. UserError as `rounds`."""
     found: dict[tuple[int, int], SlicePrompt] = {}
     for prompt in prompts:

@@ -80,11 +80,14 @@ class PromptedVolume:
     depth = len(self._slices)
     self._tracker = VolumeTracker(model, params, config, self._sam_slices, depth, progress)
 
-  def _sam_slices(self, numbers: np.ndarray) -> np.ndarray:
-    """Slices [n], windowed, as SAM 2 sees them: float32 [n, S, S, 3], normalised."""
+  def shown(self, numbers: np.ndarray) -> np.ndarray:
+    """Slices [n] at their own resolution, windowed: float32 [n, H, W] in [0, 1]."""
     chosen = self._slices[numbers].astype(np.float32)
-    shown = np.clip((chosen - self._low) / (self._high - self._low), 0, 1)
-    rgb = as_rgb(resize_linear(shown, self._side)[None])
+    return np.clip((chosen - self._low) / (self._high - self._low), 0, 1)
+
+  def _sam_slices(self, numbers: np.ndarray) -> np.ndarray:
+    """Slices [n] as SAM 2 sees them: float32 [n, S, S, 3], normalised."""
+    rgb = as_rgb(resize_linear(self.shown(numbers), self._side)[None])
     return (rgb - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
 
   def check(self, prompts: Sequence[VoxelPrompt]) -> None:

@@ -83,8 +83,7 @@ def details_of(
 ) -> Details:
   """Label maps of every stage of `volume` and all that is known of them.
 
-  Args:
-    watch: takes the probability of every organ after the last stage, see `fuse`.
+  `watch` takes the probability of every organ after the last stage, see `fuse`.
   """
   first = segmentations[0].segmenter
   stages, organs = first.stages, len(first.plan.labels.structures)

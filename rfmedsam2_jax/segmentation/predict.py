@@ -53,13 +53,10 @@ def segment(model: Models, array: np.ndarray, spacing: tuple[float, float, float
 def segment_file(
   model: Models, image: str | Path | Sequence[str | Path], out: str | Path | None = None
 ) -> np.ndarray:
-  """Segments a file or a folder with a DICOM series (or one per channel).
+  """Segments a file or a DICOM folder (or one per channel); the label map has the file's own axes.
 
   Args:
     out: where to write it, too, on the file's own grid: .nii.gz, .nii or .seg.nrrd.
-
-  Returns:
-    Label map in the file's own axis order.
   """
   models = _models(model)
   volume = load_image(image, len(models[0].plan.channels))
@@ -79,10 +76,12 @@ def segment_details(
     image: an array as for `segment`, with its `spacing`; or a NIfTI file (or one per channel).
   """
   models = _models(model)
-  if isinstance(image, np.ndarray) and spacing is None:
+  if spacing is not None:
+    volume = _volume_of(image, spacing)
+  elif isinstance(image, np.ndarray):
     raise UserError("spacing: is missing; give three sizes in mm with an array")
-  channels = len(models[0].plan.channels)
-  volume = load_image(image, channels) if spacing is None else _volume_of(image, spacing)
+  else:
+    volume = load_image(image, len(models[0].plan.channels))
   return details_of([segment_volume(m, volume) for m in models], volume)
 
 
