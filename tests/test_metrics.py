@@ -89,3 +89,12 @@ def test_unknown_voxels_count_for_nothing():
   half = score(a[:, 15:], b[:, 15:], SPACING)
   assert score(a, b, SPACING, known=known) == half
   assert dice(a & known, b & known) == half.dice
+
+
+def test_without_a_tolerance_no_distances_are_computed(monkeypatch):
+  a, b = blobs(2)
+  whole = score(a, b, SPACING)
+  monkeypatch.delattr("rfmedsam2_jax.evaluation.metrics.surface_distances")
+  found = score(a, b, SPACING, None)
+  assert (found.dice, found.volume) == (whole.dice, whole.volume)
+  assert np.isnan([found.surface_dice, found.hd95]).all()

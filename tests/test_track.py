@@ -13,7 +13,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.cli.prompt_options import parse_box, parse_point
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.nn import SAM2
-from rfmedsam2_jax.prompted.prompt_files import read_prompts
+from rfmedsam2_jax.prompted.slice_frame import read_prompts
 from rfmedsam2_jax.tracking import SlicePrompt, VolumeTracker, tracker
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.volumes import Geometry
-from rfmedsam2_jax.prompted.prompt_files import read_masks, read_prompts
-from rfmedsam2_jax.prompted.slice_frame import Plane, VoxelPrompt
+from rfmedsam2_jax.prompted.slice_frame import Plane, VoxelPrompt, read_masks, read_prompts
 
 # What the numbers of an option mean: the slice, then its two coordinates.
 _ORDER: dict[str, str] = {"axial": "zxy", "coronal": "yxz", "sagittal": "xyz"}

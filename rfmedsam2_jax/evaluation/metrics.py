@@ -1,16 +1,9 @@
-"""Scores of a segmentation: Dice, surface Dice, 95 % Hausdorff distance, volumes.
+"""Scores of masks of whole volumes: Dice, surface Dice, 95 % Hausdorff distance, volumes.
 
-Takes whole volumes (slices without the structure included) as boolean arrays; evaluation.scores
-reads the files.
-
-Surfaces are the voxels of a mask that have a face neighbour outside of it (beyond the array's
-border counts as outside); distances are between voxel centres, in mm, so that a surface distance
-is exact for the grid and anisotropic spacing is respected.
-
-Empty masks: where prediction and reference are both empty, Dice and surface Dice are nan ("no
-statement") and means leave them out. Where only one is empty both are 0, which counts. The
-Hausdorff distance is nan in both cases: no distance is fair to a structure that was missed, and
-its Dice of 0 already says so.
+A surface is the voxels of a mask with a face neighbour outside of it (or of the array); distances
+are between voxel centres, in mm. Where prediction and reference are both empty, Dice and surface
+Dice are nan ("no statement") and means leave them out; where one is empty both are 0. The Hausdorff
+distance is nan then: none is fair to a structure that was missed, and its Dice says so.
 """
 
 import dataclasses
@@ -37,26 +30,20 @@ class Score:
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
   """Dice of two masks, bool of any equal shape; nan if both are empty."""
   total = np.count_nonzero(prediction) + np.count_nonzero(reference)
-  return 2 * np.count_nonzero(prediction & reference) / total if total else float("nan")
+  return 2 * np.count_nonzero(prediction & reference) / total if total else math.nan
 
 
 def surface_distances(
   prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Distances in mm from every surface voxel of one mask to the nearest of the other's.
+  """mm, float64 [n], from each surface voxel of the prediction to the reference's, and back.
 
   Args:
-    prediction, reference: bool [D, H, W], neither empty.
-    spacing: mm, in the order of the axes.
-
-  Returns:
-    from the prediction's surface to the reference's, and the other way, float64 [n] each.
+    prediction, reference: bool [D, H, W], neither empty. spacing: mm, in the order of the axes.
   """
   # Both surfaces lie in the box of the union, and so does every distance between them.
   box = ndimage.find_objects((prediction | reference).astype(np.uint8))[0]
-  ours, theirs = (
-    mask & ~ndimage.binary_erosion(mask) for mask in (prediction[box], reference[box])
-  )
+  ours, theirs = (m & ~ndimage.binary_erosion(m) for m in (prediction[box], reference[box]))
   to_theirs = ndimage.distance_transform_edt(~theirs, sampling=spacing)[ours]
   to_ours = ndimage.distance_transform_edt(~ours, sampling=spacing)[theirs]
   return to_theirs, to_ours
@@ -64,14 +51,13 @@ def surface_distances(
 
 def score(
   prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
-  tolerance: float = 1.0, known: np.ndarray | None = None,
+  tolerance: float | None = 1.0, known: np.ndarray | None = None,
 ) -> Score:
   """Scores one structure.
 
   Args:
-    prediction, reference: bool [D, H, W].
-    spacing: mm, in the order of the axes.
-    tolerance: mm, of the surface Dice.
+    prediction, reference: bool [D, H, W]. spacing: mm, in the order of the axes.
+    tolerance: mm, of the surface Dice; None leaves out what needs surface distances (nan).
     known: bool [D, H, W]; voxels without a reference (nnU-Net's ignore label) are left out.
   """
   if prediction.shape != reference.shape:
@@ -79,14 +65,14 @@ def score(
   if known is not None:
     prediction, reference = prediction & known, reference & known
   volumes = [float(np.count_nonzero(m)) * voxel_ml(spacing) for m in (prediction, reference)]
-  if not volumes[0] or not volumes[1]:
-    empty = float("nan") if volumes[0] == volumes[1] else 0.0
-    return Score(empty, empty, float("nan"), *volumes)
+  overlap = dice(prediction, reference)
+  if tolerance is None or not all(volumes):
+    return Score(overlap, math.nan if tolerance is None else overlap, math.nan, *volumes)
   distances = surface_distances(prediction, reference, spacing)
   within = sum(np.count_nonzero(d <= tolerance) for d in distances)
   surface_dice = within / sum(d.size for d in distances)
   hd95 = max(float(np.percentile(d, 95)) for d in distances)
-  return Score(dice(prediction, reference), surface_dice, hd95, *volumes)
+  return Score(overlap, surface_dice, hd95, *volumes)
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:
@@ -97,8 +83,6 @@ def known_mean(values: Iterable[float | None]) -> float | None:
 
 def mean_score(scores: Sequence[Score]) -> Score:
   """Mean of every score over those that make a statement; nan where none does."""
-  means = {
-    field.name: known_mean(getattr(score, field.name) for score in scores)
-    for field in dataclasses.fields(Score)
-  }
-  return Score(**{name: math.nan if mean is None else mean for name, mean in means.items()})
+  names = [field.name for field in dataclasses.fields(Score)]
+  means = (known_mean(getattr(score, name) for score in scores) for name in names)
+  return Score(*(math.nan if mean is None else mean for mean in means))

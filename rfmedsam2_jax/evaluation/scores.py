@@ -1,7 +1,6 @@
-"""Scores of label maps against reference label maps: per structure and case, as a table and JSON.
+"""Scores of label maps against references, by case and structure: from files, as a table, as JSON.
 
-The end of the data's way: reads label maps and their references, brings both into one orientation
-by their affines, and hands masks to `metrics`.
+Both are brought into one orientation by their affines; `metrics` scores the masks.
 """
 
 import dataclasses
@@ -26,12 +25,11 @@ class Scores:
 
   Attributes:
     structures: names, in the order of the label values.
-    tolerance: mm, of the surface Dice.
     cases: by case identifier and structure name.
   """
 
   structures: tuple[str, ...]
-  tolerance: float
+  tolerance: float  # mm, of the surface Dice
   cases: dict[str, dict[str, Score]]
 
   def of_structure(self, name: str) -> Score:
@@ -58,7 +56,7 @@ def evaluate_folders(
 
   Args:
     predictions: a folder of label maps, or one file.
-    references: the same of references; of one prediction file it may be a folder.
+    references: likewise; of one prediction file it may be a folder.
     labels: names and values of the structures and the ignore label; None scores every label value
       that occurs, under its number.
     tolerance: mm, of the surface Dice.
@@ -88,16 +86,10 @@ def evaluate_folders(
 def gathered(
   cases: Mapping[str, Mapping[str, Score]], names: Iterable[str], tolerance: float = 1.0
 ) -> Scores:
-  """Scores of several cases; a structure that a case lacks makes no statement there.
-
-  Args:
-    cases: by case identifier and structure name. names: of the structures, in their order.
-  """
+  """`Scores` of the structures `names`; one that a case lacks makes no statement there."""
   names, absent = tuple(names), Score(math.nan, math.nan, math.nan, 0.0, 0.0)
-  return Scores(names, tolerance, {
-    identifier: {name: case.get(name, absent) for name in names}
-    for identifier, case in cases.items()
-  })
+  filled = {key: {name: case.get(name, absent) for name in names} for key, case in cases.items()}
+  return Scores(names, tolerance, filled)
 
 
 def structures_of(labels: Labels | None, *maps: np.ndarray) -> tuple[Structure, ...]:
@@ -110,33 +102,25 @@ def structures_of(labels: Labels | None, *maps: np.ndarray) -> tuple[Structure, 
 
 def evaluate_arrays(
   prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
-  structures: Sequence[Structure], ignore: int | None = None, tolerance: float = 1.0,
+  structures: Sequence[Structure], ignore: int | None = None, tolerance: float | None = 1.0,
 ) -> dict[str, Score]:
-  """Scores one case of label maps, whole numbers [D, H, W] on one grid, by structure name."""
+  """Scores by structure name of label maps, whole numbers [D, H, W] on one grid; see `score`."""
   known = None if ignore is None else reference != ignore
   return {
-    s.name: score(
-      np.isin(prediction, s.values), np.isin(reference, s.values), spacing, tolerance, known
-    )
+    s.name: score(np.isin(prediction, s.values), np.isin(reference, s.values), spacing, tolerance,
+                  known)
     for s in structures
   }
 
 
 def label_map_files(path: Path) -> dict[str, Path]:
-  """Files of label maps by case identifier, of a folder or of one file.
-
-  Raises:
-    UserError: nothing there, or two files of one case.
-  """
-  if path.is_dir():
-    files = sorted(file for file in path.iterdir() if is_volume_name(file))
-    if not files:
-      raise UserError(f"{path}: has no label maps (files that end in {', '.join(ENDINGS)}); "
-                      f"give a folder that has some")
-  elif path.exists():
-    files = [path]
-  else:
+  """Label maps by case, of a folder or one file; UserError if none, or two files of one case."""
+  if not path.exists():
     raise UserError(f"{path}: no such file or folder; check the path")
+  files = sorted(filter(is_volume_name, path.iterdir())) if path.is_dir() else [path]
+  if not files:
+    raise UserError(f"{path}: has no label maps (files that end in {', '.join(ENDINGS)}); "
+                    f"give a folder that has some")
   by_case: dict[str, Path] = {}
   for file in files:
     name = file.name.removesuffix(next((e for e in ENDINGS if file.name.endswith(e)), ""))
@@ -152,15 +136,12 @@ def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tupl
     return {identifier: (guess, truth)}
   for extra in (guess for identifier, guess in guesses.items() if identifier not in truths):
     raise UserError(
-      f"{extra}: has no reference of that name in {references}; add it or remove the prediction"
-    )
+      f"{extra}: has no reference of that name in {references}; add it or remove the prediction")
   missing = [identifier for identifier in truths if identifier not in guesses]
   if missing and not partial and predictions.is_dir():
     shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    raise UserError(
-      f"{predictions}: has no prediction of {shown}, which {references} has; predict all cases, "
-      "or score those that are there (partial)"
-    )
+    raise UserError(f"{predictions}: has no prediction of {shown}, which {references} has; predict "
+                    "all cases, or score those that are there (partial)")
   return {identifier: (guess, truths[identifier]) for identifier, guess in guesses.items()}
 
 
@@ -171,19 +152,14 @@ def table(scores: Scores) -> str:
               (mean.volume, 2), (mean.reference_volume, 2))
     return ["-" if math.isnan(value) else f"{value:.{digits}f}" for value, digits in values]
 
-  count = len(scores.cases)
   surface = f"surface Dice {scores.tolerance:g} mm"
   header = ["structure", "Dice", surface, "HD95 mm", "unmatched", "volume ml", "reference ml"]
   unmatched = {name: scores.unmatched(name) for name in scores.structures}
   rows = [[name, *cells(scores.of_structure(name), missed)] for name, missed in unmatched.items()]
-  rows.append([
-    f"mean of {count} case{'s' * (count != 1)}", *cells(scores.mean, sum(unmatched.values()))
-  ])
-  widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-  lines = [
-    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-    for row in (header, *rows)
-  ]
+  last = f"mean of {len(scores.cases)} case{'s' * (len(scores.cases) != 1)}"
+  rows = [header, *rows, [last, *cells(scores.mean, sum(unmatched.values()))]]
+  first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+  lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
   rule = "-" * len(lines[0])
   return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
@@ -195,29 +171,20 @@ def as_dict(scores: Scores) -> dict:
     return {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(value).items()}
 
   return {
-    "tolerance_mm": scores.tolerance,
-    "mean": plain(scores.mean),
+    "tolerance_mm": scores.tolerance, "mean": plain(scores.mean),
     "structures": {name: plain(scores.of_structure(name)) for name in scores.structures},
-    "cases": {
-      identifier: {name: plain(value) for name, value in case.items()}
-      for identifier, case in scores.cases.items()
-    },
+    "cases": {identifier: {name: plain(value) for name, value in case.items()}
+              for identifier, case in scores.cases.items()},
   }
 
 
 def from_dict(content: dict[str, Any]) -> Scores:
-  """The inverse of `as_dict`.
+  """The inverse of `as_dict`; KeyError, TypeError or AttributeError for anything else."""
+  def known(value: dict[str, float | None]) -> Score:
+    return Score(**{k: math.nan if v is None else float(v) for k, v in value.items()})
 
-  Raises:
-    KeyError, TypeError, AttributeError: it is not what that returns.
-  """
-  cases = {
-    identifier: {
-      name: Score(**{k: math.nan if v is None else float(v) for k, v in value.items()})
-      for name, value in case.items()
-    }
-    for identifier, case in content["cases"].items()
-  }
+  cases = {identifier: {name: known(value) for name, value in case.items()}
+           for identifier, case in content["cases"].items()}
   return Scores(tuple(content["structures"]), float(content["tolerance_mm"]), cases)
 
 

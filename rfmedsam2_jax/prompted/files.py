@@ -27,15 +27,10 @@ from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.tracking import TrackingConfig
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, read_config
 
-Window = tuple[float, float] | None
-
 
 def open_volume(
-  checkpoint: str | Path,
-  image: str | Path | Volume,
-  plane: Plane = "axial",
-  window: Window = None,
-  image_size: int | None = None,
+  checkpoint: str | Path, image: str | Path | Volume, plane: Plane = "axial",
+  window: tuple[float, float] | None = None, image_size: int | None = None,
   config: TrackingConfig = DEFAULTS,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PromptedVolume:
@@ -57,15 +52,12 @@ def open_volume(
 
 
 def check_prompts(
-  checkpoint: str | Path,
-  volume: Volume,
-  prompts: list[VoxelPrompt],
-  plane: Plane = "axial",
-  image_size: int | None = None,
+  checkpoint: str | Path, volume: Volume, prompts: list[VoxelPrompt], plane: Plane,
+  image_size: int | None,
 ) -> None:
   """Raises what `open_volume` and the first `track` would, before the network is loaded."""
-  sam2 = at_side(read_config(checkpoint)[0], image_size)
-  SliceFrame(volume, plane, sam2.image_size).rounds(prompts)
+  side = at_side(read_config(checkpoint)[0], image_size).image_size
+  SliceFrame(volume, plane, side).rounds(prompts)
 
 
 def at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
@@ -78,12 +70,8 @@ def at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
 
 
 def write_tracked(
-  out: str | Path,
-  volume: Volume,
-  found: TrackedVolume,
-  about: dict[str, Any] | None = None,
-  overwrite: bool = False,
-  format: Format = "nifti",
+  out: str | Path, volume: Volume, found: TrackedVolume, about: dict[str, Any] | None = None,
+  overwrite: bool = False, format: Format = "nifti",
 ) -> list[Path]:
   """Writes NAME.nii.gz on the input's grid, NAME.json of scores and NAME.png, a contact sheet.
 
@@ -102,22 +90,19 @@ def write_tracked(
   )
   structures = tuple(Structure(name, (value,)) for value, name in names.items())
   save_contact_sheet(picture, [case], structures, crop=False)
+  content = {**(about or {}), "structures": _scores(volume, found)}
   with replacing(scores) as temporary:
-    text = json.dumps({**(about or {}), "structures": _scores(volume, found)}, indent=1)
-    temporary.write_text(text + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
   write_segmentation(label_map, found.labels, volume.geometry, names)
   return targets
 
 
-def result_paths(
-  out: str | Path, image: Path, overwrite: bool, format: Format = "nifti"
-) -> list[Path]:
+def result_paths(out: str | Path, image: Path, overwrite: bool, format: Format) -> list[Path]:
   """The files that `write_tracked` writes; makes their folder, and refuses what exists."""
   if format == "nrrd":
     simpleitk("format nrrd")  # said now if it is missing
   name = image.resolve().name
-  ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
-  name = name.removesuffix(ending)
+  name = name.removesuffix(next((ending for ending in ENDINGS if name.endswith(ending)), ""))
   targets = [Path(out) / f"{name}{ending}" for ending in (FORMAT_ENDINGS[format], ".json", ".png")]
   if image.exists() and any(path.exists() and path.samefile(image) for path in targets):
     raise UserError(f"{image}: would be replaced by its own result; choose another folder")
@@ -128,20 +113,14 @@ def result_paths(
 def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
   """Per structure: volume, and on every slice where it is, presence and predicted IoU."""
   ml = volumes_ml(found.labels, volume.spacing)
-  numbers = np.arange(found.labels.shape[found.slice_axis])  # the file's own
-  if volume.geometry.flipped[found.slice_axis]:
-    numbers = numbers[::-1]
-  prompted = set(found.tracks.prompted)
-  result = {}
+  flipped = volume.geometry.flipped[found.slice_axis]
+  last = found.labels.shape[found.slice_axis] - 1
+  presence, iou, result = found.presence, found.iou, {}
   for track, value in enumerate(found.structures):
     slices = [
-      {
-        "slice": int(numbers[z]),
-        "presence": round(float(found.presence[track, z]), 4),
-        "iou": round(float(found.iou[track, z]), 4),
-        "prompted": (track, int(z)) in prompted,
-      }
-      for z in np.flatnonzero(found.presence[track] > 0.5)
+      {"slice": last - z if flipped else z, "presence": round(float(presence[track, z]), 4),
+       "iou": round(float(iou[track, z]), 4), "prompted": (track, z) in found.tracks.prompted}
+      for z in np.flatnonzero(presence[track] > 0.5).tolist()
     ]
     result[str(value)] = {"volume_ml": round(ml.get(value, 0.0), 3), "slices": slices}
   return result

@@ -1,18 +1,20 @@
-"""Where a person's prompts lie: voxels of a volume become slices and coordinates of SAM 2's square.
+"""A person's prompts: from files, and from voxels to slices and coordinates of SAM 2's square.
 
 Needs no network, so that what contradicts itself is found before one is loaded.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.plan import PLANES
+from rfmedsam2_jax.data.prompt_entries import read_entries
 from rfmedsam2_jax.data.sam_slices import resize_linear
-from rfmedsam2_jax.data.volumes import Volume
+from rfmedsam2_jax.data.volumes import Geometry, Volume, load_label_map
 from rfmedsam2_jax.tracking import SlicePrompt
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -40,19 +42,41 @@ class VoxelPrompt:
   source: str = "prompt"
 
 
-class SliceFrame:
-  """The slices of a volume along a plane, squashed to squares.
+def read_prompts(path: str | Path, geometry: Geometry, world: bool = False) -> list[VoxelPrompt]:
+  """Boxes and points of a JSON file, see data.prompt_entries.
 
   Args:
-    plane: across which the slices are cut.
-    side: of SAM 2's square.
+    geometry: of the image. world: coordinates are millimetres, RAS+ as in the file's affine.
   """
+  result = []
+  for entry in read_entries(path):
+    corners = geometry.canonical_points(entry.box, world).tolist()
+    places = geometry.canonical_points(entry.points, world).tolist()
+    box = (tuple(corners[0]), tuple(corners[1])) if corners else None
+    points = tuple((z, y, x, yes) for (z, y, x), yes in zip(places, entry.inside, strict=True))
+    result.append(VoxelPrompt(int(entry.structure), box, points, None, entry.round, entry.source))
+  return result
+
+
+def read_masks(path: str | Path, geometry: Geometry) -> list[VoxelPrompt]:
+  """A label map on the image's grid; on the slices that have labels, these are the masks.
+
+  Raises:
+    UserError: unreadable, on another grid, empty, or with negative values.
+  """
+  labels = load_label_map(path, geometry)
+  values = [int(v) for v in np.unique(labels) if v]
+  if not values:
+    raise UserError(f"{path}: has no label; draw at least one slice")
+  return [VoxelPrompt(v, mask=labels == v, source=str(path)) for v in values]
+
+
+class SliceFrame:
+  """The slices of a volume along a plane, squashed to squares of `side` pixels."""
 
   def __init__(self, volume: Volume, plane: Plane, side: int):
-    self._axis = PLANES[plane]
-    self._plane = plane
-    self._side = side
-    self._path = volume.geometry.path
+    self._axis, self._plane, self._side = PLANES[plane], plane, side
+    self._name = volume.geometry.path.name
     self._order = [self._axis, *(a for a in range(3) if a != self._axis)]
     self._shape = tuple(volume.array.shape[1 + a] for a in self._order)
 
@@ -70,63 +94,47 @@ class SliceFrame:
     # A structure that is prompted later must not change the place of another.
     first = sorted(prompts, key=lambda p: (p.round, p.label))
     structures = tuple(dict.fromkeys(p.label for p in first))
-    wrong = next((label for label in structures if not 1 <= label <= 65535), None)
-    if wrong is not None:
-      raise UserError(f"label {wrong}: is no label value; use 1 to 65535")
-    return structures, [
-      self.place([p for p in prompts if p.round == number], structures)
-      for number in sorted({p.round for p in prompts})
-    ]
+    for label in structures:
+      if not 1 <= label <= 65535:
+        raise UserError(f"label {label}: is no label value; use 1 to 65535")
+    return structures, [self.place([p for p in prompts if p.round == number], structures)
+                        for number in sorted({p.round for p in prompts})]
 
-  def place(
-    self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]
-  ) -> list[SlicePrompt]:
-    """One prompt per structure and slice: points and boxes of the same slice join.
-
-    Raises:
-      UserError: as `rounds`.
-    """
+  def place(self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]) -> list[SlicePrompt]:
+    """One prompt per structure and slice: those of the same slice join. UserError as `rounds`."""
     found: dict[tuple[int, int], SlicePrompt] = {}
     for prompt in prompts:
-      track = structures.index(prompt.label)
-      for one in self._placed(track, prompt):
-        key = track, one.slice
+      for one in self._placed(structures.index(prompt.label), prompt):
+        key = one.track, one.slice
         found[key] = _joined(found[key], one, prompt.source) if key in found else one
     return [found[key] for key in sorted(found)]
 
   def _placed(self, track: int, prompt: VoxelPrompt) -> list[SlicePrompt]:
     if prompt.mask is not None:
-      return self._from_mask(track, prompt.mask)
+      across = np.moveaxis(prompt.mask, self._axis, 0)
+      numbers = np.flatnonzero(across.any(axis=(1, 2)))
+      # As the official predictor brings masks to its side.
+      masks = resize_linear(across[numbers].astype(np.float32), self._side) >= 0.5
+      return [SlicePrompt(track, int(z), mask=one) for z, one in zip(numbers, masks, strict=True)]
     rows = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
-    inside = [p[3] for p in prompt.points]
     if not len(rows) or not np.isfinite(rows).all():
       raise UserError(f"{prompt.source}: has no coordinates; give a box or points")
-    z, y, x = rows.T[self._order]
+    rows = rows[:, self._order]
     depth, height, width = self._shape
-    for values, size in ((z, depth), (y, height), (x, width)):
-      if (values < -0.5).any() or (values > size - 0.5).any():
-        raise UserError(
-          f"{prompt.source}: lies outside of {self._path.name} ({depth} {self._plane} slices of "
-          f"{height} x {width} voxels); correct its coordinates"
-        )
-    slices = np.unique(np.clip(np.rint(z).astype(int), 0, depth - 1))
+    if (rows < -0.5).any() or (rows > np.array(self._shape) - 0.5).any():
+      raise UserError(f"{prompt.source}: lies outside of {self._name} ({depth} {self._plane} "
+                      f"slices of {height} x {width} voxels); correct its coordinates")
+    slices = np.unique(np.clip(np.rint(rows[:, 0]).astype(int), 0, depth - 1))
     if len(slices) > 1:
       raise UserError(f"{prompt.source}: spans {self._plane} slices {slices[0]} to {slices[-1]}; "
                       "give one prompt per slice")
-    xy = np.stack([x, y], axis=1) * np.array([self._side / width, self._side / height])
+    xy = rows[:, 2:0:-1] * np.array([self._side / width, self._side / height])
     box = None
     if prompt.box is not None:
       (x0, y0), (x1, y1) = xy[:2].min(axis=0), xy[:2].max(axis=0)
       box, xy = (float(x0), float(y0), float(x1), float(y1)), xy[2:]
-    labels = np.array(inside, np.int32)
+    labels = np.array([p[3] for p in prompt.points], np.int32)
     return [SlicePrompt(track, int(slices[0]), xy.astype(np.float32), labels, box)]
-
-  def _from_mask(self, track: int, mask: np.ndarray) -> list[SlicePrompt]:
-    slices = np.moveaxis(mask, self._axis, 0)
-    numbers = np.flatnonzero(slices.any(axis=(1, 2)))
-    # As the official predictor brings masks to its side.
-    masks = resize_linear(slices[numbers].astype(np.float32), self._side) >= 0.5
-    return [SlicePrompt(track, int(z), mask=one) for z, one in zip(numbers, masks, strict=True)]
 
 
 def _joined(one: SlicePrompt, other: SlicePrompt, source: str) -> SlicePrompt:
@@ -135,8 +143,6 @@ def _joined(one: SlicePrompt, other: SlicePrompt, source: str) -> SlicePrompt:
     what = "a mask besides another prompt" if masks else "two boxes"
     raise UserError(f"{source}: gives {what} for one structure on slice {one.slice}; keep one")
   return dataclasses.replace(
-    one,
-    points=np.concatenate([one.points, other.points]),
-    labels=np.concatenate([one.labels, other.labels]),
-    box=one.box if one.box is not None else other.box,
+    one, points=np.concatenate([one.points, other.points]),
+    labels=np.concatenate([one.labels, other.labels]), box=one.box or other.box,
   )

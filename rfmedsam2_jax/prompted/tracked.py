@@ -1,8 +1,7 @@
-"""Prompted tracking of a NIfTI volume: a person's prompts in, a label map out.
+"""Prompted tracking of a volume: a person's prompts in, a label map out.
 
 Slices are cut along one anatomical plane of the volume as it is (no resampling), windowed, squashed
-to SAM 2's square and followed by tracking; masks come back at the slices' own resolution, where the
-largest logit decides.
+to SAM 2's square and followed by tracking; masks come back at their own resolution.
 """
 
 import dataclasses
@@ -26,11 +25,8 @@ from rfmedsam2_jax.tracking.tracks import HostCells, cells_at
 
 # Centre and width in Hounsfield units, as radiologists set them.
 WINDOWS = {
-  "soft-tissue": (40.0, 400.0),
-  "liver": (60.0, 200.0),
-  "lung": (-600.0, 1500.0),
-  "bone": (400.0, 1800.0),
-  "brain": (40.0, 80.0),
+  "soft-tissue": (40.0, 400.0), "liver": (60.0, 200.0), "lung": (-600.0, 1500.0),
+  "bone": (400.0, 1800.0), "brain": (40.0, 80.0),
 }
 DEFAULTS = TrackingConfig()
 ShowSlice = Callable[[int, np.ndarray], None] | None
@@ -42,17 +38,14 @@ class TrackedVolume:
   """A volume whose structures were followed.
 
   Attributes:
-    labels: uint8 or uint16 [D, H, W], canonical.
     structures: label value of each track, in the order in which they began.
-    slice_axis: along which the slices were cut; of `labels`.
-    window: intensities that were shown as 0 and 1.
     tracks: logits, scores and pointers; what a correction starts from.
   """
 
-  labels: np.ndarray
+  labels: np.ndarray  # uint8 or uint16 [D, H, W], canonical
   structures: tuple[int, ...]
-  slice_axis: int
-  window: tuple[float, float]
+  slice_axis: int  # of `labels`, along which the slices were cut
+  window: tuple[float, float]  # intensities that were shown as 0 and 1
   tracks: Tracks
 
   @property
@@ -75,32 +68,24 @@ class PromptedVolume:
   """
 
   def __init__(
-    self,
-    model: SAM2,
-    params: dict[str, Any],
-    volume: Volume,
-    config: TrackingConfig = DEFAULTS,
-    plane: Plane = "axial",
-    window: tuple[float, float] | None = None,
+    self, model: SAM2, params: dict[str, Any], volume: Volume, config: TrackingConfig = DEFAULTS,
+    plane: Plane = "axial", window: tuple[float, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
   ):
-    self._side = model.config.image_size
+    self._side, self._axis = model.config.image_size, PLANES[plane]
     self._frame = SliceFrame(volume, plane, self._side)
-    self._axis = PLANES[plane]
     self._slices = np.moveaxis(volume.array[0], self._axis, 0)
-    self._matrices: list[np.ndarray | None] = [
-      linear_matrix(4 * self._side // 16, size) for size in self._slices.shape[1:]
-    ]
-    self._low, self._high = intensity_range(volume.array[0], window)
+    self._matrices = [linear_matrix(self._side // 4, size) for size in self._slices.shape[1:]]
+    self._low, self._high = _intensity_range(volume.array[0], window)
     depth = len(self._slices)
-    self._tracker = VolumeTracker(model, params, config, self.sam_slices, depth, progress)
+    self._tracker = VolumeTracker(model, params, config, self._sam_slices, depth, progress)
 
   def shown(self, numbers: np.ndarray) -> np.ndarray:
     """Slices [n] at their own resolution, windowed: float32 [n, H, W] in [0, 1]."""
     chosen = self._slices[numbers].astype(np.float32)
     return np.clip((chosen - self._low) / (self._high - self._low), 0, 1)
 
-  def sam_slices(self, numbers: np.ndarray) -> np.ndarray:
+  def _sam_slices(self, numbers: np.ndarray) -> np.ndarray:
     """Slices [n] as SAM 2 sees them: float32 [n, S, S, 3], normalised."""
     rgb = as_rgb(resize_linear(self.shown(numbers), self._side)[None])
     return (rgb - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
@@ -117,8 +102,7 @@ class PromptedVolume:
         and whenever they change.
 
     Raises:
-      UserError: no prompts, or one that is outside the volume, spans slices, or contradicts
-        another.
+      UserError: as `SliceFrame.rounds`.
     """
     structures, given = self._frame.rounds(prompts)
     show = self._shower(structures, arrived)
@@ -145,8 +129,8 @@ class PromptedVolume:
     """What a tracker calls, so that `show` is called with labels."""
     def arrived(cells: HostCells, slices: np.ndarray) -> None:
       if show is not None:
-        for z in slices:
-          show(int(z), self._fused(cells, int(z), structures))
+        for z in slices.tolist():
+          show(z, self._fused(cells, z, structures))
 
     return arrived
 
@@ -169,7 +153,7 @@ class PromptedVolume:
     return np.where(logits.max(axis=0) > 0, values[present][logits.argmax(axis=0)], 0)
 
 
-def intensity_range(
+def _intensity_range(
   array: np.ndarray, window: tuple[float, float] | None
 ) -> tuple[np.float32, np.float32]:
   """Intensities that become 0 and 1: of a window (centre, width), or percentiles of the volume."""
@@ -185,16 +169,12 @@ def intensity_range(
 
 def parse_window(text: str) -> tuple[float, float] | None:
   """A name of WINDOWS, "centre,width", or "percentiles" (None)."""
-  if text == "percentiles":
-    return None
-  if text in WINDOWS:
-    return WINDOWS[text]
+  if text == "percentiles" or text in WINDOWS:
+    return WINDOWS.get(text)
   try:
     centre, width = (float(part) for part in text.split(","))
   except ValueError:
     centre, width = 0.0, -1.0
   if not (abs(centre) < LARGEST and 0 < width < LARGEST):
-    raise UserError(
-      f"window {text}: is none of {', '.join(WINDOWS)}, percentiles or CENTRE,WIDTH"
-    )
+    raise UserError(f"window {text}: is none of {', '.join(WINDOWS)}, percentiles or CENTRE,WIDTH")
   return centre, width

@@ -4,6 +4,7 @@ In: `Segmentation`s of one volume, one per run. Out: `Details`, for Python and f
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report, silent
 from rfmedsam2_jax.data.volumes import Geometry, Volume
-from rfmedsam2_jax.refinement import Fused
 from rfmedsam2_jax.segmentation.notices import Notice, input_notices, stage_notices
 from rfmedsam2_jax.segmentation.segmenter import Segmentation, fused
 from rfmedsam2_jax.segmentation.structures import StructureDetails, structure_details
@@ -26,7 +26,6 @@ class Details:
   Attributes:
     maps: label map of every stage, generator first, uint8 or uint16, canonical [z, y, x].
     structures: by name, in the order of the plan.
-    warnings: what is unusual; empty if nothing is.
   """
 
   segmentations: Sequence[Segmentation]
@@ -52,14 +51,12 @@ class Details:
     Raises:
       UserError: no structure of that name.
     """
-    if structure not in self.structures:
-      names = ", ".join(self.structures)
-      raise UserError(f"{structure}: is no structure of this model; choose from {names}")
-    organ = list(self.structures).index(structure)
-    last = len(self.maps) - 1
-    total = self.segmentations[0].probability(last, organ)
-    for found in self.segmentations[1:]:
-      total = total + found.probability(last, organ)
+    names, last = list(self.structures), len(self.maps) - 1
+    if structure not in names:
+      known = ", ".join(names)
+      raise UserError(f"{structure}: is no structure of this model; choose from {known}")
+    organ = names.index(structure)
+    total = functools.reduce(np.add, (run.probability(last, organ) for run in self.segmentations))
     return self.geometry.to_native(total / np.float32(len(self.segmentations)))
 
   @property
@@ -69,11 +66,9 @@ class Details:
 
   def as_dict(self) -> dict[str, Any]:
     """For JSON: numbers rounded to six digits, None where there is no statement."""
-    spacing = np.empty(3)
-    spacing[list(self.geometry.axes)] = self.geometry.spacing
+    spacing = np.array(self.geometry.spacing)[np.argsort(self.geometry.axes)]
     return _rounded({
-      "shape": list(self.geometry.shape),
-      "spacing_mm": spacing.tolist(),
+      "shape": list(self.geometry.shape), "spacing_mm": spacing.tolist(),
       "slice_axis": self.slice_axis,
       "warnings": [dataclasses.asdict(notice) for notice in self.warnings],
       "stages": len(self.maps),
@@ -82,39 +77,31 @@ class Details:
 
 
 def details_of(
-  segmentations: Sequence[Segmentation],
-  volume: Volume,
+  segmentations: Sequence[Segmentation], volume: Volume,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
   report: Report = silent,
 ) -> Details:
-  """Label maps of every stage and all that is known of them.
+  """Label maps of every stage of `volume` and all that is known of them.
 
-  Args:
-    segmentations: of `volume`.
-    watch: takes the probability of every organ after the last stage, see `fuse`.
-    report: takes lines about what is done.
+  `watch` takes the probability of every organ after the last stage, see `fuse`.
   """
   first = segmentations[0].segmenter
   stages, organs = first.stages, len(first.plan.labels.structures)
   progress = Progress("label maps, structures", report)
 
-  def fuse_stage(stage: int) -> Fused:
-    def seen(organ: int, probability: np.ndarray) -> None:
-      progress(stage * organs + organ, stages * organs)
-      if stage == stages - 1:
-        watch(organ, probability)
+  def seen(stage: int, organ: int, probability: np.ndarray) -> None:
+    progress(stage * organs + organ, stages * organs)
+    if stage == stages - 1:
+      watch(organ, probability)
 
-    return fused(segmentations, stage, seen)
-
+  watches = [functools.partial(seen, stage) for stage in range(stages)]
   # One after the other: what fuses a stage is as large as the volume.
-  maps = [fuse_stage(stage).labels for stage in range(stages - 1)]
-  last = fuse_stage(stages - 1)
+  maps = [fused(segmentations, stage, watches[stage]).labels for stage in range(stages - 1)]
+  last = fused(segmentations, stages - 1, watches[-1])
   maps.append(last.labels)
   structures = structure_details(segmentations, maps, last, volume.geometry)
-  notices = [
-    notice for found in segmentations
-    for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)
-  ]
+  notices = [notice for found in segmentations
+             for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)]
   notices += stage_notices(structures, first.inference.warnings)
   # Runs that were trained on the same cases say the same.
   warnings = tuple(dict.fromkeys(notices))

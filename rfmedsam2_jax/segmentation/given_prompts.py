@@ -1,10 +1,10 @@
 """A person's prompts on top of the generator's: boxes and points of a file, masks of sparse slices.
 
-In: entries (data.prompt_entries) and label maps. Out: `GivenPrompt`s on the grid that a segmenter
-has prepared.
+In: entries (data.prompt_entries), label maps. Out: `GivenPrompt`s on a segmenter's prepared grid.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,47 +12,53 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore
 from rfmedsam2_jax.data.prompt_entries import PromptEntry
-from rfmedsam2_jax.data.volumes import Geometry
+from rfmedsam2_jax.data.volumes import Geometry, load_label_map
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
 
-def prompts_of_entries(
-  model: Segmenter, geometry: Geometry, prepared: Prepared, entries: Sequence[PromptEntry]
-) -> Iterator[GivenPrompt]:
+def prompts_by_hand(
+  labels: Labels, geometry: Geometry, entries: Sequence[PromptEntry], label_map: Path | None
+) -> Callable[[Segmenter, Prepared], list[GivenPrompt]]:
+  """What `segment_volume` asks for a person's prompts: of entries and a sparse label map's file."""
+  sparse = None
+  if label_map is not None:
+    sparse = load_label_map(label_map, geometry)
+    labels.to_atoms(sparse, label_map)  # says so if a value is unknown
+
+  def by_hand(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
+    side, restore = model.sam2.config.image_size, prepared.restore
+    found = [_of_entry(entry, labels, geometry, restore, side) for entry in entries]
+    return found if sparse is None else [*found, *_of_labels(labels, restore, sparse)]
+
+  return by_hand
+
+
+def _of_entry(
+  entry: PromptEntry, labels: Labels, geometry: Geometry, restore: Restore, side: int
+) -> GivenPrompt:
   """Boxes and points of a file's voxels, on the prepared grid and in pixels of SAM's square."""
-  side = model.sam2.config.image_size
-  depth, height, width = prepared.restore.prepared_shape
-  for entry in entries:
-    voxels = np.concatenate([entry.box, entry.points])
-    where = f"{geometry.path}: a prompt for {entry.structure}"
-    if (voxels < 0).any() or (voxels > np.array(geometry.shape) - 1).any():
-      size = " x ".join(map(str, geometry.shape))
-      raise UserError(f"{where} lies outside of its {size} voxels; correct its coordinates")
-    places = prepared.restore.native_to_prepared(geometry.canonical_points(voxels))
-    slices = np.unique(np.clip(np.rint(places[:, 0]).astype(int), 0, depth - 1))
-    if len(slices) > 1:
-      raise UserError(f"{where} spans several slices; give one prompt per slice")
-    xy = places[:, 2:0:-1] * np.array([side / width, side / height])
-    corners, clicks = xy[: len(entry.box)], xy[len(entry.box) :]
-    yield GivenPrompt(
-      _organ(model.plan.labels, entry.structure),
-      int(slices[0]),
-      box=(*corners.min(axis=0), *corners.max(axis=0)) if len(corners) else None,
-      points=tuple((x, y, inside) for (x, y), inside in zip(clicks, entry.inside, strict=True)),
-    )
+  depth, height, width = restore.prepared_shape
+  voxels = np.concatenate([entry.box, entry.points])
+  where = f"{geometry.path}: a prompt for {entry.structure}"
+  if (voxels < 0).any() or (voxels > np.array(geometry.shape) - 1).any():
+    size = " x ".join(map(str, geometry.shape))
+    raise UserError(f"{where} lies outside of its {size} voxels; correct its coordinates")
+  places = restore.native_to_prepared(geometry.canonical_points(voxels))
+  slices = np.unique(np.clip(np.rint(places[:, 0]).astype(int), 0, depth - 1))
+  if len(slices) > 1:
+    raise UserError(f"{where} spans several slices; give one prompt per slice")
+  xy = places[:, 2:0:-1] * np.array([side / width, side / height])
+  corners, clicks = xy[: len(entry.box)], xy[len(entry.box) :]
+  box = (*corners.min(axis=0), *corners.max(axis=0)) if len(corners) else None
+  points = tuple((x, y, inside) for (x, y), inside in zip(clicks, entry.inside, strict=True))
+  by_name = isinstance(entry.structure, str)
+  known: Sequence[str | int] = labels.names if by_name else labels.output_values
+  return GivenPrompt(known.index(entry.structure), int(slices[0]), box, points)
 
 
-def _organ(labels: Labels, structure: str | int) -> int:
-  if isinstance(structure, str):
-    return labels.names.index(structure)
-  return labels.output_values.index(structure)
-
-
-def prompts_of_labels(
-  labels: Labels, restore: Restore, sparse: np.ndarray
-) -> Iterator[GivenPrompt]:
-  """Masks of the slices that a sparse label map [z, y, x] has labels on."""
+def _of_labels(labels: Labels, restore: Restore, sparse: np.ndarray) -> Iterator[GivenPrompt]:
+  """Masks of the slices that a sparse label map int [z, y, x] has labels on."""
   # Sparse slices would be lost in resampling, so each is brought over by itself.
   moved = sparse[tuple(map(slice, restore.lower, restore.upper))].transpose(restore.order)
   for native in np.flatnonzero(moved.any(axis=(1, 2))):

@@ -1,7 +1,6 @@
 """The Python API: load runs, segment arrays and files, predict folders.
 
     model = rfmedsam2_jax.load("runs/hippocampus")
-    rfmedsam2_jax.segment_file(model, "scan.nii.gz", "labels.nii.gz")
     labels = rfmedsam2_jax.segment(model, array, spacing=(3.0, 1.0, 1.0))
     details = rfmedsam2_jax.segment_details(model, "scan.nii.gz")   # and how sure it is
 """
@@ -17,36 +16,21 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, TimeLeft, below, silent
-from rfmedsam2_jax.data.datasets import Case, read_case
+from rfmedsam2_jax.data.datasets import read_case
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.data.preprocessing import Prepared
 from rfmedsam2_jax.data.probabilities import probability_paths, write_probability
-from rfmedsam2_jax.data.segmentations import (
-  ITKSNAP_NAME,
-  Format,
-  write_itksnap_labels,
-  write_segmentation,
-)
-from rfmedsam2_jax.data.volumes import (
-  Geometry,
-  Volume,
-  check_intensities,
-  load_image,
-  load_label_map,
-)
-from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
+from rfmedsam2_jax.data.segmentations import ITKSNAP_NAME, write_itksnap_labels, write_segmentation
+from rfmedsam2_jax.data.volumes import Geometry, Volume, check_intensities, load_image
 from rfmedsam2_jax.segmentation.details import Details, details_of
-from rfmedsam2_jax.segmentation.given_prompts import prompts_of_entries, prompts_of_labels
-from rfmedsam2_jax.segmentation.request import Prompts, Request, check_alike, make_request
-from rfmedsam2_jax.segmentation.segmenter import Segmentation, Segmenter, label_map, segment_volume
-
-_logger = logging.getLogger(__name__)
+from rfmedsam2_jax.segmentation.given_prompts import prompts_by_hand
+from rfmedsam2_jax.segmentation.request import Format, Prompts, Request, check_alike, make_request
+from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_map, segment_volume
 
 Models = Segmenter | Sequence[Segmenter]
 
 
 def _log_warning(case: str, message: str) -> None:
-  _logger.warning("%s: %s", case, message)
+  logging.getLogger(__name__).warning("%s: %s", case, message)
 
 
 def segment(model: Models, array: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
@@ -62,67 +46,52 @@ def segment(model: Models, array: np.ndarray, spacing: tuple[float, float, float
   Returns:
     Label map uint8 or uint16 [D, H, W].
   """
-  return _last_labels(_models(model), _volume_of(array, spacing))
+  models, volume = _models(model), _volume_of(array, spacing)
+  return label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
 
 
 def segment_file(
   model: Models, image: str | Path | Sequence[str | Path], out: str | Path | None = None
 ) -> np.ndarray:
-  """Segments a file or a folder with a DICOM series (or one per channel).
+  """Segments a file or a DICOM folder (or one per channel); the label map has the file's own axes.
 
   Args:
-    out: where to write the label map on the file's own grid, .nii.gz, .nii or .seg.nrrd; None
-      writes nothing.
-
-  Returns:
-    Label map in the file's own axis order.
+    out: where to write it, too, on the file's own grid: .nii.gz, .nii or .seg.nrrd.
   """
   models = _models(model)
   volume = load_image(image, len(models[0].plan.channels))
-  labels = _last_labels(models, volume)
+  labels = label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
   if out is not None:
     write_segmentation(out, labels, volume.geometry, models[0].plan.labels.value_names)
   return volume.geometry.to_native(labels)
 
 
 def segment_details(
-  model: Models,
-  image: np.ndarray | str | Path | Sequence[str | Path],
+  model: Models, image: np.ndarray | str | Path | Sequence[str | Path],
   spacing: tuple[float, float, float] | None = None,
 ) -> Details:
   """Segments an array or a file, and tells how sure each structure is and what is unusual.
 
   Args:
     image: an array as for `segment`, with its `spacing`; or a NIfTI file (or one per channel).
-
-  Returns:
-    Label maps, probabilities, predicted IoU, presence, volumes in ml and warnings.
   """
   models = _models(model)
-  if isinstance(image, np.ndarray) or spacing is not None:
-    if spacing is None:
-      raise UserError("spacing: is missing; give three sizes in mm with an array")
+  if spacing is not None:
     volume = _volume_of(image, spacing)
+  elif isinstance(image, np.ndarray):
+    raise UserError("spacing: is missing; give three sizes in mm with an array")
   else:
     volume = load_image(image, len(models[0].plan.channels))
   return details_of([segment_volume(m, volume) for m in models], volume)
 
 
 def predict(
-  model: Models,
-  inputs: Sequence[str | Path],
-  out: str | Path,
-  prompts: Prompts = "generated",
-  labels: str | Path | None = None,
-  given: str | Path | None = None,
-  save_stages: bool = False,
-  overwrite: bool = False,
-  progress: Report = silent,
-  probabilities: bool = False,
-  warn: Callable[[str, str], None] = _log_warning,
-  format: Format = "nifti",
+  model: Models, inputs: Sequence[str | Path], out: str | Path, prompts: Prompts = "generated",
+  labels: str | Path | None = None, given: str | Path | None = None, save_stages: bool = False,
+  overwrite: bool = False, progress: Report = silent, probabilities: bool = False,
+  warn: Callable[[str, str], None] = _log_warning, format: Format = "nifti",
 ) -> list[Path]:
-  """Segments files and folders into `out`/CASE.nii.gz, with `out`/CASE.json of details.
+  """Segments files and folders into `out`/CASE.nii.gz, which it gives, with CASE.json of details.
 
   `out`/itksnap_labels.txt names the values, with colours, for ITK-SNAP.
 
@@ -136,9 +105,6 @@ def predict(
     probabilities: also write `out`/probabilities/CASE, a file per structure.
     warn: takes a case and what is unusual about it.
     format: of label maps; "nrrd" writes CASE.seg.nrrd, a segmentation of 3D Slicer.
-
-  Returns:
-    The label maps written.
 
   Raises:
     UserError: see `make_request`; a volume or label map that cannot be read.
@@ -193,15 +159,8 @@ def _volume_of(array: Any, spacing: Sequence[float]) -> Volume:
   affine = np.zeros((4, 4))  # from (z, y, x) of LPS+ to (x, y, z) of RAS+
   affine[[2, 1, 0, 3], range(4)] = a, -b, -c, 1.0
   header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header
-  depth, height, width = array.shape[1:]
-  none = (False, False, False)
-  geometry = Geometry(Path("array"), header, affine, (depth, height, width), (0, 1, 2), none)
+  geometry = Geometry(Path("array"), header, affine, array.shape[1:], (0, 1, 2), (False,) * 3)
   return Volume(array, (a, b, c), geometry)
-
-
-def _last_labels(models: list[Segmenter], volume: Volume) -> np.ndarray:
-  """The label map [z, y, x] after the last stage, averaged over models."""
-  return label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
 
 
 def _predict_case(
@@ -210,8 +169,16 @@ def _predict_case(
 ) -> Details:
   """Segments one case of a request and writes all that is known of it."""
   case, target, out = request.cases[number], request.targets[number], request.out
-  labels = models[0].plan.labels
-  segmentations, volume = _segment_case(models, request, case, report)
+  labels, channels = models[0].plan.labels, len(models[0].plan.channels)
+  atoms = by_hand = None
+  if request.prompts == "oracle":
+    volume, atoms = read_case(case, channels, labels)
+  else:
+    volume = load_image(case.images, channels)
+  if request.prompts == "given":
+    entries = request.entries.get(case.identifier, [])
+    by_hand = prompts_by_hand(labels, volume.geometry, entries, case.label)
+  segmentations = [segment_volume(m, volume, atoms, by_hand, report) for m in models]
   paths = probability_paths(case.identifier, labels) if probabilities else None
 
   def keep(organ: int, probability: np.ndarray) -> None:
@@ -224,39 +191,11 @@ def _predict_case(
     stages.append(f"stage{stage}/{target.name}")
     write_segmentation(out / stages[-1], labels_of_stage, found.geometry, labels.value_names)
   content = {
-    "case": case.identifier,
-    "inputs": [image.name for image in case.images],
-    "runs": [m.name for m in models],
-    **found.as_dict(),
+    "case": case.identifier, "inputs": [image.name for image in case.images],
+    "runs": [m.name for m in models], **found.as_dict(),
     "files": {"labels": target.name, "stages": stages, "probabilities": paths},
   }
   with replacing(out / f"{case.identifier}.json") as temporary:
-    text = json.dumps(content, indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
   write_segmentation(target, found.maps[-1], found.geometry, labels.value_names)
   return found
-
-
-def _segment_case(
-  models: list[Segmenter], request: Request, case: Case, report: Report
-) -> tuple[list[Segmentation], Volume]:
-  plan = models[0].plan
-  if request.prompts == "oracle":
-    volume, atoms = read_case(case, len(plan.channels), plan.labels)
-    return [segment_volume(m, volume, atoms, progress=report) for m in models], volume
-  volume = load_image(case.images, len(plan.channels))
-  if request.prompts == "generated":
-    return [segment_volume(m, volume, progress=report) for m in models], volume
-  sparse = None
-  if case.label is not None:
-    sparse = load_label_map(case.label, volume.geometry)
-    plan.labels.to_atoms(sparse, case.label)  # says so if a value is unknown
-
-  def by_hand(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
-    entries = request.entries.get(case.identifier, [])
-    found = list(prompts_of_entries(model, volume.geometry, prepared, entries))
-    if sparse is not None:
-      found += prompts_of_labels(model.plan.labels, prepared.restore, sparse)
-    return found
-
-  return [segment_volume(m, volume, by_hand=by_hand, progress=report) for m in models], volume

@@ -1,7 +1,6 @@
-"""What a prediction was asked for, looked at before any network is loaded.
+"""What a prediction was asked for, looked at before any network is loaded. Needs no JAX.
 
-In: a plan (of the run), and paths as a person gave them. Out: a `Request`, which
-segmentation.predict works through. Nothing here needs JAX.
+In: the run's plan, paths as a person gave them. Out: a `Request`, for segmentation.predict.
 """
 
 import dataclasses
@@ -22,19 +21,13 @@ Prompts = Literal["generated", "oracle", "given"]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Cases in, label maps out.
+  """Cases in, label maps out."""
 
-  Attributes:
-    cases: with label maps where prompts come from them.
-    entries: a person's boxes and points, by case.
-    targets: the label map of each case.
-  """
-
-  cases: Sequence[Case]
+  cases: Sequence[Case]  # with label maps where prompts come from them
   prompts: Prompts
-  entries: Mapping[str, Sequence[PromptEntry]]
+  entries: Mapping[str, Sequence[PromptEntry]]  # a person's boxes and points, by case
   out: Path
-  targets: Sequence[Path]
+  targets: Sequence[Path]  # the label map of each case
 
 
 def check_alike(plans: Sequence[Plan]) -> None:
@@ -45,14 +38,8 @@ def check_alike(plans: Sequence[Plan]) -> None:
 
 
 def make_request(
-  plan: Plan,
-  inputs: Sequence[str | Path],
-  out: str | Path,
-  prompts: Prompts = "generated",
-  labels: str | Path | None = None,
-  given: str | Path | None = None,
-  overwrite: bool = False,
-  format: Format = "nifti",
+  plan: Plan, inputs: Sequence[str | Path], out: str | Path, prompts: Prompts,
+  labels: str | Path | None, given: str | Path | None, overwrite: bool, format: Format,
 ) -> Request:
   """Finds what is asked for, and makes the folder `out`; arguments as those of `predict`.
 
@@ -72,8 +59,7 @@ def make_request(
   unknown = sorted(set(entries) - {case.identifier for case in cases})
   if unknown:
     raise UserError(f"{given}: case {unknown[0]} is not among the inputs; correct its name")
-  if labels is not None:
-    cases = with_labels(cases, labels)
+  cases = cases if labels is None else with_labels(cases, labels)
   out = Path(out)
   targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
   if format == "nrrd":

@@ -1,8 +1,7 @@
-"""The segmenter: a volume in, a label map out.
+"""Preprocessing, generator by sliding window, prompts, stages of refinement, fusion by class.
 
-preprocess -> generator by sliding window -> prompts -> stages of refinement -> fusion class by
-class on the input's own grid. Host memory stays bounded: logits of all classes exist for a slab at
-a time; what is kept of the generator is float16 log-odds on the prepared grid.
+In: a volume. Out: a label map on its own grid. Host memory stays bounded: logits of all classes
+exist for a slab at a time; what is kept of the generator is float16 log-odds on the prepared grid.
 """
 
 import dataclasses
@@ -26,17 +25,10 @@ from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
-from rfmedsam2_jax.refinement import (
-  Fused,
-  RefinementConfig,
-  StageResult,
-  blended,
-  fuse,
-  refine_volume,
-)
+from rfmedsam2_jax.refinement import Fused, RefinementConfig, StageResult, blended, fuse
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
 from rfmedsam2_jax.refinement.prompts import scaled_boxes, stage0_logits
-from rfmedsam2_jax.refinement.refine import VolumePrompts
+from rfmedsam2_jax.refinement.refine import VolumePrompts, refine_volume
 from rfmedsam2_jax.segmentation.config import InferenceConfig
 from rfmedsam2_jax.segmentation.sliding_window import predict_slabs
 
@@ -45,9 +37,8 @@ _CHUNK = 65536  # voxels per compiled call of the log-odds
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmenter:
-  """All that prediction needs of one run; networks and configs are static, parameters plain dicts.
+  """All that prediction needs of one run.
 
-  refiner: parameters of `sam2`, or None for the generator alone.
   sam_channels, sam_context: what SAM 2 sees in its three colours, see config.DataConfig.
   name: of the run's folder. fingerprint: of the cases that were trained on, if it is known.
   """
@@ -56,7 +47,7 @@ class Segmenter:
   unet: UNet
   generator: Params
   sam2: SAM2
-  refiner: Params | None
+  refiner: Params | None  # of `sam2`; None for the generator alone
   refinement: RefinementConfig
   inference: InferenceConfig = InferenceConfig()
   sam_channels: tuple[int, ...] = (0,)
@@ -72,13 +63,10 @@ class Segmenter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generated:
-  """What the generator says of a prepared volume.
+  """What the generator says of a prepared volume."""
 
-  log_odds: float16 [K, D, H, W]. prompts: for the first stage.
-  """
-
-  log_odds: np.ndarray
-  prompts: VolumePrompts
+  log_odds: np.ndarray  # float16 [K, D, H, W]
+  prompts: VolumePrompts  # for the first stage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,21 +80,14 @@ class Segmentation:
 
   def probability(self, stage: int, organ: int) -> np.ndarray:
     """Foreground probability of one organ after a stage (0: generator), float32 [z, y, x]."""
-    probability = blended(
-      self.generated.log_odds[organ],
-      self.generated.prompts.logits[organ],
-      self.results[stage - 1] if stage else None,
-      organ,
-      self.segmenter.refinement,
-      _resize_plane,
-    )
+    made, result = self.generated, self.results[stage - 1] if stage else None
+    probability = blended(made.log_odds[organ], made.prompts.logits[organ], result, organ,
+                          self.segmenter.refinement, _resize_plane)
     return self.prepared.restore.to_native(probability, fill=0.0)
 
 
 def segment_volume(
-  segmenter: Segmenter,
-  volume: Volume,
-  truth_atoms: np.ndarray | None = None,
+  segmenter: Segmenter, volume: Volume, truth_atoms: np.ndarray | None = None,
   by_hand: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
   progress: Report = silent,
 ) -> Segmentation:
@@ -115,24 +96,20 @@ def segment_volume(
   Args:
     truth_atoms: uint8 [z, y, x] on the native canonical grid: prompts come from it (oracle).
     by_hand: gives a person's prompts on the grid that this segmenter has prepared.
-    progress: takes lines about what is done.
   """
   prepared = preprocess(volume, segmenter.plan)
   made = run_generator(segmenter, prepared, progress)
   if segmenter.refiner is None:
     return Segmentation(segmenter, prepared, made, [])
-  side = segmenter.sam2.config.image_size
-  prompts = made.prompts
+  side, prompts = segmenter.sam2.config.image_size, made.prompts
   if truth_atoms is not None:
     atoms = prepare_atoms(truth_atoms, segmenter.plan, prepared.restore)
-    boxes, present = truth_boxes(atoms, segmenter)
-    prompts = with_oracle(prompts, boxes, present, side)
+    prompts = with_oracle(prompts, *truth_boxes(atoms, segmenter), side)
   if by_hand is not None:
     prompts = with_given(prompts, by_hand(segmenter, prepared), side, side // 4, resize_linear)
-  slices = functools.partial(sam_slices, segmenter, prepared)
   results = refine_volume(
-    segmenter.sam2, segmenter.refiner, segmenter.refinement, slices, prompts, progress
-  )
+    segmenter.sam2, segmenter.refiner, segmenter.refinement,
+    functools.partial(sam_slices, segmenter, prepared), prompts, progress)
   return Segmentation(segmenter, prepared, made, results)
 
 
@@ -140,25 +117,18 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
   """The generator over a prepared volume, and the first stage's prompts from it."""
   plan, config = segmenter.plan, segmenter.inference
   organs, regions = len(plan.labels.structures), plan.labels.regions
-  depth, height, width = prepared.image.shape[1:]
-  sam = segmenter.sam2.config
-  side, mask_side = sam.image_size, 4 * sam.grid
-  log_odds = np.empty((organs, depth, height, width), np.float16)
-  logits = np.empty((organs, depth, mask_side, mask_side), np.float16)
-  boxes = np.zeros((organs, depth, 4), np.float32)
-  present = np.zeros((organs, depth), bool)
+  cells = organs, prepared.image.shape[1]
+  side, mask_side = segmenter.sam2.config.image_size, 4 * segmenter.sam2.config.grid
+  log_odds = np.empty((organs, *prepared.image.shape[1:]), np.float16)
+  logits = np.empty((*cells, mask_side, mask_side), np.float16)
+  boxes, present = np.zeros((*cells, 4), np.float32), np.zeros(cells, bool)
   batch = config.batch_size * device_count()
   program = segmenter.unet, plan.patch_size, batch
   new = compiling("the generator", _unet_forward, program, report)
   slabs = predict_slabs(
     functools.partial(_unet_forward, segmenter.unet, everywhere(segmenter.generator)),
-    prepared.image,
-    plan.patch_size,
-    config.overlap,
-    batch,
-    config.mirror_axes,
-    segmenter.unet.config.mirrored,
-    Progress("generator, windows", report, new),
+    prepared.image, plan.patch_size, config.overlap, batch, config.mirror_axes,
+    segmenter.unet.config.mirrored, Progress("generator, windows", report, new),
   )
   for where, slab in slabs:
     winner = None if regions else slab.argmax(axis=-1)
@@ -167,18 +137,15 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
       logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
       mask = mine > 0 if winner is None else winner == organ + 1
       boxes[organ, where], present[organ, where] = scaled_boxes(
-        mask, side, segmenter.refinement.box_margin
-      )
+        mask, side, segmenter.refinement.box_margin)
   return Generated(log_odds, generated(logits, boxes, present))
 
 
 def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
   """Boxes float32 [K, D, 4] in pixels of the S x S image and presence bool [K, D] of the truth."""
-  side = segmenter.sam2.config.image_size
-  boxes, present = zip(*(
-    scaled_boxes(np.isin(atoms, np.flatnonzero(members)), side, 0.0)
-    for members in segmenter.plan.labels.membership.T
-  ), strict=True)
+  side, organs = segmenter.sam2.config.image_size, segmenter.plan.labels.membership.T
+  masks = (np.isin(atoms, np.flatnonzero(members)) for members in organs)
+  boxes, present = zip(*(scaled_boxes(mask, side, 0.0) for mask in masks), strict=True)
   return np.stack(boxes), np.stack(present)
 
 
@@ -197,31 +164,22 @@ def label_maps(segmentations: Sequence[Segmentation]) -> list[np.ndarray]:
 
 
 def label_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
-  """Label map after a stage (0: generator), averaged over segmentations of the same volume.
-
-  Returns:
-    uint8 or uint16 [z, y, x] on the canonical native grid.
-  """
+  """Mean label map after a stage (0: generator), uint8 or uint16 [z, y, x] on the native grid."""
   return fused(segmentations, stage).labels
 
 
 def fused(
-  segmentations: Sequence[Segmentation],
-  stage: int,
+  segmentations: Sequence[Segmentation], stage: int,
   watch: Callable[[int, np.ndarray], None] = lambda organ, probability: None,
 ) -> Fused:
   """As `label_map`, with the winning probability; `watch` takes every organ's own, see `fuse`."""
   first = segmentations[0].segmenter
-  labels = first.plan.labels
-  sources = [functools.partial(found.probability, stage) for found in segmentations]
+  labels, refinement = first.plan.labels, first.refinement
   return fuse(
-    sources,
-    labels.output_values,
-    segmentations[0].prepared.restore.native_shape,
-    threshold=first.refinement.threshold,
-    exclusive=stage == 0 or first.refinement.background == "rest",
-    regions=labels.regions,
-    watch=watch,
+    [functools.partial(found.probability, stage) for found in segmentations],
+    labels.output_values, segmentations[0].prepared.restore.native_shape,
+    threshold=refinement.threshold, exclusive=stage == 0 or refinement.background == "rest",
+    regions=labels.regions, watch=watch,
   )
 
 

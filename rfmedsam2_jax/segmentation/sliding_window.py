@@ -1,8 +1,7 @@
-"""Sliding-window prediction that hands out the volume slab by slab.
+"""Sliding-window prediction that hands out the volume slab by slab, along D.
 
-In: a prepared volume (data.preprocessing) and a function from patches to logits. Out: logits of
-consecutive slabs along D. Nothing of the size (whole volume) x (classes) is ever held: a slab is
-given away as soon as no later window can touch it, and at most one patch depth is in work.
+Nothing of the size (whole volume) x (classes) is ever held: a slab is given away as soon as no
+later window can touch it, and at most one patch depth is in work.
 """
 
 import itertools
@@ -30,7 +29,7 @@ def importance(patch: int) -> np.ndarray:
   return np.exp(-0.5 * np.square(offset / (patch / 8))).astype(np.float32)
 
 
-def total_importance(size: int, patch: int, starts: Sequence[int]) -> np.ndarray:
+def _total_importance(size: int, patch: int, starts: Sequence[int]) -> np.ndarray:
   """Sum of the windows' weights at every position of one axis."""
   total = np.zeros(size, np.float32)
   for start in starts:
@@ -39,12 +38,8 @@ def total_importance(size: int, patch: int, starts: Sequence[int]) -> np.ndarray
 
 
 def predict_slabs(
-  forward: Callable[[np.ndarray], jax.Array],
-  image: np.ndarray,
-  patch: tuple[int, int, int],
-  overlap: float = 0.5,
-  batch_size: int = 1,
-  mirror_axes: Sequence[int] = (),
+  forward: Callable[[np.ndarray], jax.Array], image: np.ndarray, patch: tuple[int, int, int],
+  overlap: float = 0.5, batch_size: int = 1, mirror_axes: Sequence[int] = (),
   reversed_axes: Sequence[int] = (),
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[slice, np.ndarray]]:
@@ -55,7 +50,6 @@ def predict_slabs(
       this one shape, so that it is compiled once.
     image: [C, D, H, W]; padded with zeros, the mean after normalisation, to the patch's size.
     overlap: least share of a window that its neighbour covers too, in [0, 1).
-    batch_size: windows per call.
     mirror_axes: of D, H, W, along which mirrored windows are averaged in; each doubles the time.
     reversed_axes: axes along which windows and padding lie as they would in the mirrored volume;
       of odd sizes that is one voxel away.
@@ -65,10 +59,12 @@ def predict_slabs(
     (slice along D, float32 [d, H, W, K]), in order and without gaps. The array is the receiver's.
   """
   image, inside = _padded(image, patch, reversed_axes)
-  depth, height, width = image.shape[1:]
-  starts = _grid(image.shape[1:], patch, overlap, reversed_axes)
+  shape = depth, height, width = image.shape[1:]
+  starts = [window_starts(size, p, overlap) for size, p in zip(shape, patch, strict=True)]
+  for axis in reversed_axes:
+    starts[axis] = [shape[axis] - patch[axis] - s for s in reversed(starts[axis])]
   # Windows form a grid, so the sum of their weights is a product of sums along the axes.
-  total_d, total_h, total_w = map(total_importance, image.shape[1:], patch, starts)
+  total_d, total_h, total_w = map(_total_importance, shape, patch, starts)
   total_hw = (total_h[:, None] * total_w)[..., None]
   weight_d, weight_h, weight_w = (importance(p) for p in patch)
   weight = (weight_d[:, None, None] * weight_h[:, None] * weight_w)[..., None]
@@ -100,16 +96,6 @@ def predict_slabs(
   yield finished(top, sums[: depth - top])
 
 
-def _grid(
-  shape: Sequence[int], patch: Sequence[int], overlap: float, reversed_axes: Sequence[int]
-) -> list[list[int]]:
-  """Where windows begin along each axis."""
-  starts = [window_starts(size, p, overlap) for size, p in zip(shape, patch, strict=True)]
-  for axis in reversed_axes:
-    starts[axis] = [shape[axis] - patch[axis] - s for s in reversed(starts[axis])]
-  return starts
-
-
 def _padded(
   image: np.ndarray, patch: Sequence[int], reversed_axes: Sequence[int]
 ) -> tuple[np.ndarray, list[slice]]:
@@ -123,20 +109,12 @@ def _padded(
 
 
 def _run(
-  forward: Callable[[np.ndarray], jax.Array],
-  image: np.ndarray,
-  windows: Sequence[Window],
-  patch: tuple[int, int, int],
-  batch_size: int,
-  mirror_axes: Sequence[int],
+  forward: Callable[[np.ndarray], jax.Array], image: np.ndarray, windows: Sequence[Window],
+  patch: tuple[int, int, int], batch_size: int, mirror_axes: Sequence[int],
 ) -> Iterator[tuple[Window, np.ndarray]]:
   """Logits [pd, ph, pw, K] of every window, in order; one batch is computed ahead."""
-
-  flips = [
-    tuple(axis + 1 for axis in axes)
-    for n in range(1, len(mirror_axes) + 1)
-    for axes in itertools.combinations(mirror_axes, n)
-  ]
+  flips = [tuple(axis + 1 for axis in axes) for n in range(1, len(mirror_axes) + 1)
+           for axes in itertools.combinations(mirror_axes, n)]
 
   def predict(batch: Sequence[Window]) -> jax.Array:
     parts = [image[:, d : d + patch[0], h : h + patch[1], w : w + patch[2]] for d, h, w in batch]

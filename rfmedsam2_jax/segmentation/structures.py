@@ -1,7 +1,7 @@
 """What is known of a segmentation beside its label map: how sure each part of it was, and of what.
 
-In: `Segmentation`s of one volume and the label map of every stage. Out: `StructureDetails`, which
-the API gives and `predict` writes as CASE.json.
+In: `Segmentation`s of one volume, the label map of every stage. Out: `StructureDetails`, which the
+API gives and `predict` writes as CASE.json.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.measures import joint_counts, voxel_ml
 from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.refinement import Fused, StageResult
@@ -21,12 +20,11 @@ class BoxDetails:
   """What the last stage was prompted with on one slice, and what it said there.
 
   Attributes:
-    slice: voxel along the slice axis.
     box: first voxels along the two other axes, in their order, then the last ones, inclusive.
     predicted_iou, presence: of the slice's mask; None where no stage was run.
   """
 
-  slice: int
+  slice: int  # voxel along the slice axis
   box: tuple[int, int, int, int]
   predicted_iou: float | None
   presence: float | None
@@ -34,18 +32,13 @@ class BoxDetails:
 
 @dataclasses.dataclass(frozen=True)
 class StageDetails:
-  """One structure after one stage (0: generator); None where there is no statement.
-
-  Attributes:
-    predicted_iou, presence: of its slices, see `StructureDetails`; the generator predicts neither.
-    dice_with_last: Dice with the last stage's; None if both are empty.
-  """
+  """One structure after one stage (0: the generator, which predicts neither IoU nor presence)."""
 
   stage: int
   volume_ml: float
   predicted_iou: float | None
   presence: float | None
-  dice_with_last: float | None
+  dice_with_last: float | None  # None if both are empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +46,14 @@ class StructureDetails:
   """One structure of one segmentation; None where there is no statement.
 
   Attributes:
-    label: its value in the label map.
     presence: of its slices, as the last stage gave it, weighted by the area of their masks; if
       every mask is empty, the largest of any slice; None if no slice was run.
     predicted_iou: likewise; None if every mask is empty.
     probability: mean of the winning probability over its voxels; None if it has none.
-    stages: after each.
     boxes: on the slices where the last stage had one.
   """
 
-  label: int
+  label: int  # its value in the label map
   volume_ml: float
   presence: float | None
   predicted_iou: float | None
@@ -72,10 +63,7 @@ class StructureDetails:
 
 
 def structure_details(
-  segmentations: Sequence[Segmentation],
-  maps: Sequence[np.ndarray],
-  last: Fused,
-  geometry: Geometry,
+  segmentations: Sequence[Segmentation], maps: Sequence[np.ndarray], last: Fused, geometry: Geometry
 ) -> dict[str, StructureDetails]:
   """Details of every structure, by name.
 
@@ -86,51 +74,33 @@ def structure_details(
   """
   labels = segmentations[0].segmenter.plan.labels
   values = np.array(sorted({0, *labels.output_values}))
-  member = _members(labels, values)
+  # bool [K, V]: whether a voxel of that label belongs to structure k; regions may share it.
+  owned = [s.values for s in labels.structures] if labels.regions else labels.output_values
+  member = np.array([np.isin(values, mine) for mine in owned])
   rank = np.zeros(values[-1] + 1, np.min_scalar_type(len(values)))
   rank[values] = np.arange(len(values))
   final = rank[last.labels]
-  counts = joint_counts([final], len(values))
   tables = [joint_counts([rank[found], final], len(values)) for found in maps]
-  probability = member @ _sums(final, last.winning, len(values))
+  planes = (np.bincount(ranks.ravel(), weights.ravel(), minlength=len(values))
+            for ranks, weights in zip(final, last.winning, strict=True))
+  probability = member @ sum(planes, np.zeros(len(values)))
   size = voxel_ml(geometry.spacing)
   result = {}
   for organ, (name, mine) in enumerate(zip(labels.names, member, strict=True)):
     stages = []
     for stage, table in enumerate(tables):
-      results = [found.results[stage - 1] for found in segmentations] if stage else []
-      said = [_of_cells(result, organ) for result in results]
+      runs = segmentations if stage else ()
+      said = [_of_cells(found.results[stage - 1], organ) for found in runs]
       iou, presence = _mean(iou for iou, _ in said), _mean(presence for _, presence in said)
-      before, now = int(table[mine].sum()), int(table[:, mine].sum())
+      before, voxels = int(table[mine].sum()), int(table[:, mine].sum())
       both = int(table[np.ix_(mine, mine)].sum())
-      dice = 2 * both / (before + now) if before + now else None
+      dice = 2 * both / (before + voxels) if before + voxels else None
       stages.append(StageDetails(stage, before * size, iou, presence, dice))
-    voxels = int(counts[mine].sum())
+    sure = float(probability[organ]) / voxels if voxels else None
     result[name] = StructureDetails(
-      int(labels.output_values[organ]),
-      voxels * size,
-      stages[-1].presence,
-      stages[-1].predicted_iou,
-      float(probability[organ]) / voxels if voxels else None,
-      tuple(stages),
-      tuple(_boxes(segmentations[0], organ, geometry)),
-    )
+      int(labels.output_values[organ]), voxels * size, presence, iou, sure, tuple(stages),
+      _boxes(segmentations[0], organ, geometry))
   return result
-
-
-def _members(labels: Labels, values: np.ndarray) -> np.ndarray:
-  """bool [K, V]: whether a voxel of that label belongs to structure k (regions may share it)."""
-  if labels.regions:
-    return np.array([np.isin(values, structure.values) for structure in labels.structures])
-  return np.array([values == value for value in labels.output_values])
-
-
-def _sums(labels: np.ndarray, weights: np.ndarray, values: int) -> np.ndarray:
-  """float64 [V]: sums of weights [D, H, W] over the voxels of each value."""
-  planes = zip(labels, weights, strict=True)
-  return sum(
-    (np.bincount(a.ravel(), b.ravel(), minlength=values) for a, b in planes), np.zeros(values)
-  )
 
 
 def _of_cells(result: StageResult, organ: int) -> tuple[float | None, float | None]:
@@ -151,37 +121,28 @@ def _mean(found: Iterable[float | None]) -> float | None:
   return float(np.mean(known)) if known else None
 
 
-def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> list[BoxDetails]:
+def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> tuple[BoxDetails, ...]:
   """The box on every slice of the file whose nearest prepared slice has one."""
+  # By prepared slice: box (pixels of the S x S image), predicted IoU and presence.
+  prompted: dict[int, tuple[np.ndarray, float | None, float | None]]
+  if found.results:
+    last = found.results[-1]
+    rows = np.flatnonzero((last.cells[:, 0] == organ) & last.has_box)
+    prompted = {int(last.cells[row, 1]): (last.boxes[row], float(last.iou[row]),
+                                          float(last.presence[row])) for row in rows}
+  else:
+    prompts = found.generated.prompts
+    slices = np.flatnonzero(prompts.has_box[organ]).tolist()
+    prompted = {z: (prompts.boxes[organ, z], None, None) for z in slices}
   axis, restore = found.segmenter.plan.slice_axis, found.prepared.restore
-  prompted = _prompted(found, organ)
-  points = np.zeros((restore.upper[axis] - restore.lower[axis], 3))
-  points[:, axis] = np.arange(restore.lower[axis], restore.upper[axis])
+  natives = np.arange(restore.lower[axis], restore.upper[axis])
+  points = np.zeros((len(natives), 3))
+  points[:, axis] = natives
   nearest = np.rint(restore.native_to_prepared(points)[:, 0]).astype(int)
   nearest = np.clip(nearest, 0, restore.prepared_shape[0] - 1)
-  result = []
-  for native, z in zip(points[:, axis], nearest, strict=True):
-    if int(z) in prompted:
-      box, iou, presence = prompted[int(z)]
-      result.append(BoxDetails(*_on_the_file(found, int(native), box, geometry), iou, presence))
-  return sorted(result, key=lambda box: box.slice)
-
-
-def _prompted(
-  found: Segmentation, organ: int
-) -> dict[int, tuple[np.ndarray, float | None, float | None]]:
-  """By prepared slice, one organ's box (pixels of the S x S image), predicted IoU and presence.
-
-  Without stages the boxes are the generator's.
-  """
-  if not found.results:
-    prompts = found.generated.prompts
-    slices = np.flatnonzero(prompts.has_box[organ])
-    return {int(z): (prompts.boxes[organ, z], None, None) for z in slices}
-  last = found.results[-1]
-  rows = np.flatnonzero((last.cells[:, 0] == organ) & last.has_box)
-  return {int(last.cells[row, 1]): (last.boxes[row], float(last.iou[row]),
-                                    float(last.presence[row])) for row in rows}
+  boxes = (BoxDetails(*_on_the_file(found, native, prompted[z][0], geometry), *prompted[z][1:])
+           for native, z in zip(natives.tolist(), nearest.tolist(), strict=True) if z in prompted)
+  return tuple(sorted(boxes, key=lambda box: box.slice))
 
 
 def _on_the_file(
@@ -202,7 +163,6 @@ def _on_the_file(
   flipped = np.array(geometry.flipped)
   low, high = np.where(flipped, last - high, low), np.where(flipped, last - low, high)
   order = np.argsort(geometry.axes)  # the canonical axis along each of the file's
-  low, high = low[order], high[order]
-  along = geometry.axes[axis]
+  low, high, along = low[order], high[order], geometry.axes[axis]
   a, b = (i for i in range(3) if i != along)
   return int(low[along]), (int(low[a]), int(low[b]), int(high[a]), int(high[b]))

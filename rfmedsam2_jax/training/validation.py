@@ -21,9 +21,12 @@ from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_maps, segment_
 
 
 def score_stages(
-  segmenter: Segmenter, cases: Sequence[Case], report: Report
+  segmenter: Segmenter, cases: Sequence[Case], report: Report, tolerance: float | None = None
 ) -> tuple[list[Scores], SheetCase | None]:
-  """Scores of every stage, and the first of this process's cases to be looked at."""
+  """Scores of every stage, and the first of this process's cases to be looked at.
+
+  Without a `tolerance` (mm) there is no surface Dice and no HD95: training needs Dice only.
+  """
   labels = segmenter.plan.labels
   shown: SheetCase | None = None
   found: dict[str, list[dict[str, Score]]] = {}
@@ -33,7 +36,8 @@ def score_stages(
     volume, truth, maps = stage_maps(segmenter, case, report)
     name, spacing = case.identifier, volume.geometry.spacing
     found[name] = [
-      evaluate_arrays(guess, truth, spacing, labels.structures, labels.ignore) for guess in maps
+      evaluate_arrays(guess, truth, spacing, labels.structures, labels.ignore, tolerance)
+      for guess in maps
     ]
     if shown is None:
       stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
@@ -86,7 +90,7 @@ def validate_run(
   if not cases:
     report("no validation cases: nothing is scored")
     return {}
-  stages, _ = score_stages(segmenter, cases, report)
+  stages, _ = score_stages(segmenter, cases, report, tolerance=1.0)
   result = {f"stage{stage}": as_dict(scores) for stage, scores in enumerate(stages)}
   run.write("validation.json", json.dumps(result, indent=1) + "\n")
   for stage, scores in enumerate(stages):
