@@ -3,14 +3,11 @@
 import signal
 from collections.abc import Sequence
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
   """Runs one command; returns the exit status. Without arguments it is the program itself.
 
-  Args:
-    command: of a program that is this command alone, as `python -m convert` is.
+  `command` is that of a program which is one command alone, as `python -m convert` is.
   """
   if arguments is None:
     # Before anything that takes time; `interruption` takes what came meanwhile.

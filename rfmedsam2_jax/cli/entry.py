@@ -48,28 +48,19 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     console.line(Passing("starting"))  # importing JAX takes seconds
   process.begin()
   _keep_programs()
-  message, status = _run(options, console)
-  if status:
-    console.error(message, status)
-  return status
-
-
-def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
-  """Why the command failed, and its exit status."""
   try:
     options.run(options, console)
-  except UserError as error:
-    return str(error), 2
-  except Stopped as stopped:
-    return str(stopped), RESUME
+    return 0
+  except (UserError, Stopped) as error:
+    message, status = str(error), 2 if isinstance(error, UserError) else RESUME
   except KeyboardInterrupt:
-    return _INTERRUPTED, interruption.STATUS
+    message, status = _INTERRUPTED, interruption.STATUS
   except MemoryError:
-    return "not enough memory; close other programs, or give smaller volumes", 2
-  except OSError as error:
-    # A write to an open file names none.
-    return place_line(error, "a result could not be written"), 2
-  return "", 0
+    message, status = "not enough memory; close other programs, or give smaller volumes", 2
+  except OSError as error:  # a write to an open file names none
+    message, status = place_line(error, "a result could not be written"), 2
+  console.error(message, status)
+  return status
 
 
 def _with_huge_pages() -> None:
@@ -90,10 +81,8 @@ def _keep_programs() -> None:
   By the environment: a command that fails on its arguments should not have to import JAX.
   """
   cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfmedsam2_jax"
-  for name, value in (
-    ("jax_compilation_cache_dir", str(cache)),
-    ("jax_persistent_cache_min_compile_time_secs", 0.5),
-  ):
+  for name, value in (("jax_compilation_cache_dir", str(cache)),
+                      ("jax_persistent_cache_min_compile_time_secs", 0.5)):
     given = os.environ.setdefault(name.upper(), str(value))
     if jax := sys.modules.get("jax"):
       jax.config.update(name, type(value)(given))
@@ -102,26 +91,23 @@ def _keep_programs() -> None:
 def make_parser() -> argparse.ArgumentParser:
   """The parser of all commands; importing their modules does not import JAX."""
   parser = argparse.ArgumentParser(
-    prog="rfmedsam2",
-    description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.",
-    epilog=STATUSES,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    "--version", action="version", version=f"rfmedsam2 {version('rfmedsam2-jax')}"
-  )
-  shtab.add_argument_to(
-    parser, "--print-completion", help="the completion of a shell, see docs/commands.md"
-  )
+    prog="rfmedsam2", epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.")
+  parser.add_argument("--version", action="version",
+                      version=f"rfmedsam2 {version('rfmedsam2-jax')}")
+  shtab.add_argument_to(parser, "--print-completion",
+                        help="the completion of a shell, see docs/commands.md")
   of_all = argparse.ArgumentParser(add_help=False)
-  Console.arguments(of_all)
+  said = of_all.add_argument_group("what is said")
+  said.add_argument("--quiet", action="store_true", help="results, warnings and errors alone")
+  said.add_argument("--json", dest="as_json", action="store_true",
+                    help="lines of JSON, for programs")
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   for name in (*COMMANDS, "convert-nnunet"):
     module = importlib.import_module(f"rfmedsam2_jax.cli.{name.replace('-', '_')}")
     command = commands.add_parser(
       name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all],
-      description=module.HELP, **({"help": module.HELP} if name in COMMANDS else {}),
-    )
+      description=module.HELP, **({"help": module.HELP} if name in COMMANDS else {}))
     module.arguments(command)
     command.set_defaults(run=module.run)
     for action in command._actions:

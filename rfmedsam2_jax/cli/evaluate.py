@@ -10,15 +10,14 @@ HELP = "score label maps against references"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("predictions", type=Path, help="folder or file")
-  parser.add_argument("references", type=Path, help="folder or file")
-  parser.add_argument(
-    "--labels", type=Path,
-    help="data set folder, or run, that names the structures; default: label values are the names",
-  )
-  parser.add_argument("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
-  parser.add_argument("--partial", action="store_true", help="not all references are predicted")
-  parser.add_argument("--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)")
+  add = parser.add_argument
+  add("predictions", type=Path, help="folder or file")
+  add("references", type=Path, help="folder or file")
+  add("--labels", type=Path, help="data set folder, or run, that names the structures; default: "
+      "label values are the names")
+  add("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
+  add("--partial", action="store_true", help="not all references are predicted")
+  add("--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -40,9 +39,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     # A run may have been trained on a few of its data set's structures: those are scored.
     plan = options.labels / "plan.json"
     labels = load_plan(plan).labels if plan.is_file() else read_dataset(options.labels).labels
-  scores = evaluate_folders(
-    options.predictions, options.references, labels, options.tolerance, options.partial,
-    Progress("cases", console.line),
-  )
+  scores = evaluate_folders(options.predictions, options.references, labels, options.tolerance,
+                            options.partial, Progress("cases", console.line))
   save_scores(target, scores)
   console.result(f"{table(scores)}\n\nall scores: {target}", as_dict(scores))

@@ -1,49 +1,42 @@
 """`rfmedsam2 predict`: label maps of volumes by trained runs."""
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.cli.results import named_options
+from rfmedsam2_jax.cli.console import Console, named_options
 
 HELP = "segment volumes with a trained run"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "paths", nargs="+", type=Path, metavar="RUN... INPUT...",
-    help="one run folder, or several to be averaged, then volumes, DICOM series or folders of them",
-  )
-  parser.add_argument("--out", type=Path, required=True, help="folder of label maps and CASE.json")
-  parser.add_argument(
-    "--prompts", choices=("generated", "oracle", "given"), default="generated",
-    help="automatic (default), boxes from true labels (upper limit), or a person's",
-  )
-  parser.add_argument("--labels", type=Path, help="folder of label maps for oracle or given")
-  parser.add_argument("--given", type=Path, help="JSON of boxes and points for --prompts given")
-  parser.add_argument(
-    "--format", choices=("nifti", "nrrd"), default="nifti",
-    help="of label maps; nrrd: with names and colours, for 3D Slicer",
-  )
-  parser.add_argument("--save-stages", action="store_true", help="also write every stage")
-  parser.add_argument(
-    "--probabilities", action="store_true", help="also write a probability map per structure"
-  )
-  parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+  add = parser.add_argument
+  add("paths", nargs="+", type=Path, metavar="RUN... INPUT...",
+      help="one run folder, or several to be averaged, then volumes, DICOM series or folders of "
+      "them")
+  add("--out", type=Path, required=True, help="folder of label maps and CASE.json")
+  add("--prompts", choices=("generated", "oracle", "given"), default="generated",
+      help="automatic (default), boxes from true labels (upper limit), or a person's")
+  add("--labels", type=Path, help="folder of label maps for oracle or given")
+  add("--given", type=Path, help="JSON of boxes and points for --prompts given")
+  add("--format", choices=("nifti", "nrrd"), default="nifti",
+      help="of label maps; nrrd: with names and colours, for 3D Slicer")
+  add("--save-stages", action="store_true", help="also write every stage")
+  add("--probabilities", action="store_true", help="also write a probability map per structure")
+  add("--overwrite", action="store_true", help="replace results that exist")
 
 
 def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
   """Leading run folders, and the inputs behind them."""
-  is_run = [(path / "config.yaml").is_file() for path in paths] + [False]
-  count = max(is_run.index(False), 1)
-  if count == len(paths):
+  runs = list(itertools.takewhile(lambda path: (path / "config.yaml").is_file(), paths))
+  if max(len(runs), 1) == len(paths):
     raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
-  if not is_run[0]:
+  if not runs:
     raise UserError(f"{paths[0]}: is no run (it has no config.yaml); give a folder made by train")
-  return list(paths[:count]), list(paths[count:])
+  return runs, list(paths[len(runs) :])
 
 
 def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) -> None:
@@ -89,8 +82,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
     options.save_stages, options.overwrite, console.line, options.probabilities, warn,
-    options.format,
-  )
+    options.format)
   seconds = time.monotonic() - began
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""
   console.result(

@@ -10,16 +10,15 @@ HELP = "train generator and refiner on a data set"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("config", type=Path, help="YAML file, see configs/")
-  parser.add_argument("overrides", nargs="*", help="values by path, generator.loop.steps=500")
-  parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-  parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
-  parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-  parser.add_argument("--profile", action="store_true", help="leave a trace of some steps in --out")
-  parser.add_argument(
-    "--distributed", default="auto", metavar="HOW",
-    help="auto (TPU pods, SLURM, Open MPI), off, or HOST:PORT,PROCESSES,INDEX",
-  )
+  add = parser.add_argument
+  add("config", type=Path, help="YAML file, see configs/")
+  add("overrides", nargs="*", help="values by path, generator.loop.steps=500")
+  add("--out", type=Path, required=True, help="folder of the run")
+  add("--resume", action="store_true", help="go on where the run in --out stopped")
+  add("--overwrite", action="store_true", help="replace the run in --out")
+  add("--profile", action="store_true", help="leave a trace of some steps in --out")
+  add("--distributed", default="auto", metavar="HOW",
+      help="auto (TPU pods, SLURM, Open MPI), off, or HOST:PORT,PROCESSES,INDEX")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -41,8 +40,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
   hosts.initialise(options.distributed)
   with hosts.watching():
-    scores = train(
-      config, options.out, options.resume, options.overwrite, console.line, options.profile
-    )
+    scores = train(config, options.out, options.resume, options.overwrite, console.line,
+                   options.profile)
   if hosts.is_main():
     console.result(f"the run: {options.out}", {"run": options.out, "stages": scores})
