@@ -20,10 +20,11 @@ HELP = "generate phantoms, train on them, segment unseen ones, score and picture
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("overrides", nargs="*", help="values of the config, by path")
-  parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (demo)")
-  parser.add_argument("--resume", action="store_true", help="go on where it stopped")
-  parser.add_argument("--overwrite", action="store_true", help="start anew")
+  add = parser.add_argument
+  add("overrides", nargs="*", help="values of the config, by path")
+  add("--out", type=Path, default=Path("demo"), help="folder (demo)")
+  add("--resume", action="store_true", help="go on where it stopped")
+  add("--overwrite", action="store_true", help="start anew")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -39,64 +40,52 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.training.run import train
 
   dataset, trained, predictions = out / "phantoms", out / "run", out / "predictions"
-  config = load_config(
-    packaged_config("quickstart.yaml"), [*options.overrides, f"data.dataset={dataset}"]
-  )
+  config = load_config(_config_file(), [*options.overrides, f"data.dataset={dataset}"])
   if not (dataset / "dataset.json").exists():
     write_phantom(dataset, PhantomConfig(seed=config.seed), Progress("phantoms", console.line))
     console.line(f"phantoms: {dataset}")
-  started = (trained / "config.yaml").exists()
-  train(config, trained, resume and started, options.overwrite, console.line)
+  resume = resume and (trained / "config.yaml").exists()
+  train(config, trained, resume, options.overwrite, console.line)
   model = load(trained)
   means = _predicted(model, dataset, predictions, out / "scores.json", console)
   sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")
   console.line(f"picture: {sheet}")
-  pages = write_report(
-    out / "report", trained, predictions, dataset / "labelsTs", dataset / "imagesTs",
-    overwrite=True, progress=console.line,
-  )
+  pages = write_report(out / "report", trained, predictions, dataset / "labelsTs",
+                       dataset / "imagesTs", overwrite=True, progress=console.line)
   for remark in pages.remarks:
     console.warning(remark)
   each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
-  console.result(
-    f"mean Dice of unseen phantoms: {each}\nall results: {out}; "
-    f"open {pages.index} in a browser",
-    {"out": out, "dice": means},
-  )
+  console.result(f"mean Dice of unseen phantoms: {each}\nall results: {out}; open {pages.index} in "
+                 "a browser", {"out": out, "dice": means})
 
 
-def packaged_config(name: str) -> Path:
-  """A config of configs/, in a clone or in an installed package."""
-  clone = Path(__file__).parents[2] / "configs" / name
+def _config_file() -> Path:
+  """configs/quickstart.yaml in a clone, or as installed."""
+  clone = Path(__file__).parents[2] / "configs/quickstart.yaml"
   if clone.is_file():
     return clone
-  return Path(str(importlib.resources.files("rfmedsam2_jax.configs") / name))
+  return Path(str(importlib.resources.files("rfmedsam2_jax.configs") / clone.name))
 
 
 def _title(stage: int) -> str:
   return f"stage {stage}" if stage else "generator"
 
 
-def _predicted(
-  model: "Segmenter", dataset: Path, predictions: Path, summary: Path, console: Console
-) -> dict[str, float | None]:
+def _predicted(model: "Segmenter", dataset: Path, predictions: Path, summary: Path,
+               console: Console) -> dict[str, float | None]:
   """Segments the unseen phantoms; mean Dice per stage, None where it is undefined."""
   from rfmedsam2_jax.data.files import replacing
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
   from rfmedsam2_jax.segmentation.predict import predict
 
-  predict(
-    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True,
-    progress=below(console.line, "unseen phantoms: "),
-    warn=lambda case, message: console.warning(f"{case}: {message}"),
-  )
+  predict(model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True,
+          progress=below(console.line, "unseen phantoms: "),
+          warn=lambda case, message: console.warning(f"{case}: {message}"))
   means = {}
   for stage in range(model.stages):
     folder = predictions / f"stage{stage}"
     progress = Progress(f"scores of {_title(stage)}, cases", console.line)
-    scores = evaluate_folders(
-      folder, dataset / "labelsTs", model.plan.labels, progress=progress
-    )
+    scores = evaluate_folders(folder, dataset / "labelsTs", model.plan.labels, progress=progress)
     save_scores(folder / "scores.json", scores)
     means[folder.name] = as_dict(scores)["mean"]["dice"]
   save_scores(predictions / "scores.json", scores)
@@ -113,15 +102,12 @@ def _picture(model: "Segmenter", dataset: Path, predictions: Path, path: Path) -
   from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 
-  cases = []
+  cases, titles = [], [_title(stage) for stage in range(model.stages)]
+  folders = [dataset / "labelsTs", *(predictions / f"stage{i}" for i in range(model.stages))]
   for image in sorted((dataset / "imagesTs").glob("*.nii.gz"))[:2]:
     name, volume = image.name.removesuffix("_0000.nii.gz"), load_image(image)
-    maps = {
-      _title(stage): load_label_map(
-        predictions / f"stage{stage}" / f"{name}.nii.gz", volume.geometry
-      )
-      for stage in range(model.stages)
-    }
-    truth = load_label_map(dataset / "labelsTs" / f"{name}.nii.gz", volume.geometry)
-    cases.append(SheetCase(name, volume.array[0], truth, maps, volume.spacing))
+    truth, *maps = (
+      load_label_map(folder / f"{name}.nii.gz", volume.geometry) for folder in folders)
+    cases.append(SheetCase(name, volume.array[0], truth, dict(zip(titles, maps, strict=True)),
+                           volume.spacing))
   return save_contact_sheet(path, cases, model.plan.labels.structures)
