@@ -22,19 +22,15 @@ if TYPE_CHECKING:
   from rfmedsam2_jax.tracking import TrackingConfig
 
 _HOMES = {
-  "load": "model",
-  **dict.fromkeys(
-    ("predict", "segment", "segment_details", "segment_file"), "segmentation.predict"
-  ),
-  "UserError": "base.errors",
-  "VoxelPrompt": "prompted.slice_frame", "TrackingConfig": "tracking",
+  "UserError": "base.errors", "VoxelPrompt": "prompted.slice_frame", "TrackingConfig": "tracking",
   "open_volume": "prompted.files", "write_tracked": "prompted.files",
-  **dict.fromkeys(("PRESETS", "SAM2", "SAM2Config", "apply", "init"), "nn"),
+  **dict.fromkeys(("predict", "segment", "segment_details", "segment_file"),
+                  "segmentation.predict"),
+  **dict.fromkeys(("PRESETS", "SAM2", "SAM2Config", "apply", "init"), "nn"), "load": "model",
 }
 __all__ = [
   "PRESETS", "SAM2", "SAM2Config", "TrackingConfig", "UserError", "VoxelPrompt", "apply", "init",
-  "load", "open_volume", "predict", "segment", "segment_details", "segment_file",
-  "write_tracked",
+  "load", "open_volume", "predict", "segment", "segment_details", "segment_file", "write_tracked",
 ]
 
 

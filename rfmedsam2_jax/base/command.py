@@ -1,7 +1,6 @@
 """What a command does to its process: it silences libraries, and training takes signals.
 
-Without `begin`, as a library, this package leaves loggers, hooks, standard error and signals to
-whoever imports it.
+Without `begin`, as a library, this package leaves loggers, hooks, standard error and signals alone.
 """
 
 import contextlib
@@ -24,10 +23,7 @@ _LEVELS = {
 
 
 def begin() -> None:
-  """From here on this process runs commands, whose errors are lines of their own.
-
-  What libraries warn of is no news to who runs a command, and some print what they also raise.
-  """
+  """From here on this process runs commands, which say in a line what libraries print and raise."""
   global _running
   for name, level in _LEVELS.items():
     logging.getLogger(name).setLevel(level)

@@ -29,7 +29,6 @@ _KEY = "rfmedsam2/alive/"
 _DONE, _FAILED = "done", "failed: "
 _BEAT = 1.0  # seconds between counts
 _SILENCE = 30.0  # seconds after which a process that does not count is gone
-
 # Set where a launcher has started several processes, to their number or to their hosts.
 _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 
@@ -48,11 +47,11 @@ def initialise(how: str) -> None:
     return
   given: dict[str, Any] = {}
   if how != "auto":
-    parts = how.split(",")
+    address, *numbers = how.split(",")
     try:
-      address, count, index = parts[0], *(int(part) for part in parts[1:])
-    except (ValueError, TypeError):
-      address, count, index = "", 0, 0
+      count, index = map(int, numbers)
+    except ValueError:
+      count, index = 0, 0
     if ":" not in address or not 0 <= index < count:
       raise UserError(f"distributed {how}: is neither auto, off nor HOST:PORT,PROCESSES,INDEX")
     given = {"coordinator_address": address, "num_processes": count, "process_id": index}
@@ -83,11 +82,9 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def watching() -> Iterator[None]:
   """Ends this process, with one line, soon after another one of the run has ended.
 
-  For a command, not for a library's user: it exits from a thread and takes the signal SIGABRT.
-
-  A collective operation waits for a process that is gone, for minutes or for ever, and JAX's own
-  heartbeats end in an abort. So every process counts in the coordination service's store, and reads
-  how far the others have counted.
+  For a command only: it exits from a thread and takes the signal SIGABRT. Collective operations
+  wait for a process that is gone, for minutes or for ever, and JAX's own heartbeats end in an
+  abort; so every process counts in the coordination service's store and reads the others' counts.
   """
   if jax.process_count() == 1:
     yield
@@ -142,8 +139,8 @@ def _watch(ended: threading.Event) -> None:
 
 def _leave(why: str, status: int = RESUME) -> NoReturn:
   """The main thread may be inside a collective that never ends, so nothing is waited for."""
-  print(f"rfmedsam2: {why}; start all processes again, to resume the run", file=sys.stderr,
-        flush=True)
+  line = f"rfmedsam2: {why}; start all processes again, to resume the run"
+  print(line, file=sys.stderr, flush=True)
   os._exit(status)
 
 
@@ -160,11 +157,11 @@ def together() -> Iterator[None]:
     yield
   except UserError as raised:
     error = raised
-  messages = [m for m in gather(None if error is None else str(error)) if m]
+  messages = gather("" if error is None else str(error))
   if error is not None:
     raise error
-  if messages:
-    raise UserError(messages[0])
+  if message := next(filter(None, messages), ""):
+    raise UserError(message)
 
 
 def each(items: Sequence[T], work: Callable[[T], object], progress: Progress) -> None:

@@ -6,7 +6,6 @@ batch that lie on their devices.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -38,7 +37,6 @@ class MeshConfig:
 
   @property
   def sizes(self) -> tuple[int, int, int]:
-    """Along `AXES`."""
     return self.data, self.fsdp, self.model
 
   def __post_init__(self):
@@ -59,9 +57,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
   if -1 in sizes:
     if len(devices) % known:
-      raise UserError(
-        f"{wanted}: {len(devices)} devices are no multiple of {known}; change the sizes"
-      )
+      raise UserError(f"{wanted}: {len(devices)} devices are no multiple of {known}; change the "
+                      "sizes")
     sizes[sizes.index(-1)] = len(devices) // known
   count = math.prod(sizes)
   if count > len(devices):
@@ -70,9 +67,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   if count < len(devices) and jax.process_count() > 1:
     raise UserError(f"{wanted}: uses {count} of {len(devices)} devices; with several processes "
                     "all have to be used, let one size be -1")
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count]
-  )
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices[:count])
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -84,19 +80,16 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int, name: str) -> No
   """Raises UserError unless every device has the same share of every microbatch."""
   parts = batch_shards(mesh) * microbatches
   if batch_size % parts:
-    what = f"{batch_shards(mesh)} devices (mesh.data x mesh.fsdp)"
-    if microbatches > 1:
-      what += f" times {microbatches} microbatches"
+    times = f" times {microbatches} microbatches" if microbatches > 1 else ""
     raise UserError(
-      f"{name}.batch_size is {batch_size}: cannot be spread over {what}; use a multiple of {parts}"
-    )
+      f"{name}.batch_size is {batch_size}: cannot be spread over {batch_shards(mesh)} devices "
+      f"(mesh.data x mesh.fsdp){times}; use a multiple of {parts}")
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   """Rows of a global batch that lie on devices of this process, ascending."""
   places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  rows = {row for place in places.values() for row in np.arange(batch_size)[place]}
-  return sorted(int(row) for row in rows)
+  return sorted({int(row) for place in places.values() for row in np.arange(batch_size)[place]})
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
@@ -107,8 +100,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 def batch_shapes(batch: Any, mesh: Mesh) -> Any:
   """Shapes of a whole batch, spread as `place_batch` spreads one."""
-  place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-  return jax.tree.map(lambda x: place(x.shape, x.dtype), batch)
+  where = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -29,9 +29,8 @@ def everywhere(tree: Any) -> Any:
   return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
 
 
-def spread(
-  function: Callable[..., Any], static: Collection[int] = (), whole: Collection[int] = ()
-) -> Callable[..., Any]:
+def spread(function: Callable[..., Any], static: Collection[int] = (),
+           whole: Collection[int] = ()) -> Callable[..., Any]:
   """`jax.jit` of a function over rows, which every device computes for its share of them.
 
   Args:

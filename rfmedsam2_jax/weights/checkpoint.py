@@ -1,7 +1,7 @@
 """SAM 2 with its parameters as one folder on disk, and what it takes to train on from it.
 
-A checkpoint describes itself: its config lies beside the parameters. Made by `rfmedsam2 convert`
-from other people's files, and by training (`refiner/params` of a run).
+Its config lies beside the parameters. Made by `rfmedsam2 convert`, and by training
+(`refiner/params` of a run).
 """
 
 import dataclasses
@@ -30,9 +30,8 @@ class Checkpoint(NamedTuple):
   about: dict[str, Any]
 
 
-def save_checkpoint(
-  folder: str | Path, config: SAM2Config, params: Params, about: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: str | Path, config: SAM2Config, params: Params,
+                    about: dict[str, Any]) -> None:
   """Writes a folder that `load_checkpoint` reads without being told a config."""
   save_params(folder, params, about | {"sam2": config_json(config)})
 
@@ -59,8 +58,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     shapes = param_shapes(config)
   except Exception as error:  # Flax raises many kinds for sizes that do not fit together
     raise UserError(
-      f"{folder}: its config describes no network ({first_line(error)}); make it anew"
-    ) from None
+      f"{folder}: its config describes no network ({first_line(error)}); make it anew") from None
   return Checkpoint(config, load_params(folder, shapes), about)
 
 
@@ -71,8 +69,7 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
     raise UserError(f"{folder}: no such checkpoint; check the path or make one, docs/convert.md")
   if not (path / "about").is_dir():
     raise UserError(
-      f"{folder}: is no checkpoint of this program; make one from it with rfmedsam2 convert"
-    )
+      f"{folder}: is no checkpoint of this program; make one from it with rfmedsam2 convert")
   about = read_about(folder)
   if not isinstance(about, dict) or not isinstance(about.get("sam2"), dict):
     raise UserError(f"{folder}: is a checkpoint, but not of SAM 2; give one of SAM 2")
@@ -106,10 +103,8 @@ def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
 
 def first_difference(ours: SAM2Config, theirs: SAM2Config) -> str | None:
   """The first field by which two configs have other parameters, adapters apart; None if none."""
-  for field in dataclasses.fields(SAM2Config):
-    if field.name not in _FREE and getattr(ours, field.name) != getattr(theirs, field.name):
-      return field.name
-  return None
+  names = (field.name for field in dataclasses.fields(SAM2Config) if field.name not in _FREE)
+  return next((name for name in names if getattr(ours, name) != getattr(theirs, name)), None)
 
 
 def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
@@ -119,12 +114,10 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
     UserError: no checkpoint, or one of another network than `config`.
   """
   found, _ = read_config(folder)
-  name = first_difference(config, found)
-  if name is not None:
+  if name := first_difference(config, found):
     raise UserError(
       f"{folder}: its network has {name}={short(getattr(found, name))}, the config has sam2."
-      f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint"
-    )
+      f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint")
   theirs, ours = found.adapters, config.adapters
   sizes = {"dwconv": ["width"], "cnn": ["width"], "mask": ["mask_width", "mask_reach"]}
   for kind, fields in sizes.items():

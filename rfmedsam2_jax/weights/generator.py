@@ -1,7 +1,6 @@
 """What a checkpoint of the generator says of itself, and whether training may start from it.
 
-Made by `rfmedsam2 convert nnunet` from other people's files, and by training (`generator/params`
-of a run).
+Made by `rfmedsam2 convert nnunet`, and by training (`generator/params` of a run).
 """
 
 import json
@@ -24,16 +23,10 @@ def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]
   c = unet.config
   # As JSON gives it back, so that descriptions can be compared.
   return json.loads(json.dumps({
-    "features": c.features,
-    "strides": c.strides,
-    "kernels": c.kernels,
-    "convs_per_stage": c.convs_per_stage,
-    "decoder_convs": c.decoder_convs or c.convs_per_stage,
-    "mirrored": c.mirrored,
-    "channels": channels,
-    "outputs": unet.num_outputs,
-    "structures": structures,
-  }))
+    "features": c.features, "strides": c.strides, "kernels": c.kernels,
+    "convs_per_stage": c.convs_per_stage, "decoder_convs": c.decoder_convs or c.convs_per_stage,
+    "mirrored": c.mirrored, "channels": channels, "outputs": unet.num_outputs,
+    "structures": structures}))
 
 
 def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
@@ -45,8 +38,7 @@ def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
   if not (Path(folder) / "about").is_dir():
     raise UserError(f"{folder}: is no checkpoint of a generator; make one with rfmedsam2 convert "
                     "nnunet, or give generator/params of a run")
-  about = read_about(folder)
-  found = about.get("generator")
+  found = read_about(folder).get("generator")
   if not isinstance(found, dict):
     raise UserError(f"{folder}: is a checkpoint, but does not say of which generator; give one "
                     "made by rfmedsam2 convert nnunet or by a run of this version")
@@ -54,5 +46,4 @@ def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
     if found.get(key) != value:
       raise UserError(
         f"{folder}: its generator has {key}={short(found.get(key))}, the config and data set give "
-        f"{short(value)}; train with the config.yaml that lies in the checkpoint's folder"
-      )
+        f"{short(value)}; train with the config.yaml that lies in the checkpoint's folder")

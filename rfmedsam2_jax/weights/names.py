@@ -1,8 +1,8 @@
 """Where every tensor of an official SAM 2 checkpoint belongs in our parameter tree, and back.
 
-Works on numpy arrays, so that it needs neither PyTorch nor a device. Names are those of sam2 1.1.0
-(`SAM2Base.state_dict()`). Our tree has the same submodules; what differs is written down here: the
-numbers of lists join the name before them, and the axes of kernels.
+Of numpy arrays, without PyTorch or a device. Names are those of sam2 1.1.0
+(`SAM2Base.state_dict()`); our tree has the same submodules, but the numbers of lists join the name
+before them, and axes of kernels differ:
 
     sam_mask_decoder.transformer.layers.0.self_attn.q_proj.weight  [out, in]
     sam_mask_decoder/transformer/layers_0/self_attn/q_proj/kernel  [in, out]
@@ -48,7 +48,7 @@ class Layout:
 
 
 # The first pattern that fits the whole official name gives the layout.
-_TABLE: tuple[tuple[str, Layout], ...] = (
+_TABLE = (
   (r"maskmem_tpos_enc", Layout(drop=(1, 2))),
   (r"no_mem_embed|no_mem_pos_enc", Layout(drop=(0, 1))),
   (r"no_obj_ptr|no_obj_embed_spatial", Layout(drop=(0,))),
@@ -74,9 +74,7 @@ def place(name: str, rank: int) -> tuple[Path, Layout]:
   Raises:
     ValueError: SAM 2 has no tensor of this name.
   """
-  layout = _table_layout(name)
-  if layout is None and name.endswith(".weight"):
-    layout = _BY_RANK.get(rank)
+  layout = _table_layout(name) or (_BY_RANK.get(rank) if name.endswith(".weight") else None)
   if layout is None:
     raise ValueError(f"{name} with {rank} axes is no tensor of SAM 2")
   name = name.removesuffix(".weight")
@@ -108,17 +106,13 @@ def from_official(state: Mapping[str, np.ndarray], config: SAM2Config) -> dict[s
     ValueError: tensors are missing, left over or of other shapes than `config` has.
   """
   expected = tensor_shapes(config)
-  found: dict[Path, np.ndarray] = {}
-  for name, x in state.items():
-    path, layout = place(name, x.ndim)
-    found[path] = layout.to_ours(x)
-  complaints = [f"missing {'/'.join(path)}" for path in expected.keys() - found.keys()]
-  complaints += [f"left over {'/'.join(path)}" for path in found.keys() - expected.keys()]
-  complaints += [
-    f"{'/'.join(path)} is {found[path].shape} and should be {expected[path]}"
-    for path in expected.keys() & found.keys()
-    if found[path].shape != expected[path]
-  ]
+  places = ((place(name, x.ndim), x) for name, x in state.items())
+  found = {path: layout.to_ours(x) for (path, layout), x in places}
+  complaints = [
+    *(f"missing {'/'.join(path)}" for path in expected.keys() - found.keys()),
+    *(f"left over {'/'.join(path)}" for path in found.keys() - expected.keys()),
+    *(f"{'/'.join(path)} is {found[path].shape} and should be {expected[path]}"
+      for path in expected.keys() & found.keys() if found[path].shape != expected[path])]
   if complaints:
     shown = "; ".join(sorted(complaints)[:5])
     raise ValueError(f"{len(complaints)} tensors do not fit this config: {shown}")

@@ -24,14 +24,9 @@ def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> No
   """
   params = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, params)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    checkpointer.save(
-      Path(folder).absolute(),
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        about=ocp.args.JsonSave(about | {"checksum": checksum(params)}),
-      ),
-      force=True,
-    )
+    checkpointer.save(Path(folder).absolute(), force=True, args=ocp.args.Composite(
+      params=ocp.args.StandardSave(params),
+      about=ocp.args.JsonSave(about | {"checksum": checksum(params)})))
 
 
 def checksum(params: Params) -> str:
@@ -53,9 +48,8 @@ def load_params(folder: str | Path, like: Params) -> Params:
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
   try:
-    found = _restore(
-      folder, params=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
-    )
+    found = _restore(folder, params=ocp.args.StandardRestore(abstract),
+                     about=ocp.args.JsonRestore())
     for (path, x), wanted in zip(jax.tree_util.tree_leaves_with_path(found["params"]),
                                  jax.tree.leaves(abstract), strict=True):
       if x.shape != wanted.shape:
@@ -68,8 +62,7 @@ def load_params(folder: str | Path, like: Params) -> Params:
   except Exception as error:
     raise UserError(
       f"{folder}: cannot be read as a checkpoint of this network ({first_line(error)}); "
-      "check that the run is complete and was made with this config"
-    ) from error
+      "check that the run is complete and was made with this config") from error
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
@@ -77,9 +70,7 @@ def read_about(folder: str | Path) -> dict[str, Any]:
   try:
     return _restore(Path(folder).absolute(), about=ocp.args.JsonRestore())["about"]
   except Exception as error:  # as above
-    raise UserError(
-      f"{folder}: is damaged ({first_line(error)}); copy or make it anew"
-    ) from error
+    raise UserError(f"{folder}: is damaged ({first_line(error)}); copy or make it anew") from error
 
 
 def _restore(folder: Path, **wanted: Any) -> Any:
