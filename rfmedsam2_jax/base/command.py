@@ -1,6 +1,6 @@
 """What a command does to its process: it silences libraries, and training takes signals.
 
-Without `begin`, as a library, this package leaves loggers, hooks, standard error and signals alone.
+Without `begin`, a library, it leaves loggers, hooks, standard error and signals alone.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 _running = False
-
 _LEVELS = {
   "absl": logging.ERROR, "orbax": logging.ERROR, "jax": logging.ERROR,
   # Of a damaged folder Orbax's tasks fail by the dozen; the first is raised, others are logged.

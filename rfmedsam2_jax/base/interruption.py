@@ -17,13 +17,11 @@ from types import FrameType
 
 STATUS = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 _program: "_Program | None" = None
 
 
 class _Program:
   """The program that ends when a signal comes; what it forks has an end of its own."""
-
   def __init__(self):
     self.process = os.getpid()
     self.unfinished: set[Path] = set()

@@ -1,6 +1,7 @@
-"""Progress of long work as lines with the time left; some of them passing, see `Passing`."""
+"""Progress of long work as lines with the time left; some of them passing, see `Passing`.
 
-# Not by rich or tqdm: they draw bars for terminals, these lines also go to logs, JSON and pages.
+Not by rich or tqdm: they draw bars for terminals, these lines also go to logs, JSON and pages.
+"""
 
 import math
 import time
@@ -8,7 +9,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 Report = Callable[[str], None]
-
 _EVERY = 0.5  # seconds between two passing lines of one Progress
 
 
@@ -21,7 +21,6 @@ class Lines:
 
   One after three seconds of silence; after an hour one in three minutes.
   """
-
   def __init__(self, write: Report):
     self._write = write
     self._began = self._last = time.monotonic()
@@ -49,7 +48,6 @@ class TimeLeft:
 
   Called once before the first piece, then after pieces.
   """
-
   def __init__(self, compiles: bool = False):
     self._marks: list[tuple[int, float]] = []  # before and after the first piece
     self._compiles = compiles
@@ -78,7 +76,6 @@ class Progress:
   Called with (pieces done, pieces in all), once before the first piece, which may have to wait for
   a program that `compiles`.
   """
-
   def __init__(self, what: str, report: Report, compiles: bool = False):
     self._what, self._report = what, report
     self._left, self._last = TimeLeft(compiles), -math.inf
@@ -99,14 +96,11 @@ def below(report: Report, heading: str) -> Report:
 def compiling(what: str, program: Any, key: Hashable, report: Report) -> bool:
   """Says that `what` is compiled, which can take a minute; returns whether it is.
 
-  Args:
-    program: the function that is called next, of `jax.jit`. As it keeps its compiled programs, it
-      keeps in `announced` what has been said of them.
-    key: of what it is compiled for: shapes and static arguments.
+  `program` is the function of `jax.jit` that is called next; it keeps in `announced` what has been
+  said. `key` is what it is compiled for: shapes and static arguments.
   """
   announced = program.__dict__.setdefault("announced", set())
-  new = key not in announced
-  announced.add(key)
-  if new:
+  if new := key not in announced:
+    announced.add(key)
     report(f"compiling {what}")
   return new

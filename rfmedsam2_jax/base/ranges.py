@@ -1,14 +1,11 @@
-"""Kinds of numbers in a config and their ranges, which pydantic checks where a config is read.
-
-A dataclass says with `__pydantic_config__ = STRICT` that it knows no other keys, and neither
-infinity nor NaN.
-"""
+"""Kinds of numbers in a config and their ranges, which pydantic checks where a config is read."""
 
 from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
 
+# `__pydantic_config__` of dataclasses that take no other keys, and neither infinity nor NaN.
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 

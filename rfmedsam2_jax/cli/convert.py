@@ -49,23 +49,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
             allow=tuple(options.allow), adapters=options.adapters, verify=options.verify)
 
 
-def converter(module: str) -> Any:
-  """A module of the converter: of `convert` in a clone that Python runs in, else as installed."""
-  beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
-  in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
-  package = "convert" if in_clone else "rfmedsam2_jax.convert"
-  return importlib.import_module(f"{package}.{module}")
-
-
 def check_paths(options: argparse.Namespace, gives: str, is_ours: bool | None = None) -> None:
-  """Looks at source and output before anything that takes long.
+  """UserError for no source (which `gives` names), and an output that must or can not be written.
 
-  Args:
-    gives: what the source should be, said where there is none.
-    is_ours: what lies at the output is of the kind that would be written; a checkpoint unless said.
-
-  Raises:
-    UserError: no source; an output that may not be replaced, or cannot be written.
+  `is_ours`: what lies there is of the kind that would be written; a checkpoint unless said.
   """
   source, out = options.source, options.out
   if not source.exists():
@@ -73,8 +60,8 @@ def check_paths(options: argparse.Namespace, gives: str, is_ours: bool | None = 
   if out.exists() and not options.overwrite:
     raise UserError(f"{out}: exists; replace it with --overwrite or choose another name")
   if out.exists() and not ((out / "about").is_dir() if is_ours is None else is_ours):
-    raise UserError(f"{out}: was not made by this command, --overwrite leaves it; choose another "
-                    "name")
+    raise UserError(
+      f"{out}: was not made by this command, --overwrite leaves it; choose another name")
   there = next(parent for parent in out.absolute().parents if parent.exists())
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{there}: cannot be written into; choose another folder")
@@ -84,7 +71,11 @@ def convert(options: argparse.Namespace, console: Console, module: str, function
             **wanted: Any) -> None:
   """Runs a function of the converter, with its `Wanted` if there is any, and says what it did."""
   console.on_interruption("interrupted; nothing was written")
-  home = converter(module)
+  beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
+  in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
+  # That of a clone that Python runs in, else as installed.
+  home = importlib.import_module(
+    f"{'convert' if in_clone else 'rfmedsam2_jax.convert'}.{module}")
   choices = [home.Wanted(**wanted)] if wanted else []
   try:
     said = getattr(home, function)(options.source, options.out, *choices, report=console.detail,

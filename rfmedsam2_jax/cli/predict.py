@@ -87,5 +87,4 @@ def run(options: argparse.Namespace, console: Console) -> None:
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""
   console.result(
     f"{len(written)} label maps in {options.out}, {seconds:.0f} s{unusual}",
-    {"written": written, "seconds": round(seconds, 1), "warnings": warnings},
-  )
+    {"written": written, "seconds": round(seconds, 1), "warnings": warnings})

@@ -1,7 +1,4 @@
-"""`rfmedsam2 quickstart`: phantoms, training, prediction of unseen ones, scores and pages.
-
-Everything that a user does with data of their own, on data that the package generates.
-"""
+"""`rfmedsam2 quickstart`: all that a user does, on phantoms that the package generates."""
 
 import argparse
 import importlib.resources
@@ -48,8 +45,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   train(config, trained, resume, options.overwrite, console.line)
   model = load(trained)
   means = _predicted(model, dataset, predictions, out / "scores.json", console)
-  sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")
-  console.line(f"picture: {sheet}")
+  console.line(f"picture: {_picture(model, dataset, predictions, out / 'contact_sheet.png')}")
   pages = write_report(out / "report", trained, predictions, dataset / "labelsTs",
                        dataset / "imagesTs", overwrite=True, progress=console.line)
   for remark in pages.remarks:
@@ -67,8 +63,8 @@ def _config_file() -> Path:
   return Path(str(importlib.resources.files("rfmedsam2_jax.configs") / clone.name))
 
 
-def _title(stage: int) -> str:
-  return f"stage {stage}" if stage else "generator"
+def _titles(model: "Segmenter") -> list[str]:
+  return ["generator", *(f"stage {stage}" for stage in range(1, model.stages))]
 
 
 def _predicted(model: "Segmenter", dataset: Path, predictions: Path, summary: Path,
@@ -82,15 +78,14 @@ def _predicted(model: "Segmenter", dataset: Path, predictions: Path, summary: Pa
           progress=below(console.line, "unseen phantoms: "),
           warn=lambda case, message: console.warning(f"{case}: {message}"))
   means = {}
-  for stage in range(model.stages):
+  for stage, title in enumerate(_titles(model)):
     folder = predictions / f"stage{stage}"
-    progress = Progress(f"scores of {_title(stage)}, cases", console.line)
+    progress = Progress(f"scores of {title}, cases", console.line)
     scores = evaluate_folders(folder, dataset / "labelsTs", model.plan.labels, progress=progress)
     save_scores(folder / "scores.json", scores)
     means[folder.name] = as_dict(scores)["mean"]["dice"]
   save_scores(predictions / "scores.json", scores)
-  console.line("unseen phantoms, after the last stage:")
-  for line in table(scores).splitlines():
+  for line in ("unseen phantoms, after the last stage:", *table(scores).splitlines()):
     console.line(line)
   with replacing(summary) as temporary:
     temporary.write_text(json.dumps(means, indent=1) + "\n")
@@ -102,12 +97,11 @@ def _picture(model: "Segmenter", dataset: Path, predictions: Path, path: Path) -
   from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 
-  cases, titles = [], [_title(stage) for stage in range(model.stages)]
+  cases = []
   folders = [dataset / "labelsTs", *(predictions / f"stage{i}" for i in range(model.stages))]
   for image in sorted((dataset / "imagesTs").glob("*.nii.gz"))[:2]:
     name, volume = image.name.removesuffix("_0000.nii.gz"), load_image(image)
-    truth, *maps = (
-      load_label_map(folder / f"{name}.nii.gz", volume.geometry) for folder in folders)
-    cases.append(SheetCase(name, volume.array[0], truth, dict(zip(titles, maps, strict=True)),
-                           volume.spacing))
+    truth, *maps = (load_label_map(f / f"{name}.nii.gz", volume.geometry) for f in folders)
+    columns = dict(zip(_titles(model), maps, strict=True))
+    cases.append(SheetCase(name, volume.array[0], truth, columns, volume.spacing))
   return save_contact_sheet(path, cases, model.plan.labels.structures)

@@ -54,5 +54,4 @@ def run(options: argparse.Namespace, console: Console) -> None:
   size = f", {written.volumes_bytes / 2**20:.1f} MiB of volumes" if written.volumes_bytes else ""
   console.result(
     f"{written.index}: {len(written.cases)} cases{scored}{size}; open it in a browser",
-    {"index": written.index, "cases": len(written.cases), "dice": dice, "warnings": said},
-  )
+    {"index": written.index, "cases": len(written.cases), "dice": dice, "warnings": said})

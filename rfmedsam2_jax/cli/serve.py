@@ -5,13 +5,9 @@ import secrets
 import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-
-if TYPE_CHECKING:
-  from starlette.applications import Starlette
 
 HELP = "a local web page: prompt a volume with boxes and points, track, correct, save"
 
@@ -35,10 +31,24 @@ def run(options: argparse.Namespace, console: Console) -> None:
   with _listen(options.host, options.port) as listening:
     import uvicorn
 
+    from rfmedsam2_jax.nn import SAM2
+    from rfmedsam2_jax.prompted.files import at_side
+    from rfmedsam2_jax.serve.app import Pages, make_app
     from rfmedsam2_jax.serve.guard import LOOPBACK
+    from rfmedsam2_jax.serve.studio import Studio
+    from rfmedsam2_jax.tracking import TrackingConfig
+    from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
+    sam2, params, _ = load_checkpoint(options.checkpoint)
+    several = not options.single_mask
+    # One object per batch: one program for any number of labels; most trackings follow one.
+    config = TrackingConfig(multimask=several, dynamic_multimask=several, objects_per_batch=1)
+    studio = Studio(SAM2(at_side(sam2, options.image_size)), params, config, options.keep,
+                    options.max_voxels * 10**6, prepare=True)
+    folder = options.folder.resolve() if options.folder else None
+    pages = Pages(studio, folder, options.max_upload << 20, options.checkpoint.resolve().name)
     token = secrets.token_urlsafe(24)
-    app = _app(options, token)
+    app = make_app(pages, options.host, token)
     if options.host not in LOOPBACK:
       console.line(f"WARNING: {options.host} can be reached by other machines. Whoever has the "
                    "address below sees the folder's volumes, and everything travels unencrypted.")
@@ -67,26 +77,6 @@ def _check(options: argparse.Namespace) -> None:
       raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
   if (size := options.image_size) is not None and (size < 64 or size % 32):
     raise UserError(f"--image-size {size}: give a multiple of 32 from 64 on")
-
-
-def _app(options: argparse.Namespace, token: str) -> "Starlette":
-  """The server, with the network that the options name."""
-  from rfmedsam2_jax.nn import SAM2
-  from rfmedsam2_jax.prompted.files import at_side
-  from rfmedsam2_jax.serve.app import Pages, make_app
-  from rfmedsam2_jax.serve.studio import Studio
-  from rfmedsam2_jax.tracking import TrackingConfig
-  from rfmedsam2_jax.weights.checkpoint import load_checkpoint
-
-  checkpoint = load_checkpoint(options.checkpoint)
-  several = not options.single_mask
-  # One object per batch: one program for any number of labels; most trackings follow one.
-  config = TrackingConfig(multimask=several, dynamic_multimask=several, objects_per_batch=1)
-  studio = Studio(SAM2(at_side(checkpoint.config, options.image_size)), checkpoint.params, config,
-                  options.keep, options.max_voxels * 10**6, prepare=True)
-  folder = options.folder.resolve() if options.folder else None
-  pages = Pages(studio, folder, options.max_upload << 20, options.checkpoint.resolve().name)
-  return make_app(pages, options.host, token)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,7 +1,6 @@
-"""Several processes of one run: how they find each other, and how they share work on the host.
+"""Several processes of one run, of the same program: how they find each other and share work.
 
-Every process runs the same program on its own devices. Process 0 writes what is written once; all
-see the run's folder and the data set under the same paths.
+Process 0 writes what is written once; all see run folder and data set under the same paths.
 """
 
 import contextlib
@@ -36,12 +35,9 @@ _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 def initialise(how: str) -> None:
   """Joins this process to the others; to be called before JAX looks at any device.
 
-  Args:
-    how: "auto" asks the environment (TPU pods, SLURM, Open MPI); "off"; or
-      "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0.
-
-  Raises:
-    UserError: none of these, or the others cannot be reached.
+  `how`: "auto" asks the environment (TPU pods, SLURM, Open MPI); "off"; or
+  "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0. UserError for anything else, or if
+  the others cannot be reached.
   """
   if how == "off" or (how == "auto" and not _launched()):
     return
@@ -157,11 +153,8 @@ def together() -> Iterator[None]:
     yield
   except UserError as raised:
     error = raised
-  messages = gather("" if error is None else str(error))
-  if error is not None:
-    raise error
-  if message := next(filter(None, messages), ""):
-    raise UserError(message)
+  if messages := [message for message in gather(str(error or "")) if message]:
+    raise error or UserError(messages[0])
 
 
 def each(items: Sequence[T], work: Callable[[T], object], progress: Progress) -> None:

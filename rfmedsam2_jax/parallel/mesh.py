@@ -1,13 +1,11 @@
 """The mesh: how many devices share the batch, the parameters, and the width of layers.
 
-A batch is spread over the axes `data` and `fsdp` together; parameters and optimizer state are
-spread over `fsdp` (parallel.rules), and gathered where they are used. Processes hold the rows of a
-batch that lie on their devices.
+A batch is spread over `data` and `fsdp` together, parameters and optimizer state over `fsdp`
+(parallel.rules). Processes hold the rows of a batch that lie on their devices.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
@@ -25,9 +23,7 @@ BATCH_AXES = ("data", "fsdp")
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each of `AXES`; their product is their number. One may be -1: the rest."""
-
   __pydantic_config__ = STRICT
-
   data: int = -1  # copies of the parameters, each with its share of the batch
   fsdp: int = 1   # parts of parameters and optimizer state; memory falls, traffic rises
   model: int = 1  # parts of the widths of attention and MLPs, for networks too large otherwise
@@ -45,20 +41,15 @@ class MeshConfig:
       raise ValueError(f"mesh is {sizes}; give sizes from 1 on, and -1 (the rest) at most once")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh over all devices of all processes.
-
-  Raises:
-    UserError: so many devices do not exist, or are left over.
-  """
-  devices = list(jax.devices() if devices is None else devices)
-  sizes = list(config.sizes)
+def make_mesh(config: MeshConfig) -> Mesh:
+  """The mesh over all devices of all processes; UserError if there are too few or some left."""
+  devices, sizes = jax.devices(), list(config.sizes)
   known = math.prod(size for size in sizes if size != -1)
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
   if -1 in sizes:
     if len(devices) % known:
-      raise UserError(f"{wanted}: {len(devices)} devices are no multiple of {known}; change the "
-                      "sizes")
+      raise UserError(
+        f"{wanted}: {len(devices)} devices are no multiple of {known}; change the sizes")
     sizes[sizes.index(-1)] = len(devices) // known
   count = math.prod(sizes)
   if count > len(devices):

@@ -1,7 +1,6 @@
 """Where every array of a training state lies on the mesh: rules from its path, apart from networks.
 
-Optimizer states repeat the paths of the parameters that they belong to, so one function serves the
-whole state. `over_mesh` makes of a loss that knows nothing of devices one that runs on all of them.
+Optimizer states repeat the paths of their parameters, so the rules serve the whole state.
 """
 
 import fnmatch
@@ -29,7 +28,6 @@ SMALL = 2**12
 
 class Placement(NamedTuple):
   """Where an array lies, and why."""
-
   spec: PartitionSpec
   reason: str
 
@@ -79,7 +77,6 @@ def path_of(path: Sequence[Any]) -> str:
 
 def place(tree: Any, mesh: Mesh) -> Any:
   """Puts a tree of whole arrays, the same in every process, where the rules want it."""
-
   def put(x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
       data = put(jax.random.key_data(x), NamedSharding(mesh, PartitionSpec()))

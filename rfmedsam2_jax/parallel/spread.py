@@ -1,6 +1,6 @@
 """One volume on all devices of a host: rows that do not need each other, each device its share.
 
-For prediction. Training spreads its batches over a mesh that may span hosts (parallel.mesh).
+For prediction; the mesh of training (parallel.mesh) may span hosts.
 """
 
 import functools
@@ -37,10 +37,8 @@ def spread(function: Callable[..., Any], static: Collection[int] = (),
     function: of positional arguments; its results have rows along their first axis.
     static: positions of hashable arguments that are compiled in.
     whole: positions of arguments that every device sees whole (parameters, stores): put them
-      `everywhere` once. All others have rows, a multiple of `device_count()`, along their first
-      axis.
+      `everywhere` once. Others have rows, a multiple of `device_count()`, along their first axis.
   """
-
   @functools.partial(jax.jit, static_argnums=tuple(static))
   def run(*arguments: Any) -> Any:
     mesh = _local_mesh()
@@ -53,11 +51,9 @@ def spread(function: Callable[..., Any], static: Collection[int] = (),
       return function(*(given.get(i, argument) for i, argument in enumerate(arguments)))
 
     rows = PartitionSpec(_AXIS)
-    return jax.shard_map(
-      share, mesh=mesh,
-      in_specs=tuple(PartitionSpec() if i in whole else rows for i in traced), out_specs=rows,
-      # The networks' loops start from constants, which the check would want marked as varying.
-      check_vma=False,
-    )(*(arguments[i] for i in traced))
+    places = tuple(PartitionSpec() if i in whole else rows for i in traced)
+    # The networks' loops start from constants, which the check would want marked as varying.
+    mapped = jax.shard_map(share, mesh=mesh, in_specs=places, out_specs=rows, check_vma=False)
+    return mapped(*(arguments[i] for i in traced))
 
   return run

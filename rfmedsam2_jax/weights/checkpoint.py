@@ -1,8 +1,4 @@
-"""SAM 2 with its parameters as one folder on disk, and what it takes to train on from it.
-
-Its config lies beside the parameters. Made by `rfmedsam2 convert`, and by training
-(`refiner/params` of a run).
-"""
+"""SAM 2 as one folder on disk, parameters and config, and what it takes to train on from it."""
 
 import dataclasses
 import json
@@ -24,7 +20,6 @@ _FREE = ("image_size", "dtype", "remat", "adapters")
 
 class Checkpoint(NamedTuple):
   """config: of the network. params: float32. about: JSON of where it came from."""
-
   config: SAM2Config
   params: Params
   about: dict[str, Any]
@@ -48,11 +43,7 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-  """Reads a checkpoint of SAM 2.
-
-  Raises:
-    UserError: no checkpoint, a damaged one, or one of something else.
-  """
+  """Reads a checkpoint of SAM 2; UserError for none, a damaged one, or one of something else."""
   config, about = read_config(folder)
   try:
     shapes = param_shapes(config)
@@ -79,18 +70,15 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
       raise ValueError(f"sam2.{unknown[0]} is unknown")
     return pydantic.TypeAdapter(SAM2Config).validate_python(about["sam2"]), about
   except ValueError as error:  # pydantic's is one
-    raise UserError(
-      f"{folder}: was made by another version ({first_line(error)} in its config); make it anew"
-    ) from None
+    raise UserError(f"{folder}: was made by another version ({first_line(error)} in its config); "
+                    "make it anew") from None
 
 
 def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
   """Parameters with all adapters of `config`: fresh where there were none, kept where there were.
 
   Fresh adapters are the identity: the network computes the same bits with them as without.
-
-  Raises:
-    ValueError: `params` is of another network, or has adapters that `config` has not.
+  ValueError if `params` is of another network, or has adapters that `config` has not.
   """
   fresh, given = flatten_dict(init_params(config, key), sep="/"), flatten_dict(params, sep="/")
   for path, x in given.items():
@@ -108,11 +96,7 @@ def first_difference(ours: SAM2Config, theirs: SAM2Config) -> str | None:
 
 
 def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
-  """Sees to it that `starting_params` will work, without reading parameters.
-
-  Raises:
-    UserError: no checkpoint, or one of another network than `config`.
-  """
+  """UserError for no checkpoint, or one of another network than `config`; reads no parameters."""
   found, _ = read_config(folder)
   if name := first_difference(config, found):
     raise UserError(
@@ -131,10 +115,8 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
 def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Params:
   """The parameters of a checkpoint for training `config`, with fresh adapters where it has none.
 
-  The image sides may differ: whatever depends on them is computed and not learned.
-
-  Raises:
-    UserError: see `check_starting_point`.
+  The image sides may differ: whatever depends on them is computed and not learned. UserError: see
+  `check_starting_point`.
   """
   check_starting_point(folder, config)
   return with_adapters(load_checkpoint(folder).params, config, key)

@@ -1,7 +1,4 @@
-"""What a checkpoint of the generator says of itself, and whether training may start from it.
-
-Made by `rfmedsam2 convert nnunet`, and by training (`generator/params` of a run).
-"""
+"""What a checkpoint of the generator says of itself, and whether training may start from it."""
 
 import json
 from pathlib import Path
@@ -16,9 +13,7 @@ from rfmedsam2_jax.weights.orbax import read_about
 def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]:
   """The description under "generator" in a checkpoint.
 
-  Args:
-    channels: of the images.
-    structures: pairs of a structure's name and its label values, in the order of the outputs.
+  `structures`: pairs of a structure's name and its label values, in the order of the outputs.
   """
   c = unet.config
   # As JSON gives it back, so that descriptions can be compared.
@@ -30,11 +25,7 @@ def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]
 
 
 def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
-  """Sees to it that a checkpoint is of the generator that `expected` (generator_json) describes.
-
-  Raises:
-    UserError: no checkpoint, a damaged one, or one of another generator.
-  """
+  """UserError unless a checkpoint is of the generator that `expected` (generator_json) tells of."""
   if not (Path(folder) / "about").is_dir():
     raise UserError(f"{folder}: is no checkpoint of a generator; make one with rfmedsam2 convert "
                     "nnunet, or give generator/params of a run")

@@ -1,7 +1,7 @@
 """Parameters on disk: an Orbax checkpoint that describes itself.
 
-`<folder>/params` holds the parameter tree, `<folder>/about` a JSON of what it is (config, where it
-came from, versions). Writing is atomic: a folder that exists is complete.
+`<folder>/params` is the parameter tree, `<folder>/about` a JSON of what it is (config, source,
+versions). Writing is atomic: a folder that exists is complete.
 """
 
 import zlib
@@ -40,8 +40,7 @@ def checksum(params: Params) -> str:
 def load_params(folder: str | Path, like: Params) -> Params:
   """Parameters of the shapes and dtypes of `like` (arrays or jax.ShapeDtypeStruct).
 
-  Raises:
-    UserError: no checkpoint, a damaged one, or one of another network.
+  UserError for no checkpoint, a damaged one, or one of another network.
   """
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
   folder = Path(folder).absolute()
