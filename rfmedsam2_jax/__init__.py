@@ -39,5 +39,4 @@ def __getattr__(name: str):
   if name not in _HOMES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   import importlib
-
   return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

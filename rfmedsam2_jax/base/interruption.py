@@ -22,6 +22,7 @@ _program: "_Program | None" = None
 
 class _Program:
   """The program that ends when a signal comes; what it forks has an end of its own."""
+
   def __init__(self):
     self.process = os.getpid()
     self.unfinished: set[Path] = set()
@@ -39,7 +40,6 @@ class _Program:
         path.unlink(missing_ok=True)
     if "multiprocessing" in sys.modules:
       import multiprocessing
-
       for child in multiprocessing.active_children():
         child.kill()
     to, line = self.said

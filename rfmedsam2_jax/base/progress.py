@@ -17,10 +17,8 @@ class Passing(str):
 
 
 class Lines:
-  """A report that writes whole lines, of the passing ones as many as a log bears.
+  """Writes whole lines; a passing one after 3 s of silence, after an hour once in 3 minutes."""
 
-  One after three seconds of silence; after an hour one in three minutes.
-  """
   def __init__(self, write: Report):
     self._write = write
     self._began = self._last = time.monotonic()
@@ -48,6 +46,7 @@ class TimeLeft:
 
   Called once before the first piece, then after pieces.
   """
+
   def __init__(self, compiles: bool = False):
     self._marks: list[tuple[int, float]] = []  # before and after the first piece
     self._compiles = compiles
@@ -73,9 +72,10 @@ def silent(text: str) -> None:
 class Progress:
   """Reports passing lines such as "slices: 40/300, 1:05 left", at most two a second.
 
-  Called with (pieces done, pieces in all), once before the first piece, which may have to wait for
-  a program that `compiles`.
+  Called with (pieces done, pieces in all), once before the first piece, which may wait for a
+  program that `compiles`.
   """
+
   def __init__(self, what: str, report: Report, compiles: bool = False):
     self._what, self._report = what, report
     self._left, self._last = TimeLeft(compiles), -math.inf

@@ -1,4 +1,4 @@
-"""The command line: one module per command, each with HELP, `arguments` and `run`."""
+"""The command line: one module per command, with `arguments`, `run`, and its help as docstring."""
 
 import signal
 from collections.abc import Sequence
@@ -13,8 +13,6 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     # Before anything that takes time; `interruption` takes what came meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     from rfmedsam2_jax.base import interruption
-
     interruption.install()
   from rfmedsam2_jax.cli import entry
-
   return entry.main(arguments, command)

@@ -104,7 +104,6 @@ def exists(path: Path) -> UserError:
 def named_options() -> Iterator[None]:
   """Names the options that help where a result exists already."""
   from rfmedsam2_jax.data.files import ResultExists
-
   try:
     yield
   except ResultExists as error:

@@ -1,4 +1,5 @@
-"""`rfmedsam2 convert`: checkpoints of SAM 2 into this program, and back."""
+"""`rfmedsam2 convert`: turn a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into
+one of this program, or back; `convert nnunet`: a trained nnU-Net into a generator."""
 
 import argparse
 import importlib
@@ -9,9 +10,6 @@ from typing import Any
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console, place_line
-
-HELP = "turn a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one of this " \
-  "program, or back; `convert nnunet`: a trained nnU-Net into a generator"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,11 @@
-"""`rfmedsam2 convert nnunet`: a trained nnU-Net v2 as the prompt generator."""
+"""`rfmedsam2 convert nnunet`: turn a trained nnU-Net v2 (a plain 3D conv U-Net) into a prompt
+generator and the config that goes with it."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.cli.convert import check_paths, convert
-
-HELP = "turn a trained nnU-Net v2 (a plain 3D conv U-Net) into a prompt generator and the config " \
-  "that goes with it"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

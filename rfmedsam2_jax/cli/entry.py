@@ -24,7 +24,6 @@ STATUSES = """exit status:
   2    something that you can mend; one line says what
   75   stopped by SIGTERM and saved, or another process is gone: start again with --resume
   130  interrupted with Ctrl-C or SIGTERM; nothing is half-written"""
-
 _INTERRUPTED = "interrupted; what was finished is kept"
 
 
@@ -36,9 +35,9 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     given[:2] = ["convert-nnunet"]
   options, rest = parser.parse_known_args(given)
   # argparse takes positional arguments in one block only; overrides may also follow the options.
-  if rest and not (hasattr(options, "overrides") and all("=" in a and a[0] != "-" for a in rest)):
-    parser.error(f"unknown arguments: {' '.join(rest)}")
   if rest:
+    if not hasattr(options, "overrides") or any("=" not in a or a[0] == "-" for a in rest):
+      parser.error(f"unknown arguments: {' '.join(rest)}")
     options.overrides += rest
   console = Console(options.quiet, options.as_json, command or "rfmedsam2")
   if arguments is None:
@@ -63,10 +62,10 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
 
 
 def _with_huge_pages() -> None:
-  """Starts this program again, once, with a setting that glibc reads at the start only.
+  """Starts this program again, once: only at the start glibc reads whether to ask for huge pages.
 
-  glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
-  call, and walks through it: page faults and misses of the address cache are what it waits for.
+  XLA:CPU allocates what lies between two operations anew for every call, and walks through it: page
+  faults and misses of the address cache are what it waits for.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -75,10 +74,8 @@ def _with_huge_pages() -> None:
 
 
 def _keep_programs() -> None:
-  """Compiled programs are kept between commands; set JAX_COMPILATION_CACHE_DIR to move them.
-
-  By the environment: a command that fails on its arguments should not have to import JAX.
-  """
+  """Compiled programs are kept between commands; set JAX_COMPILATION_CACHE_DIR to move them."""
+  # By the environment: a command that fails on its arguments should not have to import JAX.
   cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfmedsam2_jax"
   for name, value in (("jax_compilation_cache_dir", str(cache)),
                       ("jax_persistent_cache_min_compile_time_secs", 0.5)):
@@ -92,21 +89,21 @@ def make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="rfmedsam2", epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter,
     description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.")
-  parser.add_argument("--version", action="version",
-                      version=f"rfmedsam2 {version('rfmedsam2-jax')}")
+  number = f"rfmedsam2 {version('rfmedsam2-jax')}"
+  parser.add_argument("--version", action="version", version=number)
   shtab.add_argument_to(parser, "--print-completion",
                         help="the completion of a shell, see docs/commands.md")
   of_all = argparse.ArgumentParser(add_help=False)
-  said = of_all.add_argument_group("what is said")
-  said.add_argument("--quiet", action="store_true", help="results, warnings and errors alone")
-  said.add_argument("--json", dest="as_json", action="store_true",
-                    help="lines of JSON, for programs")
+  add = of_all.add_argument_group("what is said").add_argument
+  add("--quiet", action="store_true", help="results, warnings and errors alone")
+  add("--json", dest="as_json", action="store_true", help="lines of JSON, for programs")
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   for name in (*COMMANDS, "convert-nnunet"):
     module = importlib.import_module(f"rfmedsam2_jax.cli.{name.replace('-', '_')}")
+    about = " ".join(str(module.__doc__).split()).partition(": ")[2].removesuffix(".")
     command = commands.add_parser(
-      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all],
-      description=module.HELP, **({"help": module.HELP} if name in COMMANDS else {}))
+      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about,
+      **({"help": about} if name in COMMANDS else {}))
     module.arguments(command)
     command.set_defaults(run=module.run)
     for action in command._actions:

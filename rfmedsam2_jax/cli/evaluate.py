@@ -1,12 +1,11 @@
-"""`rfmedsam2 evaluate`: label maps scored against references."""
+"""`rfmedsam2 evaluate`: score label maps against references."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Progress
 from rfmedsam2_jax.cli.console import Console
-
-HELP = "score label maps against references"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.base.progress import Progress
   from rfmedsam2_jax.data.datasets import Labels, read_dataset
   from rfmedsam2_jax.data.plan import load_plan
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
-
   # What can be seen to be wrong, before any volume is read.
   for path in (options.predictions, options.references, options.labels):
     if path is not None and not path.exists():

@@ -1,15 +1,13 @@
-"""`rfmedsam2 predict`: label maps of volumes by trained runs."""
+"""`rfmedsam2 predict`: segment volumes with a trained run."""
 
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console, named_options
-
-HELP = "segment volumes with a trained run"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,21 +27,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("--overwrite", action="store_true", help="replace results that exist")
 
 
-def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-  """Leading run folders, and the inputs behind them."""
-  runs = list(itertools.takewhile(lambda path: (path / "config.yaml").is_file(), paths))
-  if max(len(runs), 1) == len(paths):
-    raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
-  if not runs:
-    raise UserError(f"{paths[0]}: is no run (it has no config.yaml); give a folder made by train")
-  return runs, list(paths[len(runs) :])
-
-
 def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) -> None:
   """UserError for what is wrong with the command line, before networks are read."""
   from rfmedsam2_jax.data.plan import load_plan
   from rfmedsam2_jax.segmentation.request import check_alike, make_request
-
   if options.prompts == "oracle" and options.labels is None:
     raise UserError("--prompts oracle: needs --labels, the folder of true label maps")
   if options.prompts == "given" and options.labels is None and options.given is None:
@@ -59,15 +46,18 @@ def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) ->
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.base.progress import Passing
-
-  runs, inputs = _split_runs(options.paths)
+  paths = options.paths
+  runs = list(itertools.takewhile(lambda path: (path / "config.yaml").is_file(), paths))
+  if max(len(runs), 1) == len(paths):
+    raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
+  if not runs:
+    raise UserError(f"{paths[0]}: is no run (it has no config.yaml); give a folder made by train")
+  inputs = paths[len(runs) :]
   with named_options():
     _check(options, runs, inputs)
 
   from rfmedsam2_jax.model import load
   from rfmedsam2_jax.segmentation.predict import predict
-
   models = []
   for path in runs:
     console.line(Passing(f"reading {path}"))

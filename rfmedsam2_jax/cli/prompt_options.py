@@ -19,21 +19,16 @@ def prompts_of(options: argparse.Namespace, geometry: Geometry) -> list[VoxelPro
     *(parse_box(text, geometry, plane, world) for text in options.box),
     *(parse_point(text, geometry, plane, world) for text in options.point),
     *(p for path in options.prompts for p in read_prompts(path, geometry, world)),
-    *(p for path in options.masks for p in read_masks(path, geometry)),
-  ]
+    *(p for path in options.masks for p in read_masks(path, geometry))]
 
 
 def parse_box(text: str, geometry: Geometry, plane: Plane = "axial", world: bool = False
               ) -> VoxelPrompt:
   """`LABEL:z,x0,y0,x1,y1` (axial; coronal `LABEL:y,x0,z0,x1,z1`, sagittal `LABEL:x,y0,z0,y1,z1`).
 
-  Args:
-    geometry: of the image. Numbers are voxels of the file, from 0, along the axes nearest to
-      left-right (x), front-back (y) and head-foot (z); inclusive.
-    world: they are millimetres instead, RAS+ as in the file's affine (and in 3D Slicer).
-
-  Raises:
-    UserError: not of that form.
+  Numbers are voxels of the file, from 0, along the axes nearest to left-right (x), front-back (y)
+  and head-foot (z), inclusive; or `world`, millimetres, RAS+ as in the file's affine (and in 3D
+  Slicer). UserError for another form.
   """
   source = f"--box {text}"
   label, parts = _split(text, source, 5, "LABEL:z,x0,y0,x1,y1")

@@ -1,4 +1,5 @@
-"""`rfmedsam2 quickstart`: all that a user does, on phantoms that the package generates."""
+"""`rfmedsam2 quickstart`: generate phantoms, train on them, segment unseen ones, score and
+picture."""
 
 import argparse
 import importlib.resources
@@ -12,8 +13,6 @@ from rfmedsam2_jax.cli.console import Console
 
 if TYPE_CHECKING:
   from rfmedsam2_jax.segmentation.segmenter import Segmenter
-
-HELP = "generate phantoms, train on them, segment unseen ones, score and picture"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +34,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.model import load
   from rfmedsam2_jax.report.folder import write_report
   from rfmedsam2_jax.training.run import train
-
   dataset, trained, predictions = out / "phantoms", out / "run", out / "predictions"
-  config = load_config(_config_file(), [*options.overrides, f"data.dataset={dataset}"])
+  file = Path(__file__).parents[2] / "configs/quickstart.yaml"
+  if not file.is_file():  # in no clone, but installed
+    file = Path(str(importlib.resources.files("rfmedsam2_jax.configs") / file.name))
+  config = load_config(file, [*options.overrides, f"data.dataset={dataset}"])
   if not (dataset / "dataset.json").exists():
     write_phantom(dataset, PhantomConfig(seed=config.seed), Progress("phantoms", console.line))
     console.line(f"phantoms: {dataset}")
@@ -55,14 +56,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
                  "a browser", {"out": out, "dice": means})
 
 
-def _config_file() -> Path:
-  """configs/quickstart.yaml in a clone, or as installed."""
-  clone = Path(__file__).parents[2] / "configs/quickstart.yaml"
-  if clone.is_file():
-    return clone
-  return Path(str(importlib.resources.files("rfmedsam2_jax.configs") / clone.name))
-
-
 def _titles(model: "Segmenter") -> list[str]:
   return ["generator", *(f"stage {stage}" for stage in range(1, model.stages))]
 
@@ -73,7 +66,6 @@ def _predicted(model: "Segmenter", dataset: Path, predictions: Path, summary: Pa
   from rfmedsam2_jax.data.files import replacing
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
   from rfmedsam2_jax.segmentation.predict import predict
-
   predict(model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True,
           progress=below(console.line, "unseen phantoms: "),
           warn=lambda case, message: console.warning(f"{case}: {message}"))
@@ -96,7 +88,6 @@ def _picture(model: "Segmenter", dataset: Path, predictions: Path, path: Path) -
   """A contact sheet of two unseen phantoms, a column per stage."""
   from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
-
   cases = []
   folders = [dataset / "labelsTs", *(predictions / f"stage{i}" for i in range(model.stages))]
   for image in sorted((dataset / "imagesTs").glob("*.nii.gz"))[:2]:

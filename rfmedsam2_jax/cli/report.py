@@ -1,12 +1,10 @@
-"""`rfmedsam2 report`: pages of scores, curves and volumes that a browser opens from a folder."""
+"""`rfmedsam2 report`: make pages of a run and of predictions, with a viewer of the volumes."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console, exists
-
-HELP = "make pages of a run and of predictions, with a viewer of the volumes"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +21,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.report.target import is_taken
-
   runs = [folder for folder in options.folders if (folder / "config.yaml").is_file()]
   predictions = [folder for folder in options.folders if folder not in runs]
   for several in (runs, predictions):
@@ -42,7 +39,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
     raise exists(options.out)
 
   from rfmedsam2_jax.report.folder import write_report  # loads much
-
   written = write_report(
     options.out, next(iter(runs), None), next(iter(predictions), None), options.ref,
     options.images, options.overwrite, round(options.max_voxels * 1e6), console.line)

@@ -1,4 +1,5 @@
-"""`rfmedsam2 serve`: a local page for prompted segmentation."""
+"""`rfmedsam2 serve`: a local web page: prompt a volume with boxes and points, track, correct,
+save."""
 
 import argparse
 import secrets
@@ -8,8 +9,6 @@ from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-
-HELP = "a local web page: prompt a volume with boxes and points, track, correct, save"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +37,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
     from rfmedsam2_jax.serve.studio import Studio
     from rfmedsam2_jax.tracking import TrackingConfig
     from rfmedsam2_jax.weights.checkpoint import load_checkpoint
-
     sam2, params, _ = load_checkpoint(options.checkpoint)
     several = not options.single_mask
     # One object per batch: one program for any number of labels; most trackings follow one.

@@ -1,12 +1,10 @@
-"""`rfmedsam2 shard`: what training would hold and send on a mesh, without its devices."""
+"""`rfmedsam2 shard`: show what training would hold and send on a mesh, without its devices."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-
-HELP = "show what training would hold and send on a mesh, without its devices"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +23,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
   if min(options.devices, options.channels, options.structures) < 1:
     raise UserError("--devices, --channels and --structures: give numbers from 1 on")
   import jax
-
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", options.devices)
   from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.training.phases import phase_names
   from rfmedsam2_jax.training.shard import shard
-
   config = load_config(options.config, options.overrides)
   lines: list[str] = []
   phases = [options.phase] if options.phase else phase_names(config)

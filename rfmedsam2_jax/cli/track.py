@@ -1,12 +1,11 @@
-"""`rfmedsam2 track`: prompted structures followed through a volume."""
+"""`rfmedsam2 track`: follow prompted structures through a volume with a checkpoint of SAM 2."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Passing, Progress
 from rfmedsam2_jax.cli.console import Console, named_options
-
-HELP = "follow prompted structures through a volume with a checkpoint of SAM 2"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.base.progress import Passing, Progress
   from rfmedsam2_jax.data.volumes import load_image
-
   # Everything that can be wrong is looked at before anything that takes long.
   if not (options.box or options.point or options.prompts or options.masks):
     raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
@@ -51,7 +48,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked
   from rfmedsam2_jax.prompted.tracked import parse_window
   from rfmedsam2_jax.tracking import TrackingConfig
-
   window = parse_window(options.window)
   prompts = prompts_of(options, volume.geometry)
   check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)

@@ -1,12 +1,10 @@
-"""`rfmedsam2 train`: generator and refiner from a config, with everything a run needs."""
+"""`rfmedsam2 train`: train generator and refiner on a data set."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
-
-HELP = "train generator and refiner on a data set"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,21 +21,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.training.lock import check_folder
-
   if options.resume and options.overwrite:
     raise UserError("--resume and --overwrite exclude each other; give one of them")
   # Mistakes are said before what takes long to load, and before processes wait for each other.
   check_folder(options.out, options.resume, options.overwrite)
   from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.data.datasets import read_dataset
-
   config = load_config(options.config, options.overrides)
   if not config.data.dataset:
     raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
   read_dataset(config.data.dataset, config.data.structures)
   from rfmedsam2_jax.parallel import hosts
   from rfmedsam2_jax.training.run import train
-
   hosts.initialise(options.distributed)
   with hosts.watching():
     scores = train(config, options.out, options.resume, options.overwrite, console.line,

@@ -39,7 +39,9 @@ def initialise(how: str) -> None:
   "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0. UserError for anything else, or if
   the others cannot be reached.
   """
-  if how == "off" or (how == "auto" and not _launched()):
+  values = [os.environ.get(name, "") for name in _LAUNCHERS]
+  launched = any("," in value or (value.isdigit() and int(value) > 1) for value in values)
+  if how == "off" or (how == "auto" and not launched):
     return
   given: dict[str, Any] = {}
   if how != "auto":
@@ -57,11 +59,6 @@ def initialise(how: str) -> None:
   except (RuntimeError, ValueError) as error:
     raise UserError(
       f"distributed {how}: the processes cannot be joined ({first_line(error)})") from None
-
-
-def _launched() -> bool:
-  values = [os.environ.get(name, "") for name in _LAUNCHERS]
-  return any("," in value or (value.isdigit() and int(value) > 1) for value in values)
 
 
 def is_main() -> bool:

@@ -31,19 +31,15 @@ class MeshConfig:
   # device on one core.
   cpu_devices: Annotated[int, Field(ge=1, le=2**10)] = 1
 
-  @property
-  def sizes(self) -> tuple[int, int, int]:
-    return self.data, self.fsdp, self.model
-
   def __post_init__(self):
-    sizes = self.sizes
+    sizes = self.data, self.fsdp, self.model
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f"mesh is {sizes}; give sizes from 1 on, and -1 (the rest) at most once")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
   """The mesh over all devices of all processes; UserError if there are too few or some left."""
-  devices, sizes = jax.devices(), list(config.sizes)
+  devices, sizes = jax.devices(), [config.data, config.fsdp, config.model]
   known = math.prod(size for size in sizes if size != -1)
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
   if -1 in sizes:

@@ -114,17 +114,14 @@ def over_mesh(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     def local(params: Any, batch: Any, key: jax.Array) -> Any:
       return loss(jax.tree.map(_gather, params, where), batch, key, BATCH_AXES)
 
-    return jax.shard_map(
-      local, mesh=mesh, in_specs=(where, PartitionSpec(BATCH_AXES), PartitionSpec()),
-      out_specs=PartitionSpec(), axis_names=set(BATCH_AXES),
-      # The networks' loops start from constants, which the check would want marked as varying.
-      check_vma=False,
-    )(params, batch, key)
+    places = where, PartitionSpec(BATCH_AXES), PartitionSpec()
+    # The networks' loops start from constants, which the check would want marked as varying.
+    return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=PartitionSpec(),
+                         axis_names=set(BATCH_AXES), check_vma=False)(params, batch, key)
 
   return spread
 
 
 def _gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  if "fsdp" not in tuple(spec):
-    return x
-  return jax.lax.all_gather(x, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+  axes = tuple(spec)
+  return jax.lax.all_gather(x, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else x

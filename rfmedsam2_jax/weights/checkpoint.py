@@ -115,10 +115,9 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
 def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Params:
   """The parameters of a checkpoint for training `config`, with fresh adapters where it has none.
 
-  The image sides may differ: whatever depends on them is computed and not learned. UserError: see
-  `check_starting_point`.
+  The image sides may differ: whatever depends on them is computed and not learned.
   """
-  check_starting_point(folder, config)
+  check_starting_point(folder, config)  # raises UserError
   return with_adapters(load_checkpoint(folder).params, config, key)
 
 

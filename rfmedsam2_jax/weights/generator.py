@@ -11,10 +11,7 @@ from rfmedsam2_jax.weights.orbax import read_about
 
 
 def generator_json(unet: UNet, channels: int, structures: Any) -> dict[str, Any]:
-  """The description under "generator" in a checkpoint.
-
-  `structures`: pairs of a structure's name and its label values, in the order of the outputs.
-  """
+  """What stands under "generator" in a checkpoint; `structures`: [name, label values] by output."""
   c = unet.config
   # As JSON gives it back, so that descriptions can be compared.
   return json.loads(json.dumps({
