@@ -20,7 +20,6 @@ Whole = Annotated[int, Field(ge=0, le=2**40)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=2**40)]  # of a part of a loss; a rate; a margin
 Axis = Annotated[int, Field(ge=0, le=2)]  # of a prepared volume: slices, rows, columns
-Span = Annotated[
-  tuple[Annotated[float, Field(gt=0, le=100)], Annotated[float, Field(gt=0, le=100)]],
-  pydantic.AfterValidator(_rising)]
+_End = Annotated[float, Field(gt=0, le=100)]
+Span = Annotated[tuple[_End, _End], pydantic.AfterValidator(_rising)]
 Precision = Literal["float32", "bfloat16"]

@@ -64,10 +64,9 @@ class Console:
 
   def on_interruption(self, message: str) -> None:
     """What is said if a signal ends the program."""
-    if self._json:
-      interruption.say(json.dumps({"error": message, "status": interruption.STATUS}), 1)
-    else:
-      interruption.say(f"{self._name}: {printable(message)}", 2)
+    values = json.dumps({"error": message, "status": interruption.STATUS})
+    line = values if self._json else f"{self._name}: {printable(message)}"
+    interruption.say(line, 1 if self._json else 2)
 
   def _timed(self, text: str) -> None:
     now, text = time.strftime("%H:%M:%S"), printable(text)

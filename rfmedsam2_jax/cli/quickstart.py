@@ -5,14 +5,10 @@ import argparse
 import importlib.resources
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, below
 from rfmedsam2_jax.cli.console import Console
-
-if TYPE_CHECKING:
-  from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +27,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
     raise UserError(f"{out}: is not empty; go on with --resume or start anew with --overwrite")
   from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
-  from rfmedsam2_jax.model import load
   from rfmedsam2_jax.report.folder import write_report
   from rfmedsam2_jax.training.run import train
-  dataset, trained, predictions = out / "phantoms", out / "run", out / "predictions"
+  dataset, trained = out / "phantoms", out / "run"
   file = Path(__file__).parents[2] / "configs/quickstart.yaml"
   if not file.is_file():  # in no clone, but installed
     file = Path(str(importlib.resources.files("rfmedsam2_jax.configs") / file.name))
@@ -44,10 +39,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.line(f"phantoms: {dataset}")
   resume = resume and (trained / "config.yaml").exists()
   train(config, trained, resume, options.overwrite, console.line)
-  model = load(trained)
-  means = _predicted(model, dataset, predictions, out / "scores.json", console)
-  console.line(f"picture: {_picture(model, dataset, predictions, out / 'contact_sheet.png')}")
-  pages = write_report(out / "report", trained, predictions, dataset / "labelsTs",
+  means = _predicted(out, console)
+  pages = write_report(out / "report", trained, out / "predictions", dataset / "labelsTs",
                        dataset / "imagesTs", overwrite=True, progress=console.line)
   for remark in pages.remarks:
     console.warning(remark)
@@ -56,43 +49,42 @@ def run(options: argparse.Namespace, console: Console) -> None:
                  "a browser", {"out": out, "dice": means})
 
 
-def _titles(model: "Segmenter") -> list[str]:
-  return ["generator", *(f"stage {stage}" for stage in range(1, model.stages))]
+def _predicted(out: Path, console: Console) -> dict[str, float | None]:
+  """Segments the unseen phantoms; mean Dice per stage, None where it is undefined.
 
-
-def _predicted(model: "Segmenter", dataset: Path, predictions: Path, summary: Path,
-               console: Console) -> dict[str, float | None]:
-  """Segments the unseen phantoms; mean Dice per stage, None where it is undefined."""
+  Also written: scores, and a contact sheet of two phantoms, a column per stage.
+  """
   from rfmedsam2_jax.data.files import replacing
+  from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
+  from rfmedsam2_jax.model import load
+  from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
   from rfmedsam2_jax.segmentation.predict import predict
-  predict(model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True,
+  images, truths = out / "phantoms/imagesTs", out / "phantoms/labelsTs"
+  model, predictions = load(out / "run"), out / "predictions"
+  predict(model, [images], predictions, save_stages=True, overwrite=True,
           progress=below(console.line, "unseen phantoms: "),
           warn=lambda case, message: console.warning(f"{case}: {message}"))
-  means = {}
-  for stage, title in enumerate(_titles(model)):
-    folder = predictions / f"stage{stage}"
+  means, stages = {}, {}
+  for stage in range(model.stages):
+    title, folder = f"stage {stage}" if stage else "generator", predictions / f"stage{stage}"
+    stages[title] = folder
     progress = Progress(f"scores of {title}, cases", console.line)
-    scores = evaluate_folders(folder, dataset / "labelsTs", model.plan.labels, progress=progress)
+    scores = evaluate_folders(folder, truths, model.plan.labels, progress=progress)
     save_scores(folder / "scores.json", scores)
     means[folder.name] = as_dict(scores)["mean"]["dice"]
   save_scores(predictions / "scores.json", scores)
   for line in ("unseen phantoms, after the last stage:", *table(scores).splitlines()):
     console.line(line)
-  with replacing(summary) as temporary:
+  with replacing(out / "scores.json") as temporary:
     temporary.write_text(json.dumps(means, indent=1) + "\n")
-  return means
-
-
-def _picture(model: "Segmenter", dataset: Path, predictions: Path, path: Path) -> Path:
-  """A contact sheet of two unseen phantoms, a column per stage."""
-  from rfmedsam2_jax.data.volumes import load_image, load_label_map
-  from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
   cases = []
-  folders = [dataset / "labelsTs", *(predictions / f"stage{i}" for i in range(model.stages))]
-  for image in sorted((dataset / "imagesTs").glob("*.nii.gz"))[:2]:
+  for image in sorted(images.glob("*.nii.gz"))[:2]:
     name, volume = image.name.removesuffix("_0000.nii.gz"), load_image(image)
-    truth, *maps = (load_label_map(f / f"{name}.nii.gz", volume.geometry) for f in folders)
-    columns = dict(zip(_titles(model), maps, strict=True))
-    cases.append(SheetCase(name, volume.array[0], truth, columns, volume.spacing))
-  return save_contact_sheet(path, cases, model.plan.labels.structures)
+    maps = {title: load_label_map(folder / f"{name}.nii.gz", volume.geometry)
+            for title, folder in stages.items()}
+    truth = load_label_map(truths / f"{name}.nii.gz", volume.geometry)
+    cases.append(SheetCase(name, volume.array[0], truth, maps, volume.spacing))
+  sheet = save_contact_sheet(out / "contact_sheet.png", cases, model.plan.labels.structures)
+  console.line(f"picture: {sheet}")
+  return means

@@ -17,7 +17,7 @@ PEAK_FLOPS = (
 
 
 def divide_cpu(count: int) -> bool:
-  """Lets JAX take the CPU for `count` devices, unless the environment says; False if it is too late."""
+  """Makes `count` devices of a CPU, unless the environment names a number; False if too late."""
   forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if count == 1 or forced or "JAX_NUM_CPU_DEVICES" in os.environ:
     return True

@@ -54,8 +54,8 @@ def placement(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
 
 def placements(tree: Any, mesh: Mesh) -> dict[str, Placement]:
   """Path and placement of every array of a tree."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {path_of(path): placement(path_of(path), x.shape, mesh) for path, x in leaves}
+  leaves = ((path_of(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree))
+  return {path: placement(path, shape, mesh) for path, shape in leaves}
 
 
 def specs(tree: Any, mesh: Mesh) -> Any:

@@ -14,9 +14,6 @@ from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
 
-# Fields that change what is computed, but not which parameters there are.
-_FREE = ("image_size", "dtype", "remat", "adapters")
-
 
 class Checkpoint(NamedTuple):
   """config: of the network. params: float32. about: JSON of where it came from."""
@@ -91,7 +88,9 @@ def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
 
 def first_difference(ours: SAM2Config, theirs: SAM2Config) -> str | None:
   """The first field by which two configs have other parameters, adapters apart; None if none."""
-  names = (field.name for field in dataclasses.fields(SAM2Config) if field.name not in _FREE)
+  # But for fields that change what is computed, and not which parameters there are.
+  free = ("image_size", "dtype", "remat", "adapters")
+  names = (field.name for field in dataclasses.fields(SAM2Config) if field.name not in free)
   return next((name for name in names if getattr(ours, name) != getattr(theirs, name)), None)
 
 
@@ -113,11 +112,9 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
 
 
 def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Params:
-  """The parameters of a checkpoint for training `config`, with fresh adapters where it has none.
-
-  The image sides may differ: whatever depends on them is computed and not learned.
-  """
-  check_starting_point(folder, config)  # raises UserError
+  """The parameters of a checkpoint for training `config`, with fresh adapters where it has none."""
+  # The image sides may differ: whatever depends on them is computed and not learned.
+  check_starting_point(folder, config)
   return with_adapters(load_checkpoint(folder).params, config, key)
 
 
