@@ -69,8 +69,7 @@ def install() -> None:
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, _program.end)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-  watch = _program.watch
-  threading.Thread(target=watch, args=(reading,), daemon=True, name="interruption").start()
+  threading.Thread(target=_program.watch, args=(reading,), daemon=True, name="interruption").start()
 
 
 @contextlib.contextmanager

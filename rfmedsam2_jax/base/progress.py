@@ -42,10 +42,7 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-  """A steady estimate: the mean time of the pieces, without the first if it `compiles`.
-
-  Called once before the first piece, then after pieces.
-  """
+  """A steady estimate, by the mean of the pieces but one that `compiles`; also called before it."""
 
   def __init__(self, compiles: bool = False):
     self._marks: list[tuple[int, float]] = []  # before and after the first piece
@@ -72,8 +69,7 @@ def silent(text: str) -> None:
 class Progress:
   """Reports passing lines such as "slices: 40/300, 1:05 left", at most two a second.
 
-  Called with (pieces done, pieces in all), once before the first piece, which may wait for a
-  program that `compiles`.
+  Called with (pieces done, all), once before the first piece; `compiles`: that takes longer.
   """
 
   def __init__(self, what: str, report: Report, compiles: bool = False):

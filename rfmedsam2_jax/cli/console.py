@@ -85,12 +85,10 @@ class Console:
 
 
 def place_line(error: OSError, unnamed: str) -> str:
-  """The line about a file that cannot be read or written; raises what is no such error.
-
-  `unnamed` stands for the file where a full disk names none.
-  """
+  """The line about a file that cannot be read or written; raises what is no such error."""
   if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
     raise error
+  # A full disk names no file.
   return f"{error.filename or unnamed}: {error.strerror}; free it or choose another place"
 
 

@@ -72,8 +72,7 @@ def convert(options: argparse.Namespace, console: Console, module: str, function
   beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
   in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
   # That of a clone that Python runs in, else as installed.
-  home = importlib.import_module(
-    f"{'convert' if in_clone else 'rfmedsam2_jax.convert'}.{module}")
+  home = importlib.import_module(f"{'convert' if in_clone else 'rfmedsam2_jax.convert'}.{module}")
   choices = [home.Wanted(**wanted)] if wanted else []
   try:
     said = getattr(home, function)(options.source, options.out, *choices, report=console.detail,

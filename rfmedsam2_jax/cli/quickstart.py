@@ -50,10 +50,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def _predicted(out: Path, console: Console) -> dict[str, float | None]:
-  """Segments the unseen phantoms; mean Dice per stage, None where it is undefined.
-
-  Also written: scores, and a contact sheet of two phantoms, a column per stage.
-  """
+  """Segments, scores and pictures unseen phantoms; mean Dice per stage, None where undefined."""
   from rfmedsam2_jax.data.files import replacing
   from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table

@@ -23,7 +23,6 @@ from rfmedsam2_jax.base.errors import RESUME, UserError, first_line
 from rfmedsam2_jax.base.progress import Progress
 
 T = TypeVar("T")
-
 _KEY = "rfmedsam2/alive/"
 _DONE, _FAILED = "done", "failed: "
 _BEAT = 1.0  # seconds between counts

@@ -1,7 +1,4 @@
-"""Where every array of a training state lies on the mesh: rules from its path, apart from networks.
-
-Optimizer states repeat the paths of their parameters, so the rules serve the whole state.
-"""
+"""Where each array of a training state lies on the mesh, by its path, which optimizers repeat."""
 
 import fnmatch
 import math
@@ -45,11 +42,10 @@ def placement(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
   parts = mesh.shape["fsdp"]
   if parts == 1:
     return Placement(PartitionSpec(), "fsdp is 1")
-  fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
+  fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
   if not fitting:
     return Placement(PartitionSpec(), f"no axis is a multiple of {parts}")
-  axis = max(fitting, key=lambda a: (shape[a], a))
-  return Placement(PartitionSpec(*[None] * axis, "fsdp"), "largest axis that divides")
+  return Placement(PartitionSpec(*[None] * max(fitting)[1], "fsdp"), "largest axis that divides")
 
 
 def placements(tree: Any, mesh: Mesh) -> dict[str, Placement]:
@@ -99,9 +95,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   Every device computes the loss of its rows with whole parameters, which are gathered for it (their
   gradients are summed and scattered again); activations never leave the device, but for the sums
   over the batch that the loss takes over `axes`.
-
-  Args:
-    loss: (params, batch, key, axes) -> (scalar, metrics), the same on all devices of `axes`.
+  `loss` is (params, batch, key, axes) -> (scalar, metrics), the same on all devices of `axes`.
   """
   if mesh.size == 1:
     return lambda params, batch, key: loss(params, batch, key, ())

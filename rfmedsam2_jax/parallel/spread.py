@@ -1,7 +1,4 @@
-"""One volume on all devices of a host: rows that do not need each other, each device its share.
-
-For prediction; the mesh of training (parallel.mesh) may span hosts.
-"""
+"""Prediction on all devices of a host: rows that do not need each other, each device its share."""
 
 import functools
 from collections.abc import Callable, Collection

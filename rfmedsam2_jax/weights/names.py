@@ -113,12 +113,10 @@ def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def official_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
   """Name and shape of every tensor of an official checkpoint of this size."""
-  shapes = {}
-  for path, shape in tensor_shapes(config).items():
-    name, layout = official_place(path, len(shape))
-    # A view of a single number: nothing of this size is made.
-    shapes[name] = layout.to_official(np.broadcast_to(np.float32(0), shape)).shape
-  return shapes
+  # Views of a single number: nothing of these sizes is made.
+  views = {path: np.broadcast_to(np.float32(0), s) for path, s in tensor_shapes(config).items()}
+  places = ((official_place(path, x.ndim), x) for path, x in views.items())
+  return {name: layout.to_official(x).shape for (name, layout), x in places}
 
 
 @functools.cache

@@ -18,10 +18,8 @@ from rfmedsam2_jax.nn.layers import Params
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
-  """Writes params and a JSON-serialisable description; replaces what was there.
-
-  Weights that training held in bfloat16 become float32, so that every checkpoint is read alike.
-  """
+  """Writes params, bfloat16 as float32, and a JSON-serialisable description over what was there."""
+  # Weights that training held in bfloat16, so that every checkpoint is read alike.
   params = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, params)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     checkpointer.save(Path(folder).absolute(), force=True, args=ocp.args.Composite(
