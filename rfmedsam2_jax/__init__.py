@@ -21,20 +21,14 @@ if TYPE_CHECKING:
   from rfmedsam2_jax.segmentation.predict import predict, segment, segment_details, segment_file
   from rfmedsam2_jax.tracking import TrackingConfig
 
-_HOMES = {
-  "load": "model",
-  **dict.fromkeys(
-    ("predict", "segment", "segment_details", "segment_file"), "segmentation.predict"
-  ),
-  "UserError": "base.errors",
-  "VoxelPrompt": "prompted.slice_frame", "TrackingConfig": "tracking",
-  "open_volume": "prompted.files", "write_tracked": "prompted.files",
-  **dict.fromkeys(("PRESETS", "SAM2", "SAM2Config", "apply", "init"), "nn"),
-}
+_HOMES = {name: home for home, names in (
+  ("base.errors", "UserError"), ("model", "load"), ("nn", "PRESETS SAM2 SAM2Config apply init"),
+  ("prompted.files", "open_volume write_tracked"), ("prompted.slice_frame", "VoxelPrompt"),
+  ("segmentation.predict", "predict segment segment_details segment_file"),
+  ("tracking", "TrackingConfig")) for name in names.split()}
 __all__ = [
   "PRESETS", "SAM2", "SAM2Config", "TrackingConfig", "UserError", "VoxelPrompt", "apply", "init",
-  "load", "open_volume", "predict", "segment", "segment_details", "segment_file",
-  "write_tracked",
+  "load", "open_volume", "predict", "segment", "segment_details", "segment_file", "write_tracked",
 ]
 
 
@@ -43,5 +37,4 @@ def __getattr__(name: str):
   if name not in _HOMES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   import importlib
-
   return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

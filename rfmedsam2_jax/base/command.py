@@ -1,7 +1,6 @@
 """What a command does to its process: it silences libraries, and training takes signals.
 
-Without `begin`, as a library, this package leaves loggers, hooks, standard error and signals to
-whoever imports it.
+Without `begin`, a library, it leaves loggers, hooks, standard error and signals alone.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 _running = False
-
 _LEVELS = {
   "absl": logging.ERROR, "orbax": logging.ERROR, "jax": logging.ERROR,
   # Of a damaged folder Orbax's tasks fail by the dozen; the first is raised, others are logged.
@@ -24,10 +22,7 @@ _LEVELS = {
 
 
 def begin() -> None:
-  """From here on this process runs commands, whose errors are lines of their own.
-
-  What libraries warn of is no news to who runs a command, and some print what they also raise.
-  """
+  """From here on this process runs commands, which say in a line what libraries print and raise."""
   global _running
   for name, level in _LEVELS.items():
     logging.getLogger(name).setLevel(level)

@@ -9,10 +9,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-  """The machine is taken away (SIGTERM); everything is saved.
-
-  Commands print it as a line and exit with `RESUME`.
-  """
+  """The machine is taken away (SIGTERM), all is saved: commands say so and exit with `RESUME`."""
 
 
 # Exit status for schedulers that start a run again with --resume: EX_TEMPFAIL of sysexits.h.

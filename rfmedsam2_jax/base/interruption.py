@@ -1,8 +1,7 @@
 """Ctrl-C, SIGTERM and a closed terminal end a command at once: one line, nothing half-written.
 
-Not as exceptions: what arrives in an import or in a callback of JAX would be taken for something
-else or lost, and nothing arrives while XLA compiles, which can take minutes. A program `install`s
-it; without that, as in a library, the other functions do nothing.
+Not as exceptions: in an import or a callback of JAX they would be lost, and nothing arrives while
+XLA compiles, for minutes. Unless a program `install`s it, the other functions do nothing.
 """
 
 import contextlib
@@ -18,7 +17,6 @@ from types import FrameType
 
 STATUS = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 _program: "_Program | None" = None
 
 
@@ -42,14 +40,13 @@ class _Program:
         path.unlink(missing_ok=True)
     if "multiprocessing" in sys.modules:
       import multiprocessing
-
       for child in multiprocessing.active_children():
         child.kill()
     to, line = self.said
+    clear = "\r\x1b[2K" if to == 2 and os.isatty(2) else ""
     # Not by print: what was being printed when the signal came holds its lock.
-    terminal = to == 2 and os.isatty(2)
     with contextlib.suppress(OSError):
-      os.write(to, ("\r\x1b[2K" if terminal else "").encode() + line.encode() + b"\n")
+      os.write(to, f"{clear}{line}\n".encode())
     os._exit(STATUS)
 
   def watch(self, reading: int) -> None:
@@ -72,18 +69,13 @@ def install() -> None:
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, _program.end)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-  threading.Thread(
-    target=_program.watch, args=(reading,), daemon=True, name="interruption"
-  ).start()
+  threading.Thread(target=_program.watch, args=(reading,), daemon=True, name="interruption").start()
 
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[None]:
   """A file or folder that goes if the program is ended within the block."""
-  program = _program
-  if program is None:
-    yield
-    return
+  program = _program or _Program()  # of a library: one that no signal ends
   with program.lock:
     program.unfinished.add(path)
   try:

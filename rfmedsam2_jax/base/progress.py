@@ -1,6 +1,7 @@
-"""Progress of long work as lines with the time left; some of them passing, see `Passing`."""
+"""Progress of long work as lines with the time left; some of them passing, see `Passing`.
 
-# Not by rich or tqdm: they draw bars for terminals, these lines also go to logs, JSON and pages.
+Not by rich or tqdm: they draw bars for terminals, these lines also go to logs, JSON and pages.
+"""
 
 import math
 import time
@@ -8,7 +9,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 Report = Callable[[str], None]
-
 _EVERY = 0.5  # seconds between two passing lines of one Progress
 
 
@@ -17,10 +17,7 @@ class Passing(str):
 
 
 class Lines:
-  """A report that writes whole lines, of the passing ones as many as a log bears.
-
-  One after three seconds of silence; after an hour one in three minutes.
-  """
+  """Writes whole lines; a passing one after 3 s of silence, after an hour once in 3 minutes."""
 
   def __init__(self, write: Report):
     self._write = write
@@ -45,10 +42,7 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-  """A steady estimate: the mean time of the pieces, without the first if it `compiles`.
-
-  Called once before the first piece, then after pieces.
-  """
+  """A steady estimate, by the mean of the pieces but one that `compiles`; also called before it."""
 
   def __init__(self, compiles: bool = False):
     self._marks: list[tuple[int, float]] = []  # before and after the first piece
@@ -75,8 +69,7 @@ def silent(text: str) -> None:
 class Progress:
   """Reports passing lines such as "slices: 40/300, 1:05 left", at most two a second.
 
-  Called with (pieces done, pieces in all), once before the first piece, which may have to wait for
-  a program that `compiles`.
+  Called with (pieces done, all), once before the first piece; `compiles`: that takes longer.
   """
 
   def __init__(self, what: str, report: Report, compiles: bool = False):
@@ -99,14 +92,11 @@ def below(report: Report, heading: str) -> Report:
 def compiling(what: str, program: Any, key: Hashable, report: Report) -> bool:
   """Says that `what` is compiled, which can take a minute; returns whether it is.
 
-  Args:
-    program: the function that is called next, of `jax.jit`. As it keeps its compiled programs, it
-      keeps in `announced` what has been said of them.
-    key: of what it is compiled for: shapes and static arguments.
+  `program` is the function of `jax.jit` that is called next; it keeps in `announced` what has been
+  said. `key` is what it is compiled for: shapes and static arguments.
   """
   announced = program.__dict__.setdefault("announced", set())
-  new = key not in announced
-  announced.add(key)
-  if new:
+  if new := key not in announced:
+    announced.add(key)
     report(f"compiling {what}")
   return new

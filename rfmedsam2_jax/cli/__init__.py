@@ -1,23 +1,15 @@
-"""The command line: one module per command, each with HELP, `arguments` and `run`."""
+"""The command line: one module per command, with `arguments`, `run`, and its help as docstring."""
 
 import signal
 from collections.abc import Sequence
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
-  """Runs one command; returns the exit status. Without arguments it is the program itself.
-
-  Args:
-    command: of a program that is this command alone, as `python -m convert` is.
-  """
+  """Runs one command (`command` if the program is that alone); returns the exit status."""
   if arguments is None:
-    # Before anything that takes time; `interruption` takes what came meanwhile.
+    # The program itself. Before anything that takes time; `interruption` takes what came meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     from rfmedsam2_jax.base import interruption
-
     interruption.install()
   from rfmedsam2_jax.cli import entry
-
   return entry.main(arguments, command)

@@ -1,15 +1,17 @@
 """What a command says, and to whom: a person at a terminal, a log, or a program."""
 
-import argparse
+import contextlib
 import errno
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rfmedsam2_jax.base import interruption
-from rfmedsam2_jax.base.errors import printable
+from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.base.progress import Lines, Passing
 
 CLEAR = "\r\x1b[2K"  # the line that the terminal's cursor is on
@@ -31,23 +33,13 @@ class Console:
     self._passing = False  # whether the terminal's last line is to be rewritten
     self._lines = Lines(self._timed)
 
-  @staticmethod
-  def arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what is said."""
-    said = parser.add_argument_group("what is said")
-    said.add_argument("--quiet", action="store_true", help="results, warnings and errors alone")
-    said.add_argument(
-      "--json", dest="as_json", action="store_true", help="lines of JSON, for programs"
-    )
-
   def line(self, text: str) -> None:
     """Progress. On a terminal a line that is `Passing` is rewritten by the next one."""
     if self._quiet:
       return
     if self._terminal and isinstance(text, Passing):
       width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-      shown = printable(text)[: width - 1]
-      print(f"{CLEAR}{shown}", end="", file=sys.stderr, flush=True)
+      print(f"{CLEAR}{printable(text)[: width - 1]}", end="", file=sys.stderr, flush=True)
       self._passing = True
     else:
       self._lines(text)
@@ -67,15 +59,14 @@ class Console:
 
   def error(self, message: str, status: int) -> None:
     """Why the command did not do it."""
-    self._say(f"{self._name}: {printable(message)}", {"error": message, "status": status},
-              sys.stderr)
+    values = {"error": message, "status": status}
+    self._say(f"{self._name}: {printable(message)}", values, sys.stderr)
 
   def on_interruption(self, message: str) -> None:
     """What is said if a signal ends the program."""
-    if self._json:
-      interruption.say(json.dumps({"error": message, "status": interruption.STATUS}), 1)
-    else:
-      interruption.say(f"{self._name}: {printable(message)}", 2)
+    values = json.dumps({"error": message, "status": interruption.STATUS})
+    line = values if self._json else f"{self._name}: {printable(message)}"
+    interruption.say(line, 1 if self._json else 2)
 
   def _timed(self, text: str) -> None:
     now, text = time.strftime("%H:%M:%S"), printable(text)
@@ -87,19 +78,30 @@ class Console:
       print(CLEAR, end="", file=sys.stderr, flush=True)
       self._passing = False
     if self._json:
-      print(json.dumps(values, default=str), flush=True)
-    else:
-      # Names of files may hold bytes that are no text.
-      shown = text.encode(errors="backslashreplace").decode()
-      print(shown, file=stream or sys.stdout, flush=True)
+      text, stream = json.dumps(values, default=str), None
+    # Names of files may hold bytes that are no text.
+    shown = text.encode(errors="backslashreplace").decode()
+    print(shown, file=stream or sys.stdout, flush=True)
 
 
 def place_line(error: OSError, unnamed: str) -> str:
-  """The line about a file that cannot be read or written; raises what is no such error.
-
-  Args:
-    unnamed: stands for the file where a full disk names none.
-  """
+  """The line about a file that cannot be read or written; raises what is no such error."""
   if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
     raise error
+  # A full disk names no file.
   return f"{error.filename or unnamed}: {error.strerror}; free it or choose another place"
+
+
+def exists(path: Path) -> UserError:
+  """The error about a result that is there already."""
+  return UserError(f"{path}: exists already; choose another --out or replace it: --overwrite")
+
+
+@contextlib.contextmanager
+def named_options() -> Iterator[None]:
+  """Names the options that help where a result exists already."""
+  from rfmedsam2_jax.data.files import ResultExists
+  try:
+    yield
+  except ResultExists as error:
+    raise exists(error.path) from None

@@ -1,4 +1,5 @@
-"""`rfmedsam2 convert`: checkpoints of SAM 2 into this program, and back."""
+"""`rfmedsam2 convert`: turn a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into
+one of this program, or back; `convert nnunet`: a trained nnU-Net into a generator."""
 
 import argparse
 import importlib
@@ -10,40 +11,29 @@ from typing import Any
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console, place_line
 
-HELP = "turn a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into one of this " \
-  "program, or back; `convert nnunet`: a trained nnU-Net into a generator"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "source", type=Path,
-    help="a .pt or .safetensors file, or a folder of save_pretrained; with --to-torch a checkpoint "
-    "of this program",
-  )
-  parser.add_argument("out", type=Path, help="the checkpoint's folder, or the .pt file")
-  parser.add_argument("--to-torch", action="store_true",
-                      help="write a .pt file that the official class loads")
-  parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-
-  forward = parser.add_argument_group("towards this program")
-  forward.add_argument("--config", metavar="NAME",
-                       help="the network, where it is not recognised: sam2.1_hiera_tiny and so on, "
-                       "or the YAML file of a training config")
-  forward.add_argument("--image-size", type=int, metavar="PIXELS",
-                       help="side of the square image; 1024 if the source does not say otherwise")
-  forward.add_argument("--allow", action="append", default=[], metavar="NAME",
-                       help="a tensor that may be missing, left over or of another shape, by its "
-                       "official name or a pattern; `memory` is all that Sam2Model lacks; may be "
-                       "given again")
-  forward.add_argument("--adapters", action="store_true",
-                       help="with fresh adapters, which change nothing; training adds them anyway")
-  forward.add_argument("--verify", action="store_true",
-                       help="run the PyTorch network beside and print the largest differences")
+  add, forward = parser.add_argument, parser.add_argument_group("towards this program").add_argument
+  add("source", type=Path, help="a .pt or .safetensors file, or a folder of save_pretrained; with "
+      "--to-torch a checkpoint of this program")
+  add("out", type=Path, help="the checkpoint's folder, or the .pt file")
+  add("--to-torch", action="store_true", help="write a .pt file that the official class loads")
+  add("--overwrite", action="store_true", help="replace OUT")
+  forward("--config", metavar="NAME", help="the network, where it is not recognised: "
+          "sam2.1_hiera_tiny and so on, or the YAML file of a training config")
+  forward("--image-size", type=int, metavar="PIXELS",
+          help="side of the square image; 1024 if the source does not say otherwise")
+  forward("--allow", action="append", default=[], metavar="NAME",
+          help="a tensor that may be missing, left over or of another shape, by its official name "
+          "or a pattern; `memory` is all that Sam2Model lacks; may be given again")
+  forward("--adapters", action="store_true",
+          help="with fresh adapters, which change nothing; training adds them anyway")
+  forward("--verify", action="store_true",
+          help="run the PyTorch network beside and print the largest differences")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  side = options.image_size
-  if side is not None and (side <= 0 or side % 32):
+  if (side := options.image_size) is not None and (side <= 0 or side % 32):
     raise UserError(f"--image-size {side}: the side must be a multiple of 32, such as 512")
   if options.to_torch:
     if importlib.util.find_spec("torch") is None:
@@ -57,25 +47,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
             allow=tuple(options.allow), adapters=options.adapters, verify=options.verify)
 
 
-def converter(module: str) -> Any:
-  """A module of the converter: of `convert` in a clone that Python runs in, else as installed."""
-  beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
-  in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
-  package = "convert" if in_clone else "rfmedsam2_jax.convert"
-  return importlib.import_module(f"{package}.{module}")
+def check_paths(options: argparse.Namespace, gives: str, is_ours: bool | None = None) -> None:
+  """UserError for no source (which `gives` names), and an output that must or can not be written.
 
-
-def check_paths(
-  options: argparse.Namespace, gives: str, is_ours: bool | None = None
-) -> None:
-  """Looks at source and output before anything that takes long.
-
-  Args:
-    gives: what the source should be, said where there is none.
-    is_ours: what lies at the output is of the kind that would be written; a checkpoint unless said.
-
-  Raises:
-    UserError: no source; an output that may not be replaced, or cannot be written.
+  `is_ours`: what lies there is of the kind that would be written; a checkpoint unless said.
   """
   source, out = options.source, options.out
   if not source.exists():
@@ -84,24 +59,24 @@ def check_paths(
     raise UserError(f"{out}: exists; replace it with --overwrite or choose another name")
   if out.exists() and not ((out / "about").is_dir() if is_ours is None else is_ours):
     raise UserError(
-      f"{out}: was not made by this command, --overwrite leaves it; choose another name"
-    )
+      f"{out}: was not made by this command, --overwrite leaves it; choose another name")
   there = next(parent for parent in out.absolute().parents if parent.exists())
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{there}: cannot be written into; choose another folder")
 
 
-def convert(
-  options: argparse.Namespace, console: Console, module: str, function: str, **wanted: Any
-) -> None:
+def convert(options: argparse.Namespace, console: Console, module: str, function: str,
+            **wanted: Any) -> None:
   """Runs a function of the converter, with its `Wanted` if there is any, and says what it did."""
   console.on_interruption("interrupted; nothing was written")
-  home = converter(module)
+  beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
+  in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
+  # That of a clone that Python runs in, else as installed.
+  home = importlib.import_module(f"{'convert' if in_clone else 'rfmedsam2_jax.convert'}.{module}")
   choices = [home.Wanted(**wanted)] if wanted else []
   try:
-    said = getattr(home, function)(
-      options.source, options.out, *choices, report=console.detail, progress=console.line
-    )
+    said = getattr(home, function)(options.source, options.out, *choices, report=console.detail,
+                                   progress=console.line)
   except OSError as error:
     raise UserError(place_line(error, str(options.out))) from None
   console.result(f"{options.out}: {said}", {"out": options.out, "converted": said})

@@ -19,13 +19,11 @@ from rfmedsam2_jax.cli.console import Console, place_line
 
 COMMANDS = ("train", "shard", "predict", "evaluate", "report", "track", "serve", "convert",
             "quickstart")
-
 STATUSES = """exit status:
   0    done
   2    something that you can mend; one line says what
   75   stopped by SIGTERM and saved, or another process is gone: start again with --resume
   130  interrupted with Ctrl-C or SIGTERM; nothing is half-written"""
-
 _INTERRUPTED = "interrupted; what was finished is kept"
 
 
@@ -37,9 +35,9 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     given[:2] = ["convert-nnunet"]
   options, rest = parser.parse_known_args(given)
   # argparse takes positional arguments in one block only; overrides may also follow the options.
-  if rest and not (hasattr(options, "overrides") and all("=" in a and a[0] != "-" for a in rest)):
-    parser.error(f"unknown arguments: {' '.join(rest)}")
   if rest:
+    if not hasattr(options, "overrides") or any("=" not in a or a[0] == "-" for a in rest):
+      parser.error(f"unknown arguments: {' '.join(rest)}")
     options.overrides += rest
   console = Console(options.quiet, options.as_json, command or "rfmedsam2")
   if arguments is None:
@@ -48,35 +46,26 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     console.line(Passing("starting"))  # importing JAX takes seconds
   process.begin()
   _keep_programs()
-  message, status = _run(options, console)
-  if status:
-    console.error(message, status)
+  try:
+    options.run(options, console)
+    return 0
+  except (UserError, Stopped) as error:
+    message, status = str(error), 2 if isinstance(error, UserError) else RESUME
+  except KeyboardInterrupt:
+    message, status = _INTERRUPTED, interruption.STATUS
+  except MemoryError:
+    message, status = "not enough memory; close other programs, or give smaller volumes", 2
+  except OSError as error:  # a write to an open file names none
+    message, status = place_line(error, "a result could not be written"), 2
+  console.error(message, status)
   return status
 
 
-def _run(options: argparse.Namespace, console: Console) -> tuple[str, int]:
-  """Why the command failed, and its exit status."""
-  try:
-    options.run(options, console)
-  except UserError as error:
-    return str(error), 2
-  except Stopped as stopped:
-    return str(stopped), RESUME
-  except KeyboardInterrupt:
-    return _INTERRUPTED, interruption.STATUS
-  except MemoryError:
-    return "not enough memory; close other programs, or give smaller volumes", 2
-  except OSError as error:
-    # A write to an open file names none.
-    return place_line(error, "a result could not be written"), 2
-  return "", 0
-
-
 def _with_huge_pages() -> None:
-  """Starts this program again, once, with a setting that glibc reads at the start only.
+  """Starts this program again, once: only at the start glibc reads whether to ask for huge pages.
 
-  glibc then asks for huge pages. XLA:CPU allocates what lies between two operations anew for every
-  call, and walks through it: page faults and misses of the address cache are what it waits for.
+  XLA:CPU allocates what lies between two operations anew for every call, and walks through it: page
+  faults and misses of the address cache are what it waits for.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -85,15 +74,11 @@ def _with_huge_pages() -> None:
 
 
 def _keep_programs() -> None:
-  """Compiled programs are kept between commands; set JAX_COMPILATION_CACHE_DIR to move them.
-
-  By the environment: a command that fails on its arguments should not have to import JAX.
-  """
+  """Compiled programs are kept between commands; set JAX_COMPILATION_CACHE_DIR to move them."""
+  # By the environment: a command that fails on its arguments should not have to import JAX.
   cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfmedsam2_jax"
-  for name, value in (
-    ("jax_compilation_cache_dir", str(cache)),
-    ("jax_persistent_cache_min_compile_time_secs", 0.5),
-  ):
+  for name, value in (("jax_compilation_cache_dir", str(cache)),
+                      ("jax_persistent_cache_min_compile_time_secs", 0.5)):
     given = os.environ.setdefault(name.upper(), str(value))
     if jax := sys.modules.get("jax"):
       jax.config.update(name, type(value)(given))
@@ -102,26 +87,23 @@ def _keep_programs() -> None:
 def make_parser() -> argparse.ArgumentParser:
   """The parser of all commands; importing their modules does not import JAX."""
   parser = argparse.ArgumentParser(
-    prog="rfmedsam2",
-    description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.",
-    epilog=STATUSES,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    "--version", action="version", version=f"rfmedsam2 {version('rfmedsam2-jax')}"
-  )
-  shtab.add_argument_to(
-    parser, "--print-completion", help="the completion of a shell, see docs/commands.md"
-  )
+    prog="rfmedsam2", epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    description="Fully automatic segmentation of CT and MRI volumes with SAM 2, in JAX.")
+  number = f"rfmedsam2 {version('rfmedsam2-jax')}"
+  parser.add_argument("--version", action="version", version=number)
+  shtab.add_argument_to(parser, "--print-completion",
+                        help="the completion of a shell, see docs/commands.md")
   of_all = argparse.ArgumentParser(add_help=False)
-  Console.arguments(of_all)
+  add = of_all.add_argument_group("what is said").add_argument
+  add("--quiet", action="store_true", help="results, warnings and errors alone")
+  add("--json", dest="as_json", action="store_true", help="lines of JSON, for programs")
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   for name in (*COMMANDS, "convert-nnunet"):
     module = importlib.import_module(f"rfmedsam2_jax.cli.{name.replace('-', '_')}")
+    about = " ".join(str(module.__doc__).split()).partition(": ")[2].removesuffix(".")
     command = commands.add_parser(
-      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all],
-      description=module.HELP, **({"help": module.HELP} if name in COMMANDS else {}),
-    )
+      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about,
+      **({"help": about} if name in COMMANDS else {}))
     module.arguments(command)
     command.set_defaults(run=module.run)
     for action in command._actions:

@@ -1,32 +1,28 @@
-"""`rfmedsam2 evaluate`: label maps scored against references."""
+"""`rfmedsam2 evaluate`: score label maps against references."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import Progress
 from rfmedsam2_jax.cli.console import Console
-
-HELP = "score label maps against references"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("predictions", type=Path, help="folder or file")
-  parser.add_argument("references", type=Path, help="folder or file")
-  parser.add_argument(
-    "--labels", type=Path,
-    help="data set folder, or run, that names the structures; default: label values are the names",
-  )
-  parser.add_argument("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
-  parser.add_argument("--partial", action="store_true", help="not all references are predicted")
-  parser.add_argument("--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)")
+  add = parser.add_argument
+  add("predictions", type=Path, help="folder or file")
+  add("references", type=Path, help="folder or file")
+  add("--labels", type=Path, help="data set folder, or run, that names the structures; default: "
+      "label values are the names")
+  add("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
+  add("--partial", action="store_true", help="not all references are predicted")
+  add("--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.base.progress import Progress
   from rfmedsam2_jax.data.datasets import Labels, read_dataset
   from rfmedsam2_jax.data.plan import load_plan
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
-
   # What can be seen to be wrong, before any volume is read.
   for path in (options.predictions, options.references, options.labels):
     if path is not None and not path.exists():
@@ -40,9 +36,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     # A run may have been trained on a few of its data set's structures: those are scored.
     plan = options.labels / "plan.json"
     labels = load_plan(plan).labels if plan.is_file() else read_dataset(options.labels).labels
-  scores = evaluate_folders(
-    options.predictions, options.references, labels, options.tolerance, options.partial,
-    Progress("cases", console.line),
-  )
+  scores = evaluate_folders(options.predictions, options.references, labels, options.tolerance,
+                            options.partial, Progress("cases", console.line))
   save_scores(target, scores)
   console.result(f"{table(scores)}\n\nall scores: {target}", as_dict(scores))

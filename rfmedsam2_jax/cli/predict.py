@@ -1,56 +1,36 @@
-"""`rfmedsam2 predict`: label maps of volumes by trained runs."""
+"""`rfmedsam2 predict`: segment volumes with a trained run."""
 
 import argparse
+import itertools
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.cli.results import named_options
-
-HELP = "segment volumes with a trained run"
+from rfmedsam2_jax.base.progress import Passing
+from rfmedsam2_jax.cli.console import Console, named_options
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "paths", nargs="+", type=Path, metavar="RUN... INPUT...",
-    help="one run folder, or several to be averaged, then volumes, DICOM series or folders of them",
-  )
-  parser.add_argument("--out", type=Path, required=True, help="folder of label maps and CASE.json")
-  parser.add_argument(
-    "--prompts", choices=("generated", "oracle", "given"), default="generated",
-    help="automatic (default), boxes from true labels (upper limit), or a person's",
-  )
-  parser.add_argument("--labels", type=Path, help="folder of label maps for oracle or given")
-  parser.add_argument("--given", type=Path, help="JSON of boxes and points for --prompts given")
-  parser.add_argument(
-    "--format", choices=("nifti", "nrrd"), default="nifti",
-    help="of label maps; nrrd: with names and colours, for 3D Slicer",
-  )
-  parser.add_argument("--save-stages", action="store_true", help="also write every stage")
-  parser.add_argument(
-    "--probabilities", action="store_true", help="also write a probability map per structure"
-  )
-  parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
-
-
-def _split_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-  """Leading run folders, and the inputs behind them."""
-  is_run = [(path / "config.yaml").is_file() for path in paths] + [False]
-  count = max(is_run.index(False), 1)
-  if count == len(paths):
-    raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
-  if not is_run[0]:
-    raise UserError(f"{paths[0]}: is no run (it has no config.yaml); give a folder made by train")
-  return list(paths[:count]), list(paths[count:])
+  add = parser.add_argument
+  add("paths", nargs="+", type=Path, metavar="RUN... INPUT...",
+      help="one run folder, or several to be averaged, then volumes, DICOM series or folders of "
+      "them")
+  add("--out", type=Path, required=True, help="folder of label maps and CASE.json")
+  add("--prompts", choices=("generated", "oracle", "given"), default="generated",
+      help="automatic (default), boxes from true labels (upper limit), or a person's")
+  add("--labels", type=Path, help="folder of label maps for oracle or given")
+  add("--given", type=Path, help="JSON of boxes and points for --prompts given")
+  add("--format", choices=("nifti", "nrrd"), default="nifti",
+      help="of label maps; nrrd: with names and colours, for 3D Slicer")
+  add("--save-stages", action="store_true", help="also write every stage")
+  add("--probabilities", action="store_true", help="also write a probability map per structure")
+  add("--overwrite", action="store_true", help="replace results that exist")
 
 
 def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) -> None:
   """UserError for what is wrong with the command line, before networks are read."""
   from rfmedsam2_jax.data.plan import load_plan
   from rfmedsam2_jax.segmentation.request import check_alike, make_request
-
   if options.prompts == "oracle" and options.labels is None:
     raise UserError("--prompts oracle: needs --labels, the folder of true label maps")
   if options.prompts == "given" and options.labels is None and options.given is None:
@@ -66,15 +46,18 @@ def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) ->
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.base.progress import Passing
-
-  runs, inputs = _split_runs(options.paths)
+  paths = options.paths
+  runs = list(itertools.takewhile(lambda path: (path / "config.yaml").is_file(), paths))
+  if max(len(runs), 1) == len(paths):
+    raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
+  if not runs:
+    raise UserError(f"{paths[0]}: is no run (it has no config.yaml); give a folder made by train")
+  inputs = paths[len(runs) :]
   with named_options():
     _check(options, runs, inputs)
 
   from rfmedsam2_jax.model import load
   from rfmedsam2_jax.segmentation.predict import predict
-
   models = []
   for path in runs:
     console.line(Passing(f"reading {path}"))
@@ -89,11 +72,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
     options.save_stages, options.overwrite, console.line, options.probabilities, warn,
-    options.format,
-  )
+    options.format)
   seconds = time.monotonic() - began
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""
   console.result(
     f"{len(written)} label maps in {options.out}, {seconds:.0f} s{unusual}",
-    {"written": written, "seconds": round(seconds, 1), "warnings": warnings},
-  )
+    {"written": written, "seconds": round(seconds, 1), "warnings": warnings})

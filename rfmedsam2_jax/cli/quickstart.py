@@ -1,29 +1,22 @@
-"""`rfmedsam2 quickstart`: phantoms, training, prediction of unseen ones, scores and pages.
-
-Everything that a user does with data of their own, on data that the package generates.
-"""
+"""`rfmedsam2 quickstart`: generate phantoms, train on them, segment unseen ones, score and
+picture."""
 
 import argparse
 import importlib.resources
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, below
 from rfmedsam2_jax.cli.console import Console
 
-if TYPE_CHECKING:
-  from rfmedsam2_jax.segmentation.segmenter import Segmenter
-
-HELP = "generate phantoms, train on them, segment unseen ones, score and picture"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("overrides", nargs="*", help="values of the config, by path")
-  parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (demo)")
-  parser.add_argument("--resume", action="store_true", help="go on where it stopped")
-  parser.add_argument("--overwrite", action="store_true", help="start anew")
+  add = parser.add_argument
+  add("overrides", nargs="*", help="values of the config, by path")
+  add("--out", type=Path, default=Path("demo"), help="folder (demo)")
+  add("--resume", action="store_true", help="go on where it stopped")
+  add("--overwrite", action="store_true", help="start anew")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -34,94 +27,61 @@ def run(options: argparse.Namespace, console: Console) -> None:
     raise UserError(f"{out}: is not empty; go on with --resume or start anew with --overwrite")
   from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.data.phantom import PhantomConfig, write_phantom
-  from rfmedsam2_jax.model import load
   from rfmedsam2_jax.report.folder import write_report
   from rfmedsam2_jax.training.run import train
-
-  dataset, trained, predictions = out / "phantoms", out / "run", out / "predictions"
-  config = load_config(
-    packaged_config("quickstart.yaml"), [*options.overrides, f"data.dataset={dataset}"]
-  )
+  dataset, trained = out / "phantoms", out / "run"
+  file = Path(__file__).parents[2] / "configs/quickstart.yaml"
+  if not file.is_file():  # in no clone, but installed
+    file = Path(str(importlib.resources.files("rfmedsam2_jax.configs") / file.name))
+  config = load_config(file, [*options.overrides, f"data.dataset={dataset}"])
   if not (dataset / "dataset.json").exists():
     write_phantom(dataset, PhantomConfig(seed=config.seed), Progress("phantoms", console.line))
     console.line(f"phantoms: {dataset}")
-  started = (trained / "config.yaml").exists()
-  train(config, trained, resume and started, options.overwrite, console.line)
-  model = load(trained)
-  means = _predicted(model, dataset, predictions, out / "scores.json", console)
-  sheet = _picture(model, dataset, predictions, out / "contact_sheet.png")
-  console.line(f"picture: {sheet}")
-  pages = write_report(
-    out / "report", trained, predictions, dataset / "labelsTs", dataset / "imagesTs",
-    overwrite=True, progress=console.line,
-  )
+  resume = resume and (trained / "config.yaml").exists()
+  train(config, trained, resume, options.overwrite, console.line)
+  means = _predicted(out, console)
+  pages = write_report(out / "report", trained, out / "predictions", dataset / "labelsTs",
+                       dataset / "imagesTs", overwrite=True, progress=console.line)
   for remark in pages.remarks:
     console.warning(remark)
   each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
-  console.result(
-    f"mean Dice of unseen phantoms: {each}\nall results: {out}; "
-    f"open {pages.index} in a browser",
-    {"out": out, "dice": means},
-  )
+  console.result(f"mean Dice of unseen phantoms: {each}\nall results: {out}; open {pages.index} in "
+                 "a browser", {"out": out, "dice": means})
 
 
-def packaged_config(name: str) -> Path:
-  """A config of configs/, in a clone or in an installed package."""
-  clone = Path(__file__).parents[2] / "configs" / name
-  if clone.is_file():
-    return clone
-  return Path(str(importlib.resources.files("rfmedsam2_jax.configs") / name))
-
-
-def _title(stage: int) -> str:
-  return f"stage {stage}" if stage else "generator"
-
-
-def _predicted(
-  model: "Segmenter", dataset: Path, predictions: Path, summary: Path, console: Console
-) -> dict[str, float | None]:
-  """Segments the unseen phantoms; mean Dice per stage, None where it is undefined."""
+def _predicted(out: Path, console: Console) -> dict[str, float | None]:
+  """Segments, scores and pictures unseen phantoms; mean Dice per stage, None where undefined."""
   from rfmedsam2_jax.data.files import replacing
+  from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
+  from rfmedsam2_jax.model import load
+  from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
   from rfmedsam2_jax.segmentation.predict import predict
-
-  predict(
-    model, [dataset / "imagesTs"], predictions, save_stages=True, overwrite=True,
-    progress=below(console.line, "unseen phantoms: "),
-    warn=lambda case, message: console.warning(f"{case}: {message}"),
-  )
-  means = {}
+  images, truths = out / "phantoms/imagesTs", out / "phantoms/labelsTs"
+  model, predictions = load(out / "run"), out / "predictions"
+  predict(model, [images], predictions, save_stages=True, overwrite=True,
+          progress=below(console.line, "unseen phantoms: "),
+          warn=lambda case, message: console.warning(f"{case}: {message}"))
+  means, stages = {}, {}
   for stage in range(model.stages):
-    folder = predictions / f"stage{stage}"
-    progress = Progress(f"scores of {_title(stage)}, cases", console.line)
-    scores = evaluate_folders(
-      folder, dataset / "labelsTs", model.plan.labels, progress=progress
-    )
+    title, folder = f"stage {stage}" if stage else "generator", predictions / f"stage{stage}"
+    stages[title] = folder
+    progress = Progress(f"scores of {title}, cases", console.line)
+    scores = evaluate_folders(folder, truths, model.plan.labels, progress=progress)
     save_scores(folder / "scores.json", scores)
     means[folder.name] = as_dict(scores)["mean"]["dice"]
   save_scores(predictions / "scores.json", scores)
-  console.line("unseen phantoms, after the last stage:")
-  for line in table(scores).splitlines():
+  for line in ("unseen phantoms, after the last stage:", *table(scores).splitlines()):
     console.line(line)
-  with replacing(summary) as temporary:
+  with replacing(out / "scores.json") as temporary:
     temporary.write_text(json.dumps(means, indent=1) + "\n")
-  return means
-
-
-def _picture(model: "Segmenter", dataset: Path, predictions: Path, path: Path) -> Path:
-  """A contact sheet of two unseen phantoms, a column per stage."""
-  from rfmedsam2_jax.data.volumes import load_image, load_label_map
-  from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
-
   cases = []
-  for image in sorted((dataset / "imagesTs").glob("*.nii.gz"))[:2]:
+  for image in sorted(images.glob("*.nii.gz"))[:2]:
     name, volume = image.name.removesuffix("_0000.nii.gz"), load_image(image)
-    maps = {
-      _title(stage): load_label_map(
-        predictions / f"stage{stage}" / f"{name}.nii.gz", volume.geometry
-      )
-      for stage in range(model.stages)
-    }
-    truth = load_label_map(dataset / "labelsTs" / f"{name}.nii.gz", volume.geometry)
+    maps = {title: load_label_map(folder / f"{name}.nii.gz", volume.geometry)
+            for title, folder in stages.items()}
+    truth = load_label_map(truths / f"{name}.nii.gz", volume.geometry)
     cases.append(SheetCase(name, volume.array[0], truth, maps, volume.spacing))
-  return save_contact_sheet(path, cases, model.plan.labels.structures)
+  sheet = save_contact_sheet(out / "contact_sheet.png", cases, model.plan.labels.structures)
+  console.line(f"picture: {sheet}")
+  return means

@@ -1,32 +1,26 @@
-"""`rfmedsam2 report`: pages of scores, curves and volumes that a browser opens from a folder."""
+"""`rfmedsam2 report`: make pages of a run and of predictions, with a viewer of the volumes."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.cli.console import Console
-
-HELP = "make pages of a run and of predictions, with a viewer of the volumes"
+from rfmedsam2_jax.cli.console import Console, exists
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "folders", nargs="+", type=Path, metavar="RUN|PREDICTIONS",
-    help="a run, a folder that predict wrote, or one of each",
-  )
-  parser.add_argument("--ref", type=Path, help="folder of references, to score the predictions")
-  parser.add_argument("--images", type=Path, help="folder of the inputs, to show them")
-  parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-  parser.add_argument(
-    "--max-voxels", type=float, default=20.0,
-    help="millions of voxels that a viewer shows, larger volumes are thinned (20); 0: no viewer",
-  )
-  parser.add_argument("--overwrite", action="store_true", help="replace a report")
+  add = parser.add_argument
+  add("folders", nargs="+", type=Path, metavar="RUN|PREDICTIONS",
+      help="a run, a folder that predict wrote, or one of each")
+  add("--ref", type=Path, help="folder of references, to score the predictions")
+  add("--images", type=Path, help="folder of the inputs, to show them")
+  add("--out", type=Path, required=True, help="folder of the report")
+  add("--max-voxels", type=float, default=20.0,
+      help="millions of voxels that a viewer shows, larger volumes are thinned (20); 0: no viewer")
+  add("--overwrite", action="store_true", help="replace a report")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.report.target import is_taken
-
   runs = [folder for folder in options.folders if (folder / "config.yaml").is_file()]
   predictions = [folder for folder in options.folders if folder not in runs]
   for several in (runs, predictions):
@@ -41,23 +35,19 @@ def run(options: argparse.Namespace, console: Console) -> None:
   for folder in (*predictions, options.ref, options.images):
     if folder is not None and not folder.is_dir():
       raise UserError(f"{folder}: is not a folder; check the path")
-  out = options.out
-  if is_taken(out) and not options.overwrite:
-    raise UserError(f"{out}: exists already; choose another --out or replace it: --overwrite")
+  if is_taken(options.out) and not options.overwrite:
+    raise exists(options.out)
 
   from rfmedsam2_jax.report.folder import write_report  # loads much
-
   written = write_report(
-    out, next(iter(runs), None), next(iter(predictions), None), options.ref, options.images,
-    options.overwrite, round(options.max_voxels * 1e6), console.line,
-  )
+    options.out, next(iter(runs), None), next(iter(predictions), None), options.ref,
+    options.images, options.overwrite, round(options.max_voxels * 1e6), console.line)
   said = [*written.warnings, *written.remarks]
   for remark in said:
     console.warning(remark)
   dice = written.scores.mean.dice if written.scores else None
-  scored = f", mean Dice {dice:.4f}" if dice is not None else ""
+  scored = "" if dice is None else f", mean Dice {dice:.4f}"
   size = f", {written.volumes_bytes / 2**20:.1f} MiB of volumes" if written.volumes_bytes else ""
   console.result(
     f"{written.index}: {len(written.cases)} cases{scored}{size}; open it in a browser",
-    {"index": written.index, "cases": len(written.cases), "dice": dice, "warnings": said},
-  )
+    {"index": written.index, "cases": len(written.cases), "dice": dice, "warnings": said})

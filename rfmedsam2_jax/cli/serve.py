@@ -1,38 +1,28 @@
-"""`rfmedsam2 serve`: a local page for prompted segmentation."""
+"""`rfmedsam2 serve`: a local web page: prompt a volume with boxes and points, track, correct,
+save."""
 
 import argparse
 import secrets
 import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli.console import Console
 
-if TYPE_CHECKING:
-  from starlette.applications import Starlette
-
-HELP = "a local web page: prompt a volume with boxes and points, track, correct, save"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("checkpoint", type=Path, help="folder made by rfmedsam2 convert")
-  parser.add_argument("--folder", type=Path, help="whose volumes the page can open")
-  parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
-  parser.add_argument(
-    "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"
-  )
-  parser.add_argument("--image-size", type=int, help="side of the square (the checkpoint's)")
-  parser.add_argument(
-    "--single-mask", action="store_true",
-    help="one mask per slice instead of the best of three, for networks trained so",
-  )
-  parser.add_argument("--keep", type=int, default=3, help="volumes that stay open (3)")
-  parser.add_argument("--max-upload", type=int, default=1024, help="MiB of an upload (1024)")
-  parser.add_argument(
-    "--max-voxels", type=int, default=500, help="millions of voxels of a volume (500)"
-  )
+  add = parser.add_argument
+  add("checkpoint", type=Path, help="folder made by rfmedsam2 convert")
+  add("--folder", type=Path, help="whose volumes the page can open")
+  add("--port", type=int, default=8765, help="0 takes a free one (8765)")
+  add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+  add("--image-size", type=int, help="side of the square (the checkpoint's)")
+  add("--single-mask", action="store_true",
+      help="one mask per slice instead of the best of three, for networks trained so")
+  add("--keep", type=int, default=3, help="volumes that stay open (3)")
+  add("--max-upload", type=int, default=1024, help="MiB of an upload (1024)")
+  add("--max-voxels", type=int, default=500, help="millions of voxels of a volume (500)")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -40,22 +30,32 @@ def run(options: argparse.Namespace, console: Console) -> None:
   with _listen(options.host, options.port) as listening:
     import uvicorn
 
+    from rfmedsam2_jax.nn import SAM2
+    from rfmedsam2_jax.prompted.files import at_side
+    from rfmedsam2_jax.serve.app import Pages, make_app
     from rfmedsam2_jax.serve.guard import LOOPBACK
-
+    from rfmedsam2_jax.serve.studio import Studio
+    from rfmedsam2_jax.tracking import TrackingConfig
+    from rfmedsam2_jax.weights.checkpoint import load_checkpoint
+    sam2, params, _ = load_checkpoint(options.checkpoint)
+    several = not options.single_mask
+    # One object per batch: one program for any number of labels; most trackings follow one.
+    config = TrackingConfig(multimask=several, dynamic_multimask=several, objects_per_batch=1)
+    studio = Studio(SAM2(at_side(sam2, options.image_size)), params, config, options.keep,
+                    options.max_voxels * 10**6, prepare=True)
+    folder = options.folder.resolve() if options.folder else None
+    pages = Pages(studio, folder, options.max_upload << 20, options.checkpoint.resolve().name)
     token = secrets.token_urlsafe(24)
-    app = _app(options, token)
+    app = make_app(pages, options.host, token)
     if options.host not in LOOPBACK:
-      console.line(
-        f"WARNING: {options.host} can be reached by other machines. Whoever has the address below "
-        "sees the folder's volumes, and everything travels unencrypted."
-      )
+      console.line(f"WARNING: {options.host} can be reached by other machines. Whoever has the "
+                   "address below sees the folder's volumes, and everything travels unencrypted.")
     name = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{name}:{listening.getsockname()[1]}/#{token}"
     console.result(f"{address}\nopen it in a browser; Ctrl-C ends", {"address": address})
     server = uvicorn.Server(uvicorn.Config(
       app, log_level="warning", access_log=False, server_header=False, lifespan="off",
-      timeout_graceful_shutdown=1,
-    ))
+      timeout_graceful_shutdown=1))
     console.on_interruption("interrupted; what was not saved is lost")
     server.run(sockets=[listening])
 
@@ -66,9 +66,8 @@ def _check(options: argparse.Namespace) -> None:
     if find_spec(package) is None:
       raise UserError(f"serve needs {package}; install it: pip install 'rfmedsam2-jax[serve]'")
   if not options.checkpoint.exists():
-    raise UserError(
-      f"{options.checkpoint}: no such checkpoint; check the path or make one, docs/convert.md"
-    )
+    raise UserError(f"{options.checkpoint}: no such checkpoint; check the path or make one, "
+                    "docs/convert.md")
   if options.folder is not None and not options.folder.is_dir():
     raise UserError(f"--folder {options.folder}: is no folder; name one that holds volumes")
   for name in ("keep", "max_upload", "max_voxels"):
@@ -78,37 +77,13 @@ def _check(options: argparse.Namespace) -> None:
     raise UserError(f"--image-size {size}: give a multiple of 32 from 64 on")
 
 
-def _app(options: argparse.Namespace, token: str) -> "Starlette":
-  """The server, with the network that the options name."""
-  from rfmedsam2_jax.nn import SAM2
-  from rfmedsam2_jax.prompted.files import at_side
-  from rfmedsam2_jax.serve.app import Pages, make_app
-  from rfmedsam2_jax.serve.studio import Studio
-  from rfmedsam2_jax.tracking import TrackingConfig
-  from rfmedsam2_jax.weights.checkpoint import load_checkpoint
-
-  checkpoint = load_checkpoint(options.checkpoint)
-  config = TrackingConfig(
-    multimask=not options.single_mask, dynamic_multimask=not options.single_mask,
-    objects_per_batch=1,  # one program for any number of labels; most trackings follow one
-  )
-  studio = Studio(
-    SAM2(at_side(checkpoint.config, options.image_size)), checkpoint.params, config, options.keep,
-    options.max_voxels * 10**6, prepare=True,
-  )
-  folder = options.folder.resolve() if options.folder else None
-  pages = Pages(studio, folder, options.max_upload << 20, options.checkpoint.resolve().name)
-  return make_app(pages, options.host, token)
-
-
 def _listen(host: str, port: int) -> socket.socket:
   """A bound socket; UserError if the port is taken or the address is none of this machine."""
   if not 0 <= port <= 65535:
     raise UserError(f"--port {port}: give 0 to 65535")
   try:
-    family, *_, address = socket.getaddrinfo(
-      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                             flags=socket.AI_PASSIVE)[0]
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     return socket.create_server(address, family=family, dualstack_ipv6=both)
   except (OSError, OverflowError) as error:

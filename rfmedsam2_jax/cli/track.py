@@ -1,66 +1,43 @@
-"""`rfmedsam2 track`: prompted structures followed through a volume."""
+"""`rfmedsam2 track`: follow prompted structures through a volume with a checkpoint of SAM 2."""
 
 import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.cli.console import Console
-from rfmedsam2_jax.cli.results import named_options
-
-HELP = "follow prompted structures through a volume with a checkpoint of SAM 2"
+from rfmedsam2_jax.base.progress import Passing, Progress
+from rfmedsam2_jax.cli.console import Console, named_options
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("image", type=Path, help="volume, or folder with a DICOM series")
-  parser.add_argument(
-    "--checkpoint", type=Path, required=True, help="folder made by rfmedsam2 convert"
-  )
-  parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-  parser.add_argument(
-    "--box", action="append", default=[], metavar="LABEL:z,x0,y0,x1,y1",
-    help="a box on slice z, in voxels of the file from 0; repeat for more (coronal slices: "
-    "LABEL:y,x0,z0,x1,z1, sagittal ones: LABEL:x,y0,z0,y1,z1)",
-  )
-  parser.add_argument(
-    "--point", action="append", default=[], metavar="LABEL:z,x,y,+|-",
-    help="a point inside (+) or outside (-) of a structure",
-  )
-  parser.add_argument(
-    "--prompts", type=Path, action="append", default=[], metavar="FILE.json",
-    help="boxes and points, in rounds if some correct what others found",
-  )
-  parser.add_argument(
-    "--masks", type=Path, action="append", default=[], metavar="LABELS.nii.gz",
-    help="label map with masks on some slices",
-  )
-  parser.add_argument(
-    "--format", choices=("nifti", "nrrd"), default="nifti",
-    help="of the label map; nrrd: with names and colours, for 3D Slicer",
-  )
-  parser.add_argument("--world", action="store_true", help="coordinates are millimetres, RAS+")
-  parser.add_argument(
-    "--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="of the slices"
-  )
-  parser.add_argument(
-    "--window", default="percentiles", metavar="NAME|CENTRE,WIDTH",
-    help="what SAM sees: soft-tissue, liver, lung, bone, brain, 40,400, or percentiles (default)",
-  )
-  parser.add_argument("--image-size", type=int, help="side of the square (the checkpoint's)")
-  parser.add_argument(
-    "--single-mask", action="store_true",
-    help="one mask per slice instead of the best of three, for networks trained so",
-  )
-  parser.add_argument(
-    "--no-cache", action="store_true",
-    help="encode slices again for corrections instead of keeping their features in memory",
-  )
-  parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+  add = parser.add_argument
+  add("image", type=Path, help="volume, or folder with a DICOM series")
+  add("--checkpoint", type=Path, required=True, help="folder made by rfmedsam2 convert")
+  add("--out", type=Path, required=True, help="folder of the results")
+  add("--box", action="append", default=[], metavar="LABEL:z,x0,y0,x1,y1",
+      help="a box on slice z, in voxels of the file from 0; repeat for more (coronal slices: "
+      "LABEL:y,x0,z0,x1,z1, sagittal ones: LABEL:x,y0,z0,y1,z1)")
+  add("--point", action="append", default=[], metavar="LABEL:z,x,y,+|-",
+      help="a point inside (+) or outside (-) of a structure")
+  add("--prompts", type=Path, action="append", default=[], metavar="FILE.json",
+      help="boxes and points, in rounds if some correct what others found")
+  add("--masks", type=Path, action="append", default=[], metavar="LABELS.nii.gz",
+      help="label map with masks on some slices")
+  add("--format", choices=("nifti", "nrrd"), default="nifti",
+      help="of the label map; nrrd: with names and colours, for 3D Slicer")
+  add("--world", action="store_true", help="coordinates are millimetres, RAS+")
+  add("--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="of the slices")
+  add("--window", default="percentiles", metavar="NAME|CENTRE,WIDTH",
+      help="what SAM sees: soft-tissue, liver, lung, bone, brain, 40,400, or percentiles (default)")
+  add("--image-size", type=int, help="side of the square (the checkpoint's)")
+  add("--single-mask", action="store_true",
+      help="one mask per slice instead of the best of three, for networks trained so")
+  add("--no-cache", action="store_true",
+      help="encode slices again for corrections instead of keeping their features in memory")
+  add("--overwrite", action="store_true", help="replace results that exist")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-  from rfmedsam2_jax.base.progress import Passing, Progress
   from rfmedsam2_jax.data.volumes import load_image
-
   # Everything that can be wrong is looked at before anything that takes long.
   if not (options.box or options.point or options.prompts or options.masks):
     raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
@@ -71,22 +48,17 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked
   from rfmedsam2_jax.prompted.tracked import parse_window
   from rfmedsam2_jax.tracking import TrackingConfig
-
   window = parse_window(options.window)
   prompts = prompts_of(options, volume.geometry)
   check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)
   with named_options():
     result_paths(options.out, options.image, options.overwrite, options.format)
-  config = TrackingConfig(
-    multimask=not options.single_mask,
-    dynamic_multimask=not options.single_mask,
-    cache="none" if options.no_cache else "bfloat16",
-  )
+  several = not options.single_mask
+  config = TrackingConfig(multimask=several, dynamic_multimask=several,
+                          cache="none" if options.no_cache else "bfloat16")
   console.line(Passing(f"reading {options.checkpoint}"))
-  prompted = open_volume(
-    options.checkpoint, volume, options.plane, window, options.image_size, config,
-    Progress("slices", console.line),
-  )
+  prompted = open_volume(options.checkpoint, volume, options.plane, window, options.image_size,
+                         config, Progress("slices", console.line))
   console.line("compiling the network")
   found = prompted.track(prompts)
   console.line(Passing("writing"))

@@ -9,27 +9,15 @@ import jax
 # Products of dense matrices in bfloat16, FLOP/s of one device, from the vendors' data sheets; the
 # names begin as JAX's device_kind does. Cloud TPU: cloud.google.com/tpu/docs/system-architecture.
 PEAK_FLOPS = (
-  ("NVIDIA B200", 2250e12),
-  ("NVIDIA H200 NVL", 835e12),
-  ("NVIDIA H200", 989e12),
-  ("NVIDIA H100 NVL", 835e12),
-  ("NVIDIA H100 PCIe", 756e12),
-  ("NVIDIA H100", 989e12),
-  ("NVIDIA A100", 312e12),
-  ("NVIDIA L4", 121e12),
-  ("TPU v6 lite", 918e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v4", 275e12),
+  ("NVIDIA B200", 2250e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA H200", 989e12),
+  ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100", 989e12),
+  ("NVIDIA A100", 312e12), ("NVIDIA L4", 121e12), ("TPU v6 lite", 918e12),
+  ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v4", 275e12),
 )
 
 
 def divide_cpu(count: int) -> bool:
-  """Lets JAX take the CPU for `count` devices; an environment that names a number prevails.
-
-  Returns:
-    False if JAX has taken it for another number already.
-  """
+  """Makes `count` devices of a CPU, unless the environment names a number; False if too late."""
   forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if count == 1 or forced or "JAX_NUM_CPU_DEVICES" in os.environ:
     return True
@@ -54,5 +42,4 @@ def peak_memory() -> float:
 
 def flops_of(compiled: Any) -> float:
   """FLOP on one device by XLA's count, which takes the body of a loop once; 0 if not known."""
-  cost = compiled.cost_analysis() or {}
-  return max(float(cost.get("flops", 0.0)), 0.0)
+  return max(float((compiled.cost_analysis() or {}).get("flops", 0.0)), 0.0)

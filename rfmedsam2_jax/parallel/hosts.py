@@ -1,7 +1,6 @@
-"""Several processes of one run: how they find each other, and how they share work on the host.
+"""Several processes of one run, of the same program: how they find each other and share work.
 
-Every process runs the same program on its own devices. Process 0 writes what is written once; all
-see the run's folder and the data set under the same paths.
+Process 0 writes what is written once; all see run folder and data set under the same paths.
 """
 
 import contextlib
@@ -24,12 +23,10 @@ from rfmedsam2_jax.base.errors import RESUME, UserError, first_line
 from rfmedsam2_jax.base.progress import Progress
 
 T = TypeVar("T")
-
 _KEY = "rfmedsam2/alive/"
 _DONE, _FAILED = "done", "failed: "
 _BEAT = 1.0  # seconds between counts
 _SILENCE = 30.0  # seconds after which a process that does not count is gone
-
 # Set where a launcher has started several processes, to their number or to their hosts.
 _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 
@@ -37,22 +34,21 @@ _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 def initialise(how: str) -> None:
   """Joins this process to the others; to be called before JAX looks at any device.
 
-  Args:
-    how: "auto" asks the environment (TPU pods, SLURM, Open MPI); "off"; or
-      "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0.
-
-  Raises:
-    UserError: none of these, or the others cannot be reached.
+  `how`: "auto" asks the environment (TPU pods, SLURM, Open MPI); "off"; or
+  "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0. UserError for anything else, or if
+  the others cannot be reached.
   """
-  if how == "off" or (how == "auto" and not _launched()):
+  values = [os.environ.get(name, "") for name in _LAUNCHERS]
+  launched = any("," in value or (value.isdigit() and int(value) > 1) for value in values)
+  if how == "off" or (how == "auto" and not launched):
     return
   given: dict[str, Any] = {}
   if how != "auto":
-    parts = how.split(",")
+    address, *numbers = how.split(",")
     try:
-      address, count, index = parts[0], *(int(part) for part in parts[1:])
-    except (ValueError, TypeError):
-      address, count, index = "", 0, 0
+      count, index = map(int, numbers)
+    except ValueError:
+      count, index = 0, 0
     if ":" not in address or not 0 <= index < count:
       raise UserError(f"distributed {how}: is neither auto, off nor HOST:PORT,PROCESSES,INDEX")
     given = {"coordinator_address": address, "num_processes": count, "process_id": index}
@@ -62,11 +58,6 @@ def initialise(how: str) -> None:
   except (RuntimeError, ValueError) as error:
     raise UserError(
       f"distributed {how}: the processes cannot be joined ({first_line(error)})") from None
-
-
-def _launched() -> bool:
-  values = [os.environ.get(name, "") for name in _LAUNCHERS]
-  return any("," in value or (value.isdigit() and int(value) > 1) for value in values)
 
 
 def is_main() -> bool:
@@ -83,11 +74,9 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def watching() -> Iterator[None]:
   """Ends this process, with one line, soon after another one of the run has ended.
 
-  For a command, not for a library's user: it exits from a thread and takes the signal SIGABRT.
-
-  A collective operation waits for a process that is gone, for minutes or for ever, and JAX's own
-  heartbeats end in an abort. So every process counts in the coordination service's store, and reads
-  how far the others have counted.
+  For a command only: it exits from a thread and takes the signal SIGABRT. Collective operations
+  wait for a process that is gone, for minutes or for ever, and JAX's own heartbeats end in an
+  abort; so every process counts in the coordination service's store and reads the others' counts.
   """
   if jax.process_count() == 1:
     yield
@@ -142,8 +131,8 @@ def _watch(ended: threading.Event) -> None:
 
 def _leave(why: str, status: int = RESUME) -> NoReturn:
   """The main thread may be inside a collective that never ends, so nothing is waited for."""
-  print(f"rfmedsam2: {why}; start all processes again, to resume the run", file=sys.stderr,
-        flush=True)
+  line = f"rfmedsam2: {why}; start all processes again, to resume the run"
+  print(line, file=sys.stderr, flush=True)
   os._exit(status)
 
 
@@ -160,11 +149,8 @@ def together() -> Iterator[None]:
     yield
   except UserError as raised:
     error = raised
-  messages = [m for m in gather(None if error is None else str(error)) if m]
-  if error is not None:
-    raise error
-  if messages:
-    raise UserError(messages[0])
+  if messages := [message for message in gather(str(error or "")) if message]:
+    raise error or UserError(messages[0])
 
 
 def each(items: Sequence[T], work: Callable[[T], object], progress: Progress) -> None:

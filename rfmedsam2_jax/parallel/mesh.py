@@ -1,14 +1,11 @@
 """The mesh: how many devices share the batch, the parameters, and the width of layers.
 
-A batch is spread over the axes `data` and `fsdp` together; parameters and optimizer state are
-spread over `fsdp` (parallel.rules), and gathered where they are used. Processes hold the rows of a
-batch that lie on their devices.
+A batch is spread over `data` and `fsdp` together, parameters and optimizer state over `fsdp`
+(parallel.rules). Processes hold the rows of a batch that lie on their devices.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
@@ -26,9 +23,7 @@ BATCH_AXES = ("data", "fsdp")
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each of `AXES`; their product is their number. One may be -1: the rest."""
-
   __pydantic_config__ = STRICT
-
   data: int = -1  # copies of the parameters, each with its share of the batch
   fsdp: int = 1   # parts of parameters and optimizer state; memory falls, traffic rises
   model: int = 1  # parts of the widths of attention and MLPs, for networks too large otherwise
@@ -36,32 +31,21 @@ class MeshConfig:
   # device on one core.
   cpu_devices: Annotated[int, Field(ge=1, le=2**10)] = 1
 
-  @property
-  def sizes(self) -> tuple[int, int, int]:
-    """Along `AXES`."""
-    return self.data, self.fsdp, self.model
-
   def __post_init__(self):
-    sizes = self.sizes
+    sizes = self.data, self.fsdp, self.model
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
       raise ValueError(f"mesh is {sizes}; give sizes from 1 on, and -1 (the rest) at most once")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh over all devices of all processes.
-
-  Raises:
-    UserError: so many devices do not exist, or are left over.
-  """
-  devices = list(jax.devices() if devices is None else devices)
-  sizes = list(config.sizes)
+def make_mesh(config: MeshConfig) -> Mesh:
+  """The mesh over all devices of all processes; UserError if there are too few or some left."""
+  devices, sizes = jax.devices(), [config.data, config.fsdp, config.model]
   known = math.prod(size for size in sizes if size != -1)
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
   if -1 in sizes:
     if len(devices) % known:
       raise UserError(
-        f"{wanted}: {len(devices)} devices are no multiple of {known}; change the sizes"
-      )
+        f"{wanted}: {len(devices)} devices are no multiple of {known}; change the sizes")
     sizes[sizes.index(-1)] = len(devices) // known
   count = math.prod(sizes)
   if count > len(devices):
@@ -70,9 +54,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   if count < len(devices) and jax.process_count() > 1:
     raise UserError(f"{wanted}: uses {count} of {len(devices)} devices; with several processes "
                     "all have to be used, let one size be -1")
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count]
-  )
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices[:count])
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -84,19 +67,16 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int, name: str) -> No
   """Raises UserError unless every device has the same share of every microbatch."""
   parts = batch_shards(mesh) * microbatches
   if batch_size % parts:
-    what = f"{batch_shards(mesh)} devices (mesh.data x mesh.fsdp)"
-    if microbatches > 1:
-      what += f" times {microbatches} microbatches"
+    times = f" times {microbatches} microbatches" if microbatches > 1 else ""
     raise UserError(
-      f"{name}.batch_size is {batch_size}: cannot be spread over {what}; use a multiple of {parts}"
-    )
+      f"{name}.batch_size is {batch_size}: cannot be spread over {batch_shards(mesh)} devices "
+      f"(mesh.data x mesh.fsdp){times}; use a multiple of {parts}")
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   """Rows of a global batch that lie on devices of this process, ascending."""
   places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  rows = {row for place in places.values() for row in np.arange(batch_size)[place]}
-  return sorted(int(row) for row in rows)
+  return sorted({int(row) for place in places.values() for row in np.arange(batch_size)[place]})
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
@@ -107,8 +87,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 def batch_shapes(batch: Any, mesh: Mesh) -> Any:
   """Shapes of a whole batch, spread as `place_batch` spreads one."""
-  place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-  return jax.tree.map(lambda x: place(x.shape, x.dtype), batch)
+  where = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

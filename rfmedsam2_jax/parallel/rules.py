@@ -1,8 +1,4 @@
-"""Where every array of a training state lies on the mesh: rules from its path, apart from networks.
-
-Optimizer states repeat the paths of the parameters that they belong to, so one function serves the
-whole state. `over_mesh` makes of a loss that knows nothing of devices one that runs on all of them.
-"""
+"""Where each array of a training state lies on the mesh, by its path, which optimizers repeat."""
 
 import fnmatch
 import math
@@ -17,13 +13,11 @@ from rfmedsam2_jax.parallel.mesh import BATCH_AXES
 
 # Axes of dense kernels [in, out] whose width is divided over `model`: layers that open a block by
 # their columns, those that close it by their rows, so that only the end of a block is summed.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  ("*/attn/qkv/kernel", ("fsdp", "model")),
-  ("*/attn/proj/kernel", ("model", "fsdp")),
-  ("*/mlp/layers_0/kernel", ("fsdp", "model")),
-  ("*/mlp/layers_1/kernel", ("model", "fsdp")),
-  ("*/linear1/kernel", ("fsdp", "model")),
-  ("*/linear2/kernel", ("model", "fsdp")),
+_COLUMNS, _ROWS = ("fsdp", "model"), ("model", "fsdp")
+RULES = (
+  ("*/attn/qkv/kernel", _COLUMNS), ("*/attn/proj/kernel", _ROWS),
+  ("*/mlp/layers_0/kernel", _COLUMNS), ("*/mlp/layers_1/kernel", _ROWS),
+  ("*/linear1/kernel", _COLUMNS), ("*/linear2/kernel", _ROWS),
 )
 # Arrays with fewer elements lie whole on every device: gathering them would cost more than they do.
 SMALL = 2**12
@@ -31,48 +25,39 @@ SMALL = 2**12
 
 class Placement(NamedTuple):
   """Where an array lies, and why."""
-
   spec: PartitionSpec
   reason: str
 
 
 def placement(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
-  """The rule for an array.
-
-  Args:
-    path: names joined by "/".
-  """
+  """The rule for an array; `path` is its names, joined by "/"."""
   if math.prod(shape) < SMALL:
     return Placement(PartitionSpec(), f"fewer than {SMALL} elements")
   for pattern, axes in RULES:
     if fnmatch.fnmatchcase(path, pattern) and len(axes) == len(shape):
-      fits = [
-        axis if axis and size % mesh.shape[axis] == 0 and mesh.shape[axis] > 1 else None
-        for axis, size in zip(axes, shape, strict=True)
-      ]
+      fits = [axis if size % mesh.shape[axis] == 0 and mesh.shape[axis] > 1 else None
+              for axis, size in zip(axes, shape, strict=True)]
       if any(fits) or mesh.size == 1:
         return Placement(PartitionSpec(*fits), f"rule {pattern}")
   parts = mesh.shape["fsdp"]
   if parts == 1:
     return Placement(PartitionSpec(), "fsdp is 1")
-  fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
+  fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
   if not fitting:
     return Placement(PartitionSpec(), f"no axis is a multiple of {parts}")
-  axis = max(fitting, key=lambda a: (shape[a], a))
-  return Placement(PartitionSpec(*[None] * axis, "fsdp"), "largest axis that divides")
+  return Placement(PartitionSpec(*[None] * max(fitting)[1], "fsdp"), "largest axis that divides")
 
 
 def placements(tree: Any, mesh: Mesh) -> dict[str, Placement]:
   """Path and placement of every array of a tree."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {path_of(path): placement(path_of(path), x.shape, mesh) for path, x in leaves}
+  leaves = ((path_of(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree))
+  return {path: placement(path, shape, mesh) for path, shape in leaves}
 
 
 def specs(tree: Any, mesh: Mesh) -> Any:
   """PartitionSpecs, as the tree."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: placement(path_of(path), x.shape, mesh).spec, tree
-  )
+    lambda path, x: placement(path_of(path), x.shape, mesh).spec, tree)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -88,7 +73,6 @@ def path_of(path: Sequence[Any]) -> str:
 
 def place(tree: Any, mesh: Mesh) -> Any:
   """Puts a tree of whole arrays, the same in every process, where the rules want it."""
-
   def put(x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
       data = put(jax.random.key_data(x), NamedSharding(mesh, PartitionSpec()))
@@ -101,49 +85,37 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 def whole(tree: Any, mesh: Mesh) -> Any:
   """The arrays of a tree, gathered: numpy, in every process."""
-  replicated = NamedSharding(mesh, PartitionSpec())
-  gathered = jax.jit(lambda x: x, out_shardings=replicated)(tree)
-  return jax.tree.map(np.asarray, gathered)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=everywhere)(tree))
 
 
 def over_mesh(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-  """A loss of parameters that lie by the rules and a batch that is spread over the mesh.
+  """A loss (params, batch, key) of parameters that lie by the rules and a batch over the mesh.
 
   Every device computes the loss of its rows with whole parameters, which are gathered for it (their
   gradients are summed and scattered again); activations never leave the device, but for the sums
   over the batch that the loss takes over `axes`.
-
-  Args:
-    loss: (params, batch, key, axes) -> (scalar, metrics), the same on all devices of `axes`.
-
-  Returns:
-    (params, batch, key) -> (scalar, metrics).
+  `loss` is (params, batch, key, axes) -> (scalar, metrics), the same on all devices of `axes`.
   """
   if mesh.size == 1:
     return lambda params, batch, key: loss(params, batch, key, ())
-  manual = set(BATCH_AXES)
 
   def spread(params: Any, batch: Any, key: jax.Array) -> Any:
-    where = jax.tree.map(_only_fsdp, specs(params, mesh))
+    where = jax.tree.map(
+      lambda spec: PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec)),
+      specs(params, mesh))
 
     def local(params: Any, batch: Any, key: jax.Array) -> Any:
       return loss(jax.tree.map(_gather, params, where), batch, key, BATCH_AXES)
 
-    return jax.shard_map(
-      local, mesh=mesh, in_specs=(where, PartitionSpec(BATCH_AXES), PartitionSpec()),
-      out_specs=PartitionSpec(), axis_names=manual,
-      # The networks' loops start from constants, which the check would want marked as varying.
-      check_vma=False,
-    )(params, batch, key)
+    places = where, PartitionSpec(BATCH_AXES), PartitionSpec()
+    # The networks' loops start from constants, which the check would want marked as varying.
+    return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=PartitionSpec(),
+                         axis_names=set(BATCH_AXES), check_vma=False)(params, batch, key)
 
   return spread
 
 
-def _only_fsdp(spec: PartitionSpec) -> PartitionSpec:
-  return PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec))
-
-
 def _gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  if "fsdp" not in tuple(spec):
-    return x
-  return jax.lax.all_gather(x, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+  axes = tuple(spec)
+  return jax.lax.all_gather(x, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else x

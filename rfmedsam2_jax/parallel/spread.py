@@ -1,7 +1,4 @@
-"""One volume on all devices of a host: rows that do not need each other, each device its share.
-
-For prediction. Training spreads its batches over a mesh that may span hosts (parallel.mesh).
-"""
+"""Prediction on all devices of a host: rows that do not need each other, each device its share."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -29,19 +26,16 @@ def everywhere(tree: Any) -> Any:
   return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
 
 
-def spread(
-  function: Callable[..., Any], static: Collection[int] = (), whole: Collection[int] = ()
-) -> Callable[..., Any]:
+def spread(function: Callable[..., Any], static: Collection[int] = (),
+           whole: Collection[int] = ()) -> Callable[..., Any]:
   """`jax.jit` of a function over rows, which every device computes for its share of them.
 
   Args:
     function: of positional arguments; its results have rows along their first axis.
     static: positions of hashable arguments that are compiled in.
     whole: positions of arguments that every device sees whole (parameters, stores): put them
-      `everywhere` once. All others have rows, a multiple of `device_count()`, along their first
-      axis.
+      `everywhere` once. Others have rows, a multiple of `device_count()`, along their first axis.
   """
-
   @functools.partial(jax.jit, static_argnums=tuple(static))
   def run(*arguments: Any) -> Any:
     mesh = _local_mesh()
@@ -54,11 +48,9 @@ def spread(
       return function(*(given.get(i, argument) for i, argument in enumerate(arguments)))
 
     rows = PartitionSpec(_AXIS)
-    return jax.shard_map(
-      share, mesh=mesh,
-      in_specs=tuple(PartitionSpec() if i in whole else rows for i in traced), out_specs=rows,
-      # The networks' loops start from constants, which the check would want marked as varying.
-      check_vma=False,
-    )(*(arguments[i] for i in traced))
+    places = tuple(PartitionSpec() if i in whole else rows for i in traced)
+    # The networks' loops start from constants, which the check would want marked as varying.
+    mapped = jax.shard_map(share, mesh=mesh, in_specs=places, out_specs=rows, check_vma=False)
+    return mapped(*(arguments[i] for i in traced))
 
   return run

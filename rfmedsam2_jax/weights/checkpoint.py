@@ -1,8 +1,4 @@
-"""SAM 2 with its parameters as one folder on disk, and what it takes to train on from it.
-
-A checkpoint describes itself: its config lies beside the parameters. Made by `rfmedsam2 convert`
-from other people's files, and by training (`refiner/params` of a run).
-"""
+"""SAM 2 as one folder on disk, parameters and config, and what it takes to train on from it."""
 
 import dataclasses
 import json
@@ -18,21 +14,16 @@ from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
 
-# Fields that change what is computed, but not which parameters there are.
-_FREE = ("image_size", "dtype", "remat", "adapters")
-
 
 class Checkpoint(NamedTuple):
   """config: of the network. params: float32. about: JSON of where it came from."""
-
   config: SAM2Config
   params: Params
   about: dict[str, Any]
 
 
-def save_checkpoint(
-  folder: str | Path, config: SAM2Config, params: Params, about: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: str | Path, config: SAM2Config, params: Params,
+                    about: dict[str, Any]) -> None:
   """Writes a folder that `load_checkpoint` reads without being told a config."""
   save_params(folder, params, about | {"sam2": config_json(config)})
 
@@ -49,18 +40,13 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-  """Reads a checkpoint of SAM 2.
-
-  Raises:
-    UserError: no checkpoint, a damaged one, or one of something else.
-  """
+  """Reads a checkpoint of SAM 2; UserError for none, a damaged one, or one of something else."""
   config, about = read_config(folder)
   try:
     shapes = param_shapes(config)
   except Exception as error:  # Flax raises many kinds for sizes that do not fit together
     raise UserError(
-      f"{folder}: its config describes no network ({first_line(error)}); make it anew"
-    ) from None
+      f"{folder}: its config describes no network ({first_line(error)}); make it anew") from None
   return Checkpoint(config, load_params(folder, shapes), about)
 
 
@@ -71,8 +57,7 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
     raise UserError(f"{folder}: no such checkpoint; check the path or make one, docs/convert.md")
   if not (path / "about").is_dir():
     raise UserError(
-      f"{folder}: is no checkpoint of this program; make one from it with rfmedsam2 convert"
-    )
+      f"{folder}: is no checkpoint of this program; make one from it with rfmedsam2 convert")
   about = read_about(folder)
   if not isinstance(about, dict) or not isinstance(about.get("sam2"), dict):
     raise UserError(f"{folder}: is a checkpoint, but not of SAM 2; give one of SAM 2")
@@ -82,18 +67,15 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
       raise ValueError(f"sam2.{unknown[0]} is unknown")
     return pydantic.TypeAdapter(SAM2Config).validate_python(about["sam2"]), about
   except ValueError as error:  # pydantic's is one
-    raise UserError(
-      f"{folder}: was made by another version ({first_line(error)} in its config); make it anew"
-    ) from None
+    raise UserError(f"{folder}: was made by another version ({first_line(error)} in its config); "
+                    "make it anew") from None
 
 
 def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
   """Parameters with all adapters of `config`: fresh where there were none, kept where there were.
 
   Fresh adapters are the identity: the network computes the same bits with them as without.
-
-  Raises:
-    ValueError: `params` is of another network, or has adapters that `config` has not.
+  ValueError if `params` is of another network, or has adapters that `config` has not.
   """
   fresh, given = flatten_dict(init_params(config, key), sep="/"), flatten_dict(params, sep="/")
   for path, x in given.items():
@@ -106,25 +88,19 @@ def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
 
 def first_difference(ours: SAM2Config, theirs: SAM2Config) -> str | None:
   """The first field by which two configs have other parameters, adapters apart; None if none."""
-  for field in dataclasses.fields(SAM2Config):
-    if field.name not in _FREE and getattr(ours, field.name) != getattr(theirs, field.name):
-      return field.name
-  return None
+  # But for fields that change what is computed, and not which parameters there are.
+  free = ("image_size", "dtype", "remat", "adapters")
+  names = (field.name for field in dataclasses.fields(SAM2Config) if field.name not in free)
+  return next((name for name in names if getattr(ours, name) != getattr(theirs, name)), None)
 
 
 def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
-  """Sees to it that `starting_params` will work, without reading parameters.
-
-  Raises:
-    UserError: no checkpoint, or one of another network than `config`.
-  """
+  """UserError for no checkpoint, or one of another network than `config`; reads no parameters."""
   found, _ = read_config(folder)
-  name = first_difference(config, found)
-  if name is not None:
+  if name := first_difference(config, found):
     raise UserError(
       f"{folder}: its network has {name}={short(getattr(found, name))}, the config has sam2."
-      f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint"
-    )
+      f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint")
   theirs, ours = found.adapters, config.adapters
   sizes = {"dwconv": ["width"], "cnn": ["width"], "mask": ["mask_width", "mask_reach"]}
   for kind, fields in sizes.items():
@@ -136,13 +112,8 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
 
 
 def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Params:
-  """The parameters of a checkpoint for training `config`, with fresh adapters where it has none.
-
-  The image sides may differ: whatever depends on them is computed and not learned.
-
-  Raises:
-    UserError: see `check_starting_point`.
-  """
+  """The parameters of a checkpoint for training `config`, with fresh adapters where it has none."""
+  # The image sides may differ: whatever depends on them is computed and not learned.
   check_starting_point(folder, config)
   return with_adapters(load_checkpoint(folder).params, config, key)
 

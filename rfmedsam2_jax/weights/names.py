@@ -1,8 +1,7 @@
 """Where every tensor of an official SAM 2 checkpoint belongs in our parameter tree, and back.
 
-Works on numpy arrays, so that it needs neither PyTorch nor a device. Names are those of sam2 1.1.0
-(`SAM2Base.state_dict()`). Our tree has the same submodules; what differs is written down here: the
-numbers of lists join the name before them, and the axes of kernels.
+Names are those of sam2 1.1.0 (`SAM2Base.state_dict()`). Our tree has the same submodules, but the
+numbers of lists join the name before them, and axes of kernels differ:
 
     sam_mask_decoder.transformer.layers.0.self_attn.q_proj.weight  [out, in]
     sam_mask_decoder/transformer/layers_0/self_attn/q_proj/kernel  [in, out]
@@ -26,17 +25,10 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How a tensor differs between the two sides, besides the place that its name gives it.
-
-  Attributes:
-    leaf: what `weight` is called here; "" where the tensor has the name of the module above it.
-    drop: official axes of length 1 that we do without.
-    axes: which of the remaining official axes are our axes, in order; empty leaves them.
-  """
-
-  leaf: str = ""
-  drop: tuple[int, ...] = ()
-  axes: tuple[int, ...] = ()
+  """How a tensor differs between the two sides, besides the place that its name gives it."""
+  leaf: str = ""  # what `weight` is called here; "" where it has the name of the module above it
+  drop: tuple[int, ...] = ()  # official axes of length 1 that we do without
+  axes: tuple[int, ...] = ()  # which of the other official axes are ours, in order; empty: all
 
   def to_ours(self, x: np.ndarray) -> np.ndarray:
     x = x.squeeze(self.drop)
@@ -48,7 +40,7 @@ class Layout:
 
 
 # The first pattern that fits the whole official name gives the layout.
-_TABLE: tuple[tuple[str, Layout], ...] = (
+_TABLE = (
   (r"maskmem_tpos_enc", Layout(drop=(1, 2))),
   (r"no_mem_embed|no_mem_pos_enc", Layout(drop=(0, 1))),
   (r"no_obj_ptr|no_obj_embed_spatial", Layout(drop=(0,))),
@@ -69,14 +61,8 @@ _BY_RANK = {
 
 
 def place(name: str, rank: int) -> tuple[Path, Layout]:
-  """Our path and layout of the official tensor `name` with `rank` axes.
-
-  Raises:
-    ValueError: SAM 2 has no tensor of this name.
-  """
-  layout = _table_layout(name)
-  if layout is None and name.endswith(".weight"):
-    layout = _BY_RANK.get(rank)
+  """Our path and layout of the official tensor `name` with `rank` axes; ValueError if none."""
+  layout = _table_layout(name) or (_BY_RANK.get(rank) if name.endswith(".weight") else None)
   if layout is None:
     raise ValueError(f"{name} with {rank} axes is no tensor of SAM 2")
   name = name.removesuffix(".weight")
@@ -100,25 +86,17 @@ def _table_layout(name: str) -> Layout | None:
 def from_official(state: Mapping[str, np.ndarray], config: SAM2Config) -> dict[str, Any]:
   """The parameters of an official checkpoint as our tree, without adapters.
 
-  Args:
-    state: `state_dict()` of the official model as float32 arrays.
-    config: the size that the checkpoint has.
-
-  Raises:
-    ValueError: tensors are missing, left over or of other shapes than `config` has.
+  `state` is the official model's `state_dict()` as float32 arrays. ValueError if tensors are
+  missing, left over or of other shapes than `config` has.
   """
   expected = tensor_shapes(config)
-  found: dict[Path, np.ndarray] = {}
-  for name, x in state.items():
-    path, layout = place(name, x.ndim)
-    found[path] = layout.to_ours(x)
-  complaints = [f"missing {'/'.join(path)}" for path in expected.keys() - found.keys()]
-  complaints += [f"left over {'/'.join(path)}" for path in found.keys() - expected.keys()]
-  complaints += [
-    f"{'/'.join(path)} is {found[path].shape} and should be {expected[path]}"
-    for path in expected.keys() & found.keys()
-    if found[path].shape != expected[path]
-  ]
+  places = ((place(name, x.ndim), x) for name, x in state.items())
+  found = {path: layout.to_ours(x) for (path, layout), x in places}
+  complaints = [
+    *(f"missing {'/'.join(path)}" for path in expected.keys() - found.keys()),
+    *(f"left over {'/'.join(path)}" for path in found.keys() - expected.keys()),
+    *(f"{'/'.join(path)} is {found[path].shape} and should be {expected[path]}"
+      for path in expected.keys() & found.keys() if found[path].shape != expected[path])]
   if complaints:
     shown = "; ".join(sorted(complaints)[:5])
     raise ValueError(f"{len(complaints)} tensors do not fit this config: {shown}")
@@ -127,22 +105,18 @@ def from_official(state: Mapping[str, np.ndarray], config: SAM2Config) -> dict[s
 
 def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The inverse of `from_official`; adapters, which no official checkpoint has, are left out."""
-  state = {}
-  for path, x in flatten_dict(params).items():
-    if "adapter" not in path:
-      name, layout = official_place(path, x.ndim)
-      state[name] = np.ascontiguousarray(layout.to_official(np.asarray(x)))
-  return state
+  ours = {path: x for path, x in flatten_dict(params).items() if "adapter" not in path}
+  places = ((official_place(path, x.ndim), x) for path, x in ours.items())
+  return {name: np.ascontiguousarray(layout.to_official(np.asarray(x)))
+          for (name, layout), x in places}
 
 
 def official_shapes(config: SAM2Config) -> dict[str, tuple[int, ...]]:
   """Name and shape of every tensor of an official checkpoint of this size."""
-  shapes = {}
-  for path, shape in tensor_shapes(config).items():
-    name, layout = official_place(path, len(shape))
-    # A view of a single number: nothing of this size is made.
-    shapes[name] = layout.to_official(np.broadcast_to(np.float32(0), shape)).shape
-  return shapes
+  # Views of a single number: nothing of these sizes is made.
+  views = {path: np.broadcast_to(np.float32(0), s) for path, s in tensor_shapes(config).items()}
+  places = ((official_place(path, x.ndim), x) for path, x in views.items())
+  return {name: layout.to_official(x).shape for (name, layout), x in places}
 
 
 @functools.cache

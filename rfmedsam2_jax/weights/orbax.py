@@ -1,7 +1,7 @@
 """Parameters on disk: an Orbax checkpoint that describes itself.
 
-`<folder>/params` holds the parameter tree, `<folder>/about` a JSON of what it is (config, where it
-came from, versions). Writing is atomic: a folder that exists is complete.
+`<folder>/params` is the parameter tree, `<folder>/about` a JSON of what it is (config, source,
+versions). Writing is atomic: a folder that exists is complete.
 """
 
 import zlib
@@ -18,20 +18,13 @@ from rfmedsam2_jax.nn.layers import Params
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
-  """Writes params and a JSON-serialisable description; replaces what was there.
-
-  Weights that training held in bfloat16 become float32, so that every checkpoint is read alike.
-  """
+  """Writes params, bfloat16 as float32, and a JSON-serialisable description over what was there."""
+  # Weights that training held in bfloat16, so that every checkpoint is read alike.
   params = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, params)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    checkpointer.save(
-      Path(folder).absolute(),
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        about=ocp.args.JsonSave(about | {"checksum": checksum(params)}),
-      ),
-      force=True,
-    )
+    checkpointer.save(Path(folder).absolute(), force=True, args=ocp.args.Composite(
+      params=ocp.args.StandardSave(params),
+      about=ocp.args.JsonSave(about | {"checksum": checksum(params)})))
 
 
 def checksum(params: Params) -> str:
@@ -45,17 +38,15 @@ def checksum(params: Params) -> str:
 def load_params(folder: str | Path, like: Params) -> Params:
   """Parameters of the shapes and dtypes of `like` (arrays or jax.ShapeDtypeStruct).
 
-  Raises:
-    UserError: no checkpoint, a damaged one, or one of another network.
+  UserError for no checkpoint, a damaged one, or one of another network.
   """
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
   folder = Path(folder).absolute()
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
   try:
-    found = _restore(
-      folder, params=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
-    )
+    found = _restore(folder, params=ocp.args.StandardRestore(abstract),
+                     about=ocp.args.JsonRestore())
     for (path, x), wanted in zip(jax.tree_util.tree_leaves_with_path(found["params"]),
                                  jax.tree.leaves(abstract), strict=True):
       if x.shape != wanted.shape:
@@ -68,8 +59,7 @@ def load_params(folder: str | Path, like: Params) -> Params:
   except Exception as error:
     raise UserError(
       f"{folder}: cannot be read as a checkpoint of this network ({first_line(error)}); "
-      "check that the run is complete and was made with this config"
-    ) from error
+      "check that the run is complete and was made with this config") from error
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
@@ -77,9 +67,7 @@ def read_about(folder: str | Path) -> dict[str, Any]:
   try:
     return _restore(Path(folder).absolute(), about=ocp.args.JsonRestore())["about"]
   except Exception as error:  # as above
-    raise UserError(
-      f"{folder}: is damaged ({first_line(error)}); copy or make it anew"
-    ) from error
+    raise UserError(f"{folder}: is damaged ({first_line(error)}); copy or make it anew") from error
 
 
 def _restore(folder: Path, **wanted: Any) -> Any:
