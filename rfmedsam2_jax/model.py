@@ -70,7 +70,7 @@ def untrained(config: Config, plan: Plan) -> Segmenter:
     plan=plan,
     unet=generator_network(config.generator, plan),
     generator={},
-    sam2=SAM2(config.sam2.network),
+    sam2=SAM2(config.sam2),
     refiner=None,
     refinement=config.refinement,
     inference=config.inference,

@@ -19,7 +19,6 @@ import yaml
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.config.retired import without_retired
-from rfmedsam2_jax.config.sam2 import SAM2Options
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.refinement.config import PRESETS as REFINEMENTS
@@ -76,7 +75,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "config", trained: bool 
 
 def config_tree(config: Config) -> dict[str, Any]:
   """All values as nested dictionaries with the keys of files."""
-  return dataclasses.asdict(config) | {"sam2": dataclasses.asdict(config.sam2.network)}
+  return dataclasses.asdict(config)
 
 
 def config_yaml(config: Config) -> str:
@@ -88,13 +87,13 @@ def config_yaml(config: Config) -> str:
   return yaml.safe_dump(json.loads(json.dumps(config_tree(config))), sort_keys=False)
 
 
-def _sam2(tree: Mapping[str, Any], source: str) -> SAM2Options:
+def _sam2(tree: Mapping[str, Any], source: str) -> SAM2Config:
   """The network of a preset and of what stands beside it."""
   changes = dict(tree)
   preset = _preset(changes, PRESETS, source, "sam2")
   if preset is not None:
     changes = _merged(dataclasses.asdict(preset), changes)
-  return SAM2Options.of(_validated(SAM2Config, changes, source, "sam2."))
+  return _validated(SAM2Config, changes, source, "sam2.")
 
 
 def _refinement(tree: Mapping[str, Any], source: str) -> dict[str, Any]:

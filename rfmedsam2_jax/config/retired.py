@@ -17,24 +17,31 @@ from rfmedsam2_jax.config.training import (
   MaskAdapterLoopConfig,
   MaskAdapterOptimizerConfig,
   RefinerConfig,
+  RefinerOptimizerConfig,
 )
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
 from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import PlanConfig
 from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig
+from rfmedsam2_jax.data.splits import SplitConfig
+from rfmedsam2_jax.nn.losses import RefinerLossConfig
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
 from rfmedsam2_jax.segmentation.config import InferenceConfig
 
 # Where the options were, `*` for every stage; the class that has the constants; their names.
 _WHERE: tuple[tuple[str, Any, str], ...] = (
   ("data.loader", LoaderConfig, "threads"),
+  ("data.split", SplitConfig, "folds"),
   ("plan", PlanConfig, "voxel_budget"),
   *((f"{phase}.augmentation", AugmentationConfig,
-     "rotation noise noise_probability blur blur_probability brightness brightness_probability "
-     "contrast contrast_probability gamma gamma_probability gamma_inverted_probability")
+     "rotation rotation_probability scaling scaling_probability noise noise_probability blur "
+     "blur_probability brightness brightness_probability contrast contrast_probability gamma "
+     "gamma_probability gamma_inverted_probability")
     for phase in ("generator", "refiner")),
   ("generator.loss", GeneratorConfig.loss, "dice cross_entropy batch_dice"),
   ("refiner", RefinerConfig, "box_jitter oversample_foreground"),
+  ("refiner.loss", RefinerLossConfig, "dice"),
+  ("refiner.optimizer", RefinerOptimizerConfig, "schedule"),
   ("refiner.corruption", PromptCorruptionConfig, "island_radius"),
   ("refiner.mask_adapter", MaskAdapterConfig, "microbatches"),
   ("refiner.mask_adapter.loop", MaskAdapterLoopConfig,
@@ -43,14 +50,17 @@ _WHERE: tuple[tuple[str, Any, str], ...] = (
    "name schedule weight_decay ema_decay"),
   ("refinement", RefinementConfig, "threshold box_margin slices_per_batch"),
   ("refinement.stages.*", StageConfig, "loss_weight"),
+  ("inference", InferenceConfig, "batch_size"),
   ("inference.warnings", InferenceConfig.warnings,
    "stage_dice spacing_factor extent_factor intensity_factor intensity_distance"),
 )
 RETIRED: dict[str, Any] = {
   f"{path}.{name}": getattr(owner, name) for path, owner, names in _WHERE for name in names.split()}
+RETIRED |= {f"{phase}.augmentation.intensity": 1.0 for phase in ("generator", "refiner")}
 
 # What only training reads: of no consequence for networks that are trained.
 _OF_TRAINING = ("data.", "plan.", "generator.", "refiner.")
+_OF_NO_CONSEQUENCE = {"data.loader.prefetch": None}  # for what is computed
 
 
 def without_retired(tree: Any, source: str, trained: bool = False) -> Any:
@@ -62,8 +72,8 @@ def without_retired(tree: Any, source: str, trained: bool = False) -> Any:
   Raises:
     UserError: one of them is not what is now fixed.
   """
-  for path, constant in RETIRED.items():
-    passed_over = trained and path.startswith(_OF_TRAINING)
+  for path, constant in (RETIRED | _OF_NO_CONSEQUENCE).items():
+    passed_over = constant is None or (trained and path.startswith(_OF_TRAINING))
     tree = _without(tree, path.split("."), constant, source, "", passed_over)
   return tree
 

@@ -6,7 +6,6 @@ from rfmedsam2_jax.nn.sam2 import SAM2Config
 
 _TINY = SAM2Config(
   embed_dim=96,
-  trunk_heads=1,
   stages=(1, 2, 7, 2),
   global_att_blocks=(5, 7, 9),
   window_pos_embed_bkg_spatial_size=(7, 7),
@@ -15,7 +14,6 @@ _SMALL = dataclasses.replace(_TINY, stages=(1, 2, 11, 2), global_att_blocks=(7, 
 _BASE_PLUS = SAM2Config()
 _LARGE = SAM2Config(
   embed_dim=144,
-  trunk_heads=2,
   stages=(2, 6, 36, 4),
   global_att_blocks=(23, 33, 43),
   window_pos_embed_bkg_spatial_size=(7, 7),
@@ -27,7 +25,6 @@ _SIZES = {"tiny": _TINY, "small": _SMALL, "base_plus": _BASE_PLUS, "large": _LAR
 _NANO = SAM2Config(
   image_size=192,
   embed_dim=24,
-  trunk_heads=1,
   stages=(1, 1, 2, 1),
   global_att_blocks=(3,),
   window_spec=(8, 4, 6, 6),
@@ -38,7 +35,6 @@ _NANO = SAM2Config(
   memory_ffn=128,
   memory_mask_channels=(4, 8, 16, 32),
   fuser_layers=1,
-  decoder_mlp=128,
   decoder_heads=4,
   iou_hidden=64,
 )
@@ -46,9 +42,7 @@ _NANO = SAM2Config(
 PRESETS: dict[str, SAM2Config] = {
   **{f"sam2.1_hiera_{name}": size for name, size in _SIZES.items()},
   **{
-    f"sam2_hiera_{name}": dataclasses.replace(
-      size, absent_embedding=False, pointer_positions=False
-    )
+    f"sam2_hiera_{name}": dataclasses.replace(size, absent_embedding=False)
     for name, size in _SIZES.items()
   },
   "nano": _NANO,

@@ -149,7 +149,7 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
 
 
 def refiner_phase(config: Config, plan: Plan) -> Phase:
-  settings, sam2 = config.refiner, config.sam2.network
+  settings, sam2 = config.refiner, config.sam2
   structures = min(settings.structures, len(plan.labels.structures))
   runs, length, side = settings.batch_size, settings.slices, sam2.image_size
   masks = jax.ShapeDtypeStruct((runs, structures, length, side // 4, side // 4), jnp.float32)
@@ -199,7 +199,7 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
   phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
   return phase._replace(
     name="mask_adapter",
-    loss=refiner_loss_fn(SAM2(config.sam2.network), settings, config.refinement, masks_alone=True),
+    loss=refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True),
   )
 
 

@@ -79,7 +79,7 @@ def train(
   mesh = make_mesh(config.mesh)
   check_batches(config, phase_names(config), mesh)
   if config.refiner.init_from and not resume:
-    _check_source(config.refiner.init_from, config.sam2.network, out)
+    _check_source(config.refiner.init_from, config.sam2, out)
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
       report = silent
