@@ -12,11 +12,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-  """One collective operation.
-
-  kind: one of KINDS. bytes: of its result, on one device. arrays: number of arrays that it
-  combines. largest: bytes of the largest of them.
-  """
+  """One operation of KINDS: bytes of its result on one device, arrays combined, largest's bytes."""
 
   kind: str
   bytes: int
@@ -27,13 +23,8 @@ class Collective(NamedTuple):
 def collectives_of(text: str) -> list[Collective]:
   """The collectives of an optimised HLO module (`compiled.as_text()`), in its order."""
   found = []
-  for line in text.splitlines():
-    match = _LINE.search(line)
-    if match:
-      sizes = [
-        _BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
-        for dtype, shape in _ARRAY.findall(match[1])
-        if dtype in _BYTES
-      ]
-      found.append(Collective(match[2], sum(sizes), len(sizes), max(sizes, default=0)))
+  for match in filter(None, map(_LINE.search, text.splitlines())):
+    sizes = [_BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+             for dtype, shape in _ARRAY.findall(match[1]) if dtype in _BYTES]
+    found.append(Collective(match[2], sum(sizes), len(sizes), max(sizes, default=0)))
   return found

@@ -21,7 +21,7 @@ from rfmedsam2_jax.parallel.mesh import batch_shapes, local_rows, place_batch
 from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
-from rfmedsam2_jax.training.phases import Phase
+from rfmedsam2_jax.training.phases import CONFIG_KEYS, Phase
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.stopping import listening
 from rfmedsam2_jax.training.telemetry import Telemetry
@@ -31,10 +31,8 @@ from rfmedsam2_jax.training.validation import Ranking, score_stages
 class Training(NamedTuple):
   """What the phases of a run have in common.
 
-  held_out: cases that are validated on, in the end all of them.
-  about: what every checkpoint says of the run.
-  report: takes progress lines.
-  profile: leave a trace of a few steps of each phase in `profile/`.
+  held_out: cases that are validated on. about: what every checkpoint says of the run. profile:
+  leave a trace of a few steps of each phase in `profile/`.
   """
 
   run: RunFolder
@@ -121,20 +119,16 @@ def _steps(
 
 
 class _Log:
-  """What is told of the steps of a phase: in log.jsonl, in TensorBoard and on the way.
+  """What is told of the steps of a phase: in log.jsonl, in TensorBoard and on the way."""
 
-  Metrics are kept from one line of the log to the next, with the cases that they come from.
-  """
-
-  def __init__(
-    self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking
-  ):
+  def __init__(self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking):
     self.start, self.stop = start, phase.settings.loop.steps
     self.telemetry = Telemetry(training.run, phase.name, phase.samples, flops, training.profile)
     self._training, self._phase, self._ranking = training, phase, ranking
     self._progress = Progress(f"{phase.name}: step", training.report)
     self._progress(start, self.stop)
     self._began = time.monotonic()
+    # From one line of the log to the next: steps, metrics, and the cases that they come from.
     self._kept: list[tuple[int, dict[str, jax.Array], list[str]]] = []
     self._checked = 0
 
@@ -176,7 +170,7 @@ class _Log:
       self.telemetry.picture(step, "validation", path)
     told = "  ".join(f"{name} {value:.4f}" for name, value in dice.items())
     self._report(f"validation at step {step}: {told}")
-    return list(dice.values())[-1]
+    return [*dice.values()][-1]
 
   def _write(self, step: int, values: dict[str, float], note: Mapping[str, str] = {}) -> None:
     self._training.run.log(self._phase.name, step, {**values, **note})
@@ -198,6 +192,5 @@ class _Log:
     last = latest_checkpoint(run.checkpoints(name))
     raise UserError(
       f"{run.path}: the {name}'s loss is not finite at step {step} (cases {', '.join(names)}); "
-      f"look at these cases or lower {self._phase.config_key}.optimizer.learning_rate, and resume "
-      f"it (last good checkpoint: {last or 'none'})"
-    )
+      f"look at these cases or lower {CONFIG_KEYS[name]}.optimizer.learning_rate, and resume it "
+      f"(last good checkpoint: {last or 'none'})")

@@ -1,7 +1,7 @@
 """The phases of training as data: which network, what of it is trained, on what batches.
 
 In: a config and a plan. Used where they are trained (train_networks) and where only their shapes
-are looked at (shard). What differs between phases is said here and nowhere else.
+are looked at (shard).
 """
 
 import dataclasses
@@ -54,21 +54,16 @@ CONFIG_KEYS: dict[PhaseName, str] = {
   "generator": "generator", "mask_adapter": "refiner.mask_adapter", "refiner": "refiner"
 }
 # (folder of the run, cases, rows, start): some rows of batch `start` and of those after it.
-Batches = Callable[
-  [Path, Sequence[str], Sequence[int], int], Iterator[dict[str, np.ndarray]]
-]
+Batches = Callable[[Path, Sequence[str], Sequence[int], int], Iterator[dict[str, np.ndarray]]]
 
 
 class Phase(NamedTuple):
   """What is trained.
 
-  network: whose parameters it trains.
-  init: random parameters from a key.
-  patterns: of the paths that are trained.
-  batch: shapes of a whole batch, see data.pipeline.
-  batches: the batches themselves; "case" of one numbers the cases.
-  samples: what one step goes through, by name; volumes are crops of one each.
-  about: what a checkpoint says of the network.
+  network: whose parameters it trains. init: random ones from a key. patterns: of the paths that are
+  trained. batch: shapes of a whole batch, see data.pipeline. batches: the batches themselves;
+  "case" of one numbers the cases. samples: what one step goes through, by name; volumes are crops
+  of one each. about: what a checkpoint says of the network.
   """
 
   name: PhaseName
@@ -81,11 +76,6 @@ class Phase(NamedTuple):
   batches: Batches
   samples: dict[str, int]
   about: dict[str, Any]
-
-  @property
-  def config_key(self) -> str:
-    """Where its settings lie in the config."""
-    return CONFIG_KEYS[self.name]
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
@@ -129,20 +119,15 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
     return generator_batches(
       Cases(run / "preprocessed", cases, config.seed), plan.patch_size, settings.augmentation,
       settings.oversample_foreground,
-      BatchConfig(settings.batch_size, rows, start, config.data.loader),
-    )
+      BatchConfig(settings.batch_size, rows, start, config.data.loader))
 
   return Phase(
     "generator", "generator", settings,
-    init=functools.partial(init_generator, unet, channels),
-    patterns=("*",),
+    init=functools.partial(init_generator, unet, channels), patterns=("*",),
     loss=generator_loss_fn(unet, settings, labels.membership, labels.regions),
-    batch={
-      "image": jax.ShapeDtypeStruct((*size, channels), jnp.float32),
-      "target": jax.ShapeDtypeStruct(size, jnp.uint8),
-    },
-    batches=batches,
-    samples={"volumes": settings.batch_size},
+    batch={"image": jax.ShapeDtypeStruct((*size, channels), jnp.float32),
+           "target": jax.ShapeDtypeStruct(size, jnp.uint8)},
+    batches=batches, samples={"volumes": settings.batch_size},
     about={"generator": generator_json(
       unet, channels, [[structure.name, structure.values] for structure in labels.structures])},
   )
@@ -155,8 +140,7 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
   masks = jax.ShapeDtypeStruct((runs, structures, length, side // 4, side // 4), jnp.float32)
   sample = RunConfig(
     side, length, structures, config.data.sam_channels, config.data.sam_context,
-    settings.oversample_foreground,
-  )
+    settings.oversample_foreground)
 
   def init(key: jax.Array) -> Params:
     return with_frozen_as(settings.frozen_dtype, init_params(sam2, key), settings.trainable)
@@ -165,19 +149,14 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
     return refiner_batches(
       Cases(run / "preprocessed", cases, config.seed, run / "prompts"), sample,
       plan.labels.membership, settings.augmentation, settings.corruption,
-      BatchConfig(runs, rows, start, config.data.loader),
-    )
+      BatchConfig(runs, rows, start, config.data.loader))
 
   return Phase(
-    "refiner", "refiner", settings,
-    init=init,
-    patterns=settings.trainable,
+    "refiner", "refiner", settings, init=init, patterns=settings.trainable,
     loss=refiner_loss_fn(SAM2(sam2), settings, config.refinement),
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
-      "masks": masks,
-      "known": masks,
-      "logits": masks,
+      "masks": masks, "known": masks, "logits": masks,
       "inside": jax.ShapeDtypeStruct((runs, length), jnp.bool_),
       "depth": jax.ShapeDtypeStruct((runs,), jnp.int32),
       "structures": jax.ShapeDtypeStruct((runs, structures), jnp.int32),
@@ -192,15 +171,11 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
   """The MaskAdapter alone, on the refiner's batches; its parameters are all of SAM 2's."""
   alone = config.refiner.mask_adapter
   settings = dataclasses.replace(
-    config.refiner,
-    trainable=("sam_mask_decoder/adapter/*",),
-    **{field.name: getattr(alone, field.name) for field in dataclasses.fields(alone)},
-  )
+    config.refiner, trainable=("sam_mask_decoder/adapter/*",),
+    **{field.name: getattr(alone, field.name) for field in dataclasses.fields(alone)})
   phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
-  return phase._replace(
-    name="mask_adapter",
-    loss=refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True),
-  )
+  loss = refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True)
+  return phase._replace(name="mask_adapter", loss=loss)
 
 
 PHASES: dict[PhaseName, Callable[[Config, Plan], Phase]] = {

@@ -24,14 +24,7 @@ from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.plan import Plan, PlanConfig, load_plan, make_plan, save_plan
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess, save_case, stored_cases
 from rfmedsam2_jax.data.run_folder import RunFolder, versions
-from rfmedsam2_jax.data.splits import (
-  Split,
-  SplitConfig,
-  divide,
-  load_split,
-  make_split,
-  save_split,
-)
+from rfmedsam2_jax.data.splits import Split, SplitConfig, divide, load_split, make_split, save_split
 from rfmedsam2_jax.model import untrained
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.parallel import hosts
@@ -102,8 +95,7 @@ def train(
     segmenter = train_generator(training, phases["generator"], segmenter, for_generator)
     write_prompts(run, segmenter, for_refiner, report)
     segmenter = train_refiner(
-      training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner
-    )
+      training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner)
     if run.writes:
       save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = validate_run(run, segmenter, held_out, report)
@@ -130,8 +122,7 @@ def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Sp
   if not (resume and path.exists()):
     return make_split(identifiers, config)
   split = load_split(path)
-  gone = sorted({*split.train, *split.validation} - set(identifiers))
-  if gone:
+  if gone := sorted({*split.train, *split.validation} - set(identifiers)):
     raise UserError(f"{path}: case {gone[0]} is no longer in the data set; put it back or train "
                     "into another folder")
   return split
@@ -150,22 +141,17 @@ def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFol
 
 def _check_same_config(run: RunFolder, config: Config) -> None:
   # Where and how fast it is computed may change; what is computed may not.
-  before = load_config(run.config)
-  replace = dataclasses.replace
+  before, replace = load_config(run.config), dataclasses.replace
   before = replace(
-    before,
-    mesh=config.mesh,
-    data=replace(before.data, loader=config.data.loader),
+    before, mesh=config.mesh, data=replace(before.data, loader=config.data.loader),
     generator=replace(before.generator, remat=config.generator.remat),
-    sam2=replace(before.sam2, remat=config.sam2.remat),
-  )
+    sam2=replace(before.sam2, remat=config.sam2.remat))
   if before != config:
     old, new = _flat(config_tree(before)), _flat(config_tree(config))
     key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
     raise UserError(
       f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume it with the "
-      "config that it has, or train into another folder"
-    )
+      "config that it has, or train into another folder")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -186,8 +172,7 @@ def _plan(
     if run.writes and not (run / "plan.json").exists():
       train_cases = [case for case in dataset.cases if case.identifier in set(split.train)]
       fingerprint = make_fingerprint(
-        dataset, train_cases, progress=Progress("fingerprint, cases", report)
-      )
+        dataset, train_cases, progress=Progress("fingerprint, cases", report))
       save_json(run / "fingerprint.json", fingerprint)
       save_plan(run / "plan.json", make_plan(fingerprint, config))
   plan = load_plan(run / "plan.json")

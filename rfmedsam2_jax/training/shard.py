@@ -16,19 +16,13 @@ from rfmedsam2_jax.training.step_report import report_step
 
 
 def shard(
-  config: Config,
-  channels: int,
-  structures: int,
-  phases: Sequence[PhaseName],
-  report: Callable[[str], None] = print,
-  compiles: bool = True,
-  progress: Report = silent,
+  config: Config, channels: int, structures: int, phases: Sequence[PhaseName],
+  report: Callable[[str], None] = print, compiles: bool = True, progress: Report = silent,
 ) -> None:
   """Reports what every device would hold and send; reads no data.
 
   Args:
-    channels, structures: of the data set.
-    phases: whose steps, see training.phases.Phase.
+    channels, structures: of the data set. phases: whose steps.
     compiles: False leaves out what only the compiled step tells.
     progress: takes lines about what is done.
 
@@ -52,10 +46,8 @@ def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
     raise UserError("plan.patch_size: is left to the data set, which is not read here; give it, as "
                     "in plan.patch_size=[96,160,160]")
   strides, kernels, size = pooling(np.array(spacing), np.array(patch), config.poolings)
-  labels = Labels(
-    tuple(Structure(f"structure {k}", (k,)) for k in range(1, structures + 1)), False,
-    tuple(range(1, structures + 1)),
-  )
+  values = tuple(range(1, structures + 1))
+  labels = Labels(tuple(Structure(f"structure {k}", (k,)) for k in values), False, values)
   rules = tuple(ChannelRule(f"channel {k}", "zscore") for k in range(channels))
   depth, height, width = (int(n) for n in size)
   patch = depth, height, width

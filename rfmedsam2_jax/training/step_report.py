@@ -23,11 +23,7 @@ GIB = 2**30
 
 
 def report_step(
-  phase: Phase,
-  state: Any,
-  mesh: Mesh,
-  report: Callable[[str], None],
-  compiles: bool = True,
+  phase: Phase, state: Any, mesh: Mesh, report: Callable[[str], None], compiles: bool
 ) -> None:
   """Reports one phase's step: decisions, bytes per device, collectives.
 
@@ -40,38 +36,29 @@ def report_step(
   for name in ("trained", "frozen"):
     for line in decisions(getattr(state, name), name, mesh):
       report(line)
-  held = {
-    "trained parameters": state.trained,
-    "frozen parameters": state.frozen,
-    "gradients": state.trained,
-    "averaged parameters": state.ema,
-    "optimizer": state.optimizer,
-  }
+  held = {"trained parameters": state.trained, "frozen parameters": state.frozen,
+          "gradients": state.trained, "averaged parameters": state.ema,
+          "optimizer": state.optimizer}
   report(f"  {'per device':22s} {'GiB':>9s} {'of':>9s}")
   for name, tree in held.items():
     report(f"  {name:22s} {bytes_per_device(tree, mesh) / GIB:9.4f} {_bytes(tree) / GIB:9.4f}")
-  parts = batch_shards(mesh)
   batch = _bytes(phase.batch)
-  report(f"  {'batch':22s} {batch / parts / GIB:9.4f} {batch / GIB:9.4f}")
+  report(f"  {'batch':22s} {batch / batch_shards(mesh) / GIB:9.4f} {batch / GIB:9.4f}")
   if not compiles:
     return
   placed = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    state, shardings(state, mesh),
-  )
+    state, shardings(state, mesh))
   compiled = phase.step(state, mesh).lower(placed, batch_shapes(phase.batch, mesh)).compile()
-  memory = compiled.memory_analysis()
-  if memory is not None:
+  if (memory := compiled.memory_analysis()) is not None:
     report(f"  {'activations, others':22s} {memory.temp_size_in_bytes / GIB:9.4f}   (as compiled "
            "for a CPU)")
-  flops = flops_of(compiled)
-  if flops:
+  if flops := flops_of(compiled):
     report(f"  arithmetic: {flops / 1e12:.3f} TFLOP per device and step (bodies of loops "
            "are counted once)")
   found = collectives_of(compiled.as_text())
   for kind in KINDS:
-    some = [c for c in found if c.kind == kind]
-    if some:
+    if some := [c for c in found if c.kind == kind]:
       report(f"  {kind}: {len(some)}, {sum(c.bytes for c in some) / GIB:.4f} GiB per step, largest "
              f"array {max(c.largest for c in some) / 2**20:.2f} MiB")
   if not found:
@@ -87,8 +74,7 @@ def decisions(tree: Any, name: str, mesh: Mesh) -> Iterator[str]:
     groups[re.sub(r"\d+", "*", path), shapes[path], spec, placement.reason].append(path)
   for (pattern, shape, spec, reason), paths in groups.items():
     sizes = ", ".join(
-      f"{size}/{axis}" if axis else str(size) for size, axis in zip(shape, spec, strict=True)
-    )
+      f"{size}/{axis}" if axis else str(size) for size, axis in zip(shape, spec, strict=True))
     count = f" ({len(paths)})" if len(paths) > 1 else ""
     yield f"  {name} {pattern if len(paths) > 1 else paths[0]}{count} [{sizes}] {reason}"
 
@@ -104,6 +90,5 @@ def _bytes(tree: Any) -> int:
 
 
 def _size(x: Any) -> int:
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return 8
-  return math.prod(x.shape) * x.dtype.itemsize
+  is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return 8 if is_key else math.prod(x.shape) * x.dtype.itemsize

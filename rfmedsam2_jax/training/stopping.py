@@ -13,11 +13,7 @@ from rfmedsam2_jax.base import command
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[int], bool]]:
-  """Listens to SIGTERM as long as it lasts, so that what cannot be left halfway is finished.
-
-  Gives a function that says whether to stop after a step: the same answer, at the same step, in
-  every process.
-  """
+  """Gives a function that says whether to stop after a step, the same in every process."""
   if jax.process_count() > 1:  # they agree through JAX's own listener
     yield multihost_utils.reached_preemption_sync_point
     return

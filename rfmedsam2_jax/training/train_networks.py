@@ -1,7 +1,6 @@
 """The networks of a run: trained phase after phase in its folder, or loaded where they are.
 
-In: phases, prepared cases. Out: a segmenter with what is trained so far. Used by run, which puts
-the parts of a run in their order.
+In: phases, prepared cases. Out: a segmenter with what is trained so far.
 """
 
 import dataclasses
@@ -39,9 +38,7 @@ def _count(params: Any) -> str:
 
 def _begun(run: RunFolder, *phases: str) -> bool:
   """Whether one of these phases has parameters of its own, which replace all that it is given."""
-  return any(
-    run.params(phase).is_dir() or latest_checkpoint(run.checkpoints(phase)) for phase in phases
-  )
+  return any(run.params(x).is_dir() or latest_checkpoint(run.checkpoints(x)) for x in phases)
 
 
 def check_generator(run: RunFolder, phase: Phase) -> None:
@@ -77,16 +74,12 @@ def train_generator(
     if not settings.loop.steps:
       _save(training, phase, params)
       training.report("generator: used as it is, no steps")
-  return dataclasses.replace(
-    segmenter, generator=_trained(training, phase, segmenter, cases, params, key)
-  )
+  params = _trained(training, phase, segmenter, cases, params, key)
+  return dataclasses.replace(segmenter, generator=params)
 
 
 def train_refiner(
-  training: Training,
-  mask_adapter: Phase | None,
-  refiner: Phase,
-  segmenter: Segmenter,
+  training: Training, mask_adapter: Phase | None, refiner: Phase, segmenter: Segmenter,
   cases: Sequence[str],
 ) -> Segmenter:
   """Trains SAM 2 as the refiner, its MaskAdapter first, or loads it where it is trained already."""
@@ -100,9 +93,8 @@ def train_refiner(
       adapter_key = jax.random.fold_in(key, 2)
       params = _trained(training, mask_adapter, segmenter, cases, params, adapter_key)
     params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
-  return dataclasses.replace(
-    segmenter, refiner=_trained(training, refiner, segmenter, cases, params, train_key)
-  )
+  params = _trained(training, refiner, segmenter, cases, params, train_key)
+  return dataclasses.replace(segmenter, refiner=params)
 
 
 def _starting_refiner(
@@ -123,11 +115,7 @@ def _starting_refiner(
 
 
 def _trained(
-  training: Training,
-  phase: Phase,
-  segmenter: Segmenter,
-  cases: Sequence[str],
-  params: Params,
+  training: Training, phase: Phase, segmenter: Segmenter, cases: Sequence[str], params: Params,
   key: jax.Array,
 ) -> Params:
   """The parameters at the end of a phase, which starts from `params` if it has not ended yet."""
