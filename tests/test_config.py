@@ -19,8 +19,7 @@ from rfmedsam2_jax.refinement.config import StageConfig
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 OLD_RUN = ROOT / "docs" / "hippocampus" / "config.yaml"  # all values of a run of a former version
-GONE = {*RETIRED, *(f"sam2.{name}" for name in FIXED), "sam2.adapters.mask_reach",
-        "data.loader.prefetch"}
+GONE = {*RETIRED, *(f"sam2.{name}" for name in FIXED), "data.loader.prefetch"}
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
@@ -234,7 +233,7 @@ def test_what_a_trained_run_was_trained_with_does_not_keep_it_from_predicting(tm
     "pointer_positions": True, "adapters": {"mask_reach": 2}}, None),
   ({"trunk_heads": 3}, "sam2: trunk_heads is 3, but is no option any more and always 2"),
   ({"absent_embedding": False, "pointer_positions": True}, "pointer_positions is True"),
-  ({"adapters": {"mask_reach": 1}}, "sam2.adapters: mask_reach is 1"),
+  ({"adapters": {"mask_reach": 1}}, "sam2.adapters.mask_reach: is 1"),
 ])
 def test_sizes_that_follow_from_others_are_passed_over_or_refused(values, says):
   tree = {"sam2": {"preset": "sam2.1_hiera_base_plus"} | values}

@@ -37,6 +37,9 @@ class RefinerOptimizerConfig(_Optimizer):
   schedule: ClassVar[str] = "cosine"
 
 
+Optimizer = OptimizerConfig | RefinerOptimizerConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
   """One phase of training."""

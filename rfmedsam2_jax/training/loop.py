@@ -3,14 +3,18 @@
 import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from rfmedsam2_jax.base import command
 from rfmedsam2_jax.base.errors import Stopped, UserError
 from rfmedsam2_jax.base.progress import Progress, Report, duration
 from rfmedsam2_jax.data.datasets import Case
@@ -23,25 +27,20 @@ from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
 from rfmedsam2_jax.training.phases import CONFIG_KEYS, Phase
 from rfmedsam2_jax.training.state import TrainState
-from rfmedsam2_jax.training.stopping import listening
 from rfmedsam2_jax.training.telemetry import Telemetry
 from rfmedsam2_jax.training.validation import Ranking, score_stages
 
 
 class Training(NamedTuple):
-  """What the phases of a run have in common.
-
-  held_out: cases that are validated on. about: what every checkpoint says of the run. profile:
-  leave a trace of a few steps of each phase in `profile/`.
-  """
+  """What the phases of a run have in common."""
 
   run: RunFolder
   mesh: Mesh
   seed: int
-  held_out: Sequence[Case]
-  about: dict[str, Any]
+  held_out: Sequence[Case]  # that are validated on
+  about: dict[str, Any]  # what every checkpoint says of the run
   report: Report
-  profile: bool
+  profile: bool  # leave a trace of a few steps of each phase in `profile/`
 
 
 def train_phase(
@@ -50,8 +49,7 @@ def train_phase(
   """Trains until the phase has had its steps, from its newest checkpoint where there is one.
 
   Args:
-    segmenter: with the networks that are trained already, for validation.
-    cases: identifiers of those that batches are made of.
+    segmenter: with what is trained already, for validation. cases: that batches are made of.
     state: before the first step, laid out on the mesh.
 
   Raises:
@@ -70,7 +68,7 @@ def train_phase(
     checkpoints.scores |= ranking.known
     if start == loop.steps:
       return state
-    with listening() as stop_after, contextlib.ExitStack() as stack:
+    with _listening() as stop_after, contextlib.ExitStack() as stack:
       compiled = _compiled(training, phase, state)
       log = _Log(training, phase, start, flops_of(compiled), ranking)
       stack.callback(log.telemetry.close)
@@ -90,6 +88,27 @@ def train_phase(
           raise Stopped(f"{run.path}: stopped by SIGTERM; the {name} is saved at step {step} of "
                         f"{loop.steps}, resume it")
   return state
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[Callable[[int], bool]]:
+  """Listens to SIGTERM; gives a function that says whether to stop after a step.
+
+  Preempted machines get it. The answer is the same, at the same step, in every process.
+  """
+  if jax.process_count() > 1:  # they agree through JAX's own listener
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  asked: list[int] = []
+  # Signals come to main threads, and other programs than a command keep their handler.
+  if not command.running() or threading.current_thread() is not threading.main_thread():
+    yield lambda step: False
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+  try:
+    yield lambda step: bool(asked)
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _compiled(training: Training, phase: Phase, state: TrainState) -> Any:
@@ -143,15 +162,12 @@ class _Log:
       rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
       values = self._means() | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
       self._write(step, values)
-      self._report(f"step {step}/{self.stop}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
-                   f"{duration((self.stop - step) / max(rate, 1e-6))} left")
+      left = duration((self.stop - step) / max(rate, 1e-6))
+      self._training.report(f"{self._phase.name}: step {step}/{self.stop}  loss "
+                            f"{values['loss']:.4f}  {rate:.2f} steps/s  {left} left")
 
   def check(self, step: int) -> None:
-    """Waits for the steps up to `step`.
-
-    Raises:
-      UserError: the loss of one of them is not finite; names its cases and the last checkpoint.
-    """
+    """Waits for the steps up to `step`; UserError where the loss of one is not finite."""
     while self._checked < len(self._kept) and self._kept[self._checked][0] <= step:
       number, metrics, drawn = self._kept[self._checked]
       if not math.isfinite(float(metrics["loss"])):
@@ -169,15 +185,12 @@ class _Log:
       save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
       self.telemetry.picture(step, "validation", path)
     told = "  ".join(f"{name} {value:.4f}" for name, value in dice.items())
-    self._report(f"validation at step {step}: {told}")
+    self._training.report(f"{self._phase.name}: validation at step {step}: {told}")
     return [*dice.values()][-1]
 
   def _write(self, step: int, values: dict[str, float], note: Mapping[str, str] = {}) -> None:
     self._training.run.log(self._phase.name, step, {**values, **note})
     self.telemetry.scalars(step, values)
-
-  def _report(self, line: str) -> None:
-    self._training.report(f"{self._phase.name}: {line}")
 
   def _means(self) -> dict[str, float]:
     """Means over the steps that are kept, all of them checked, which are then forgotten."""

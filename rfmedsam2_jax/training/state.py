@@ -15,7 +15,7 @@ import optax
 from flax import traverse_util
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.config.training import OptimizerConfig, RefinerOptimizerConfig
+from rfmedsam2_jax.config.training import Optimizer
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.sam2 import BUFFERS
 
@@ -41,8 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
 def partition(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
   """Splits parameters into those whose path matches a pattern, and the others.
 
-  Args:
-    patterns: fnmatch patterns on paths joined by "/"; `*` also matches "/". Buffers never match.
+  patterns: of fnmatch, on paths joined by "/"; `*` also matches "/". Buffers never match.
 
   Raises:
     UserError: a pattern matches nothing.
@@ -90,9 +89,7 @@ def silenced_decoder(params: Params) -> Params:
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def learning_rate(
-  config: OptimizerConfig | RefinerOptimizerConfig, steps: int
-) -> optax.Schedule:
+def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
   """Linear warm-up, then decay to zero at `steps`."""
   warmup = min(config.warmup_steps, max(steps - 1, 0))
   first, peak = config.learning_rate / max(warmup, 1), config.learning_rate
@@ -103,9 +100,7 @@ def learning_rate(
   return optax.join_schedules([rise, decay], [warmup])
 
 
-def make_optimizer(
-  config: OptimizerConfig | RefinerOptimizerConfig, steps: int
-) -> optax.GradientTransformation:
+def make_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
   rate = learning_rate(config, steps)
   matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
   if config.name == "adamw":

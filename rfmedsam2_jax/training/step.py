@@ -12,12 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
-from rfmedsam2_jax.config.training import (
-  GeneratorConfig,
-  OptimizerConfig,
-  RefinerConfig,
-  RefinerOptimizerConfig,
-)
+from rfmedsam2_jax.config.training import GeneratorConfig, Optimizer, RefinerConfig
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.losses import CellTruth, generator_loss, refiner_loss
@@ -36,10 +31,10 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(
-  loss: Loss, optimizer: optax.GradientTransformation,
-  config: OptimizerConfig | RefinerOptimizerConfig, mesh: Mesh | None = None, microbatches: int = 1,
+  loss: Loss, optimizer: optax.GradientTransformation, config: Optimizer, mesh: Mesh | None = None,
+  microbatches: int = 1,
 ) -> Step:
-  """A step (state, batch) -> (state, metrics), to be compiled.
+  """A step to be compiled.
 
   Args:
     mesh: that states and batches are spread over; None: one device.

@@ -16,11 +16,9 @@ PROFILED = range(4, 7)
 
 
 class Telemetry:
-  """Numbers of a phase, in `tensorboard/PHASE` of the run, and its profile.
+  """Numbers of a phase, in `tensorboard/PHASE` of the run, and a trace in `profile/PHASE` if asked.
 
-  Args:
-    samples: see training.phases.Phase. flops: of a step, on one device.
-    profile: leave a trace of a few steps in `profile/PHASE`.
+  samples: see training.phases.Phase. flops: of a step, on one device.
   """
 
   def __init__(

@@ -42,10 +42,8 @@ def score_stages(
   hosts.each(cases, score, Progress("validation, cases", report, compiles=True))
   names = [case.identifier for case in cases]
   of_cases = {name: stages for part in hosts.gather(found) for name, stages in part.items()}
-  return [
-    Scores(labels.names, 1.0, {name: of_cases[name][stage] for name in names})
-    for stage in range(segmenter.stages)
-  ], shown
+  return [Scores(labels.names, 1.0, {name: of_cases[name][stage] for name in names})
+          for stage in range(segmenter.stages)], shown
 
 
 class Ranking:
