@@ -14,11 +14,7 @@ STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def fixed(*names: str) -> Any:
-  """A part of a dataclass: files may hold these, which are no fields any more, if they are equal.
-
-  Raises:
-    ValueError: one of them, a constant or a property of the class, is another one in the file.
-  """
+  """Lets files hold what are no fields any more; ValueError unless the class has it as they do."""
   def read(cls: type, tree: Any, handler: Any) -> Any:
     given = {name: tree[name] for name in names if name in tree} if isinstance(tree, dict) else {}
     config = handler({k: v for k, v in tree.items() if k not in given} if given else tree)

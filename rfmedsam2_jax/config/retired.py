@@ -45,26 +45,25 @@ def without_retired(tree: Any, source: str, trained: bool = False) -> Any:
     UserError: one of them is not what is now fixed.
   """
   for path, constant in (RETIRED | _OF_NO_CONSEQUENCE).items():
-    passed_over = constant is None or (trained and path.startswith(_OF_TRAINING))
-    tree = _without(tree, path.split("."), constant, source, "", passed_over)
+    constant = None if trained and path.startswith(_OF_TRAINING) else constant
+    tree = _without(tree, path.split("."), constant, source, "")
   return tree
 
 
-def _without(
-  node: Any, path: list[str], constant: Any, source: str, where: str, passed_over: bool
-) -> Any:
+def _without(node: Any, path: list[str], constant: Any, source: str, where: str) -> Any:
+  """`constant` is None where any value is passed over."""
   key, *rest = path
   if key == "*" and isinstance(node, list | tuple):
-    return [_without(item, rest, constant, source, f"{where}{index}.", passed_over)
+    return [_without(item, rest, constant, source, f"{where}{index}.")
             for index, item in enumerate(node)]
   if not isinstance(node, Mapping) or key not in node:
     return node
   others = {name: value for name, value in node.items() if name != key}
   if rest:
-    inner = _without(node[key], rest, constant, source, f"{where}{key}.", passed_over)
+    inner = _without(node[key], rest, constant, source, f"{where}{key}.")
     # A part of which nothing is left may be none that there still is.
     return others if isinstance(inner, Mapping) and not inner else others | {key: inner}
-  if not (passed_over or _equal(node[key], constant)):
+  if not (constant is None or _equal(node[key], constant)):
     fixed = list(constant) if isinstance(constant, tuple) else constant
     raise UserError(f"{source}: {where}{key}: is {reprlib.repr(node[key])}, but is no option any "
                     f"more and always {fixed}; leave it out")

@@ -67,7 +67,6 @@ class Checkpoints:
     return TrainState(**restored["state"] | {"key": key})
 
   def wait(self) -> None:
-    """Until what was started to be saved is there."""
     self._manager.wait_until_finished()
 
   def close(self) -> None:

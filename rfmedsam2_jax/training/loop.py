@@ -72,7 +72,7 @@ def train_phase(
       compiled = _compiled(training, phase, state)
       log = _Log(training, phase, start, flops_of(compiled), ranking)
       stack.callback(log.telemetry.close)
-      steps = _steps(training, phase, state, compiled, cases, log)
+      steps = log.steps(state, compiled, cases)
       for step, state in steps:
         score = None
         if training.held_out and loop.validate_every and step % loop.validate_every == 0:
@@ -120,23 +120,6 @@ def _compiled(training: Training, phase: Phase, state: TrainState) -> Any:
   return compiled
 
 
-def _steps(
-  training: Training, phase: Phase, state: TrainState, compiled: Any, cases: Sequence[str],
-  log: "_Log",
-) -> Iterator[tuple[int, TrainState]]:
-  """The steps of a log, each with the state behind it."""
-  rows = local_rows(training.mesh, phase.settings.batch_size)
-  batches = phase.batches(training.run.path, cases, rows, log.start)
-  for done, step in enumerate(range(log.start + 1, log.stop + 1)):
-    batch = dict(next(batches))
-    drawn = [cases[i] for i in batch.pop("case")]
-    log.telemetry.before(done)
-    state, metrics = compiled(state, place_batch(batch, training.mesh))
-    log.telemetry.after(done, metrics)
-    log.add(step, metrics, drawn)
-    yield step, state
-
-
 class _Log:
   """What is told of the steps of a phase: in log.jsonl, in TensorBoard and on the way."""
 
@@ -147,32 +130,58 @@ class _Log:
     self._progress = Progress(f"{phase.name}: step", training.report)
     self._progress(start, self.stop)
     self._began = time.monotonic()
-    # From one line of the log to the next: steps, metrics, and the cases that they come from.
-    self._kept: list[tuple[int, dict[str, jax.Array], list[str]]] = []
-    self._checked = 0
+    self._kept: list[dict[str, jax.Array]] = []  # metrics, from one line of the log to the next
+    # Steps whose loss may not be finite: number, metrics, the cases that they come from.
+    self._unchecked: list[tuple[int, dict[str, jax.Array], list[str]]] = []
 
-  def add(self, step: int, metrics: dict[str, jax.Array], drawn: list[str]) -> None:
-    """Takes what a step gave; a line is written where one is due."""
-    self._kept.append((step, metrics, drawn))
-    # Waits for the step before, not for this one: the device always has work.
-    self.check(step - 1)
-    self._progress(step, self.stop)
-    if step % self._phase.settings.loop.log_every == 0 or step == self.stop:
-      self.check(step)
-      rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
-      values = self._means() | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
-      self._write(step, values)
-      left = duration((self.stop - step) / max(rate, 1e-6))
-      self._training.report(f"{self._phase.name}: step {step}/{self.stop}  loss "
-                            f"{values['loss']:.4f}  {rate:.2f} steps/s  {left} left")
+  def steps(
+    self, state: TrainState, compiled: Any, cases: Sequence[str]
+  ) -> Iterator[tuple[int, TrainState]]:
+    """The steps, each with the state behind it; lines are written where they are due."""
+    mesh, settings = self._training.mesh, self._phase.settings
+    rows = local_rows(mesh, settings.batch_size)
+    batches = self._phase.batches(self._training.run.path, cases, rows, self.start)
+    for done, step in enumerate(range(self.start + 1, self.stop + 1)):
+      batch = dict(next(batches))
+      drawn = [cases[i] for i in batch.pop("case")]
+      self.telemetry.before(done)
+      state, metrics = compiled(state, place_batch(batch, mesh))
+      self.telemetry.after(done, metrics)
+      self._kept.append(metrics)
+      self._unchecked.append((step, metrics, drawn))
+      # Waits for the step before, not for this one: the device always has work.
+      self.check(step - 1)
+      self._progress(step, self.stop)
+      if step % settings.loop.log_every == 0 or step == self.stop:
+        self._line(step)
+      yield step, state
+
+  def _line(self, step: int) -> None:
+    """Tells the means over the steps since the last line."""
+    self.check(step)
+    rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
+    fetched, self._kept = jax.device_get(self._kept), []
+    means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
+    values = means | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
+    self._write(step, values)
+    left = duration((self.stop - step) / max(rate, 1e-6))
+    self._training.report(f"{self._phase.name}: step {step}/{self.stop}  loss "
+                          f"{values['loss']:.4f}  {rate:.2f} steps/s  {left} left")
 
   def check(self, step: int) -> None:
     """Waits for the steps up to `step`; UserError where the loss of one is not finite."""
-    while self._checked < len(self._kept) and self._kept[self._checked][0] <= step:
-      number, metrics, drawn = self._kept[self._checked]
-      if not math.isfinite(float(metrics["loss"])):
-        self._fail(number, drawn)
-      self._checked += 1
+    while self._unchecked and self._unchecked[0][0] <= step:
+      number, metrics, drawn = self._unchecked.pop(0)
+      if math.isfinite(float(metrics["loss"])):
+        continue
+      # The loss is the same in every process, so that all of them come here.
+      names = sorted({name for some in hosts.gather(set(drawn)) for name in some})
+      run, name = self._training.run, self._phase.name
+      last = latest_checkpoint(run.checkpoints(name))
+      raise UserError(
+        f"{run.path}: the {name}'s loss is not finite at step {number} (cases {', '.join(names)}); "
+        f"look at these cases or lower {CONFIG_KEYS[name]}.optimizer.learning_rate, and resume it "
+        f"(last good checkpoint: {last or 'none'})")
 
   def validation(self, step: int, segmenter: Segmenter) -> float:
     """Tells the mean Dice of every stage and returns the last one's, which ranks checkpoints."""
@@ -191,19 +200,3 @@ class _Log:
   def _write(self, step: int, values: dict[str, float], note: Mapping[str, str] = {}) -> None:
     self._training.run.log(self._phase.name, step, {**values, **note})
     self.telemetry.scalars(step, values)
-
-  def _means(self) -> dict[str, float]:
-    """Means over the steps that are kept, all of them checked, which are then forgotten."""
-    fetched = jax.device_get([metrics for _, metrics, _ in self._kept])
-    self._kept, self._checked = [], 0
-    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
-
-  def _fail(self, step: int, drawn: Sequence[str]) -> None:
-    # The loss is the same in every process, so that all of them come here.
-    names = sorted({name for some in hosts.gather(set(drawn)) for name in some})
-    run, name = self._training.run, self._phase.name
-    last = latest_checkpoint(run.checkpoints(name))
-    raise UserError(
-      f"{run.path}: the {name}'s loss is not finite at step {step} (cases {', '.join(names)}); "
-      f"look at these cases or lower {CONFIG_KEYS[name]}.optimizer.learning_rate, and resume it "
-      f"(last good checkpoint: {last or 'none'})")

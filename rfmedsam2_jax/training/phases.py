@@ -75,8 +75,8 @@ class Phase(NamedTuple):
 
 def phase_names(config: Config) -> list[PhaseName]:
   """What a run goes through, in this order: a refiner always, the others where they have steps."""
-  settings = {name: operator.attrgetter(key)(config) for name, key in CONFIG_KEYS.items()}
-  return [name for name, x in settings.items() if x.loop.steps or name == "refiner"]
+  return [name for name, key in CONFIG_KEYS.items()
+          if name == "refiner" or operator.attrgetter(key)(config).loop.steps]
 
 
 def check_batches(config: Config, names: Sequence[PhaseName], mesh: Mesh) -> None:

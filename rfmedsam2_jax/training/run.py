@@ -131,9 +131,8 @@ def _check_same_config(run: RunFolder, config: Config) -> None:
   if before != config:
     old, new = _flat(config_tree(before)), _flat(config_tree(config))
     key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
-    raise UserError(
-      f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume it with the "
-      "config that it has, or train into another folder")
+    raise UserError(f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume "
+                    "it with the config that it has, or train into another folder")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

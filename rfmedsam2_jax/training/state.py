@@ -21,17 +21,12 @@ from rfmedsam2_jax.nn.sam2 import BUFFERS
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """step: int32. trained, frozen, ema: parameter dicts, `ema` with the paths of `trained`.
-
-  key: the run's random key; step n uses fold_in(key, n).
-  """
-
-  step: jax.Array
+  step: jax.Array  # int32
   trained: Params
   frozen: Params
-  ema: Params
+  ema: Params  # with the paths of `trained`
   optimizer: Any
-  key: jax.Array
+  key: jax.Array  # the run's; step n uses fold_in(key, n)
 
   @property
   def params(self) -> Params:

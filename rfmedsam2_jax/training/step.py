@@ -107,8 +107,7 @@ def refiner_loss_fn(
 ) -> Loss:
   """Sum over stages of the weighted losses of all live cells, see data.pipeline.refiner_batches.
 
-  Args:
-    masks_alone: of the masks as the MaskAdapter alone corrects them, see `masks_on_grid`.
+  masks_alone: of the masks as the MaskAdapter alone corrects them, see `masks_on_grid`.
   """
   all_stages, weights = all_stages_on_grid, config.loss
   told: tuple[str, ...] = ("focal", "dice", "iou", "presence")
