@@ -59,10 +59,10 @@ def settings(dataset: Path, steps: int, overrides: list[str]) -> Config:
 
 def starting_weights(folder: Path, config: Config) -> dict[str, str]:
   """Two checkpoints of the refiner's first weights: as drawn, and rounded to bfloat16."""
-  params = silenced_decoder(init_params(config.sam2.network, jax.random.key(config.seed)))
+  params = silenced_decoder(init_params(config.sam2, jax.random.key(config.seed)))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
   for name, tree in (("drawn", params), ("rounded", rounded)):
-    save_checkpoint(folder / name, config.sam2.network, tree, {})
+    save_checkpoint(folder / name, config.sam2, tree, {})
   return {name: f"refiner.init_from={folder / name}" for name in ("drawn", "rounded")}
 
 

@@ -42,7 +42,7 @@ def main() -> None:
   shapes = jax.eval_shape(
     lambda key: init_generator(unet, len(plan.channels), key), jax.random.key(0))
   segmenter = Segmenter(
-    plan, unet, load_params(options.checkpoint, shapes), SAM2(config.sam2.network), None,
+    plan, unet, load_params(options.checkpoint, shapes), SAM2(config.sam2), None,
     config.refinement, config.inference)
   values = dict(zip(plan.labels.names, plan.labels.output_values, strict=True))
   equal, total = 0, 0

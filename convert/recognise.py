@@ -58,7 +58,7 @@ def named_config(name: str) -> SAM2Config:
   if name in PRESETS:
     return PRESETS[name]
   if Path(name).suffix in (".yaml", ".yml"):
-    return load_config(name).sam2.network
+    return load_config(name).sam2
   raise UserError(f"config {name}: is neither a .yaml file nor one of {', '.join(PRESETS)}")
 
 

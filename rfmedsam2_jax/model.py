@@ -64,28 +64,18 @@ def untrained(config: Config, plan: Plan) -> Segmenter:
   wrong = [channel for channel in config.data.sam_channels if not 0 <= channel < channels]
   if wrong:
     raise UserError(
-      f"data.sam_channels: has {wrong[0]}, but images have channels 0 to {channels - 1}"
-    )
+      f"data.sam_channels: has {wrong[0]}, but images have channels 0 to {channels - 1}")
   return Segmenter(
-    plan=plan,
-    unet=generator_network(config.generator, plan),
-    generator={},
-    sam2=SAM2(config.sam2.network),
-    refiner=None,
-    refinement=config.refinement,
-    inference=config.inference,
-    sam_channels=config.data.sam_channels,
-    sam_context=config.data.sam_context,
-  )
+    plan=plan, unet=generator_network(config.generator, plan), generator={},
+    sam2=SAM2(config.sam2), refiner=None, refinement=config.refinement, inference=config.inference,
+    sam_channels=config.data.sam_channels, sam_context=config.data.sam_context)
 
 
 def shapes(segmenter: Segmenter, network: Network) -> Any:
   """The tree of one network's parameters as shapes and dtypes."""
-  init = {
-    "generator": functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels)),
-    "refiner": functools.partial(init_params, segmenter.sam2.config),
-  }
-  return jax.eval_shape(init[network], jax.random.key(0))
+  init = (functools.partial(init_params, segmenter.sam2.config) if network == "refiner" else
+          functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels)))
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
@@ -107,11 +97,7 @@ def generator_network(config: GeneratorConfig, plan: Plan) -> UNet:
   if len(features) != stages:
     raise UserError(
       f"generator.features: has {len(features)} widths, but the plan's U-Net has {stages} stages; "
-      "give one width per stage or set plan.poolings"
-    )
+      "give one width per stage or set plan.poolings")
   outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
-  c = config
-  return UNet(UNetConfig(
-    features, plan.strides, plan.kernels, c.convs_per_stage, c.dtype, c.remat, c.decoder_convs,
-    c.mirrored,
-  ), outputs)
+  return UNet(UNetConfig(features, plan.strides, plan.kernels, config.convs_per_stage, config.dtype,
+                         config.remat, config.decoder_convs, config.mirrored), outputs)

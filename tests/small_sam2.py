@@ -10,7 +10,6 @@ from rfmedsam2_jax.refinement.refine import VolumePrompts
 SMALL = SAM2Config(
   image_size=64,
   embed_dim=8,
-  trunk_heads=1,
   stages=(1, 1, 1, 1),
   global_att_blocks=(2,),
   window_spec=(4, 4, 4, 2),
@@ -21,7 +20,6 @@ SMALL = SAM2Config(
   memory_ffn=48,
   memory_mask_channels=(4, 8, 16, 32),  # with two, the first norm leaves only a sign
   fuser_layers=1,
-  decoder_mlp=48,
   decoder_heads=4,
   iou_hidden=32,
   adapters=AdapterConfig(dwconv=False, cnn=False),

@@ -91,7 +91,7 @@ def test_networks_versions_and_steps_are_those_of_the_run():
   size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
   unet, key = generator_network(config.generator, plan), jax.random.key(0)
   generator = size(jax.eval_shape(lambda k: init_generator(unet, len(plan.channels), k), key))
-  refiner = size(jax.eval_shape(lambda k: init(config.sam2.network, k), key))
+  refiner = size(jax.eval_shape(lambda k: init(config.sam2, k), key))
   card = rows(CARD)
   assert card["parameters"][0].startswith(f"generator {generator:,}, refiner {refiner:,};")
   assert f"in {len(config.refinement.stages)} stages" in card["what"][0]

@@ -12,12 +12,14 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.config import Config, config_tree, config_yaml, load_config, parse_config
 from rfmedsam2_jax.config.retired import RETIRED
 from rfmedsam2_jax.nn import PRESETS
+from rfmedsam2_jax.nn.sam2 import FIXED
 from rfmedsam2_jax.refinement.config import PRESETS as REFINEMENTS
 from rfmedsam2_jax.refinement.config import StageConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 OLD_RUN = ROOT / "docs" / "hippocampus" / "config.yaml"  # all values of a run of a former version
+GONE = {*RETIRED, *(f"sam2.{name}" for name in FIXED), "data.loader.prefetch"}
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
@@ -51,14 +53,14 @@ def test_presets_and_overrides_are_applied(tmp_path):
     mem_dim=32,
     adapters=dataclasses.replace(PRESETS["sam2.1_hiera_tiny"].adapters, width=8),
   )
-  assert config.sam2.network == expected
+  assert config.sam2 == expected
   assert config.generator.loop.steps == 7 and config.seed == 3
   assert config.generator.loop.log_every == Config().generator.loop.log_every
 
 
 @pytest.mark.parametrize("name, preset", PRESETS.items())
 def test_a_preset_is_its_network(name, preset):
-  assert parse_config({"sam2": {"preset": name}}).sam2.network == preset
+  assert parse_config({"sam2": {"preset": name}}).sam2 == preset
 
 
 def test_a_stage_of_a_config_with_a_preset_can_be_overridden():
@@ -125,7 +127,7 @@ def test_a_wrong_config_says_what_and_where(tmp_path, text, says):
   "data.split.fraction=.nan", "data.split.folds=1", "data.split.train_cases=0",
   "data.sam_channels=[-1]", "data.loader.workers=-1", "inference.overlap=1",
   "inference.mirror_axes=[3]", "inference.batch_size=0", "refinement.cells_per_batch=0",
-  "refinement.live_margin=-1", "refinement.generator_weight=2", "sam2.adapters.mask_reach=17",
+  "refinement.live_margin=-1", "refinement.generator_weight=2", "sam2.adapters.mask_width=0",
   "sam2.dtype=float16", "mesh.cpu_devices=0", "mesh.data=.inf",
 ])
 def test_a_value_out_of_range_is_refused_in_one_line_that_names_it(override):
@@ -157,7 +159,7 @@ def test_nan_and_infinity_are_refused_wherever_a_number_may_stand():
     found.add(path)
     with pytest.raises(UserError):
       parse_config(tree)
-  assert {"plan.spacing.0", "plan.channels.0.mean", "generator.augmentation.scaling.1"} <= found
+  assert {"plan.spacing.0", "plan.channels.0.mean", "generator.optimizer.ema_decay"} <= found
 
 
 def _with(tree, key, value):
@@ -184,7 +186,7 @@ def test_the_file_of_an_old_run_is_what_it_was():
       path = f"{where}{key}"
       if isinstance(value, dict):
         kept(value, new.get(key, {}), f"{path}.")
-      elif path not in RETIRED and path != "refinement.stages":
+      elif path not in GONE and path != "refinement.stages":
         assert new[key] == (tuple(value) if isinstance(value, list) else value), path
   kept(values, again, "")
 
@@ -226,10 +228,28 @@ def test_what_a_trained_run_was_trained_with_does_not_keep_it_from_predicting(tm
     load_config(path, trained=True)
 
 
+@pytest.mark.parametrize("values, says", [
+  ({"trunk_heads": 2, "num_maskmem": 7, "decoder_mlp": 2048, "prompt_mask_channels": 16,
+    "pointer_positions": True, "adapters": {"mask_reach": 2}}, None),
+  ({"trunk_heads": 3}, "sam2: trunk_heads is 3, but is no option any more and always 2"),
+  ({"absent_embedding": False, "pointer_positions": True}, "pointer_positions is True"),
+  ({"adapters": {"mask_reach": 1}}, "sam2.adapters.mask_reach: is 1"),
+])
+def test_sizes_that_follow_from_others_are_passed_over_or_refused(values, says):
+  tree = {"sam2": {"preset": "sam2.1_hiera_base_plus"} | values}
+  if says is None:
+    assert parse_config(tree).sam2 == PRESETS["sam2.1_hiera_base_plus"]
+  else:
+    with pytest.raises(UserError, match=says):
+      parse_config(tree)
+
+
 def leaves(value):
-  """Options: a stage's once, other tuples as one."""
+  """Options: a stage's once, other tuples as one, all that a dict holds."""
   if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
     value = value[0]
+  if isinstance(value, dict):
+    return sum(map(leaves, value.values()))
   if not dataclasses.is_dataclass(value):
     return 1
   return sum(leaves(getattr(value, field.name)) for field in dataclasses.fields(value))

@@ -27,7 +27,7 @@ NONE = AdapterConfig(dwconv=False, cnn=False)
 @pytest.fixture(scope="module")
 def converted(tiny_config, tmp_path_factory):
   """A checkpoint of the tiny network at another side, without adapters."""
-  config = dataclasses.replace(load_config(tiny_config).sam2.network, image_size=96, adapters=NONE)
+  config = dataclasses.replace(load_config(tiny_config).sam2, image_size=96, adapters=NONE)
   folder = tmp_path_factory.mktemp("converted") / "ckpt"
   save_checkpoint(folder, config, init_params(config, jax.random.key(9)), {"source": "a test"})
   return folder
@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_before_the_refiner_does_need_it(trained, tiny_con
 
 
 def test_a_run_is_a_starting_point_with_its_adapters(trained, tiny_config):
-  config = load_config(tiny_config).sam2.network
+  config = load_config(tiny_config).sam2
   source = trained / "refiner" / "params"
   params = starting_params(source, dataclasses.replace(config, image_size=96), jax.random.key(1))
   jax.tree.map(np.testing.assert_array_equal, params, load_checkpoint(source).params)
@@ -99,20 +99,20 @@ def test_a_run_is_a_starting_point_with_its_adapters(trained, tiny_config):
       starting_params(source, dataclasses.replace(config, adapters=adapters), jax.random.key(1))
 
 
-def test_a_mask_adapter_of_another_reach_is_refused(converted, tmp_path):
+def test_a_mask_adapter_of_another_width_is_refused(converted, tmp_path):
   config, params, _ = load_checkpoint(converted)
-  theirs = dataclasses.replace(config, adapters=AdapterConfig(mask=True, mask_reach=1))
+  theirs = dataclasses.replace(config, adapters=AdapterConfig(mask=True, mask_width=8))
   save_checkpoint(tmp_path / "ckpt", theirs, with_adapters(params, theirs, jax.random.key(0)), {})
   check_starting_point(tmp_path / "ckpt", theirs)
-  for ours in (AdapterConfig(mask_reach=1), AdapterConfig(mask=True)):
-    with pytest.raises(UserError, match="mask=true and .*mask_width=.* and .*mask_reach=1"):
+  for ours in (AdapterConfig(mask_width=8), AdapterConfig(mask=True)):
+    with pytest.raises(UserError, match="mask=true and .*mask_width=8"):
       check_starting_point(tmp_path / "ckpt", dataclasses.replace(config, adapters=ours))
 
 
 @pytest.mark.parametrize("option, says", [
-  ("sam2.trunk_heads=2", "its network has trunk_heads=1, the config has sam2.trunk_heads=2"),
+  ("sam2.decoder_depth=3", "its network has decoder_depth=2, the config has sam2.decoder_depth=3"),
   ("sam2.memory_layers=3", "memory_layers=1"),
-  ("sam2.pointer_positions=false", "pointer_positions=True"),
+  ("sam2.absent_embedding=false", "absent_embedding=True"),
 ])
 def test_another_network_is_refused_before_anything_is_done(
   converted, tiny_config, tmp_path, capsys, option, says

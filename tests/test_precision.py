@@ -42,7 +42,7 @@ def generator():
 
 
 def refiner():
-  sam2 = CONFIG.sam2.network
+  sam2 = CONFIG.sam2
   loss = refiner_loss_fn(SAM2(sam2), CONFIG.refiner, CONFIG.refinement)
   params = jax.eval_shape(lambda key: init_params(sam2, key), jax.random.key(0))
   masks = shaped((1, 2, 4, 4 * sam2.grid, 4 * sam2.grid))
@@ -115,7 +115,7 @@ def test_norms_see_a_small_deviation_beside_a_large_mean(norm, axes):
 
 @pytest.fixture(scope="module")
 def params():
-  return init_params(CONFIG.sam2.network, jax.random.key(0))
+  return init_params(CONFIG.sam2, jax.random.key(0))
 
 
 def test_frozen_kernels_are_held_in_bfloat16_and_nothing_else(params):
@@ -167,7 +167,7 @@ def test_what_is_saved_is_float32_and_can_be_read_by_all(params, tmp_path):
 def test_a_run_in_half_precision_computed_again_by_blocks_ends_as_any_other(
   params, tiny_config, tmp_path
 ):
-  save_checkpoint(tmp_path / "start", CONFIG.sam2.network, params, {})
+  save_checkpoint(tmp_path / "start", CONFIG.sam2, params, {})
   loop = "loop={steps: 2, log_every: 1, checkpoint_every: 1}"
   assert main([
     "train", str(tiny_config), "--out", str(tmp_path / "run"), f"generator.{loop}",

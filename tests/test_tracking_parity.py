@@ -26,7 +26,7 @@ BARE = AdapterConfig(dwconv=False, cnn=False)
 SIZES = {
   "small": dataclasses.replace(torch_sam2.TINY, image_size=256),
   "2.0": dataclasses.replace(
-    torch_sam2.TINY, image_size=256, absent_embedding=False, pointer_positions=False
+    torch_sam2.TINY, image_size=256, absent_embedding=False
   ),
   "tiny": dataclasses.replace(PRESETS["sam2.1_hiera_tiny"], image_size=256, adapters=BARE),
   "tiny-512": dataclasses.replace(PRESETS["sam2.1_hiera_tiny"], image_size=512, adapters=BARE),

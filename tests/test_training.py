@@ -54,7 +54,7 @@ def paths(tree) -> set[str]:
 
 @pytest.fixture(scope="module")
 def sam2_params(tiny_config):
-  return init_params(load_config(tiny_config).sam2.network, jax.random.key(0))
+  return init_params(load_config(tiny_config).sam2, jax.random.key(0))
 
 
 def test_only_what_matches_is_trained_and_has_optimizer_state():
@@ -212,7 +212,7 @@ def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monk
   config = load_config(run / "config.yaml")
   init_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
   flat = functools.partial(traverse_util.flatten_dict, sep="/")
-  start = flat(silenced_decoder(init_params(config.sam2.network, init_key)))
+  start = flat(silenced_decoder(init_params(config.sam2, init_key)))
   first, last, whole = (
     flat(load_checkpoint(folder / "params").params)
     for folder in (run / "mask_adapter", run / "refiner", undisturbed / "mask_adapter"))

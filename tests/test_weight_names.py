@@ -10,7 +10,7 @@ from torch_sam2 import TINY
 
 from rfmedsam2_jax.weights.names import from_official, place, tensor_shapes, to_official
 
-SAM2_0 = dataclasses.replace(TINY, absent_embedding=False, pointer_positions=False)
+SAM2_0 = dataclasses.replace(TINY, absent_embedding=False)
 
 
 @pytest.fixture(scope="module", params=[TINY, SAM2_0], ids=["2.1", "2.0"])

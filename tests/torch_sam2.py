@@ -22,7 +22,6 @@ __all__ = ["TINY", "draw_tensors", "draw_weights", "nchw", "official", "params_o
 TINY = SAM2Config(
   image_size=128,
   embed_dim=16,
-  trunk_heads=1,
   stages=(1, 1, 2, 1),
   global_att_blocks=(3,),
   window_spec=(8, 4, 6, 4),
@@ -30,7 +29,6 @@ TINY = SAM2Config(
   d_model=64,
   mem_dim=16,
   memory_layers=2,
-  memory_ffn=96,
   adapters=AdapterConfig(dwconv=False, cnn=False),
 )
 

@@ -1,6 +1,7 @@
 """Kinds of numbers in a config and their ranges, which pydantic checks where a config is read."""
 
-from typing import Annotated, Literal
+import reprlib
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -9,10 +10,17 @@ from pydantic import Field
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def _rising(pair: tuple[float, float]) -> tuple[float, float]:
-  if pair[0] > pair[1]:
-    raise ValueError(f"is {list(pair)}; the first must not be above the second")
-  return pair
+def fixed(*names: str) -> Any:
+  """Lets files hold what are no fields any more; ValueError unless the class has it as they do."""
+  def read(cls: type, tree: Any, handler: Any) -> Any:
+    given = {name: tree[name] for name in names if name in tree} if isinstance(tree, dict) else {}
+    config = handler({k: v for k, v in tree.items() if k not in given} if given else tree)
+    for name, value in given.items():
+      if value != (now := getattr(config, name)):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, but is no option any more and always "
+                         f"{now}; leave it out")
+    return config
+  return pydantic.model_validator(mode="wrap")(classmethod(read))  # type: ignore[arg-type]
 
 
 Count = Annotated[int, Field(ge=1, le=2**20)]
@@ -20,6 +28,4 @@ Whole = Annotated[int, Field(ge=0, le=2**40)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=2**40)]  # of a part of a loss; a rate; a margin
 Axis = Annotated[int, Field(ge=0, le=2)]  # of a prepared volume: slices, rows, columns
-_End = Annotated[float, Field(gt=0, le=100)]
-Span = Annotated[tuple[_End, _End], pydantic.AfterValidator(_rising)]
 Precision = Literal["float32", "bfloat16"]

@@ -6,12 +6,12 @@ from typing import Annotated
 from pydantic import Field
 
 from rfmedsam2_jax.base.ranges import STRICT
-from rfmedsam2_jax.config.sam2 import SAM2Options
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import PlanConfig
 from rfmedsam2_jax.data.splits import SplitConfig
 from rfmedsam2_jax.nn.presets import PRESETS
+from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.parallel.mesh import MeshConfig
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.segmentation.config import InferenceConfig
@@ -46,7 +46,7 @@ class Config:
   data: DataConfig = DataConfig()
   plan: PlanConfig = PlanConfig()
   generator: GeneratorConfig = GeneratorConfig()
-  sam2: SAM2Options = SAM2Options.of(PRESETS["nano"])
+  sam2: SAM2Config = PRESETS["nano"]
   refinement: RefinementConfig = RefinementConfig()
   refiner: RefinerConfig = RefinerConfig()
   inference: InferenceConfig = InferenceConfig()

@@ -19,7 +19,6 @@ import yaml
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.config.retired import without_retired
-from rfmedsam2_jax.config.sam2 import SAM2Options
 from rfmedsam2_jax.nn.presets import PRESETS
 from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.refinement.config import PRESETS as REFINEMENTS
@@ -29,13 +28,10 @@ T = TypeVar("T")
 _UNKNOWN = ("unexpected_keyword_argument", "invalid_key")  # pydantic's names of an unknown key
 
 
-def load_config(
-  path: str | Path, overrides: Sequence[str] = (), trained: bool = False
-) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), trained: bool = False) -> Config:
   """Reads a YAML file and applies overrides `key.path=value` (values are YAML).
 
-  Args:
-    trained: it is of a run whose networks are trained, see config.retired.
+  trained: it is of a run whose networks are trained, see config.retired.
 
   Raises:
     UserError: no such file, not YAML, an unknown key, a value of the wrong kind or out of range.
@@ -45,8 +41,7 @@ def load_config(
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, "strerror", None) or "is not text"
     raise UserError(
-      f"{path}: {reason}; give a config file such as configs/quickstart.yaml"
-    ) from None
+      f"{path}: {reason}; give a config file such as configs/quickstart.yaml") from None
   try:
     tree = yaml.safe_load(text) or {}
   except yaml.YAMLError as error:
@@ -67,16 +62,15 @@ def load_config(
 def parse_config(tree: Mapping[str, Any], source: str = "config", trained: bool = False) -> Config:
   """A Config from nested mappings; `source` is named in errors, `trained` as in `load_config`."""
   tree = dict(without_retired(tree, source, trained))
-  if isinstance(tree.get("sam2"), Mapping):  # pydantic says what is wrong with anything else
-    tree["sam2"] = _sam2(tree["sam2"], source)
-  if isinstance(tree.get("refinement"), Mapping):
-    tree["refinement"] = _refinement(tree["refinement"], source)
+  for part, read in (("sam2", _sam2), ("refinement", _refinement)):
+    if isinstance(tree.get(part), Mapping):  # pydantic says what is wrong with anything else
+      tree[part] = read(dict(tree[part]), source)
   return _validated(Config, tree, source)
 
 
 def config_tree(config: Config) -> dict[str, Any]:
   """All values as nested dictionaries with the keys of files."""
-  return dataclasses.asdict(config) | {"sam2": dataclasses.asdict(config.sam2.network)}
+  return dataclasses.asdict(config)
 
 
 def config_yaml(config: Config) -> str:
@@ -88,18 +82,16 @@ def config_yaml(config: Config) -> str:
   return yaml.safe_dump(json.loads(json.dumps(config_tree(config))), sort_keys=False)
 
 
-def _sam2(tree: Mapping[str, Any], source: str) -> SAM2Options:
+def _sam2(changes: dict[str, Any], source: str) -> SAM2Config:
   """The network of a preset and of what stands beside it."""
-  changes = dict(tree)
   preset = _preset(changes, PRESETS, source, "sam2")
   if preset is not None:
     changes = _merged(dataclasses.asdict(preset), changes)
-  return SAM2Options.of(_validated(SAM2Config, changes, source, "sam2."))
+  return _validated(SAM2Config, changes, source, "sam2.")
 
 
-def _refinement(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
-  """A preset's values where the tree has none; those of its stages, in every stage."""
-  changes = dict(tree)
+def _refinement(changes: dict[str, Any], source: str) -> dict[str, Any]:
+  """A preset's values where `changes` has none; those of its stages, in every stage."""
   preset = _preset(changes, REFINEMENTS, source, "refinement")
   if preset is None:
     return changes
@@ -114,12 +106,10 @@ def _refinement(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _preset(changes: dict[str, Any], presets: Mapping[str, T], source: str, part: str) -> T | None:
   """What `preset` names, which is taken out of `changes`; None if it is not given."""
   name = changes.pop("preset", None)
-  if name is None:
-    return None
-  if not isinstance(name, str) or name not in presets:
+  if name is not None and (not isinstance(name, str) or name not in presets):
     raise UserError(f"{source}: {part}.preset: {reprlib.repr(name)} is not one of "
                     f"{', '.join(presets)}")
-  return presets[name]
+  return None if name is None else presets[name]
 
 
 def _validated(kind: type[T], tree: Mapping[str, Any], source: str, prefix: str = "") -> T:
@@ -155,11 +145,10 @@ def _part(kind: Any, path: Sequence[str | int]) -> Any:
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-  result = dict(base)
-  for key, value in changes.items():
-    nested = isinstance(value, Mapping) and isinstance(result.get(key), dict)
-    result[key] = _merged(result[key], value) if nested else value
-  return result
+  return base | {
+    key: _merged(base[key], value)
+    if isinstance(value, Mapping) and isinstance(base.get(key), dict) else value
+    for key, value in changes.items()}
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -179,9 +168,6 @@ def _set(tree: dict[str, Any], override: str) -> None:
       node = node.setdefault(key, {})
     if not isinstance(node, dict | list):
       raise UserError(f"{override}: {key} has no keys of its own; correct the path")
-  if isinstance(node, list):
-    if not last.isdigit() or int(last) >= len(node):
-      raise UserError(f"{override}: {last} is no place in a list of {len(node)}; correct the path")
-    node[int(last)] = value
-  else:
-    node[last] = value
+  if isinstance(node, list) and not (last.isdigit() and int(last) < len(node)):
+    raise UserError(f"{override}: {last} is no place in a list of {len(node)}; correct the path")
+  node[int(last) if isinstance(node, list) else last] = value

@@ -13,19 +13,31 @@ from rfmedsam2_jax.nn.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class _Optimizer:
   """AdamW or SGD with warm-up and decay to zero, clipped by global norm."""
 
   __pydantic_config__ = STRICT
 
   name: Literal["adamw", "sgd"] = "adamw"  # sgd has Nesterov momentum 0.99, as in nnU-Net
   learning_rate: Weight = 1e-3  # peak, after warm-up
-  schedule: Literal["cosine", "poly"] = "cosine"  # poly: (1 - step / steps)^0.9, as in nnU-Net
   warmup_steps: Whole = 50  # linear from 0
   weight_decay: Weight = 1e-4  # on arrays of two or more axes only; gains and biases are left alone
   clip_norm: Annotated[float, Field(ge=1e-12, le=1e12)] = 12.0
   # Global norm of the gradient; larger gradients are scaled down.
   ema_decay: Share = 0.99  # of the averaged weights that are kept in the end; 0 keeps the last ones
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(_Optimizer):
+  schedule: Literal["cosine", "poly"] = "cosine"  # poly: (1 - step / steps)^0.9, as in nnU-Net
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerOptimizerConfig(_Optimizer):
+  schedule: ClassVar[str] = "cosine"
+
+
+Optimizer = OptimizerConfig | RefinerOptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +159,7 @@ class RefinerConfig:
   oversample_foreground: ClassVar[float] = 0.8  # share of runs that are sure to hold a structure
   mask_adapter: MaskAdapterConfig = MaskAdapterConfig()
   loop: LoopConfig = LoopConfig()
-  optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1.0)
+  optimizer: RefinerOptimizerConfig = RefinerOptimizerConfig(clip_norm=1.0)
   loss: RefinerLossConfig = RefinerLossConfig()
   augmentation: AugmentationConfig = AugmentationConfig()
   corruption: PromptCorruptionConfig = PromptCorruptionConfig()

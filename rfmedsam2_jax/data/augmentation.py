@@ -2,21 +2,19 @@
 
 Used by data.pipeline only, on patches of prepared volumes for the generator (3D) and on runs of
 slices for the refiner (one in-plane transform for the whole run, so that neighbours stay
-neighbours). What is drawn and in which order follows nnU-Net's default; the probabilities are
-config.
+neighbours). What is drawn, how often and in which order follows nnU-Net's default.
 
 An affine transform is given as a matrix that takes coordinates of the wanted sample, in voxels
 from its centre, to coordinates of the source in voxels from the same centre.
 """
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from pydantic import Field
 from scipy import ndimage
 
-from rfmedsam2_jax.base.ranges import STRICT, Axis, Share, Span
+from rfmedsam2_jax.base.ranges import STRICT, Axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +26,12 @@ class AugmentationConfig:
   # Axes of (slice, row, column) along which a sample may be mirrored. None by default: left and
   # right organs become each other's picture.
   flips: tuple[Axis, ...] = ()
-  rotation_probability: Share = 0.2
-  scaling: Span = (0.7, 1.4)  # above 1 magnifies
-  scaling_probability: Share = 0.2
-  intensity: Annotated[float, Field(ge=0, le=3)] = 1.0
-  # How often noise, blur, brightness, contrast and gamma change: as often as in nnU-Net times this.
 
   # nnU-Net's, which nobody has found a reason to turn.
   rotation: ClassVar[float] = 30.0  # degrees, about each axis; only in-plane if anisotropic
+  rotation_probability: ClassVar[float] = 0.2
+  scaling: ClassVar[tuple[float, float]] = (0.7, 1.4)  # above 1 magnifies
+  scaling_probability: ClassVar[float] = 0.2
   noise: ClassVar[float] = 0.1  # greatest variance, in units of the normalised image
   noise_probability: ClassVar[float] = 0.1
   blur: ClassVar[tuple[float, float]] = (0.5, 1.0)  # sigma in voxels
@@ -47,9 +43,6 @@ class AugmentationConfig:
   gamma: ClassVar[tuple[float, float]] = (0.7, 1.5)  # exponent within the sample's own range
   gamma_probability: ClassVar[float] = 0.3
   gamma_inverted_probability: ClassVar[float] = 0.1  # the same on the inverted image
-
-
-NO_AUGMENTATION = AugmentationConfig(rotation_probability=0, scaling_probability=0, intensity=0)
 
 
 def draw_affine(
@@ -190,20 +183,20 @@ def augment_intensity(
   Returns:
     float32 [C, D, H, W], a new array.
   """
-  image, often = np.array(image, np.float32), config.intensity
+  image = np.array(image, np.float32)
   for channel in image:
-    if rng.random() < often * config.noise_probability:
+    if rng.random() < config.noise_probability:
       sigma = np.sqrt(rng.uniform(0, config.noise))
       channel += np.float32(sigma) * rng.standard_normal(channel.shape, dtype=np.float32)
-    if rng.random() < often * config.blur_probability:
+    if rng.random() < config.blur_probability:
       sigma = rng.uniform(*config.blur)
       # Truncated early: at these widths more taps change nothing that matters and cost time.
       ndimage.gaussian_filter(
         channel, (0 if in_plane else sigma, sigma, sigma), output=channel, truncate=2.5
       )
-    if rng.random() < often * config.brightness_probability:
+    if rng.random() < config.brightness_probability:
       channel *= rng.uniform(*config.brightness)
-    if rng.random() < often * config.contrast_probability:
+    if rng.random() < config.contrast_probability:
       low, high, mean = channel.min(), channel.max(), channel.mean()
       channel -= mean
       channel *= rng.uniform(*config.contrast)
@@ -211,7 +204,7 @@ def augment_intensity(
       np.clip(channel, low, high, out=channel)
     inverted, upright = config.gamma_inverted_probability, config.gamma_probability
     for sign, probability in ((-1, inverted), (1, upright)):
-      if rng.random() < often * probability:
+      if rng.random() < probability:
         channel[...] = sign * _gamma(sign * channel, rng.uniform(*config.gamma))
   return image
 

@@ -35,17 +35,6 @@ class PromptCorruptionConfig:
   noise: Annotated[float, Field(ge=0, le=100)] = 4.0  # greatest deviation of smooth noise, logits
 
 
-NO_CORRUPTION = PromptCorruptionConfig(
-  truth_probability=0,
-  morphology_probability=0,
-  shift_probability=0,
-  drop_probability=0,
-  lose_probability=0,
-  island_probability=0,
-  noise_probability=0,
-)
-
-
 def logits_of_truth(occupancy: np.ndarray) -> np.ndarray:
   """Smooth mask logits within +-8 whose sign follows the truth.
 

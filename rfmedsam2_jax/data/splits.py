@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.ranges import STRICT, Count, Whole
+from rfmedsam2_jax.base.ranges import STRICT, Count, Whole, fixed
 from rfmedsam2_jax.data.files import load_json, save_json
 
 
@@ -21,11 +21,12 @@ class SplitConfig:
 
   fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
   # Of the cases that validate, at least one; 0: none; unused with a fold.
-  fold: Whole | None = None  # this fold of `folds` validates, the same cases as in nnU-Net's fold
-  folds: Annotated[int, Field(ge=2)] = 5  # number of folds, when `fold` is given
+  fold: Whole | None = None  # this one of five validates, the same cases as in nnU-Net's fold
   seed: Annotated[int, Field(ge=0, lt=2**32)] = 12345
   # Another seed is another split; nnU-Net's is the default.
   train_cases: Count | None = None  # train on so many of the others only; what does less data cost?
+  folds: ClassVar[int] = 5
+  _read = fixed("folds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
     np.random.default_rng(config.seed).shuffle(shuffled)
     held_out = shuffled[:max(1, round(count * config.fraction)) if config.fraction else 0]
   else:
-    if not 2 <= config.folds <= count:
+    if count < config.folds:
       raise UserError(f"split.folds: is {config.folds} with {count} cases; give 2 to {count}")
     if not 0 <= config.fold < config.folds:
       raise UserError(f"split.fold: is {config.fold}; give 0 to {config.folds - 1}")

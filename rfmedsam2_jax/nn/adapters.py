@@ -5,13 +5,12 @@ placed, which is how the training config selects them.
 """
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from pydantic import Field
 
-from rfmedsam2_jax.base.ranges import STRICT, Count
+from rfmedsam2_jax.base.ranges import STRICT, Count, fixed
 from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm, upsample2
 
@@ -109,8 +108,8 @@ class AdapterConfig:
   width: Count = 16    # channels inside an adapter; above 24 they exceed 1 % of SAM 2.1 base+
   mask: bool = False   # MaskAdapter on the masks of every stage of refinement
   mask_width: Count = 32  # its channels
-  mask_reach: Annotated[int, Field(ge=0, le=16)] = 2
-  # Slices on either side whose masks of the stage before it sees.
+  mask_reach: ClassVar[int] = 2  # slices on either side whose masks of the stage before it sees
+  _read = fixed("mask_reach")
 
   after_attention: ClassVar[Any] = DWConvAdapter
   after_convolution: ClassVar[Any] = CNNAdapter

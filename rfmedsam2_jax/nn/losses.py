@@ -7,7 +7,7 @@ over where a function sees one device's share (jax.shard_map): sums are then ove
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,13 @@ class RefinerLossConfig:
 
   __pydantic_config__ = STRICT
 
-  focal: Weight = 20.0  # weight of the focal loss on mask logits
-  dice: Weight = 1.0  # weight of the Dice loss on mask logits
+  focal: Weight = 20.0  # weight of the focal loss on mask logits; the Dice loss counts once
   iou: Weight = 1.0  # weight of the regression of the predicted IoU
   presence: Weight = 1.0  # weight of the cross-entropy of "the structure is on this slice"
   iou_form: Literal["l1", "mse"] = "l1"
   focal_alpha: Share = 0.25  # weight of foreground pixels; 1 - alpha that of background
   focal_gamma: Annotated[float, Field(ge=0, le=100)] = 2.0  # higher leaves out easy pixels more
+  dice: ClassVar[float] = 1.0
 
 
 def binary_cross_entropy(logits: Array, target: Array) -> Array:

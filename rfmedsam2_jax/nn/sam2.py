@@ -11,13 +11,13 @@ S / 16, C = d_model.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.base.ranges import STRICT, Count, Precision, Whole
+from rfmedsam2_jax.base.ranges import STRICT, Count, Precision, Whole, fixed
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
@@ -33,6 +33,9 @@ from rfmedsam2_jax.nn.remat import Remat
 ABSENT_LOGIT = -1024.0
 # Parameters that are buffers in PyTorch: no gradient reaches them, give them no optimizer state.
 BUFFERS = ("sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix",)
+
+# Once fields of a config; checkpoints and config files may hold them.
+FIXED = ("trunk_heads", "num_maskmem", "decoder_mlp", "prompt_mask_channels", "pointer_positions")
 _DEEPEST = 256  # layers of one kind; the largest official network has 48
 
 
@@ -46,7 +49,6 @@ class SAM2Config:
 
   # The trunk (Hiera).
   embed_dim: Count = 112  # channels of the first stage; doubled at every further stage
-  trunk_heads: Count = 2  # attention heads of the first stage, doubled likewise
   stages: tuple[Count, ...] = (2, 3, 16, 3)  # blocks per stage
   global_att_blocks: tuple[Whole, ...] = (12, 16, 20)  # blocks that attend over the whole slice
   window_spec: tuple[Count, ...] = (8, 4, 14, 7)  # window side per stage, in tokens
@@ -56,27 +58,28 @@ class SAM2Config:
   mem_dim: Count = 64  # channels of a memory; divides d_model
 
   memory_layers: Count = 4  # layers of memory attention
-  memory_ffn: Count = 2048  # hidden width of their MLPs
+  memory_ffn: Count = 2048  # hidden width of their MLPs, and of the mask decoder's
   memory_mask_channels: tuple[Count, Count, Count, Count] = (4, 16, 64, 256)
   # Of the mask's way down, per halving.
   fuser_layers: Count = 2  # ConvNeXt blocks that fuse mask and features
-  num_maskmem: Count = 7  # rows of the temporal table; the last is for conditioning slices
 
   decoder_depth: Count = 2  # two-way layers of the mask decoder
-  decoder_mlp: Count = 2048  # hidden width of their MLPs
   decoder_heads: Count = 8
   iou_hidden: Count = 256  # hidden width of the IoU head
-  prompt_mask_channels: Count = 16  # hidden width of the mask prompt's way down
 
-  # What SAM 2.1 added; both False for SAM 2.0.
-  absent_embedding: bool = True  # mark the memories of slices without the object
-  pointer_positions: bool = True  # tell object pointers apart by their signed distance
+  absent_embedding: bool = True
+  # What SAM 2.1 added to 2.0: the memories of slices without the object are marked, and object
+  # pointers are told apart by their signed distance.
 
   adapters: AdapterConfig = AdapterConfig()
   dtype: Precision = "float32"  # of the computation; parameters stay float32
   # Training: what is kept of every block for the backward pass. "none": all. "block": its input, at
   # a third more time per step. "dots": also what dense layers give; between the two in both.
   remat: Remat = "none"
+
+  num_maskmem: ClassVar[int] = 7  # rows of the temporal table; the last: conditioning slices
+  prompt_mask_channels: ClassVar[int] = 16  # hidden width of the mask prompt's way down
+  _read = fixed(*FIXED)
 
   def __post_init__(self):
     if self.image_size % 32 or not 64 <= self.image_size <= 2**14:
@@ -95,6 +98,19 @@ class SAM2Config:
                        f"decoder_heads ({self.decoder_heads})")
     if self.d_model % self.mem_dim:
       raise ValueError(f"mem_dim {self.mem_dim} does not divide d_model {self.d_model}")
+
+  @property
+  def trunk_heads(self) -> int:
+    """Attention heads of the trunk's first stage, doubled at every further one."""
+    return -(-self.embed_dim // 96)
+
+  @property
+  def decoder_mlp(self) -> int:
+    return self.memory_ffn
+
+  @property
+  def pointer_positions(self) -> bool:
+    return self.absent_embedding
 
   @property
   def grid(self) -> int:

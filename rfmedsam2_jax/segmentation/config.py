@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rfmedsam2_jax.base.ranges import STRICT, Axis, Count
+from rfmedsam2_jax.base.ranges import STRICT, Axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class InferenceConfig:
 
   overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
   # Of the generator's windows, as a share of the patch; more is slower.
-  batch_size: Count = 1  # windows per call of the generator and device
   mirror_axes: tuple[Axis, ...] = ()
   # Axes (0 slices, 1 rows, 2 columns) along which the generator also sees mirrored windows and is
   # averaged; each doubles its time. Only axes that training mirrors too make sense.
+  batch_size: ClassVar[int] = 1  # windows per call of the generator and device
   warnings: ClassVar[WarningConfig] = WarningConfig()

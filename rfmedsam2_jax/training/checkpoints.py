@@ -16,56 +16,39 @@ from rfmedsam2_jax.training.state import TrainState
 
 
 class _Best(NamedTuple):
-  """Keeps the `n` checkpoints with the highest scores, as a policy of Orbax.
-
-  Its own ranks by what it was given with each save, and has forgotten that in a resumed run.
-  """
+  """Keeps the `n` checkpoints with the highest scores; Orbax's own policy forgets when resumed."""
 
   n: int
   scores: Mapping[int, float]
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-    del context
     steps = sorted(c.step for c in checkpoints if c.step in self.scores)
-    best = sorted(steps, key=lambda step: self.scores[step])[-self.n :]
+    best = sorted(steps, key=self.scores.__getitem__)[-self.n :]
     return [c.step in best for c in checkpoints]
 
 
 class Checkpoints:
   """The checkpoints of one phase, newest last; every process takes part in all of its methods.
 
-  Args:
-    keep: number of newest ones that are kept.
-    keep_best: number of further ones that are kept, those with the highest score.
-
-  Attributes:
-    scores: by step, of those that were validated; a resumed run puts in what it knows.
+  keep: number of newest ones that are kept. keep_best: of further ones, those with the highest of
+  `scores`, by step of those that were validated; a resumed run puts in what it knows.
   """
 
   def __init__(self, folder: Path, keep: int, keep_best: int = 0):
     self._folder = folder
     self.scores: dict[int, float] = {}
-    policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-    if keep_best:
-      policies.append(_Best(keep_best, self.scores))
-    self._manager = ocp.CheckpointManager(
-      folder.absolute(),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-        # Folders that a killed process left unfinished.
-        cleanup_tmp_directories=True,
-      ),
-    )
+    best: list[Any] = [_Best(keep_best, self.scores)] if keep_best else []
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+        [checkpoint_managers.LatestN(keep), *best]),
+      cleanup_tmp_directories=True,  # that a killed process left unfinished
+    ))
 
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, score: float | None = None) -> None:
-    """Starts to save; the next save or `close` waits for it.
-
-    Args:
-      score: mean validation Dice at this step, if there was a validation.
-    """
+    """Starts to save; the next save or `close` waits for it. score: mean validation Dice."""
     if score is not None:
       self.scores[step] = score
     self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state))))
@@ -75,18 +58,15 @@ class Checkpoints:
     wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(state))
     try:
       restored = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-      )
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
     except Exception as error:  # Orbax raises many kinds
       raise UserError(
         f"{self._folder / str(step)}: cannot be restored ({first_line(error)}); remove this "
-        "checkpoint to go on from the one before"
-      ) from error
+        "checkpoint to go on from the one before") from error
     key = jax.random.wrap_key_data(restored["state"]["key"])
-    return TrainState(**(restored["state"] | {"key": key}))
+    return TrainState(**restored["state"] | {"key": key})
 
   def wait(self) -> None:
-    """Until what was started to be saved is there."""
     self._manager.wait_until_finished()
 
   def close(self) -> None:

@@ -18,8 +18,7 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> None:
   """Sees to it that `open_run` will work.
 
   Raises:
-    UserError: another process holds it, it exists and neither `resume` nor `overwrite` says what to
-      do, or there is nothing to resume.
+    UserError: another process holds it, it exists and neither says what to do, nothing to resume.
   """
   if resume and overwrite:
     raise UserError(f"{path}: either resume it or overwrite it")
@@ -54,8 +53,7 @@ def open_run(path: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFol
     lock = open(path / LOCK, "a")  # noqa: SIM115 - held for as long as the run
   except OSError as error:
     raise UserError(
-      f"{path}: cannot be written ({error.strerror}); choose another folder"
-    ) from None
+      f"{path}: cannot be written ({error.strerror}); choose another folder") from None
   with lock:
     _lock(lock, path, fcntl.LOCK_EX)
     if overwrite:
@@ -70,5 +68,4 @@ def _lock(file: IO[str], path: Path, kind: int) -> None:
     fcntl.flock(file, kind | fcntl.LOCK_NB)
   except OSError:
     raise UserError(
-      f"{path}: is in use by another process; wait for it or choose another folder"
-    ) from None
+      f"{path}: is in use by another process; wait for it or choose another folder") from None

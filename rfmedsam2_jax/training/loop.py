@@ -3,14 +3,18 @@
 import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from rfmedsam2_jax.base import command
 from rfmedsam2_jax.base.errors import Stopped, UserError
 from rfmedsam2_jax.base.progress import Progress, Report, duration
 from rfmedsam2_jax.data.datasets import Case
@@ -21,29 +25,22 @@ from rfmedsam2_jax.parallel.mesh import batch_shapes, local_rows, place_batch
 from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
-from rfmedsam2_jax.training.phases import Phase
+from rfmedsam2_jax.training.phases import CONFIG_KEYS, Phase
 from rfmedsam2_jax.training.state import TrainState
-from rfmedsam2_jax.training.stopping import listening
 from rfmedsam2_jax.training.telemetry import Telemetry
 from rfmedsam2_jax.training.validation import Ranking, score_stages
 
 
 class Training(NamedTuple):
-  """What the phases of a run have in common.
-
-  held_out: cases that are validated on, in the end all of them.
-  about: what every checkpoint says of the run.
-  report: takes progress lines.
-  profile: leave a trace of a few steps of each phase in `profile/`.
-  """
+  """What the phases of a run have in common."""
 
   run: RunFolder
   mesh: Mesh
   seed: int
-  held_out: Sequence[Case]
-  about: dict[str, Any]
+  held_out: Sequence[Case]  # that are validated on
+  about: dict[str, Any]  # what every checkpoint says of the run
   report: Report
-  profile: bool
+  profile: bool  # leave a trace of a few steps of each phase in `profile/`
 
 
 def train_phase(
@@ -52,8 +49,7 @@ def train_phase(
   """Trains until the phase has had its steps, from its newest checkpoint where there is one.
 
   Args:
-    segmenter: with the networks that are trained already, for validation.
-    cases: identifiers of those that batches are made of.
+    segmenter: with what is trained already, for validation. cases: that batches are made of.
     state: before the first step, laid out on the mesh.
 
   Raises:
@@ -72,11 +68,11 @@ def train_phase(
     checkpoints.scores |= ranking.known
     if start == loop.steps:
       return state
-    with listening() as stop_after, contextlib.ExitStack() as stack:
+    with _listening() as stop_after, contextlib.ExitStack() as stack:
       compiled = _compiled(training, phase, state)
       log = _Log(training, phase, start, flops_of(compiled), ranking)
       stack.callback(log.telemetry.close)
-      steps = _steps(training, phase, state, compiled, cases, log)
+      steps = log.steps(state, compiled, cases)
       for step, state in steps:
         score = None
         if training.held_out and loop.validate_every and step % loop.validate_every == 0:
@@ -94,6 +90,27 @@ def train_phase(
   return state
 
 
+@contextlib.contextmanager
+def _listening() -> Iterator[Callable[[int], bool]]:
+  """Listens to SIGTERM; gives a function that says whether to stop after a step.
+
+  Preempted machines get it. The answer is the same, at the same step, in every process.
+  """
+  if jax.process_count() > 1:  # they agree through JAX's own listener
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  asked: list[int] = []
+  # Signals come to main threads, and other programs than a command keep their handler.
+  if not command.running() or threading.current_thread() is not threading.main_thread():
+    yield lambda step: False
+    return
+  before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+  try:
+    yield lambda step: bool(asked)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def _compiled(training: Training, phase: Phase, state: TrainState) -> Any:
   began = time.monotonic()
   training.report(f"{phase.name}: compiling the training step")
@@ -103,66 +120,68 @@ def _compiled(training: Training, phase: Phase, state: TrainState) -> Any:
   return compiled
 
 
-def _steps(
-  training: Training, phase: Phase, state: TrainState, compiled: Any, cases: Sequence[str],
-  log: "_Log",
-) -> Iterator[tuple[int, TrainState]]:
-  """The steps of a log, each with the state behind it."""
-  rows = local_rows(training.mesh, phase.settings.batch_size)
-  batches = phase.batches(training.run.path, cases, rows, log.start)
-  for done, step in enumerate(range(log.start + 1, log.stop + 1)):
-    batch = dict(next(batches))
-    drawn = [cases[i] for i in batch.pop("case")]
-    log.telemetry.before(done)
-    state, metrics = compiled(state, place_batch(batch, training.mesh))
-    log.telemetry.after(done, metrics)
-    log.add(step, metrics, drawn)
-    yield step, state
-
-
 class _Log:
-  """What is told of the steps of a phase: in log.jsonl, in TensorBoard and on the way.
+  """What is told of the steps of a phase: in log.jsonl, in TensorBoard and on the way."""
 
-  Metrics are kept from one line of the log to the next, with the cases that they come from.
-  """
-
-  def __init__(
-    self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking
-  ):
+  def __init__(self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking):
     self.start, self.stop = start, phase.settings.loop.steps
     self.telemetry = Telemetry(training.run, phase.name, phase.samples, flops, training.profile)
     self._training, self._phase, self._ranking = training, phase, ranking
     self._progress = Progress(f"{phase.name}: step", training.report)
     self._progress(start, self.stop)
     self._began = time.monotonic()
-    self._kept: list[tuple[int, dict[str, jax.Array], list[str]]] = []
-    self._checked = 0
+    self._kept: list[dict[str, jax.Array]] = []  # metrics, from one line of the log to the next
+    # Steps whose loss may not be finite: number, metrics, the cases that they come from.
+    self._unchecked: list[tuple[int, dict[str, jax.Array], list[str]]] = []
 
-  def add(self, step: int, metrics: dict[str, jax.Array], drawn: list[str]) -> None:
-    """Takes what a step gave; a line is written where one is due."""
-    self._kept.append((step, metrics, drawn))
-    # Waits for the step before, not for this one: the device always has work.
-    self.check(step - 1)
-    self._progress(step, self.stop)
-    if step % self._phase.settings.loop.log_every == 0 or step == self.stop:
-      self.check(step)
-      rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
-      values = self._means() | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
-      self._write(step, values)
-      self._report(f"step {step}/{self.stop}  loss {values['loss']:.4f}  {rate:.2f} steps/s  "
-                   f"{duration((self.stop - step) / max(rate, 1e-6))} left")
+  def steps(
+    self, state: TrainState, compiled: Any, cases: Sequence[str]
+  ) -> Iterator[tuple[int, TrainState]]:
+    """The steps, each with the state behind it; lines are written where they are due."""
+    mesh, settings = self._training.mesh, self._phase.settings
+    rows = local_rows(mesh, settings.batch_size)
+    batches = self._phase.batches(self._training.run.path, cases, rows, self.start)
+    for done, step in enumerate(range(self.start + 1, self.stop + 1)):
+      batch = dict(next(batches))
+      drawn = [cases[i] for i in batch.pop("case")]
+      self.telemetry.before(done)
+      state, metrics = compiled(state, place_batch(batch, mesh))
+      self.telemetry.after(done, metrics)
+      self._kept.append(metrics)
+      self._unchecked.append((step, metrics, drawn))
+      # Waits for the step before, not for this one: the device always has work.
+      self.check(step - 1)
+      self._progress(step, self.stop)
+      if step % settings.loop.log_every == 0 or step == self.stop:
+        self._line(step)
+      yield step, state
+
+  def _line(self, step: int) -> None:
+    """Tells the means over the steps since the last line."""
+    self.check(step)
+    rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
+    fetched, self._kept = jax.device_get(self._kept), []
+    means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
+    values = means | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
+    self._write(step, values)
+    left = duration((self.stop - step) / max(rate, 1e-6))
+    self._training.report(f"{self._phase.name}: step {step}/{self.stop}  loss "
+                          f"{values['loss']:.4f}  {rate:.2f} steps/s  {left} left")
 
   def check(self, step: int) -> None:
-    """Waits for the steps up to `step`.
-
-    Raises:
-      UserError: the loss of one of them is not finite; names its cases and the last checkpoint.
-    """
-    while self._checked < len(self._kept) and self._kept[self._checked][0] <= step:
-      number, metrics, drawn = self._kept[self._checked]
-      if not math.isfinite(float(metrics["loss"])):
-        self._fail(number, drawn)
-      self._checked += 1
+    """Waits for the steps up to `step`; UserError where the loss of one is not finite."""
+    while self._unchecked and self._unchecked[0][0] <= step:
+      number, metrics, drawn = self._unchecked.pop(0)
+      if math.isfinite(float(metrics["loss"])):
+        continue
+      # The loss is the same in every process, so that all of them come here.
+      names = sorted({name for some in hosts.gather(set(drawn)) for name in some})
+      run, name = self._training.run, self._phase.name
+      last = latest_checkpoint(run.checkpoints(name))
+      raise UserError(
+        f"{run.path}: the {name}'s loss is not finite at step {number} (cases {', '.join(names)}); "
+        f"look at these cases or lower {CONFIG_KEYS[name]}.optimizer.learning_rate, and resume it "
+        f"(last good checkpoint: {last or 'none'})")
 
   def validation(self, step: int, segmenter: Segmenter) -> float:
     """Tells the mean Dice of every stage and returns the last one's, which ranks checkpoints."""
@@ -175,29 +194,9 @@ class _Log:
       save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
       self.telemetry.picture(step, "validation", path)
     told = "  ".join(f"{name} {value:.4f}" for name, value in dice.items())
-    self._report(f"validation at step {step}: {told}")
-    return list(dice.values())[-1]
+    self._training.report(f"{self._phase.name}: validation at step {step}: {told}")
+    return [*dice.values()][-1]
 
   def _write(self, step: int, values: dict[str, float], note: Mapping[str, str] = {}) -> None:
     self._training.run.log(self._phase.name, step, {**values, **note})
     self.telemetry.scalars(step, values)
-
-  def _report(self, line: str) -> None:
-    self._training.report(f"{self._phase.name}: {line}")
-
-  def _means(self) -> dict[str, float]:
-    """Means over the steps that are kept, all of them checked, which are then forgotten."""
-    fetched = jax.device_get([metrics for _, metrics, _ in self._kept])
-    self._kept, self._checked = [], 0
-    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
-
-  def _fail(self, step: int, drawn: Sequence[str]) -> None:
-    # The loss is the same in every process, so that all of them come here.
-    names = sorted({name for some in hosts.gather(set(drawn)) for name in some})
-    run, name = self._training.run, self._phase.name
-    last = latest_checkpoint(run.checkpoints(name))
-    raise UserError(
-      f"{run.path}: the {name}'s loss is not finite at step {step} (cases {', '.join(names)}); "
-      f"look at these cases or lower {self._phase.config_key}.optimizer.learning_rate, and resume "
-      f"it (last good checkpoint: {last or 'none'})"
-    )

@@ -1,7 +1,7 @@
 """The phases of training as data: which network, what of it is trained, on what batches.
 
 In: a config and a plan. Used where they are trained (train_networks) and where only their shapes
-are looked at (shard). What differs between phases is said here and nowhere else.
+are looked at (shard).
 """
 
 import dataclasses
@@ -19,33 +19,15 @@ from jax.sharding import Mesh
 
 from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
-from rfmedsam2_jax.data.pipeline import (
-  BatchConfig,
-  Cases,
-  RunConfig,
-  generator_batches,
-  refiner_batches,
-)
+from rfmedsam2_jax.data import pipeline
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.model import Network, generator_network, init_generator
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel.mesh import check_batch
 from rfmedsam2_jax.parallel.rules import whole
-from rfmedsam2_jax.training.state import (
-  TrainState,
-  init_state,
-  make_optimizer,
-  merge,
-  with_frozen_as,
-)
-from rfmedsam2_jax.training.step import (
-  Loss,
-  compile_step,
-  generator_loss_fn,
-  make_step,
-  refiner_loss_fn,
-)
+from rfmedsam2_jax.training import step as steps
+from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer, with_frozen_as
 from rfmedsam2_jax.weights.checkpoint import config_json
 from rfmedsam2_jax.weights.generator import generator_json
 
@@ -54,38 +36,22 @@ CONFIG_KEYS: dict[PhaseName, str] = {
   "generator": "generator", "mask_adapter": "refiner.mask_adapter", "refiner": "refiner"
 }
 # (folder of the run, cases, rows, start): some rows of batch `start` and of those after it.
-Batches = Callable[
-  [Path, Sequence[str], Sequence[int], int], Iterator[dict[str, np.ndarray]]
-]
+Batches = Callable[[Path, Sequence[str], Sequence[int], int], Iterator[dict[str, np.ndarray]]]
 
 
 class Phase(NamedTuple):
-  """What is trained.
-
-  network: whose parameters it trains.
-  init: random parameters from a key.
-  patterns: of the paths that are trained.
-  batch: shapes of a whole batch, see data.pipeline.
-  batches: the batches themselves; "case" of one numbers the cases.
-  samples: what one step goes through, by name; volumes are crops of one each.
-  about: what a checkpoint says of the network.
-  """
+  """What is trained."""
 
   name: PhaseName
-  network: Network
+  network: Network  # whose parameters it trains
   settings: GeneratorConfig | RefinerConfig
-  init: Callable[[jax.Array], Params]
-  patterns: Sequence[str]
-  loss: Loss
-  batch: dict[str, jax.ShapeDtypeStruct]
-  batches: Batches
-  samples: dict[str, int]
-  about: dict[str, Any]
-
-  @property
-  def config_key(self) -> str:
-    """Where its settings lie in the config."""
-    return CONFIG_KEYS[self.name]
+  init: Callable[[jax.Array], Params]  # random parameters from a key
+  patterns: Sequence[str]  # of the paths that are trained
+  loss: steps.Loss
+  batch: dict[str, jax.ShapeDtypeStruct]  # of a whole batch, see data.pipeline
+  batches: Batches  # "case" of one numbers the cases
+  samples: dict[str, int]  # what one step goes through, by name; volumes are crops of one each
+  about: dict[str, Any]  # what a checkpoint says of the network
 
   @property
   def optimizer(self) -> optax.GradientTransformation:
@@ -97,20 +63,20 @@ class Phase(NamedTuple):
 
   def step(self, state: TrainState, mesh: Mesh) -> Any:
     """The jitted step (state, batch) -> (state, metrics), see training.step.compile_step."""
-    settings = self.settings
-    step = make_step(self.loss, self.optimizer, settings.optimizer, mesh, settings.microbatches)
-    return compile_step(step, state, mesh)
+    step = steps.make_step(self.loss, self.optimizer, self.settings.optimizer, mesh,
+                           self.settings.microbatches)
+    return steps.compile_step(step, state, mesh)
 
   def final(self, state: TrainState, mesh: Mesh) -> Params:
     """What is kept of a state: the averaged weights if there are any, and the frozen ones."""
     kept = state.ema if self.settings.optimizer.ema_decay else state.trained
-    return whole(merge(kept, state.frozen), mesh)
+    return whole(state.replace(trained=kept).params, mesh)
 
 
 def phase_names(config: Config) -> list[PhaseName]:
   """What a run goes through, in this order: a refiner always, the others where they have steps."""
-  settings = {name: operator.attrgetter(key)(config) for name, key in CONFIG_KEYS.items()}
-  return [name for name, x in settings.items() if x.loop.steps or name == "refiner"]
+  return [name for name, key in CONFIG_KEYS.items()
+          if name == "refiner" or operator.attrgetter(key)(config).loop.steps]
 
 
 def check_batches(config: Config, names: Sequence[PhaseName], mesh: Mesh) -> None:
@@ -126,58 +92,47 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
   size = (settings.batch_size, *plan.patch_size)
 
   def batches(run: Path, cases: Sequence[str], rows: Sequence[int], start: int) -> Any:
-    return generator_batches(
-      Cases(run / "preprocessed", cases, config.seed), plan.patch_size, settings.augmentation,
-      settings.oversample_foreground,
-      BatchConfig(settings.batch_size, rows, start, config.data.loader),
-    )
+    return pipeline.generator_batches(
+      pipeline.Cases(run / "preprocessed", cases, config.seed), plan.patch_size,
+      settings.augmentation, settings.oversample_foreground,
+      pipeline.BatchConfig(settings.batch_size, rows, start, config.data.loader))
 
   return Phase(
     "generator", "generator", settings,
-    init=functools.partial(init_generator, unet, channels),
-    patterns=("*",),
-    loss=generator_loss_fn(unet, settings, labels.membership, labels.regions),
-    batch={
-      "image": jax.ShapeDtypeStruct((*size, channels), jnp.float32),
-      "target": jax.ShapeDtypeStruct(size, jnp.uint8),
-    },
-    batches=batches,
-    samples={"volumes": settings.batch_size},
+    init=functools.partial(init_generator, unet, channels), patterns=("*",),
+    loss=steps.generator_loss_fn(unet, settings, labels.membership, labels.regions),
+    batch={"image": jax.ShapeDtypeStruct((*size, channels), jnp.float32),
+           "target": jax.ShapeDtypeStruct(size, jnp.uint8)},
+    batches=batches, samples={"volumes": settings.batch_size},
     about={"generator": generator_json(
       unet, channels, [[structure.name, structure.values] for structure in labels.structures])},
   )
 
 
 def refiner_phase(config: Config, plan: Plan) -> Phase:
-  settings, sam2 = config.refiner, config.sam2.network
+  settings, sam2 = config.refiner, config.sam2
   structures = min(settings.structures, len(plan.labels.structures))
   runs, length, side = settings.batch_size, settings.slices, sam2.image_size
   masks = jax.ShapeDtypeStruct((runs, structures, length, side // 4, side // 4), jnp.float32)
-  sample = RunConfig(
+  sample = pipeline.RunConfig(
     side, length, structures, config.data.sam_channels, config.data.sam_context,
-    settings.oversample_foreground,
-  )
+    settings.oversample_foreground)
 
   def init(key: jax.Array) -> Params:
     return with_frozen_as(settings.frozen_dtype, init_params(sam2, key), settings.trainable)
 
   def batches(run: Path, cases: Sequence[str], rows: Sequence[int], start: int) -> Any:
-    return refiner_batches(
-      Cases(run / "preprocessed", cases, config.seed, run / "prompts"), sample,
+    return pipeline.refiner_batches(
+      pipeline.Cases(run / "preprocessed", cases, config.seed, run / "prompts"), sample,
       plan.labels.membership, settings.augmentation, settings.corruption,
-      BatchConfig(runs, rows, start, config.data.loader),
-    )
+      pipeline.BatchConfig(runs, rows, start, config.data.loader))
 
   return Phase(
-    "refiner", "refiner", settings,
-    init=init,
-    patterns=settings.trainable,
-    loss=refiner_loss_fn(SAM2(sam2), settings, config.refinement),
+    "refiner", "refiner", settings, init=init, patterns=settings.trainable,
+    loss=steps.refiner_loss_fn(SAM2(sam2), settings, config.refinement),
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
-      "masks": masks,
-      "known": masks,
-      "logits": masks,
+      "masks": masks, "known": masks, "logits": masks,
       "inside": jax.ShapeDtypeStruct((runs, length), jnp.bool_),
       "depth": jax.ShapeDtypeStruct((runs,), jnp.int32),
       "structures": jax.ShapeDtypeStruct((runs, structures), jnp.int32),
@@ -192,15 +147,11 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
   """The MaskAdapter alone, on the refiner's batches; its parameters are all of SAM 2's."""
   alone = config.refiner.mask_adapter
   settings = dataclasses.replace(
-    config.refiner,
-    trainable=("sam_mask_decoder/adapter/*",),
-    **{field.name: getattr(alone, field.name) for field in dataclasses.fields(alone)},
-  )
+    config.refiner, trainable=("sam_mask_decoder/adapter/*",),
+    **{field.name: getattr(alone, field.name) for field in dataclasses.fields(alone)})
   phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
-  return phase._replace(
-    name="mask_adapter",
-    loss=refiner_loss_fn(SAM2(config.sam2.network), settings, config.refinement, masks_alone=True),
-  )
+  loss = steps.refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True)
+  return phase._replace(name="mask_adapter", loss=loss)
 
 
 PHASES: dict[PhaseName, Callable[[Config, Plan], Phase]] = {

@@ -1,8 +1,7 @@
-"""A whole run: from a config to two trained networks and their scores, and back from its folder.
+"""A whole run: from a config to two trained networks and their scores.
 
-The order of things: fingerprint and plan, preprocessing, the generator, its prompts for the
-refiner's cases, the refiner, validation. Each part is skipped where an earlier, interrupted attempt
-has finished it.
+Fingerprint and plan, preprocessing, the generator, its prompts for the refiner's cases, the
+refiner, validation. What an interrupted attempt has finished is skipped.
 """
 
 import contextlib
@@ -24,29 +23,16 @@ from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.plan import Plan, PlanConfig, load_plan, make_plan, save_plan
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess, save_case, stored_cases
 from rfmedsam2_jax.data.run_folder import RunFolder, versions
-from rfmedsam2_jax.data.splits import (
-  Split,
-  SplitConfig,
-  divide,
-  load_split,
-  make_split,
-  save_split,
-)
+from rfmedsam2_jax.data.splits import Split, SplitConfig, divide, load_split, make_split, save_split
 from rfmedsam2_jax.model import untrained
-from rfmedsam2_jax.nn.sam2 import SAM2Config
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import make_mesh
 from rfmedsam2_jax.report.curves import save_curves
+from rfmedsam2_jax.training import train_networks as networks
 from rfmedsam2_jax.training.lock import open_run
 from rfmedsam2_jax.training.loop import Training
 from rfmedsam2_jax.training.phases import PHASES, check_batches, phase_names
-from rfmedsam2_jax.training.train_networks import (
-  check_generator,
-  train_generator,
-  train_refiner,
-  write_prompts,
-)
 from rfmedsam2_jax.training.validation import validate_run
 from rfmedsam2_jax.weights.checkpoint import check_starting_point
 
@@ -57,17 +43,14 @@ def train(
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases.
 
-  Several processes that train one run call it within `parallel.hosts.watching`.
-
-  Args:
-    profile: leave a trace of a few steps of each phase in `profile/`.
+  Several processes that train one run call it within `parallel.hosts.watching`. profile: leave a
+  trace of a few steps of each phase in `profile/`.
 
   Returns:
     The content of validation.json; empty without validation cases.
 
   Raises:
-    UserError: a folder in use or not to be overwritten, data that cannot be read, a loss that is
-      not finite.
+    UserError: a folder in use or not to be overwritten, unreadable data, a loss that is not finite.
   """
   # What can be known to fail does so now, not after the generator.
   dataset = read_dataset(config.data.dataset, config.data.structures)
@@ -78,8 +61,10 @@ def train(
            f"{jax.local_device_count()}: they stay")
   mesh = make_mesh(config.mesh)
   check_batches(config, phase_names(config), mesh)
-  if config.refiner.init_from and not resume:
-    _check_source(config.refiner.init_from, config.sam2.network, out)
+  if (source := config.refiner.init_from) and not resume:
+    check_starting_point(source, config.sam2)
+    if Path(source).absolute().is_relative_to(Path(out).absolute()):
+      raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
       report = silent
@@ -92,35 +77,24 @@ def train(
     plan = _plan(run, dataset, split, config.plan, report)
     segmenter = untrained(config, plan)
     phases = {name: PHASES[name](config, plan) for name in ("generator", *phase_names(config))}
-    check_generator(run, phases["generator"])
+    networks.check_generator(run, phases["generator"])
     cases = {case.identifier: case for case in dataset.cases}
     _preprocess(run, [cases[name] for name in split.train], dataset, plan, config.seed, report)
     held_out = [cases[name] for name in split.validation]
     report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    about = _about(config, plan)
+    about = {"config": config_tree(config), "labels": dataclasses.asdict(plan.labels),
+             "versions": versions()}
+    about = json.loads(json.dumps(about))
     training = Training(run, mesh, config.seed, held_out, about, report, profile)
-    segmenter = train_generator(training, phases["generator"], segmenter, for_generator)
-    write_prompts(run, segmenter, for_refiner, report)
-    segmenter = train_refiner(
-      training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner
-    )
+    segmenter = networks.train_generator(training, phases["generator"], segmenter, for_generator)
+    networks.write_prompts(run, segmenter, for_refiner, report)
+    segmenter = networks.train_refiner(
+      training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner)
     if run.writes:
       save_curves(run.path / "log.jsonl", run.path / "curves.png")
     result = validate_run(run, segmenter, held_out, report)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
     return result
-
-
-def _about(config: Config, plan: Plan) -> dict[str, Any]:
-  """What the checkpoints of a run say of it."""
-  about = {"config": dataclasses.asdict(config), "labels": dataclasses.asdict(plan.labels)}
-  return json.loads(json.dumps(about | {"versions": versions()}))
-
-
-def _check_source(source: str, config: SAM2Config, out: str | Path) -> None:
-  check_starting_point(source, config)
-  if Path(source).absolute().is_relative_to(Path(out).absolute()):
-    raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
 
 
 def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Split:
@@ -130,8 +104,7 @@ def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Sp
   if not (resume and path.exists()):
     return make_split(identifiers, config)
   split = load_split(path)
-  gone = sorted({*split.train, *split.validation} - set(identifiers))
-  if gone:
+  if gone := sorted({*split.train, *split.validation} - set(identifiers)):
     raise UserError(f"{path}: case {gone[0]} is no longer in the data set; put it back or train "
                     "into another folder")
   return split
@@ -150,22 +123,16 @@ def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFol
 
 def _check_same_config(run: RunFolder, config: Config) -> None:
   # Where and how fast it is computed may change; what is computed may not.
-  before = load_config(run.config)
-  replace = dataclasses.replace
+  before, replace = load_config(run.config), dataclasses.replace
   before = replace(
-    before,
-    mesh=config.mesh,
-    data=replace(before.data, loader=config.data.loader),
+    before, mesh=config.mesh, data=replace(before.data, loader=config.data.loader),
     generator=replace(before.generator, remat=config.generator.remat),
-    sam2=replace(before.sam2, remat=config.sam2.remat),
-  )
+    sam2=replace(before.sam2, remat=config.sam2.remat))
   if before != config:
     old, new = _flat(config_tree(before)), _flat(config_tree(config))
     key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
-    raise UserError(
-      f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume it with the "
-      "config that it has, or train into another folder"
-    )
+    raise UserError(f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume "
+                    "it with the config that it has, or train into another folder")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -186,8 +153,7 @@ def _plan(
     if run.writes and not (run / "plan.json").exists():
       train_cases = [case for case in dataset.cases if case.identifier in set(split.train)]
       fingerprint = make_fingerprint(
-        dataset, train_cases, progress=Progress("fingerprint, cases", report)
-      )
+        dataset, train_cases, progress=Progress("fingerprint, cases", report))
       save_json(run / "fingerprint.json", fingerprint)
       save_plan(run / "plan.json", make_plan(fingerprint, config))
   plan = load_plan(run / "plan.json")

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
-from rfmedsam2_jax.config.training import GeneratorConfig, OptimizerConfig, RefinerConfig
+from rfmedsam2_jax.config.training import GeneratorConfig, Optimizer, RefinerConfig
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.losses import CellTruth, generator_loss, refiner_loss
@@ -20,7 +20,7 @@ from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
 from rfmedsam2_jax.refinement.config import RefinementConfig
-from rfmedsam2_jax.refinement.prompts import CellPrompts, next_prompts
+from rfmedsam2_jax.refinement.prompts import next_prompts
 from rfmedsam2_jax.refinement.stages import all_stages_on_grid, masks_on_grid
 from rfmedsam2_jax.training.state import TrainState, ema_update, merge
 
@@ -31,13 +31,10 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(
-  loss: Loss,
-  optimizer: optax.GradientTransformation,
-  config: OptimizerConfig,
-  mesh: Mesh | None = None,
+  loss: Loss, optimizer: optax.GradientTransformation, config: Optimizer, mesh: Mesh | None = None,
   microbatches: int = 1,
 ) -> Step:
-  """A step (state, batch) -> (state, metrics), to be compiled.
+  """A step to be compiled.
 
   Args:
     mesh: that states and batches are spread over; None: one device.
@@ -59,29 +56,21 @@ def make_step(
       gradients, metrics = gradient(state, batch, key)
     else:
       parts = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch
-      )
+        lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
       keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(microbatches))
 
       def add(total: Any, part: tuple[Batch, Array]):
         return jax.tree.map(jnp.add, total, gradient(state, *part)), None
 
-      zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(gradient, state, jax.tree.map(lambda x: x[0], parts), key),
-      )
+      shapes = jax.eval_shape(gradient, state, jax.tree.map(lambda x: x[0], parts), key)
+      zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
       total, _ = jax.lax.scan(add, zero, (parts, keys))
       gradients, metrics = jax.tree.map(lambda x: x / microbatches, total)
     updates, opt_state = optimizer.update(gradients, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
-    metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
-    new = state.replace(
-      step=state.step + 1,
-      trained=trained,
-      ema=ema_update(state.ema, trained, config.ema_decay, state.step),
-      optimizer=opt_state,
-    )
-    return new, metrics
+    ema = ema_update(state.ema, trained, config.ema_decay, state.step)
+    new = state.replace(step=state.step + 1, trained=trained, ema=ema, optimizer=opt_state)
+    return new, metrics | {"gradient_norm": optax.tree.norm(gradients)}
 
   return step
 
@@ -93,16 +82,13 @@ def generator_loss_fn(
   member = jnp.asarray(membership)
 
   def loss(params: Params, batch: Batch, key: Array, axes: tuple[str, ...] = ()):
-    del key
     logits: Any = model.apply({"params": params}, batch["image"], deep_supervision=True)
     return generator_loss(logits, batch["target"], member, regions, config.loss, axes)
 
   return loss
 
 
-def jittered(
-  boxes: Array, amount: float, side: int, key: Array, axes: tuple[str, ...] = ()
-) -> Array:
+def _jittered(boxes: Array, amount: float, side: int, key: Array, axes: tuple[str, ...]) -> Array:
   """Boxes [N, 4] with every edge moved by up to `amount` of the box's size, inside the image."""
   size = jnp.concatenate([boxes[:, 2:] - boxes[:, :2]] * 2, axis=1) + 1.0
   # Drawn for the whole batch, so that a box is moved alike on however many devices.
@@ -111,18 +97,9 @@ def jittered(
   drawn = jax.random.uniform(key, (devices * count, 4), minval=-1.0, maxval=1.0)
   if axes:
     drawn = jax.lax.dynamic_slice_in_dim(drawn, jax.lax.axis_index(axes) * count, count)
-  moved = boxes + size * amount * drawn
-  moved = jnp.clip(moved, 0.0, side - 1.0)
-  return jnp.concatenate(
-    [jnp.minimum(moved[:, :2], moved[:, 2:]), jnp.maximum(moved[:, :2], moved[:, 2:])], axis=1
-  )
-
-
-def stage0_cells(batch: Batch, refinement: RefinementConfig, side: int) -> CellPrompts:
-  """Stage-0 prompts [B * T * L] of a batch of runs; presence is any foreground in the mask."""
-  logits = batch["logits"].reshape(-1, *batch["logits"].shape[-2:])
-  certain = jnp.full(logits.shape[:1], LOGIT_LIMIT)
-  return next_prompts(logits, certain, side, refinement.box_margin)
+  moved = jnp.clip(boxes + size * amount * drawn, 0.0, side - 1.0)
+  first, second = moved[:, :2], moved[:, 2:]
+  return jnp.concatenate([jnp.minimum(first, second), jnp.maximum(first, second)], axis=1)
 
 
 def refiner_loss_fn(
@@ -130,8 +107,7 @@ def refiner_loss_fn(
 ) -> Loss:
   """Sum over stages of the weighted losses of all live cells, see data.pipeline.refiner_batches.
 
-  Args:
-    masks_alone: of the masks as the MaskAdapter alone corrects them, see `masks_on_grid`.
+  masks_alone: of the masks as the MaskAdapter alone corrects them, see `masks_on_grid`.
   """
   all_stages, weights = all_stages_on_grid, config.loss
   told: tuple[str, ...] = ("focal", "dice", "iou", "presence")
@@ -142,28 +118,25 @@ def refiner_loss_fn(
   def loss(params: Params, batch: Batch, key: Array, axes: tuple[str, ...] = ()):
     runs, tracks, length, height, width = batch["logits"].shape
     side = model.config.image_size
-    cells = stage0_cells(batch, refinement, side)
-    cells = cells._replace(boxes=jittered(cells.boxes, config.box_jitter, side, key, axes))
+    logits = batch["logits"].reshape(-1, height, width)
+    # Of stage 0; a structure is present with any foreground in its mask.
+    certain = jnp.full(logits.shape[:1], LOGIT_LIMIT)
+    cells = next_prompts(logits, certain, side, refinement.box_margin)
+    cells = cells._replace(boxes=_jittered(cells.boxes, config.box_jitter, side, key, axes))
     slices = batch["images"].reshape(runs * length, side, side, 3)
-    results = all_stages(
-      model, params, refinement, slices, cells, batch["inside"], batch["depth"]
-    )
+    results = all_stages(model, params, refinement, slices, cells, batch["inside"], batch["depth"])
     target = batch["masks"].reshape(-1, height, width)
     known = batch["known"].reshape(-1, height, width)
     present = jnp.max(target, axis=(1, 2)) > 0.5
     # That a structure is absent can only be learnt where nothing is ignored.
-    certain = present | (jnp.min(known, axis=(1, 2)) > 0.5)
+    learnt = present | (jnp.min(known, axis=(1, 2)) > 0.5)
     truth = CellTruth(target, known, present)
     inside = jnp.broadcast_to(batch["inside"][:, None], (runs, tracks, length)).reshape(-1)
     total = jnp.float32(0)
     metrics: dict[str, Array] = {}
-    for number, (stage, (out, live)) in enumerate(
-      zip(refinement.stages, results, strict=True), 1
-    ):
-      counts = (live | present) & inside & certain
-      value, parts = refiner_loss(
-        out.logits, out.iou, out.presence, truth, counts, weights, axes
-      )
+    for number, (stage, (out, live)) in enumerate(zip(refinement.stages, results, strict=True), 1):
+      counts = (live | present) & inside & learnt
+      value, parts = refiner_loss(out.logits, out.iou, out.presence, truth, counts, weights, axes)
       total = total + stage.loss_weight * value
       metrics |= {f"stage{number}/{name}": parts[name] for name in told}
     return total, metrics
@@ -172,11 +145,6 @@ def refiner_loss_fn(
 
 
 def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
-  """The step, to be compiled for states that lie as `state`'s shapes do by the rules.
-
-  The state that goes in is donated.
-  """
-  where = shardings(state, mesh)
-  return jax.jit(
-    step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler_options()
-  )
+  """The step, to be compiled for states like `state` laid out by the rules; it is donated."""
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), None),
+                 compiler_options=compiler_options())

@@ -16,12 +16,9 @@ PROFILED = range(4, 7)
 
 
 class Telemetry:
-  """Numbers of a phase, in `tensorboard/PHASE` of the run, and its profile.
+  """Numbers of a phase, in `tensorboard/PHASE` of the run, and a trace in `profile/PHASE` if asked.
 
-  Args:
-    samples: what a step goes through, by name: volumes (crops of one each), slices, cells.
-    flops: of a step, on one device.
-    profile: leave a trace of a few steps in `profile/PHASE`.
+  samples: see training.phases.Phase. flops: of a step, on one device.
   """
 
   def __init__(
@@ -34,13 +31,10 @@ class Telemetry:
 
   def measured(self, steps_per_second: float) -> dict[str, float]:
     """Throughput, share of the devices' arithmetic (where their peak is known) and memory."""
-    found = {
-      f"{name}_per_second": count * steps_per_second for name, count in self._samples.items()
-    }
+    found = {f"{name}_per_second": n * steps_per_second for name, n in self._samples.items()}
     if self._flops:
       found["tflops_per_device"] = self._flops * steps_per_second / 1e12
-      peak = peak_flops(jax.local_devices()[0].device_kind)
-      if peak:
+      if peak := peak_flops(jax.local_devices()[0].device_kind):
         found["mfu"] = self._flops * steps_per_second / peak
     found["peak_gib"] = peak_memory() / 2**30
     return {name: float(f"{value:.4g}") for name, value in found.items()}
@@ -68,14 +62,14 @@ class Telemetry:
     """To be called after each step, with what it gave."""
     if self._tracing and done + 1 == PROFILED.stop:
       jax.block_until_ready(outputs)
-      self.close_profile()
+      self._close_profile()
 
-  def close_profile(self) -> None:
+  def _close_profile(self) -> None:
     if self._tracing:
       jax.profiler.stop_trace()
       self._tracing = False
 
   def close(self) -> None:
-    self.close_profile()
+    self._close_profile()
     if self._writer:
       self._writer.close()

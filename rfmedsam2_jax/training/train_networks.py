@@ -1,7 +1,6 @@
 """The networks of a run: trained phase after phase in its folder, or loaded where they are.
 
-In: phases, prepared cases. Out: a segmenter with what is trained so far. Used by run, which puts
-the parts of a run in their order.
+In: phases, prepared cases. Out: a segmenter with what is trained so far.
 """
 
 import dataclasses
@@ -39,17 +38,11 @@ def _count(params: Any) -> str:
 
 def _begun(run: RunFolder, *phases: str) -> bool:
   """Whether one of these phases has parameters of its own, which replace all that it is given."""
-  return any(
-    run.params(phase).is_dir() or latest_checkpoint(run.checkpoints(phase)) for phase in phases
-  )
+  return any(run.params(x).is_dir() or latest_checkpoint(run.checkpoints(x)) for x in phases)
 
 
 def check_generator(run: RunFolder, phase: Phase) -> None:
-  """Sees to it that the generator can start as the config says, without reading parameters.
-
-  Raises:
-    UserError: no checkpoint, one of another network or of other labels, or no steps from scratch.
-  """
+  """Raises UserError for no checkpoint, another network's or labels', or no steps from scratch."""
   settings = phase.settings
   if _begun(run, phase.name):
     return
@@ -77,57 +70,40 @@ def train_generator(
     if not settings.loop.steps:
       _save(training, phase, params)
       training.report("generator: used as it is, no steps")
-  return dataclasses.replace(
-    segmenter, generator=_trained(training, phase, segmenter, cases, params, key)
-  )
+  params = _trained(training, phase, segmenter, cases, params, key)
+  return dataclasses.replace(segmenter, generator=params)
 
 
 def train_refiner(
-  training: Training,
-  mask_adapter: Phase | None,
-  refiner: Phase,
-  segmenter: Segmenter,
+  training: Training, mask_adapter: Phase | None, refiner: Phase, segmenter: Segmenter,
   cases: Sequence[str],
 ) -> Segmenter:
   """Trains SAM 2 as the refiner, its MaskAdapter first, or loads it where it is trained already."""
-  settings: Any = refiner.settings
+  run, sam2, settings = training.run, segmenter.sam2.config, refiner.settings
+  assert isinstance(settings, RefinerConfig)
   params: Params = {}
   key = jax.random.key(training.seed)
   init_key, train_key = jax.random.split(jax.random.fold_in(key, 1))
-  if not training.run.params(refiner.name).is_dir():
-    params = _starting_refiner(training, settings, segmenter, init_key)
+  if not run.params(refiner.name).is_dir():
+    if settings.init_from and not _begun(run, "mask_adapter", "refiner"):
+      params = starting_params(settings.init_from, sam2, init_key)
+      about = read_config(settings.init_from)[1]
+      run.write("init_from.json", json.dumps(about, indent=1) + "\n")
+      training.report(f"refiner: starts from {settings.init_from}")
+    else:
+      params = init_params(sam2, init_key)
+      if not settings.init_from and any(x.residual for x in segmenter.refinement.stages):
+        params = silenced_decoder(params)
     if mask_adapter:
       adapter_key = jax.random.fold_in(key, 2)
       params = _trained(training, mask_adapter, segmenter, cases, params, adapter_key)
     params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
-  return dataclasses.replace(
-    segmenter, refiner=_trained(training, refiner, segmenter, cases, params, train_key)
-  )
-
-
-def _starting_refiner(
-  training: Training, config: RefinerConfig, segmenter: Segmenter, key: jax.Array
-) -> Params:
-  """SAM 2 before the first step: from the checkpoint that the config names, or from scratch."""
-  source, sam2 = config.init_from, segmenter.sam2.config
-  if source and not _begun(training.run, "mask_adapter", "refiner"):
-    params = starting_params(source, sam2, key)
-    about = read_config(source)[1]
-    training.run.write("init_from.json", json.dumps(about, indent=1) + "\n")
-    training.report(f"refiner: starts from {source}")
-    return params
-  params = init_params(sam2, key)
-  if not source and any(stage.residual for stage in segmenter.refinement.stages):
-    params = silenced_decoder(params)
-  return params
+  params = _trained(training, refiner, segmenter, cases, params, train_key)
+  return dataclasses.replace(segmenter, refiner=params)
 
 
 def _trained(
-  training: Training,
-  phase: Phase,
-  segmenter: Segmenter,
-  cases: Sequence[str],
-  params: Params,
+  training: Training, phase: Phase, segmenter: Segmenter, cases: Sequence[str], params: Params,
   key: jax.Array,
 ) -> Params:
   """The parameters at the end of a phase, which starts from `params` if it has not ended yet."""

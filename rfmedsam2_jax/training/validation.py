@@ -42,38 +42,29 @@ def score_stages(
     if shown is None:
       stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
       shown = SheetCase(
-        name, volume.array[0], truth, stages, spacing, slice_axis=segmenter.plan.slice_axis
-      )
+        name, volume.array[0], truth, stages, spacing, slice_axis=segmenter.plan.slice_axis)
 
   hosts.each(cases, score, Progress("validation, cases", report, compiles=True))
   names = [case.identifier for case in cases]
   of_cases = {name: stages for part in hosts.gather(found) for name, stages in part.items()}
-  return [
-    Scores(labels.names, 1.0, {name: of_cases[name][stage] for name in names})
-    for stage in range(segmenter.stages)
-  ], shown
+  return [Scores(labels.names, 1.0, {name: of_cases[name][stage] for name in names})
+          for stage in range(segmenter.stages)], shown
 
 
 class Ranking:
   """The scores that a phase's checkpoints are ranked by: the last stage's mean Dice.
 
-  It is `Scores.mean`, which the lines of the log say. Lines that do not are of a run that was begun
-  when it was the mean over all pairs of a case and a structure: such a run goes on with that one.
-
-  Attributes:
-    known: by step, of what the log has up to step `start`.
-    note: what says so in a line of the log.
+  It is `Scores.mean`, which `note` says in lines of the log. Lines without it are of a run that was
+  begun with the mean over all pairs of a case and a structure, and goes on with that one. known: by
+  step, of what the log has up to step `start`.
   """
 
   def __init__(self, run: RunFolder, phase: str, start: int):
-    lines = [
-      x for x in run.logged()
-      if x["phase"] == phase and x["step"] <= start and "validation/stage0 Dice" in x
-    ]
+    lines = [x for x in run.logged()
+             if x["phase"] == phase and x["step"] <= start and "validation/stage0 Dice" in x]
     self.known = {
       x["step"]: [value for name, value in x.items() if name.startswith("validation/")][-1]
-      for x in lines
-    }
+      for x in lines}
     self._of_pairs = not all("mean" in x for x in lines)
     self.note = {} if self._of_pairs else {"mean": "of structures"}
 

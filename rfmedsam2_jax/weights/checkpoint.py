@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
 from rfmedsam2_jax.nn.layers import Array, Params
-from rfmedsam2_jax.nn.sam2 import SAM2Config
+from rfmedsam2_jax.nn.sam2 import FIXED, SAM2Config
 from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
 
 
@@ -62,7 +62,7 @@ def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
   if not isinstance(about, dict) or not isinstance(about.get("sam2"), dict):
     raise UserError(f"{folder}: is a checkpoint, but not of SAM 2; give one of SAM 2")
   try:
-    known = {field.name for field in dataclasses.fields(SAM2Config)}
+    known = {field.name for field in dataclasses.fields(SAM2Config)} | set(FIXED)
     if unknown := sorted(about["sam2"].keys() - known):
       raise ValueError(f"sam2.{unknown[0]} is unknown")
     return pydantic.TypeAdapter(SAM2Config).validate_python(about["sam2"]), about
@@ -102,7 +102,7 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
       f"{folder}: its network has {name}={short(getattr(found, name))}, the config has sam2."
       f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint")
   theirs, ours = found.adapters, config.adapters
-  sizes = {"dwconv": ["width"], "cnn": ["width"], "mask": ["mask_width", "mask_reach"]}
+  sizes = {"dwconv": ["width"], "cnn": ["width"], "mask": ["mask_width"]}
   for kind, fields in sizes.items():
     alike = all(getattr(theirs, field) == getattr(ours, field) for field in fields)
     if getattr(theirs, kind) and not (getattr(ours, kind) and alike):

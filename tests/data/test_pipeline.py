@@ -12,7 +12,6 @@ from scipy import ndimage
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.augmentation import (
-  NO_AUGMENTATION,
   AugmentationConfig,
   augment_intensity,
   draw_affine,
@@ -29,7 +28,6 @@ from rfmedsam2_jax.data.pipeline import (
 )
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore, save_case
 from rfmedsam2_jax.data.prompt_mistakes import (
-  NO_CORRUPTION,
   PromptCorruptionConfig,
   corrupt,
   logits_of_truth,
@@ -39,9 +37,29 @@ from rfmedsam2_jax.data.sam_slices import resize_area, resize_linear
 LABELS = Labels((Structure("core", (1,)), Structure("whole", (1, 2))), True, (1, 2), ignore=9)
 SHAPES = ((14, 40, 32), (9, 36, 44), (5, 30, 30))
 PATCH = (8, 24, 24)
-AFFINE_ONLY = dataclasses.replace(
-  NO_AUGMENTATION, flips=(0, 1, 2), rotation_probability=1.0, scaling_probability=1.0
-)
+NO_CORRUPTION = PromptCorruptionConfig(**{
+  field.name: 0 for field in dataclasses.fields(PromptCorruptionConfig)
+  if field.name.endswith("_probability")})
+
+
+class Upright(AugmentationConfig):
+  rotation_probability = scaling_probability = 0.0
+
+
+class Still(Upright):
+  noise_probability = blur_probability = brightness_probability = contrast_probability = 0.0
+  gamma_probability = gamma_inverted_probability = 0.0
+
+
+class Turned(Still):
+  rotation_probability = 1.0
+
+
+class Affine(Still):
+  rotation_probability = scaling_probability = 1.0
+
+
+NO_AUGMENTATION, AFFINE_ONLY = Still(), Affine(flips=(0, 1, 2))
 RUN = RunConfig(image_size=64, slices=6, structures=2)
 
 
@@ -111,10 +129,12 @@ def test_restored_iterator_goes_on_exactly_where_it_was(store, make, tmp_path, m
     manager.save(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
     wanted = [next(iterator) for _ in range(3)]
     monkeypatch.setattr(LoaderConfig, "threads", 2)
-    by_orbax = make(store, loader=LoaderConfig(prefetch=4))
+    monkeypatch.setattr(LoaderConfig, "prefetch", 4)
+    by_orbax = make(store)
     manager.restore(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(by_orbax)))
   monkeypatch.setattr(LoaderConfig, "threads", 0)
-  by_state = make(store, loader=LoaderConfig(prefetch=0))
+  monkeypatch.setattr(LoaderConfig, "prefetch", 0)
+  by_state = make(store)
   by_state.set_state(state)
   for batch in wanted:
     assert_same(batch, next(by_orbax))
@@ -192,7 +212,7 @@ def test_untransformed_patches_are_cut_out_bit_for_bit(store):
 
 def test_rotations_are_rigid_in_millimetres():
   spacing = (4.0, 0.7, 1.3)
-  config = dataclasses.replace(NO_AUGMENTATION, rotation_probability=1.0)
+  config = Turned()
   rng = np.random.default_rng(0)
   for in_plane in (False, True):
     voxels = draw_affine(rng, config, spacing, in_plane)
@@ -206,7 +226,7 @@ def test_rotations_are_rigid_in_millimetres():
 def test_every_intensity_change_happens_and_keeps_what_it_promises(monkeypatch):
   names = ("noise", "blur", "brightness", "contrast", "gamma", "gamma_inverted")
   image = np.random.default_rng(0).standard_normal((1, 8, 16, 16)).astype(np.float32) + 1
-  config = dataclasses.replace(NO_AUGMENTATION, intensity=1.0)
+  config = Upright()
   for name in names:
     for other in names:
       monkeypatch.setattr(AugmentationConfig, f"{other}_probability", float(other == name))

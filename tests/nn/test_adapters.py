@@ -11,7 +11,6 @@ import pytest
 from flax import traverse_util
 
 from rfmedsam2_jax.config import Config, DataConfig, config_yaml
-from rfmedsam2_jax.config.sam2 import SAM2Options
 from rfmedsam2_jax.nn import PRESETS, MemorySlots, apply, init_params, row_bands
 from rfmedsam2_jax.nn.adapters import AdapterConfig, CNNAdapter, DWConvAdapter
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
@@ -174,4 +173,4 @@ def test_no_file_pretends_to_describe_an_adapter_of_ones_own():
   with pytest.raises(ValueError, match="LowRankAdapters"):
     config_json(own)
   with pytest.raises(ValueError, match="LowRankAdapters"):
-    config_yaml(dataclasses.replace(Config(data=DataConfig(dataset="d")), sam2=SAM2Options.of(own)))
+    config_yaml(dataclasses.replace(Config(data=DataConfig(dataset="d")), sam2=own))

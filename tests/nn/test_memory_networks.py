@@ -18,7 +18,7 @@ TOLERANCE = 5e-6  # about ten times what is seen
 N, G, C, MEM = 2, TINY.grid, TINY.d_model, TINY.mem_dim
 CONFIGS = {
   "2.1": TINY,
-  "2.0": dataclasses.replace(TINY, absent_embedding=False, pointer_positions=False),
+  "2.0": dataclasses.replace(TINY, absent_embedding=False),
 }
 FRAME, DEPTH = 5, 10
 # Conditioning slices behind and ahead (its pointer does not count), and two of the six others.

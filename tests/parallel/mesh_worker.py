@@ -36,7 +36,7 @@ from rfmedsam2_jax.parallel.mesh import (
   place_batch,
 )
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
-from rfmedsam2_jax.training.collectives import collectives_of
+from rfmedsam2_jax.training.shard import collectives_of
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 from rfmedsam2_jax.training.step import (
   compile_step,

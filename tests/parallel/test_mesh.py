@@ -18,9 +18,8 @@ from rfmedsam2_jax.config.training import OptimizerConfig
 from rfmedsam2_jax.nn import PRESETS, init_params
 from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
-from rfmedsam2_jax.training.collectives import Collective, collectives_of
+from rfmedsam2_jax.training.shard import Collective, bytes_per_device, collectives_of
 from rfmedsam2_jax.training.state import init_state, make_optimizer
-from rfmedsam2_jax.training.step_report import bytes_per_device
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 ALL = ["8x1", "4x2", "2x4", "1x8", "2x2x2", "1x1/2", "2x2/2"]
