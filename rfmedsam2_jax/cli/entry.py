@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import shtab
 
@@ -101,9 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
   for name in (*COMMANDS, "convert-nnunet"):
     module = importlib.import_module(f"rfmedsam2_jax.cli.{name.replace('-', '_')}")
     about = " ".join(str(module.__doc__).split()).partition(": ")[2].removesuffix(".")
+    listed: dict[str, Any] = {"help": about} if name in COMMANDS else {}
     command = commands.add_parser(
-      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about,
-      **({"help": about} if name in COMMANDS else {}))
+      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about, **listed)
     module.arguments(command)
     command.set_defaults(run=module.run)
     for action in command._actions:
