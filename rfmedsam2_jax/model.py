@@ -1,7 +1,4 @@
-"""The one factory: a config and a plan, or the folder of a run, become networks with parameters.
-
-    model = rfmedsam2_jax.load("runs/hippocampus")
-"""
+"""The one factory: a config and a plan, or the folder of a run, become networks with parameters."""
 
 import dataclasses
 import functools
@@ -50,8 +47,8 @@ def load(path: str | Path) -> Segmenter:
   if fingerprint is not None and len(fingerprint.channels) != len(plan.channels):
     raise UserError(f"{known}: has {len(fingerprint.channels)} channels, plan.json "
                     f"{len(plan.channels)}; copy both from the run again")
-  name = run.path.resolve().name
-  return dataclasses.replace(segmenter, name=name, fingerprint=fingerprint, **params)
+  return dataclasses.replace(
+    segmenter, name=run.path.resolve().name, fingerprint=fingerprint, **params)
 
 
 def untrained(config: Config, plan: Plan) -> Segmenter:

@@ -110,7 +110,7 @@ def test_a_mask_adapter_of_another_width_is_refused(converted, tmp_path):
 
 
 @pytest.mark.parametrize("option, says", [
-  ("sam2.decoder_depth=3", "its network has decoder_depth=2, the config has sam2.decoder_depth=3"),
+  ("sam2.decoder_depth=3", "its network has decoder_depth=1, the config has sam2.decoder_depth=3"),
   ("sam2.memory_layers=3", "memory_layers=1"),
   ("sam2.absent_embedding=false", "absent_embedding=True"),
 ])

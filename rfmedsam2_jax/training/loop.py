@@ -48,9 +48,8 @@ def train_phase(
 ) -> TrainState:
   """Trains until the phase has had its steps, from its newest checkpoint where there is one.
 
-  Args:
-    segmenter: with what is trained already, for validation. cases: that batches are made of.
-    state: before the first step, laid out on the mesh.
+  segmenter: with what is trained already, for validation. cases: that batches are made of. state:
+  before the first step, laid out on the mesh.
 
   Raises:
     UserError: the loss is not finite.

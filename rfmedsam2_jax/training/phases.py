@@ -1,7 +1,6 @@
 """The phases of training as data: which network, what of it is trained, on what batches.
 
-In: a config and a plan. Used where they are trained (train_networks) and where only their shapes
-are looked at (shard).
+In: a config and a plan. Used by train_networks, and by shard for their shapes alone.
 """
 
 import dataclasses
@@ -33,8 +32,7 @@ from rfmedsam2_jax.weights.generator import generator_json
 
 PhaseName = Literal["generator", "mask_adapter", "refiner"]
 CONFIG_KEYS: dict[PhaseName, str] = {
-  "generator": "generator", "mask_adapter": "refiner.mask_adapter", "refiner": "refiner"
-}
+  "generator": "generator", "mask_adapter": "refiner.mask_adapter", "refiner": "refiner"}
 # (folder of the run, cases, rows, start): some rows of batch `start` and of those after it.
 Batches = Callable[[Path, Sequence[str], Sequence[int], int], Iterator[dict[str, np.ndarray]]]
 
@@ -105,8 +103,7 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
            "target": jax.ShapeDtypeStruct(size, jnp.uint8)},
     batches=batches, samples={"volumes": settings.batch_size},
     about={"generator": generator_json(
-      unet, channels, [[structure.name, structure.values] for structure in labels.structures])},
-  )
+      unet, channels, [[structure.name, structure.values] for structure in labels.structures])})
 
 
 def refiner_phase(config: Config, plan: Plan) -> Phase:
@@ -137,10 +134,8 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
       "depth": jax.ShapeDtypeStruct((runs,), jnp.int32),
       "structures": jax.ShapeDtypeStruct((runs, structures), jnp.int32),
     },
-    batches=batches,
-    samples={"volumes": runs, "slices": runs * length, "cells": runs * structures * length},
-    about={"sam2": config_json(sam2)},
-  )
+    batches=batches, about={"sam2": config_json(sam2)},
+    samples={"volumes": runs, "slices": runs * length, "cells": runs * structures * length})
 
 
 def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
@@ -155,5 +150,4 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
 
 
 PHASES: dict[PhaseName, Callable[[Config, Plan], Phase]] = {
-  "generator": generator_phase, "mask_adapter": mask_adapter_phase, "refiner": refiner_phase
-}
+  "generator": generator_phase, "mask_adapter": mask_adapter_phase, "refiner": refiner_phase}

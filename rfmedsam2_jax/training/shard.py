@@ -57,10 +57,8 @@ def shard(
 ) -> None:
   """Reports what every device would hold and send; reads no data.
 
-  Args:
-    channels, structures: of the data set. phases: whose steps.
-    compiles: False leaves out what only the compiled step tells.
-    progress: takes lines about what is done.
+  channels, structures: of the data set. compiles: False leaves out what only the compiled step
+  tells. progress: takes lines about what is done.
 
   Raises:
     UserError: a mesh that these devices do not make, a batch that does not spread over it.
@@ -85,7 +83,7 @@ def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
   values = tuple(range(1, structures + 1))
   labels = Labels(tuple(Structure(f"structure {k}", (k,)) for k in values), False, values)
   rules = tuple(ChannelRule(f"channel {k}", "zscore") for k in range(channels))
-  depth, height, width = (int(n) for n in size)
+  depth, height, width = map(int, size)
   patch = depth, height, width
   return Plan("shapes", 0, spacing, patch, rules, patch, strides, kernels, labels)
 
@@ -93,12 +91,7 @@ def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
 def _report_step(
   phase: Phase, state: Any, mesh: Mesh, report: Callable[[str], None], compiles: bool
 ) -> None:
-  """Reports one phase's step: decisions, bytes per device, collectives.
-
-  Args:
-    state: a TrainState of jax.ShapeDtypeStruct.
-    compiles: False leaves out what only the compiled step tells.
-  """
+  """Reports one phase's step, of a TrainState of shapes: decisions, bytes, collectives."""
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   report(f"{phase.name}: {mesh.size} devices, {shape}")
   for name in ("trained", "frozen"):

@@ -36,10 +36,9 @@ def make_step(
 ) -> Step:
   """A step to be compiled.
 
-  Args:
-    mesh: that states and batches are spread over; None: one device.
-    microbatches: equal parts of a batch whose gradients are computed one after the other and
-      averaged; row r belongs to part r % microbatches, however many devices share the batch.
+  mesh: that states and batches are spread over; None: one device. microbatches: equal parts of a
+  batch whose gradients are computed one after the other and averaged; row r belongs to part
+  r % microbatches, however many devices share the batch.
   """
   spread: Callable[..., Any] = loss if mesh is None else over_mesh(loss, mesh)
 
@@ -132,8 +131,7 @@ def refiner_loss_fn(
     learnt = present | (jnp.min(known, axis=(1, 2)) > 0.5)
     truth = CellTruth(target, known, present)
     inside = jnp.broadcast_to(batch["inside"][:, None], (runs, tracks, length)).reshape(-1)
-    total = jnp.float32(0)
-    metrics: dict[str, Array] = {}
+    total, metrics = jnp.float32(0), dict[str, Array]()
     for number, (stage, (out, live)) in enumerate(zip(refinement.stages, results, strict=True), 1):
       counts = (live | present) & inside & learnt
       value, parts = refiner_loss(out.logits, out.iou, out.presence, truth, counts, weights, axes)

@@ -64,8 +64,8 @@ def train_generator(
     params = jax.jit(phase.init)(init_key)
     if settings.init_from and not _begun(run, phase.name):
       params = load_params(settings.init_from, params)
-      about = read_about(settings.init_from)
-      run.write("generator_init_from.json", json.dumps(about, indent=1) + "\n")
+      about = json.dumps(read_about(settings.init_from), indent=1)
+      run.write("generator_init_from.json", about + "\n")
       training.report(f"generator: starts from {settings.init_from}")
     if not settings.loop.steps:
       _save(training, phase, params)
