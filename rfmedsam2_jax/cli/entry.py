@@ -104,7 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
     about = " ".join(str(module.__doc__).split()).partition(": ")[2].removesuffix(".")
     listed: dict[str, Any] = {"help": about} if name in COMMANDS else {}
     command = commands.add_parser(
-      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about, **listed)
+      name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about,
+      **listed)
     module.arguments(command)
     command.set_defaults(run=module.run)
     for action in command._actions:
