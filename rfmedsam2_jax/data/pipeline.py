@@ -20,7 +20,7 @@ from rfmedsam2_jax.data.augmentation import AugmentationConfig, is_anisotropic, 
 from rfmedsam2_jax.data.datasets import IGNORED
 from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import Triple
-from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case
+from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case, open_array
 from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig, corrupt, logits_of_truth
 from rfmedsam2_jax.data.sam_slices import as_rgb, resize_area, resize_linear, window_slices
 
@@ -77,11 +77,7 @@ class Cases:
       raise UserError(f"{self.folder}: case {identifier} has no label; train on labelled cases")
     if self.prompts is None:
       return case, None
-    path = self.prompts / f"{identifier}.npy"
-    try:
-      return case, np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-      raise UserError(f"{path}: cannot be read ({error}); predict the prompts again") from None
+    return case, open_array(self.prompts / f"{identifier}.npy", "r", "predict the prompts again")
 
   def draw(self, index: int, stream: int
            ) -> tuple[int, PreparedCase, np.ndarray | None, np.random.Generator]:
