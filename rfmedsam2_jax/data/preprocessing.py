@@ -60,8 +60,8 @@ class Restore(Stored):
   @property
   def spacing(self) -> tuple[float, float, float]:
     """Exact mm, prepared order; the plan's, up to the rounding to whole voxels."""
-    a, b, c = map(lambda size, axis, count: size * self.native_spacing[axis] / count,
-                  self.crop_shape, self.order, self.prepared_shape)
+    a, b, c = (size * self.native_spacing[axis] / count for size, axis, count
+               in zip(self.crop_shape, self.order, self.prepared_shape, strict=True))
     return a, b, c
 
   def to_native(self, array: np.ndarray, fill: float, rows: slice | None = None) -> np.ndarray:

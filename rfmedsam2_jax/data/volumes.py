@@ -1,7 +1,7 @@
 """Volumes in and label maps out: any axis order and flip comes in, the same grid goes out.
 
-First and last station of the data's way. Everything behind it works in one orientation, LPS+ with
-axes (z, y, x), which is SimpleITK's array order; `Geometry` remembers how to go back.
+Everything behind works in one orientation, LPS+ with axes (z, y, x), which is SimpleITK's array
+order; `Geometry` remembers how to go back.
 """
 
 import contextlib
@@ -26,10 +26,7 @@ ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
 # Largest distance of the same corner voxel in image and label, in units of the smallest spacing.
 # Rounded headers stay far below; a shift by a voxel stays far above.
 GRID_TOLERANCE = 0.25
-
-# Squares of what is larger overflow float32; no scanner gives it.
-LARGEST = 1e15
-
+LARGEST = 1e15  # squares of what is larger overflow float32; no scanner gives it
 _BLOCK = 2**20  # bytes
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
 
@@ -64,11 +61,9 @@ class Geometry:
   @property
   def canonical_affine(self) -> np.ndarray:
     """float64 [4, 4], canonical voxel index (z, y, x) to world (RAS+), in the file's units."""
-    to_native = np.zeros((4, 4))
-    to_native[3, 3] = 1
+    to_native = np.diag([0.0, 0.0, 0.0, 1.0])
     for canonical, (native, flip) in enumerate(zip(self.axes, self.flipped, strict=True)):
-      to_native[native, canonical] = -1 if flip else 1
-      to_native[native, 3] = self.shape[native] - 1 if flip else 0
+      to_native[native, [canonical, 3]] = (-1, self.shape[native] - 1) if flip else (1, 0)
     return self.affine @ to_native
 
   @property
@@ -126,7 +121,6 @@ class Volume:
   Attributes:
     array: float32 [C, D, H, W], axes (z, y, x), LPS+.
     spacing: mm, (z, y, x).
-    geometry: the way back to the file's own grid.
   """
 
   array: np.ndarray
@@ -137,15 +131,14 @@ class Volume:
 def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> Volume:
   """Reads an image of `channels` channels.
 
+  UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or infinite
+  voxels, an affine without a meaning, channels on different grids.
+
   Args:
     paths: one 3D file per channel, all on one grid; or one 4D file whose fourth axis is the
       channels (Medical Segmentation Decathlon). A folder is a DICOM series.
-
-  Raises:
-    UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or
-      infinite voxels, an affine without a meaning, channels on different grids.
   """
-  files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+  files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
   if len(files) not in (1, channels):
     raise UserError(f"{files[0]}: {len(files)} files where {channels} channels are expected; "
                     f"give one file per channel or one 4D file")
@@ -156,8 +149,7 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
     native, current = _read(path, np.float32)
     geometries.append(current)
     _check_grid(current, geometries[0], "channels")
-    if native.ndim == 3:
-      native = native[..., None]
+    native = native[..., None] if native.ndim == 3 else native
     if native.ndim != 4 or native.shape[3] != expected:
       wanted = "a 3D image" if expected == 1 else f"a 4D image with {expected} channels"
       raise UserError(f"{path}: has {native.ndim - (native.shape[-1] == 1)} axes "
@@ -178,17 +170,13 @@ def check_intensities(path: str | Path, array: np.ndarray) -> None:
 
 
 def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
-  """Reads a label map and brings it onto an image's canonical grid by its own affine.
+  """Reads a label map onto the canonical grid of an image by its own affine, int32 [D, H, W].
+
+  UserError: unreadable, not 3D, fractions, or not on the image's grid.
 
   Args:
     path: a 3D file of whole numbers, of any axis order and flip.
     like: of the image. The corner voxels must agree within `GRID_TOLERANCE`.
-
-  Returns:
-    int32 [D, H, W], canonical.
-
-  Raises:
-    UserError: unreadable, not 3D, fractions, or not on the image's grid.
   """
   path = Path(path)
   native, geometry = _read(path, None)
@@ -197,12 +185,9 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
   if native.ndim != 3:
     raise UserError(f"{path}: has {native.ndim} axes ({itk.size(native.shape)}) where a 3D label "
                     "map is expected; give one volume of whole numbers")
-  if native.dtype.kind == "f":
-    rounded = np.rint(native)
-    if not np.array_equal(rounded, native):
-      raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
-                      f"is it an image instead of a label map?")
-    native = rounded
+  if native.dtype.kind == "f" and not np.array_equal(np.rint(native), native):
+    raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
+                    f"is it an image instead of a label map?")
   if native.size and not np.abs(native.astype(np.float64)).max() < 2**31:
     raise UserError(f"{path}: holds values beyond 32 bits; a label map has small whole numbers")
   _check_grid(geometry, like, "image and label")
@@ -210,14 +195,9 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
 
 
 def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) -> None:
-  """Writes a label map on exactly the grid of the file that `geometry` was read from.
+  """Writes a label map, whole numbers >= 0, canonical [D, H, W], as `write_on_grid` does.
 
-  Shape, affine, units, qform and sform with their codes are the input's; the type is the smallest
-  unsigned integer that holds the values. The file appears whole or not at all.
-
-  Args:
-    path: ends in .nii.gz or .nii.
-    labels: whole numbers >= 0, [D, H, W], canonical.
+  The type is the smallest unsigned integer that holds the values; `path` ends in .nii.gz or .nii.
   """
   if labels.shape != geometry.canonical_shape:
     raise ValueError(f"labels have shape {labels.shape}, the grid {geometry.canonical_shape}")
@@ -225,10 +205,11 @@ def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) ->
   write_on_grid(path, labels.astype(kind, copy=False), geometry)
 
 
-def write_on_grid(
-  path: str | Path, canonical: np.ndarray, geometry: Geometry, slope: float = 1.0
-) -> None:
+def write_on_grid(path: str | Path, canonical: np.ndarray, geometry: Geometry, slope: float = 1.0
+                  ) -> None:
   """Writes voxels on exactly the grid of a file; it appears whole or not at all.
+
+  Shape, affine, units, qform and sform with their codes are the input's.
 
   Args:
     canonical: [D, H, W], of the type that is stored. slope: what a stored 1 means.
@@ -290,18 +271,15 @@ def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   with gzip.open(path) if packed else contextlib.nullcontext() as stream:
     if stream is not None:
       image = type(image).from_stream(stream)
-    if kind is None:
-      native = np.asanyarray(image.dataobj)
-    else:
-      native = image.get_fdata(caching="unchanged", dtype=kind)
+    native = (np.asanyarray(image.dataobj) if kind is None
+              else image.get_fdata(caching="unchanged", dtype=kind))
     while stream is not None and stream.read(_BLOCK):
       pass  # its checksum stands at its end
   return native, geometry
 
 
-def _geometry(
-  path: Path, shape: tuple[int, ...], affine: np.ndarray, header: nib.Nifti1Header | None = None
-) -> Geometry:
+def _geometry(path: Path, shape: tuple[int, ...], affine: np.ndarray,
+              header: nib.Nifti1Header | None = None) -> Geometry:
   if len(shape) < 3 or 0 in shape:
     raise UserError(f"{path}: has the size {itk.size(shape)}; a volume with three axes is expected")
   affine = np.asarray(affine, np.float64)
@@ -312,24 +290,19 @@ def _geometry(
                     f"correct the file's header")
   directions = affine[:3, :3] / sizes
   if abs(np.linalg.det(directions)) < 1e-3:
-    raise UserError(f"{path}: its affine is singular (axes that coincide); "
-                    f"correct the file's header")
-  axes, flipped = _orientation(directions)
+    raise UserError(f"{path}: its affine is singular (axes that coincide); correct the file's "
+                    f"header")
   i, j, k = shape[:3]
   if header is None:  # of another format: mm, both forms in the scanner's coordinates
     header = nib.Nifti1Header()
     header.set_xyzt_units("mm")
     header.set_qform(affine, code=1)
     header.set_sform(affine, code=1)
-  return Geometry(path, header.copy(), affine, (i, j, k), axes, flipped)
+  return Geometry(path, header.copy(), affine, (i, j, k), *_orientation(directions))
 
 
 def _orientation(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-  """The native axes nearest to canonical z, y, x, and which of them run the other way.
-
-  Args:
-    directions: [3, 3], unit columns of the affine (RAS+).
-  """
+  """Native axes nearest to canonical z, y, x, and which run the other way, of unit RAS+ columns."""
   def closeness(axes: tuple[int, ...]) -> tuple[float, float]:
     columns = directions[:, axes[::-1]]  # along world x, y, z
     # The second number decides at 45 degrees. It must not depend on the order or sign of the
