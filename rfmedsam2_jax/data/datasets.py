@@ -34,21 +34,14 @@ class Labels(Stored):
 
   Atoms are the label values in use, numbered from 1 in the order in which the structures name
   them, 0 for background and `IGNORED`. Without regions, structure k is atom k + 1.
-
-  Attributes:
-    structures: in the order of the network's outputs.
-    regions: whether structures may share values (nnU-Net's regions); then outputs are independent.
-    output_values: the value that is written for each structure; of regions, later ones overwrite
-      earlier ones (nnU-Net's regions_class_order).
-    others: values of the data set that are background here.
-    ignore: value of voxels without annotation.
   """
 
-  structures: tuple[Structure, ...]
-  regions: bool
+  structures: tuple[Structure, ...]  #: in the order of the network's outputs
+  regions: bool  #: structures may share values (nnU-Net's regions); then outputs are independent
+  #: The value that is written for each; of regions, later ones overwrite (regions_class_order).
   output_values: tuple[int, ...]
-  others: tuple[int, ...] = ()
-  ignore: int | None = None
+  others: tuple[int, ...] = ()  #: values of the data set that are background here
+  ignore: int | None = None  #: value of voxels without annotation
 
   def __post_init__(self):
     values = *self.output_values, *self.atom_values[1:]
@@ -119,8 +112,7 @@ class Dataset:
 def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) -> Dataset:
   """Reads the description of a data set; UserError for missing or contradictory files and entries.
 
-  Args:
-    structures: names to segment, in this order; all others become background. None: all.
+  `structures` are the names to segment, in this order; all others become background. None: all.
   """
   folder = Path(folder)
   if not folder.is_dir():
@@ -205,10 +197,9 @@ def with_labels(cases: Sequence[Case], folder: str | Path) -> list[Case]:
   labelled = []
   for case in cases:
     files = [Path(folder) / (case.identifier + ending) for ending in ENDINGS]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    if not (found := list(filter(Path.is_file, files))):
       raise UserError(f"{files[0]}: does not exist; give a folder with a label map for every input")
-    labelled.append(dataclasses.replace(case, label=found))
+    labelled.append(dataclasses.replace(case, label=found[0]))
   return labelled
 
 
@@ -253,18 +244,15 @@ def _labels(path: Path, named: Mapping[str, int | tuple[int, ...]], order: Any) 
   if ignore in used or ignore == 0:
     raise UserError(f"{path}: the ignore label {ignore} is also a structure's value; "
                     f"give it a value of its own")
-  if regions:
-    if order is None or len(order) != len(structures):
-      raise UserError(f"{path}: labels with lists are regions and need 'regions_class_order' with "
-                      f"{len(structures)} values; add it")
-    output = tuple(int(value) for value in order)
-  else:
-    if len(set(used)) != len(used):
-      raise UserError(f"{path}: two labels have the same value; give each its own")
-    output = tuple(used)
+  if regions and (order is None or len(order) != len(structures)):
+    raise UserError(f"{path}: labels with lists are regions and need 'regions_class_order' with "
+                    f"{len(structures)} values; add it")
+  if not regions and len(set(used)) != len(used):
+    raise UserError(f"{path}: two labels have the same value; give each its own")
   if len(set(used)) >= IGNORED:
     raise UserError(f"{path}: has {len(set(used))} label values; at most {IGNORED - 1} "
                     f"are possible, merge some")
+  output = tuple(map(int, order if regions else used))
   return Labels(tuple(structures), regions, output, (), ignore)
 
 
@@ -292,9 +280,9 @@ def _stem(path: Path) -> str:
 
 def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> list[Case]:
   if "dataset" in content:  # cases listed one by one, at any place
-    return [Case(identifier, tuple(folder / image for image in entry["images"]),
-                 folder / entry["label"])
-            for identifier, entry in content["dataset"].items()]
+    return [
+      Case(name, tuple(folder / image for image in entry["images"]), folder / entry["label"])
+      for name, entry in content["dataset"].items()]
   ending = content["file_ending"]
   if ending not in ENDINGS:
     raise UserError(f"{folder / 'dataset.json'}: file_ending is {ending}; convert the volumes to "

@@ -34,21 +34,14 @@ class ChannelStatistics(Stored):
 
 @dataclasses.dataclass(frozen=True)
 class CaseFingerprint(Stored):
-  """One case, axes (z, y, x).
-
-  Attributes:
-    spacing: mm.
-    shape: voxels.
-    nonzero_shape: voxels of the box around the voxels that are not 0 in any channel.
-    structure_voxels: number of voxels of each structure.
-    quantiles: per channel, of the whole image, see `image_quantiles`; None in older runs.
-  """
+  """One case, axes (z, y, x)."""
 
   identifier: str
-  spacing: tuple[float, float, float]
-  shape: tuple[int, int, int]
-  nonzero_shape: tuple[int, int, int]
-  structure_voxels: tuple[int, ...]
+  spacing: tuple[float, float, float]  #: mm
+  shape: tuple[int, int, int]  #: voxels
+  nonzero_shape: tuple[int, int, int]  #: voxels of the box around those not 0 in any channel
+  structure_voxels: tuple[int, ...]  #: number of voxels of each structure
+  #: Per channel, of the whole image, see `image_quantiles`; None in older runs.
   quantiles: tuple[tuple[float, ...], ...] | None = None
 
   def __post_init__(self):

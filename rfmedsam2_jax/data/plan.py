@@ -37,22 +37,19 @@ _Side = Annotated[int, Field(ge=1, le=2**12)]
 class ChannelRule:
   """How one channel's intensities are normalised.
 
-  Attributes:
-    name: of the channel in dataset.json.
-    kind: "ct" clips to [lower, upper] and standardises by the data set's mean and std; "zscore"
-      standardises every case by its own.
-    lower, upper, mean, std: for "ct", over the data set's foreground.
-    masked: for "zscore", only voxels inside the object are standardised, the rest stays 0
-      (nnU-Net does so where much of the volume is 0, as after skull stripping).
+  "ct" clips to [lower, upper] and standardises by the data set's mean and std, all of its
+  foreground; "zscore" standardises every case by its own.
   """
 
   __pydantic_config__ = STRICT
-  name: str
+  name: str  #: of the channel in dataset.json
   kind: Literal["ct", "zscore"]
   lower: float = 0.0
   upper: float = 0.0
   mean: float = 0.0
   std: float = 1.0
+  #: Of "zscore": only voxels inside the object are standardised, the rest stays 0 (nnU-Net does so
+  #: where much of the volume is 0, as after skull stripping).
   masked: bool = False
 
 
@@ -78,25 +75,17 @@ class PlanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything that later steps need to know of the data set.
-
-  Attributes:
-    slice_axis: canonical axis (0 z, 1 y, 2 x) that becomes the first.
-    spacing: mm of the prepared volumes.
-    median_shape: voxels of the median case at that spacing.
-    patch_size: voxels of the generator's patches.
-    strides, kernels: of each U-Net stage; the first stride is 1, 1, 1.
-  """
+  """Everything that later steps need to know of the data set."""
 
   __pydantic_config__ = STRICT
   name: str
-  slice_axis: SliceAxis
-  spacing: tuple[float, float, float]
-  median_shape: Triple
+  slice_axis: SliceAxis  #: canonical axis (0 z, 1 y, 2 x) that becomes the first
+  spacing: tuple[float, float, float]  #: mm of the prepared volumes
+  median_shape: Triple  #: voxels of the median case at that spacing
   channels: tuple[ChannelRule, ...]
-  patch_size: Triple
-  strides: tuple[Triple, ...]
-  kernels: tuple[Triple, ...]
+  patch_size: Triple  #: voxels of the generator's patches
+  strides: tuple[Triple, ...]  #: of each U-Net stage; the first is 1, 1, 1
+  kernels: tuple[Triple, ...]  #: of each U-Net stage
   labels: Labels
 
   def __post_init__(self):
@@ -212,10 +201,8 @@ def pooling(spacing: np.ndarray, patch: np.ndarray, poolings: int | None = None
             ) -> tuple[tuple[Triple, ...], tuple[Triple, ...], np.ndarray]:
   """nnU-Net's topology: an axis is halved while it is fine enough and has voxels enough.
 
-  Strides and kernels of every stage, and the patch rounded up to what they divide.
-
-  Args:
-    spacing: mm. patch: voxels. poolings: at most so many halvings per axis.
+  Strides and kernels of every stage, and the patch rounded up to what they divide, from the spacing
+  in mm and the patch in voxels; at most `poolings` halvings per axis.
   """
   current, size = np.array(spacing, float), np.array(patch, float)
   halvings, kernel = np.zeros(3, int), np.ones(3, int)

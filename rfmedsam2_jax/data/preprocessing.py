@@ -21,9 +21,7 @@ from rfmedsam2_jax.data.volumes import Volume
 
 # A volume longer than this (mm) has a wrong header; so has one that is resampled to more than
 # _LARGEST voxels and more than _FINER times its own.
-_LONGEST = 10_000.0
-_LARGEST = 512**3
-_FINER = 64
+_LONGEST, _LARGEST, _FINER = 10_000.0, 512**3, 64
 
 LOCATIONS = 2000  # places kept per structure, from which patches with foreground are drawn
 
@@ -34,22 +32,14 @@ _AVERAGED = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Restore(Stored):
-  """The way from a prepared grid back to the canonical native grid.
+  """The way from a prepared grid back to the canonical native grid (z, y, x)."""
 
-  Attributes:
-    native_shape: voxels, canonical (z, y, x).
-    native_spacing: mm, canonical (z, y, x).
-    lower, upper: the crop, first index and index behind the last, canonical (z, y, x).
-    order: the canonical axis along each prepared axis.
-    prepared_shape: voxels, prepared order.
-  """
-
-  native_shape: Triple
-  native_spacing: tuple[float, float, float]
-  lower: Triple
-  upper: Triple
-  order: Triple
-  prepared_shape: Triple
+  native_shape: Triple  #: voxels, canonical
+  native_spacing: tuple[float, float, float]  #: mm, canonical
+  lower: Triple  #: first index of the crop, canonical
+  upper: Triple  #: index behind the last of the crop, canonical
+  order: Triple  #: the canonical axis along each prepared axis
+  prepared_shape: Triple  #: voxels, prepared order
 
   @property
   def crop_shape(self) -> Triple:
@@ -65,15 +55,12 @@ class Restore(Stored):
     return a, b, c
 
   def to_native(self, array: np.ndarray, fill: float, rows: slice | None = None) -> np.ndarray:
-    """Brings a map of the crop back onto the native grid by linear interpolation.
+    """A map of the crop on the native grid by linear interpolation, float32 canonical [D, H, W].
 
     Args:
       array: real [d, h, w], prepared order, covers the crop's field of view at any resolution.
       fill: value outside the crop.
-      rows: of canonical z; only these are computed, which bounds the memory. None: all.
-
-    Returns:
-      float32 [D, H, W], canonical (z, y, x), D the length of `rows`.
+      rows: of canonical z, D many; only these are computed, which bounds the memory. None: all.
     """
     depth = self.native_shape[0]
     first, behind, step = (slice(None) if rows is None else rows).indices(depth)
@@ -117,18 +104,13 @@ class Restore(Stored):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-  """A volume on the plan's grid.
+  """A volume on the plan's grid."""
 
-  Attributes:
-    image: float32 [C, D, H, W], normalised, slice axis first.
-    window: float32 [C, 2], the normalised intensities that are 0 and 1 for SAM 2: the clip of CT;
-      else the case's 0.5 and 99.5 percentiles of voxels that are not 0.
-    restore: the way back.
-  """
-
-  image: np.ndarray
+  image: np.ndarray  #: float32 [C, D, H, W], normalised, slice axis first
+  #: float32 [C, 2], the normalised intensities that are 0 and 1 for SAM 2: the clip of CT; else the
+  #: case's 0.5 and 99.5 percentiles of voxels that are not 0.
   window: np.ndarray
-  restore: Restore
+  restore: Restore  #: the way back
 
   @property
   def spacing(self) -> tuple[float, float, float]:
@@ -138,15 +120,11 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedCase(Prepared):
-  """A stored case; the arrays are memory-mapped and read-only.
-
-  Attributes:
-    atoms: uint8 [D, H, W], or None if the case has no label.
-    locations: per structure, int32 [n <= LOCATIONS, 3], voxels (d, h, w) that belong to it.
-  """
+  """A stored case; the arrays are memory-mapped and read-only."""
 
   identifier: str
-  atoms: np.ndarray | None
+  atoms: np.ndarray | None  #: uint8 [D, H, W], or None if the case has no label
+  #: Per structure, int32 [n <= LOCATIONS, 3], voxels (d, h, w) that belong to it.
   locations: tuple[np.ndarray, ...]
 
 
@@ -170,7 +148,9 @@ def preprocess(volume: Volume, plan: Plan) -> Prepared:
   a, b, c = map(lambda n, old, new: max(1, round(n * old / new)), shape, spacing, plan.spacing)
   target = a, b, c
   _check_size(volume, spacing, shape, target)
-  matrices = _image_matrices(shape, target, spacing, plan.spacing)
+  apart = _separate_axis(spacing, plan.spacing)
+  matrices = [_image_matrix(n_in, n_out, axis == apart)
+              for axis, (n_in, n_out) in enumerate(zip(shape, target, strict=True))]
   image = np.empty((len(cropped), *target), np.float32)
   window = np.empty((len(cropped), 2), np.float32)
   for index, rule in enumerate(plan.channels):
@@ -229,11 +209,10 @@ def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray
 
 def save_case(folder: str | Path, identifier: str, prepared: Prepared, atoms: np.ndarray | None,
               labels: Labels, seed: int = 0) -> None:
-  """Stores a prepared case; its .json comes last, so a case that has one is complete.
+  """Stores a prepared case, perhaps with atoms of `prepare_atoms`.
 
-  Args:
-    atoms: from `prepare_atoms`, or None.
-    seed: of the drawing of locations; every case draws its own.
+  Its .json comes last, so a case that has one is complete. `seed` is of the drawing of locations;
+  every case draws its own.
   """
   folder = Path(folder)
   locations = [np.zeros((0, 3), np.int32)] * len(labels.structures)
@@ -306,18 +285,12 @@ def _separate_axis(spacing: list[float], target: tuple[float, float, float]) -> 
   return None
 
 
-def _image_matrices(shape: tuple[int, ...], target: Triple, spacing: list[float],
-                    target_spacing: tuple[float, float, float]) -> list[np.ndarray | None]:
-  apart = _separate_axis(spacing, target_spacing)
-
-  def matrix(axis: int, n_in: int, n_out: int) -> np.ndarray | None:
-    if n_in == n_out:
-      return None
-    if n_in > _AVERAGED * n_out:
-      return antialiased_matrix(n_in, n_out)
-    return (nearest_matrix if axis == apart else resampling.spline_matrix)(n_in, n_out)
-
-  return list(map(matrix, range(3), shape, target))
+def _image_matrix(n_in: int, n_out: int, apart: bool) -> np.ndarray | None:
+  if n_in == n_out:
+    return None
+  if n_in > _AVERAGED * n_out:
+    return antialiased_matrix(n_in, n_out)
+  return (nearest_matrix if apart else resampling.spline_matrix)(n_in, n_out)
 
 
 def _draw_locations(atoms: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
