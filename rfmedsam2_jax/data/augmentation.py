@@ -49,14 +49,11 @@ NO_AUGMENTATION = AugmentationConfig(rotation_probability=0, scaling_probability
 
 def draw_affine(rng: np.random.Generator, config: AugmentationConfig, spacing: tuple[float, ...],
                 in_plane: bool) -> np.ndarray | None:
-  """Draws flips, rotation and scaling.
+  """Draws flips, rotation and scaling: float64 [3, 3], or None for the identity.
 
   Args:
     spacing: mm along slice, row, column; rotations are rigid in mm, not in voxels.
     in_plane: rotate and scale rows and columns only, as for runs and anisotropic patches.
-
-  Returns:
-    float64 [3, 3] from sample to source in voxels, or None for the identity.
   """
   matrix = np.eye(3)
   if rng.random() < config.rotation_probability:
@@ -83,7 +80,7 @@ def is_anisotropic(spacing: tuple[float, ...]) -> bool:
 
 def sample_patch(array: np.ndarray, centre: np.ndarray, size: tuple[int, int, int],
                  matrix: np.ndarray | None, order: int, fill: float) -> np.ndarray:
-  """Cuts a patch out of a volume, transformed, reading only what it needs.
+  """Cuts a patch, [*size] of the array's dtype, out of a volume, reading only what it needs.
 
   Args:
     array: [D, H, W], may be memory-mapped.
@@ -91,9 +88,6 @@ def sample_patch(array: np.ndarray, centre: np.ndarray, size: tuple[int, int, in
     matrix: as `draw_affine` gives it; None and pure flips need no interpolation.
     order: 1 linear (images), 0 nearest (labels).
     fill: outside of the volume.
-
-  Returns:
-    [*size] of the array's dtype.
   """
   half = (np.array(size) - 1) / 2
   matrix = np.eye(3) if matrix is None else matrix
@@ -149,14 +143,9 @@ def on_grid(matrix: np.ndarray | None, source: tuple[int, int], target: tuple[in
 
 def augment_intensity(rng: np.random.Generator, image: np.ndarray, config: AugmentationConfig,
                       in_plane: bool) -> np.ndarray:
-  """Noise, blur, brightness, contrast and gamma, in nnU-Net's order.
+  """A copy with noise, blur, brightness, contrast and gamma, in nnU-Net's order.
 
-  Args:
-    image: float32 [C, D, H, W]; each channel draws for itself.
-    in_plane: do not blur across slices.
-
-  Returns:
-    float32 [C, D, H, W], a new array.
+  Both are float32 [C, D, H, W]; each channel draws for itself. `in_plane`: no blur across slices.
   """
   image, often = np.array(image, np.float32), config.intensity
   for channel in image:

@@ -51,12 +51,10 @@ class BatchConfig:
 
 
 class Cases:
-  """Prepared cases to draw from, each once per epoch, in an order that is reshuffled every epoch.
+  """Cases of `preprocessing.save_case`, each once per epoch, in an order drawn for every epoch.
 
-  Args:
-    folder: of prepared cases (data.preprocessing.save_case).
-    seed: of the order and of all that is drawn for a sample.
-    prompts: folder of CASE.npy, float16 [K, D, 4G, 4G], the generator's mask logits, or None.
+  `seed` is of the order and of all that is drawn for a sample; `prompts` a folder of CASE.npy,
+  float16 [K, D, 4G, 4G], the generator's mask logits, or None.
   """
 
   def __init__(self, folder: str | Path, identifiers: Sequence[str], seed: int,
@@ -158,13 +156,12 @@ def generator_batches(cases: Cases, patch_size: Triple, augmentation: Augmentati
                       oversample_foreground: float, batches: BatchConfig):
   """Endless batches of 3D patches.
 
+  A grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms, 255
+  where ignored, "case": int32 [B], positions in `identifiers`}, B the number of rows.
+
   Args:
     patch_size: slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
     oversample_foreground: share of patches that are centred on a voxel of some structure.
-
-  Returns:
-    a grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms,
-    255 where ignored, "case": int32 [B], positions in `identifiers`}, B the number of rows.
   """
   return _batches(_PatchSample(cases, patch_size, augmentation, oversample_foreground), batches)
 
@@ -198,8 +195,11 @@ class _RunSample:
     side = self.run.image_size // 4
     masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), side)
     known = np.broadcast_to(resize_area(annotated, side), masks.shape)
-    if prompts is not None:
-      self._check(case, prompts)
+    expected = (truth.shape[-1], depth, side, side)
+    if prompts is not None and prompts.shape != expected:
+      raise UserError(
+        f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
+        f"expected {expected}; they belong to another plan or image size, predict them again")
     matrix = augment.on_grid(matrix, (height, width), (side, side))
     logits = np.stack([
       self._logits(rng, mask, None if prompts is None else prompts[structure], rows, matrix)
@@ -239,18 +239,10 @@ class _RunSample:
                   ) -> np.ndarray:
     """Which structures become tracks: the one looked for, others of the run, then any."""
     order = rng.permutation(truth.shape[-1])
-    rank = np.where(truth.any(axis=(0, 1, 2))[order], 0, 1)
+    rank = np.where(np.asarray(truth.any(axis=(0, 1, 2)))[order], 0, 1)
     if first is not None:
       rank[order == first] = -1
     return order[np.argsort(rank, kind="stable")][: self.run.structures]
-
-  def _check(self, case: PreparedCase, prompts: np.ndarray) -> None:
-    side = self.run.image_size // 4
-    expected = (self.membership.shape[1], case.image.shape[1], side, side)
-    if prompts.shape != expected:
-      raise UserError(
-        f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
-        f"expected {expected}; they belong to another plan or image size, predict them again")
 
   def _logits(self, rng: np.random.Generator, mask: np.ndarray, stored: np.ndarray | None,
               rows: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
@@ -267,26 +259,23 @@ def refiner_batches(cases: Cases, run: RunConfig, membership: np.ndarray,
                     batches: BatchConfig):
   """Endless batches of runs of consecutive slices with prompts.
 
+  Without a folder of prompts, these come from the truth. A run has one in-plane transform, and
+  mirroring along the slice axis (0) reverses it. UserError: the image has no such channel (while
+  iterating: prompts of another shape).
+
   Args:
-    cases: without a folder of prompts, these come from the truth.
     membership: bool [A, K], which atoms belong to which structure (data.datasets).
-    augmentation: one in-plane transform for a whole run; mirroring along the slice axis (0)
-      reverses the run.
     corruption: mistakes put into the stage-0 logits.
 
   Returns:
     a grain iterator, with T = min(run.structures, K), L = run.slices and m = S / 4, of
       "images": float32 [B, L, S, S, 3] in [0, 1].
-      "masks": float32 [B, T, L, m, m], occupancy by the truth.
-      "known": float32 [B, T, L, m, m], occupancy by voxels that are not ignored.
+      "masks", "known": float32 [B, T, L, m, m], occupancy by the truth, by voxels not ignored.
       "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32.
       "inside": bool [B, L], the slice lies in the volume.
       "depth": int32 [B], slices of the whole volume.
       "structures": int32 [B, T].
       "case": int32 [B], positions in `identifiers`.
-
-  Raises:
-    UserError: the image has no such channel (while iterating: prompts of another shape).
   """
   if len(run.channels) not in (1, 3):
     raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")

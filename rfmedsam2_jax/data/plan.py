@@ -37,8 +37,8 @@ _Side = Annotated[int, Field(ge=1, le=2**12)]
 class ChannelRule:
   """How one channel's intensities are normalised.
 
-  "ct" clips to [lower, upper] and standardises by the data set's mean and std, all of its
-  foreground; "zscore" standardises every case by its own.
+  "ct" clips to [lower, upper] and standardises by mean and std, all over the data set's foreground;
+  "zscore" standardises every case by its own.
   """
 
   __pydantic_config__ = STRICT

@@ -22,21 +22,14 @@ _FURTHEST = 1e9  # voxels or mm
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptEntry:
-  """What is said of one structure.
+  """What is said of one structure."""
 
-  Attributes:
-    structure: its name, or its value in label maps.
-    box: two corners, float64 [2, 3], in the file's own coordinates; [0, 3] without a box.
-    points: float64 [n, 3], likewise. inside: of each point.
-    source: what is named if something is wrong with it.
-  """
-
-  structure: str | int
-  box: np.ndarray
-  points: np.ndarray
-  inside: tuple[bool, ...]
+  structure: str | int  #: its name, or its value in label maps
+  box: np.ndarray  #: corners, float64 [2, 3], in the file's own coordinates; [0, 3] without a box
+  points: np.ndarray  #: float64 [n, 3], likewise
+  inside: tuple[bool, ...]  #: of each point
   round: int
-  source: str
+  source: str  #: what is named if something is wrong with it
 
 
 def read_entries(path: str | Path) -> list[PromptEntry]:

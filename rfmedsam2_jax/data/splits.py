@@ -75,9 +75,7 @@ def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
 def divide(cases: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
   """Training cases of the generator and of the refiner; UserError if one of them has none.
 
-  Args:
-    share: of the cases that the generator does not see and the refiner alone does
-      (`refiner.held_back`); 0: both see all.
+  The refiner alone sees `share` of them (`refiner.held_back`); 0: both see all.
   """
   if not share:
     return list(cases), list(cases)

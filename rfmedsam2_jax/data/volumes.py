@@ -33,24 +33,16 @@ _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Geometry:
-  """Where a volume's voxels lie, and what is needed to write another volume onto its grid.
+  """Where a volume's voxels lie, and what is needed to write another volume onto its grid."""
 
-  Attributes:
-    path: the file it was read from, for messages.
-    header: the file's NIfTI header: units, qform and sform with their codes. Of another format:
-      one in mm with both forms.
-    affine: float64 [4, 4], native voxel index (i, j, k) to world (RAS+), in the file's units.
-    shape: native (i, j, k).
-    axes: the native axis that runs along canonical z, y and x.
-    flipped: whether that native axis runs against canonical z, y and x.
-  """
-
-  path: Path
+  path: Path  #: the file it was read from, for messages
+  #: Units, qform and sform with their codes, of the NIfTI file; of another format: mm, both forms.
   header: nib.Nifti1Header
+  #: float64 [4, 4], native voxel index (i, j, k) to world (RAS+), in the file's units.
   affine: np.ndarray
-  shape: tuple[int, int, int]
-  axes: tuple[int, int, int]
-  flipped: tuple[bool, bool, bool]
+  shape: tuple[int, int, int]  #: native (i, j, k)
+  axes: tuple[int, int, int]  #: the native axis that runs along canonical z, y and x
+  flipped: tuple[bool, bool, bool]  #: whether it runs against canonical z, y and x
 
   @property
   def canonical_shape(self) -> tuple[int, int, int]:
@@ -90,8 +82,7 @@ class Geometry:
   def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:
     """Places that a person names, as voxels (z, y, x) of the canonical volume.
 
-    Args:
-      points: real [n, 3], voxels (i, j, k) of the file; `world`: RAS+ in the file's units.
+    `points` are real [n, 3], voxels (i, j, k) of the file; `world`: RAS+ in the file's units.
     """
     points = np.asarray(points, np.float64)
     if world:
@@ -116,27 +107,19 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Volume:
-  """An image in canonical orientation.
+  """An image in canonical orientation."""
 
-  Attributes:
-    array: float32 [C, D, H, W], axes (z, y, x), LPS+.
-    spacing: mm, (z, y, x).
-  """
-
-  array: np.ndarray
-  spacing: tuple[float, float, float]
-  geometry: Geometry
+  array: np.ndarray  #: float32 [C, D, H, W], axes (z, y, x), LPS+
+  spacing: tuple[float, float, float]  #: mm, (z, y, x)
+  geometry: Geometry  #: the way back to the file's own grid
 
 
 def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> Volume:
-  """Reads an image of `channels` channels.
+  """Reads an image of one 3D file per channel, all on one grid, or of one 4D file.
 
+  Its fourth axis is the channels (Medical Segmentation Decathlon). A folder is a DICOM series.
   UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or infinite
   voxels, an affine without a meaning, channels on different grids.
-
-  Args:
-    paths: one 3D file per channel, all on one grid; or one 4D file whose fourth axis is the
-      channels (Medical Segmentation Decathlon). A folder is a DICOM series.
   """
   files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
   if len(files) not in (1, channels):
@@ -170,18 +153,14 @@ def check_intensities(path: str | Path, array: np.ndarray) -> None:
 
 
 def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
-  """Reads a label map onto the canonical grid of an image by its own affine, int32 [D, H, W].
+  """Reads a 3D file of whole numbers, of any axis order, onto an image's canonical grid, `like`.
 
-  UserError: unreadable, not 3D, fractions, or not on the image's grid.
-
-  Args:
-    path: a 3D file of whole numbers, of any axis order and flip.
-    like: of the image. The corner voxels must agree within `GRID_TOLERANCE`.
+  int32 [D, H, W]. By its own affine, corner voxels must agree within `GRID_TOLERANCE`. UserError:
+  unreadable, not 3D, fractions, or not on the image's grid.
   """
   path = Path(path)
   native, geometry = _read(path, None)
-  if native.ndim == 4 and native.shape[3] == 1:
-    native = native[..., 0]
+  native = native[..., 0] if native.shape[3:] == (1,) else native
   if native.ndim != 3:
     raise UserError(f"{path}: has {native.ndim} axes ({itk.size(native.shape)}) where a 3D label "
                     "map is expected; give one volume of whole numbers")
@@ -207,12 +186,9 @@ def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) ->
 
 def write_on_grid(path: str | Path, canonical: np.ndarray, geometry: Geometry, slope: float = 1.0
                   ) -> None:
-  """Writes voxels on exactly the grid of a file; it appears whole or not at all.
+  """Writes [D, H, W] of the type that is stored on exactly a file's grid, whole or not at all.
 
-  Shape, affine, units, qform and sform with their codes are the input's.
-
-  Args:
-    canonical: [D, H, W], of the type that is stored. slope: what a stored 1 means.
+  Shape, affine, units, qform and sform with their codes are the input's; a stored 1 means `slope`.
   """
   header = geometry.header.copy()
   header.extensions.clear()  # they may hold another file's or a patient's particulars
