@@ -51,9 +51,8 @@ def draw_affine(rng: np.random.Generator, config: AugmentationConfig, spacing: t
                 in_plane: bool) -> np.ndarray | None:
   """Draws flips, rotation and scaling: float64 [3, 3], or None for the identity.
 
-  Args:
-    spacing: mm along slice, row, column; rotations are rigid in mm, not in voxels.
-    in_plane: rotate and scale rows and columns only, as for runs and anisotropic patches.
+  Rotations are rigid in mm, by `spacing` along slice, row, column. `in_plane`: rows and columns
+  only are rotated and scaled, as for runs and anisotropic patches.
   """
   matrix = np.eye(3)
   if rng.random() < config.rotation_probability:

@@ -69,10 +69,7 @@ class Labels(Stored):
                      for value in self.atom_values])
 
   def to_atoms(self, labels: np.ndarray, path: str | Path = "label map") -> np.ndarray:
-    """uint8 atoms of whole-number label values of any shape.
-
-    UserError, which names `path`, for values that dataset.json does not have.
-    """
+    """uint8 atoms of whole label values, any shape; UserError, with `path`, for unknown values."""
     known = {value: atom for atom, value in enumerate(self.atom_values)}
     known |= dict.fromkeys(self.others, 0)
     if self.ignore is not None:
@@ -153,7 +150,7 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
 
 
 def read_labels(content: Mapping[str, Any], path: Path) -> Labels:
-  """The labels of nnU-Net's dataset.json; UserError, which names `path`, if they contradict.
+  """Labels of nnU-Net's dataset.json; UserError, with `path`, if they contradict each other.
 
   KeyError, TypeError and ValueError for entries that are missing or of another kind.
   """

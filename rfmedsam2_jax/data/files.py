@@ -73,10 +73,7 @@ class ResultExists(UserError):
 
 
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
-  """Makes the folder that results will be written to, or raises UserError.
-
-  It is ResultExists where one of `targets` exists and may not be replaced.
-  """
+  """Makes the folder of results; ResultExists if one of `targets` does and may not be replaced."""
   there = [target for target in targets if target.exists()]
   if there and not overwrite:
     raise ResultExists(there[0])

@@ -75,10 +75,8 @@ def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed
                      ) -> Fingerprint:
   """Reads every case once; UserError if one cannot be read or has labels outside dataset.json.
 
-  Args:
-    cases: those to look at; None: all of the data set.
-    seed: of the drawing of foreground voxels; each case draws its own.
-    progress: called with (cases done, cases in all).
+  Without `cases`, all of the data set. Each draws its own foreground voxels, by `seed`. `progress`
+  is called with (cases done, cases in all).
   """
   cases = dataset.cases if cases is None else cases
   limit = max(1, SAMPLED_VOXELS // len(cases))
@@ -96,14 +94,12 @@ def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed
                      _channel_statistics(np.concatenate(samples, axis=1)))
 
 
-def _fingerprint_case(identifier: str, volume: Volume, atoms: np.ndarray,
-                      labels: Labels) -> CaseFingerprint:
+def _fingerprint_case(identifier: str, volume: Volume, atoms: np.ndarray, labels: Labels
+                      ) -> CaseFingerprint:
   counts = np.bincount(atoms.ravel(), minlength=len(labels.membership))[:len(labels.membership)]
-  lower, upper = nonzero_box(volume.array)
-  shape = volume.array.shape[1:]
+  a, b, c = np.subtract(*reversed(nonzero_box(volume.array))).tolist()
   return CaseFingerprint(
-    identifier, volume.spacing, (shape[0], shape[1], shape[2]),
-    (upper[0] - lower[0], upper[1] - lower[1], upper[2] - lower[2]),
+    identifier, volume.spacing, volume.geometry.canonical_shape, (a, b, c),
     tuple(int(n) for n in counts @ labels.membership), image_quantiles(volume.array))
 
 
@@ -132,13 +128,9 @@ def _channel_statistics(samples: np.ndarray) -> tuple[ChannelStatistics, ...] | 
   """Of float32 [C, n]; None if there is nothing."""
   if not samples.shape[1]:
     return None
-  rows = []
-  for values in samples:
-    low, median, high = np.percentile(values, (0.5, 50, 99.5))
-    rows.append(ChannelStatistics(*map(float, (
-      values.mean(dtype=np.float64), values.std(dtype=np.float64), median, low, high,
-      values.min(), values.max()))))
-  return tuple(rows)
+  return tuple(ChannelStatistics(*map(float, (
+    values.mean(dtype=np.float64), values.std(dtype=np.float64),
+    *np.percentile(values, (50, 0.5, 99.5)), values.min(), values.max()))) for values in samples)
 
 
 def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

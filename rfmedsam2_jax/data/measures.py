@@ -18,10 +18,7 @@ def volumes_ml(labels: np.ndarray, spacing: tuple[float, float, float]) -> dict[
 
 
 def joint_counts(maps: list[np.ndarray], values: int) -> np.ndarray:
-  """How many voxels have which value in each of several label maps, int64 [values] * len(maps).
-
-  Maps are whole numbers from 0 to `values` - 1, all of one shape.
-  """
+  """int64 [values] * len(maps): voxels by values, from 0 to `values` - 1, in maps of one shape."""
   shape = (values,) * len(maps)
   total = np.zeros(values ** len(maps), np.int64)
   flat = [found.reshape(-1) for found in maps]

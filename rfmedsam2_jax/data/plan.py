@@ -159,9 +159,7 @@ def load_plan(path: str | Path) -> Plan:
 
 def choose_slice_axis(spacing: np.ndarray) -> SliceAxis:
   """The coarsest axis of canonical (z, y, x); z (axial) if it is tied with another."""
-  if spacing[0] * _TIED >= spacing.max():
-    return 0
-  return 1 if spacing[1] >= spacing[2] else 2
+  return 0 if spacing[0] * _TIED >= spacing.max() else 1 if spacing[1] >= spacing[2] else 2
 
 
 def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:

@@ -129,10 +129,7 @@ class PreparedCase(Prepared):
 
 
 def preprocess(volume: Volume, plan: Plan) -> Prepared:
-  """Crops, normalises and resamples an image, in nnU-Net's order.
-
-  UserError for another number of channels than the plan's, and voxels or a length beyond reason.
-  """
+  """Crops, normalises and resamples, in nnU-Net's order; UserError for other channels, sizes."""
   if len(volume.array) != len(plan.channels):
     raise UserError(f"{volume.geometry.path}: has {len(volume.array)} channels where the plan has "
                     f"{len(plan.channels)}; give images of the kind that was trained on")
@@ -177,8 +174,7 @@ def _check_size(volume: Volume, spacing: list[float], shape: tuple[int, ...], ta
 def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray:
   """Atoms on the prepared grid, uint8 [d, h, w]: the one with the largest share of each new voxel.
 
-  Args:
-    atoms: uint8 [D, H, W], canonical native grid (`Labels.to_atoms`). restore: of the image.
+  From uint8 [D, H, W], canonical native grid (`Labels.to_atoms`); `restore` is the image's.
   """
   if atoms.shape != restore.native_shape:
     raise ValueError(f"atoms have shape {atoms.shape}, the image {restore.native_shape}")
@@ -209,10 +205,9 @@ def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray
 
 def save_case(folder: str | Path, identifier: str, prepared: Prepared, atoms: np.ndarray | None,
               labels: Labels, seed: int = 0) -> None:
-  """Stores a prepared case, perhaps with atoms of `prepare_atoms`.
+  """Stores a prepared case; its .json comes last, so a case that has one is complete.
 
-  Its .json comes last, so a case that has one is complete. `seed` is of the drawing of locations;
-  every case draws its own.
+  `atoms` are from `prepare_atoms`; `seed` is of the locations, every case draws its own.
   """
   folder = Path(folder)
   locations = [np.zeros((0, 3), np.int32)] * len(labels.structures)

@@ -76,8 +76,7 @@ def nearest_matrix(n_in: int, n_out: int) -> np.ndarray:
 def apply_separable(array: np.ndarray, matrices: Sequence[np.ndarray | None]) -> np.ndarray:
   """Applies one matrix, float32 [m, n], to each of the last axes; None leaves it as it is.
 
-  From float32 [..., n_1, n_2, ...] to [..., m_1, m_2, ...], contiguous unless nothing was to be
-  done.
+  float32 [..., n_1, n_2, ...] to [..., m_1, m_2, ...], contiguous unless nothing is to be done.
   """
   result = np.asarray(array, np.float32)
   steps = [(axis, m) for axis, m in enumerate(matrices, result.ndim - len(matrices))

@@ -20,11 +20,9 @@ ITKSNAP_NAME = "itksnap_labels.txt"
 
 def write_segmentation(path: str | Path, labels: np.ndarray, geometry: Geometry,
                        names: Mapping[int, str]) -> None:
-  """Writes a label map; a name that ends in .nrrd makes a segmentation of 3D Slicer.
+  """Writes whole numbers >= 0, canonical [D, H, W]; in .nrrd as a segmentation of 3D Slicer.
 
-  Args:
-    labels: whole numbers >= 0, [D, H, W], canonical.
-    names: of values, in the order of their colours; those that do not occur are empty segments.
+  `names` are of values, in the order of their colours; those that do not occur: empty segments.
   """
   if not Path(path).name.endswith(".nrrd"):
     return write_label_map(path, labels, geometry)

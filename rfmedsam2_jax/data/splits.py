@@ -39,10 +39,7 @@ class Split:
 
 
 def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
-  """Divides cases; depends on the set of identifiers and the settings only, not on their order.
-
-  UserError for settings that leave no case to train on, or a fold that does not exist.
-  """
+  """Divides cases, whatever their order; UserError if none trains or the fold does not exist."""
   ordered, count = sorted(identifiers), len(identifiers)
   shuffled = np.arange(count)
   if config.fold is None:
