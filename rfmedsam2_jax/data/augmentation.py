@@ -85,8 +85,7 @@ def sample_patch(array: np.ndarray, centre: np.ndarray, size: tuple[int, int, in
     array: [D, H, W], may be memory-mapped.
     centre: [3] voxel coordinates of the patch's centre (the middle of voxel i is i).
     matrix: as `draw_affine` gives it; None and pure flips need no interpolation.
-    order: 1 linear (images), 0 nearest (labels).
-    fill: outside of the volume.
+    order: 1 linear (images), 0 nearest (labels). fill: outside of the volume.
   """
   half = (np.array(size) - 1) / 2
   matrix = np.eye(3) if matrix is None else matrix

@@ -97,7 +97,7 @@ def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed
 def _fingerprint_case(identifier: str, volume: Volume, atoms: np.ndarray, labels: Labels
                       ) -> CaseFingerprint:
   counts = np.bincount(atoms.ravel(), minlength=len(labels.membership))[:len(labels.membership)]
-  a, b, c = np.subtract(*reversed(nonzero_box(volume.array))).tolist()
+  a, b, c = np.diff(nonzero_box(volume.array), axis=0)[0].tolist()
   return CaseFingerprint(
     identifier, volume.spacing, volume.geometry.canonical_shape, (a, b, c),
     tuple(int(n) for n in counts @ labels.membership), image_quantiles(volume.array))
@@ -134,10 +134,7 @@ def _channel_statistics(samples: np.ndarray) -> tuple[ChannelStatistics, ...] | 
 
 
 def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-  """First index (z, y, x) and index behind the last of where [C, D, H, W] is not 0 in any channel.
-
-  The whole volume if there is no such voxel.
-  """
+  """First index and index behind the last (z, y, x) of what is not 0 in [C, D, H, W], or of all."""
   mask = (image != 0).any(axis=0)
   (box,) = ndimage.find_objects(mask.view(np.uint8), 1)
   z, y, x = box or (slice(0, size) for size in mask.shape)

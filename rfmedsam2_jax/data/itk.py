@@ -63,10 +63,9 @@ def _is_dicom(path: str | Path) -> bool:
 
 
 def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """Reads NRRD or MetaImage: voxels, and the affine, float64 [4, 4], to RAS+ in mm.
+  """Voxels [i, j, k(, C)] of NRRD or MetaImage, and the affine, float64 [4, 4], to RAS+ in mm.
 
-  Voxels are [i, j, k] or, with several components or a fourth axis, [i, j, k, C]. UserError:
-  unreadable or truncated, not three axes, voxels that are no real numbers.
+  UserError: unreadable or truncated, not three axes, voxels that are no real numbers.
   """
   sitk = simpleitk(path)
   reader = sitk.ImageFileReader()

@@ -93,12 +93,10 @@ def _vary(organ: _Organ, rng: np.random.Generator) -> _Organ:
 
 def phantom_case(config: PhantomConfig, index: int
                  ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
-  """One volume and its label map; they depend on (config.seed, index) and not on other cases.
+  """One volume, its label map and its spacing; they depend on (config.seed, index) only.
 
-  Returns:
-    image: int16 [D, H, W] in HU, axes to head, back and left (z, y, x of LPS).
-    labels: uint8 [D, H, W]; 0 background, then the organs in the order of `organ_names`.
-    spacing: mm along z, y, x.
+  int16 [D, H, W] in HU, axes to head, back and left (z, y, x of LPS); uint8 [D, H, W], 0
+  background, then the organs in the order of `organ_names`; mm along z, y, x.
   """
   rng = np.random.default_rng([config.seed, index])
   spacing = (rng.uniform(*config.slice_spacing), *(rng.uniform(*config.pixel_spacing),) * 2)
@@ -142,10 +140,7 @@ def organ_names() -> tuple[str, ...]:
 
 def _save(path: Path, array_DHW: np.ndarray, spacing: tuple[float, ...], order: tuple[int, ...],
           flips: tuple[int, ...]) -> None:
-  """Writes an array in z, y, x of LPS as NIfTI with another axis order and flips.
-
-  `order` and `flips` act on the axes of the RAS array; the affine undoes them.
-  """
+  """Writes z, y, x of LPS as NIfTI, its RAS axes in another order and flipped."""
   ras = array_DHW.transpose(2, 1, 0)[::-1, ::-1]  # left to right, back to front
   affine = np.diag([*spacing[::-1], 1.0])
   affine[:3, 3] = -np.array(ras.shape) * spacing[::-1] / 2

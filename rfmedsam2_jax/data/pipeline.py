@@ -159,9 +159,8 @@ def generator_batches(cases: Cases, patch_size: Triple, augmentation: Augmentati
   A grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms, 255
   where ignored, "case": int32 [B], positions in `identifiers`}, B the number of rows.
 
-  Args:
-    patch_size: slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
-    oversample_foreground: share of patches that are centred on a voxel of some structure.
+  `patch_size` is slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
+  `oversample_foreground` is the share of patches that are centred on a voxel of some structure.
   """
   return _batches(_PatchSample(cases, patch_size, augmentation, oversample_foreground), batches)
 
@@ -263,19 +262,15 @@ def refiner_batches(cases: Cases, run: RunConfig, membership: np.ndarray,
   mirroring along the slice axis (0) reverses it. UserError: the image has no such channel (while
   iterating: prompts of another shape).
 
-  Args:
-    membership: bool [A, K], which atoms belong to which structure (data.datasets).
-    corruption: mistakes put into the stage-0 logits.
+  `membership` is bool [A, K], which atoms belong to which structure (data.datasets).
 
   Returns:
     a grain iterator, with T = min(run.structures, K), L = run.slices and m = S / 4, of
       "images": float32 [B, L, S, S, 3] in [0, 1].
       "masks", "known": float32 [B, T, L, m, m], occupancy by the truth, by voxels not ignored.
-      "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32.
-      "inside": bool [B, L], the slice lies in the volume.
-      "depth": int32 [B], slices of the whole volume.
-      "structures": int32 [B, T].
-      "case": int32 [B], positions in `identifiers`.
+      "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32, with mistakes.
+      "inside": bool [B, L], the slice lies in the volume. "depth": int32 [B], its slices.
+      "structures": int32 [B, T]. "case": int32 [B], positions in `identifiers`.
   """
   if len(run.channels) not in (1, 3):
     raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")

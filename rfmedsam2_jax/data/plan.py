@@ -163,10 +163,7 @@ def choose_slice_axis(spacing: np.ndarray) -> SliceAxis:
 
 
 def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-  """nnU-Net's target spacing: the median; of a far coarser axis, the tenth percentile.
-
-  Of spacings in mm, [cases, 3], and shapes in voxels, [cases, 3].
-  """
+  """nnU-Net's target of mm, voxels [cases, 3]: median, 10th percentile of a far coarser axis."""
   target, size = np.median(spacings, axis=0), np.median(shapes, axis=0)
   worst = int(np.argmax(target))
   others = [axis for axis in range(3) if axis != worst]

@@ -47,10 +47,7 @@ def logits_of_truth(occupancy: np.ndarray) -> np.ndarray:
 
 def corrupt(rng: np.random.Generator, logits: np.ndarray, config: PromptCorruptionConfig
             ) -> np.ndarray:
-  """A copy of one track's mask logits with the mistakes of `config`, within +-32.
-
-  Both are float32 [L, m, m] of L consecutive slices.
-  """
+  """A copy of a track's mask logits, float32 [L, m, m] of L slices, with mistakes, within +-32."""
   logits = np.array(logits, np.float32)
   slices, side = logits.shape[0], logits.shape[-1]
   if rng.random() < config.morphology_probability and config.morphology:

@@ -54,10 +54,8 @@ def _resize(slices: np.ndarray, rows: scipy.sparse.csr_array, columns: scipy.spa
 def window_slices(image: np.ndarray, window: np.ndarray, channels: tuple[int, ...]) -> np.ndarray:
   """What SAM sees of slices before squashing, float32 [len(channels), ..., H, W] in [0, 1].
 
-  Args:
-    image: [C, ..., H, W], normalised as the plan says.
-    window: [C, 2], the normalised intensities that become 0 and 1.
-    channels: one channel, shown three times by `as_rgb`, or three.
+  `image` is [C, ..., H, W], normalised as the plan says; `window` [C, 2], the intensities that
+  become 0 and 1; `channels` are one, shown three times by `as_rgb`, or three.
   """
   chosen = np.asarray(image[list(channels)], np.float32)
   low, high = np.asarray(window, np.float32)[list(channels)].T

@@ -80,10 +80,7 @@ class Geometry:
     return z, y, x
 
   def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:
-    """Places that a person names, as voxels (z, y, x) of the canonical volume.
-
-    `points` are real [n, 3], voxels (i, j, k) of the file; `world`: RAS+ in the file's units.
-    """
+    """Real [n, 3], (i, j, k) of the file or, `world`, RAS+ in its units, as canonical (z, y, x)."""
     points = np.asarray(points, np.float64)
     if world:
       inverse = np.linalg.inv(self.canonical_affine)
@@ -174,10 +171,7 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
 
 
 def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) -> None:
-  """Writes a label map, whole numbers >= 0, canonical [D, H, W], as `write_on_grid` does.
-
-  The type is the smallest unsigned integer that holds the values; `path` ends in .nii.gz or .nii.
-  """
+  """Writes whole numbers >= 0 as .nii.gz or .nii by `write_on_grid`, in the smallest type."""
   if labels.shape != geometry.canonical_shape:
     raise ValueError(f"labels have shape {labels.shape}, the grid {geometry.canonical_shape}")
   kind = np.min_scalar_type(int(labels.max(initial=0)))
