@@ -73,7 +73,7 @@ class ResultExists(UserError):
 
 
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
-  """Makes the folder of results; ResultExists if one of `targets` does and may not be replaced."""
+  """Makes a folder of results, or UserError; ResultExists if one of `targets` must not go."""
   there = [target for target in targets if target.exists()]
   if there and not overwrite:
     raise ResultExists(there[0])

@@ -171,7 +171,7 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
 
 
 def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) -> None:
-  """Writes whole numbers >= 0 as .nii.gz or .nii by `write_on_grid`, in the smallest type."""
+  """Writes whole numbers >= 0, canonical [D, H, W], as .nii(.gz) of the smallest unsigned type."""
   if labels.shape != geometry.canonical_shape:
     raise ValueError(f"labels have shape {labels.shape}, the grid {geometry.canonical_shape}")
   kind = np.min_scalar_type(int(labels.max(initial=0)))
