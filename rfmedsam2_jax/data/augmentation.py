@@ -1,11 +1,7 @@
-"""Augmentation of training samples: pure numpy functions of (rng, arrays).
+"""Augmentation of patches and of runs of slices (one in-plane transform each), as in nnU-Net.
 
-Used by data.pipeline only, on patches of prepared volumes for the generator (3D) and on runs of
-slices for the refiner (one in-plane transform for the whole run, so that neighbours stay
-neighbours). What is drawn, how often and in which order follows nnU-Net's default.
-
-An affine transform is given as a matrix that takes coordinates of the wanted sample, in voxels
-from its centre, to coordinates of the source in voxels from the same centre.
+Pure numpy functions of (rng, arrays) for data.pipeline. An affine transform is a matrix from voxels
+of the wanted sample, counted from its centre, to voxels of the source from the same centre.
 """
 
 import dataclasses
@@ -45,36 +41,23 @@ class AugmentationConfig:
   gamma_inverted_probability: ClassVar[float] = 0.1  # the same on the inverted image
 
 
-def draw_affine(
-  rng: np.random.Generator,
-  config: AugmentationConfig,
-  spacing: tuple[float, ...],
-  in_plane: bool,
-) -> np.ndarray | None:
-  """Draws flips, rotation and scaling.
+def draw_affine(rng: np.random.Generator, config: AugmentationConfig, spacing: tuple[float, ...],
+                in_plane: bool) -> np.ndarray | None:
+  """Draws flips, rotation and scaling: float64 [3, 3], or None for the identity.
 
-  Args:
-    spacing: mm along slice, row, column; rotations are rigid in mm, not in voxels.
-    in_plane: rotate and scale rows and columns only, as for runs and anisotropic patches.
-
-  Returns:
-    float64 [3, 3] from sample to source in voxels, or None for the identity.
+  Rotations are rigid in mm, by `spacing` along slice, row, column. `in_plane`: rows and columns
+  only are rotated and scaled, as for runs and anisotropic patches.
   """
   matrix = np.eye(3)
   if rng.random() < config.rotation_probability:
     for axis in (0,) if in_plane else (0, 1, 2):
       angle = np.deg2rad(rng.uniform(-config.rotation, config.rotation))
-      turn = np.eye(3)
-      rows = [a for a in range(3) if a != axis]
-      turn[np.ix_(rows, rows)] = [
-        [np.cos(angle), -np.sin(angle)],
-        [np.sin(angle), np.cos(angle)],
-      ]
+      turn, rows = np.eye(3), [a for a in range(3) if a != axis]
+      turn[np.ix_(rows, rows)] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
       matrix = matrix @ turn
   if rng.random() < config.scaling_probability:
-    factor = np.full(3, 1 / rng.uniform(*config.scaling))
-    factor[0] = 1.0 if in_plane else factor[0]
-    matrix = matrix @ np.diag(factor)
+    factor = 1 / rng.uniform(*config.scaling)
+    matrix = matrix @ np.diag([1.0 if in_plane else factor, factor, factor])
   millimetres = np.asarray(spacing, np.float64)
   matrix = matrix * millimetres[None] / millimetres[:, None]
   for axis in config.flips:
@@ -88,59 +71,41 @@ def is_anisotropic(spacing: tuple[float, ...]) -> bool:
   return spacing[0] > 3 * min(spacing[1:])
 
 
-def sample_patch(
-  array: np.ndarray,
-  centre: np.ndarray,
-  size: tuple[int, int, int],
-  matrix: np.ndarray | None,
-  order: int,
-  fill: float,
-) -> np.ndarray:
-  """Cuts a patch out of a volume, transformed, reading only what it needs.
+def sample_patch(array: np.ndarray, centre: np.ndarray, size: tuple[int, int, int],
+                 matrix: np.ndarray | None, order: int, fill: float) -> np.ndarray:
+  """Cuts a patch, [*size] of the array's dtype, out of a volume, reading only what it needs.
 
   Args:
     array: [D, H, W], may be memory-mapped.
     centre: [3] voxel coordinates of the patch's centre (the middle of voxel i is i).
-    size: of the patch.
     matrix: as `draw_affine` gives it; None and pure flips need no interpolation.
-    order: 1 linear (images), 0 nearest (labels).
-    fill: outside of the volume.
-
-  Returns:
-    [*size] of the array's dtype.
+    order: 1 linear (images), 0 nearest (labels). fill: outside of the volume.
   """
-  shape = np.array(size)
-  half = (shape - 1) / 2
+  half = (np.array(size) - 1) / 2
   matrix = np.eye(3) if matrix is None else matrix
   reach = np.abs(matrix) @ half
   exact = np.array_equal(np.abs(matrix), np.eye(3))
-  if exact:
-    # On whole voxels, so that nothing is interpolated.
-    low = np.round(np.asarray(centre) - half).astype(int)
-    high = low + shape
+  if exact:  # on whole voxels, so that nothing is interpolated
+    low = np.round(centre - half).astype(int)
+    high = low + size
   else:
-    low = np.floor(np.asarray(centre) - reach).astype(int)
-    high = np.ceil(np.asarray(centre) + reach).astype(int) + 1
+    low, high = np.floor(centre - reach).astype(int), np.ceil(centre + reach).astype(int) + 1
   inner_low = np.clip(low, 0, array.shape)
   inner_high = np.clip(high, inner_low, array.shape)
-  block = np.asarray(array[tuple(slice(a, b) for a, b in zip(inner_low, inner_high, strict=True))])
+  block = np.asarray(array[tuple(map(slice, inner_low, inner_high))])
   if exact:
-    width = [(a - b, c - d) for a, b, c, d in zip(inner_low, low, high, inner_high, strict=True)]
-    if np.any(width):
-      block = np.pad(block, width, constant_values=fill)
-    block = block[tuple(slice(None, None, int(step)) for step in np.diag(matrix))]
-    return np.ascontiguousarray(block)
+    width = np.stack([inner_low - low, high - inner_high], axis=1)
+    block = np.pad(block, width, constant_values=fill)
+    return np.ascontiguousarray(block[tuple(slice(None, None, int(s)) for s in np.diag(matrix))])
   if block.size == 0:
     return np.full(size, fill, array.dtype)
-  offset = np.asarray(centre) - inner_low - matrix @ half
+  offset = centre - inner_low - matrix @ half
   return ndimage.affine_transform(
-    block, matrix, offset, output_shape=tuple(size), order=order, mode="grid-constant", cval=fill
-  )
+    block, matrix, offset, output_shape=size, order=order, mode="grid-constant", cval=fill)
 
 
-def transform_slices(
-  slices: np.ndarray, matrix: np.ndarray | None, order: int, fill: float
-) -> np.ndarray:
+def transform_slices(slices: np.ndarray, matrix: np.ndarray | None, order: int, fill: float
+                     ) -> np.ndarray:
   """Applies the in-plane part of a transform to every slice of [..., H, W] about its centre.
 
   `matrix` is in pixels of these slices: see `on_grid` for slices of another resolution.
@@ -151,19 +116,16 @@ def transform_slices(
   if np.array_equal(np.abs(plane), np.eye(2)):
     return slices[..., :: int(plane[0, 0]), :: int(plane[1, 1])]
   half = (np.array(slices.shape[-2:]) - 1) / 2
-  offset = half - plane @ half
   flat = slices.reshape(-1, *slices.shape[-2:])
   out = np.empty_like(flat)
   for source, target in zip(flat, out, strict=True):
-    ndimage.affine_transform(
-      source, plane, offset, output=target, order=order, mode="grid-constant", cval=fill
-    )
+    ndimage.affine_transform(source, plane, half - plane @ half, output=target, order=order,
+                             mode="grid-constant", cval=fill)
   return out.reshape(slices.shape)
 
 
-def on_grid(
-  matrix: np.ndarray | None, source: tuple[int, int], target: tuple[int, int]
-) -> np.ndarray | None:
+def on_grid(matrix: np.ndarray | None, source: tuple[int, int], target: tuple[int, int]
+            ) -> np.ndarray | None:
   """A transform of slices of `source` (H, W) as it acts on the same slices of `target` (H, W)."""
   if matrix is None:
     return None
@@ -171,17 +133,11 @@ def on_grid(
   return matrix * scale[:, None] / scale[None]
 
 
-def augment_intensity(
-  rng: np.random.Generator, image: np.ndarray, config: AugmentationConfig, in_plane: bool
-) -> np.ndarray:
-  """Noise, blur, brightness, contrast and gamma, in nnU-Net's order.
+def augment_intensity(rng: np.random.Generator, image: np.ndarray, config: AugmentationConfig,
+                      in_plane: bool) -> np.ndarray:
+  """A copy with noise, blur, brightness, contrast and gamma, in nnU-Net's order.
 
-  Args:
-    image: float32 [C, D, H, W]; each channel draws for itself.
-    in_plane: do not blur across slices.
-
-  Returns:
-    float32 [C, D, H, W], a new array.
+  Both are float32 [C, D, H, W]; each channel draws for itself. `in_plane`: no blur across slices.
   """
   image = np.array(image, np.float32)
   for channel in image:
@@ -192,8 +148,7 @@ def augment_intensity(
       sigma = rng.uniform(*config.blur)
       # Truncated early: at these widths more taps change nothing that matters and cost time.
       ndimage.gaussian_filter(
-        channel, (0 if in_plane else sigma, sigma, sigma), output=channel, truncate=2.5
-      )
+        channel, (0 if in_plane else sigma, sigma, sigma), output=channel, truncate=2.5)
     if rng.random() < config.brightness_probability:
       channel *= rng.uniform(*config.brightness)
     if rng.random() < config.contrast_probability:
@@ -202,8 +157,8 @@ def augment_intensity(
       channel *= rng.uniform(*config.contrast)
       channel += mean
       np.clip(channel, low, high, out=channel)
-    inverted, upright = config.gamma_inverted_probability, config.gamma_probability
-    for sign, probability in ((-1, inverted), (1, upright)):
+    for sign, probability in ((-1, config.gamma_inverted_probability),
+                              (1, config.gamma_probability)):
       if rng.random() < probability:
         channel[...] = sign * _gamma(sign * channel, rng.uniform(*config.gamma))
   return image

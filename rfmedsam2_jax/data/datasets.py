@@ -1,7 +1,6 @@
-"""Data set folders: which cases there are and what their labels mean.
+"""Data set folders in the layouts of the Decathlon and of nnU-Net v2 (raw): cases and their labels.
 
-Reads the Medical Segmentation Decathlon's layout and nnU-Net v2's raw layout (`dataset.json` of
-either) and finds the inputs of a prediction. The volumes themselves are read by data.volumes.
+Also finds the inputs of a prediction. The volumes themselves are read by data.volumes.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.files import STRICT, read_json
+from rfmedsam2_jax.data.files import Stored, read_json
 from rfmedsam2_jax.data.itk import is_series
 from rfmedsam2_jax.data.volumes import ENDINGS, Volume, is_volume_name, load_image, load_label_map
 
@@ -22,43 +21,31 @@ IGNORED = 255  # the atom of voxels that no loss and no score may see
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure:
+class Structure(Stored):
   """What is segmented as one object: an organ, or a region made of several label values."""
-
-  __pydantic_config__ = STRICT
 
   name: str
   values: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Labels:
+class Labels(Stored):
   """The meaning of a data set's label values.
 
   Atoms are the label values in use, numbered from 1 in the order in which the structures name
   them, 0 for background and `IGNORED`. Without regions, structure k is atom k + 1.
-
-  Attributes:
-    structures: in the order of the network's outputs.
-    regions: whether structures may share values (nnU-Net's regions); then outputs are independent.
-    output_values: the value that is written for each structure; of regions, later ones overwrite
-      earlier ones (nnU-Net's regions_class_order).
-    others: values of the data set that are background here.
-    ignore: value of voxels without annotation.
   """
 
-  __pydantic_config__ = STRICT
-
-  structures: tuple[Structure, ...]
-  regions: bool
+  structures: tuple[Structure, ...]  #: in the order of the network's outputs
+  regions: bool  #: structures may share values (nnU-Net's regions); then outputs are independent
+  #: The value that is written for each; of regions, later ones overwrite (regions_class_order).
   output_values: tuple[int, ...]
-  others: tuple[int, ...] = ()
-  ignore: int | None = None
+  others: tuple[int, ...] = ()  #: values of the data set that are background here
+  ignore: int | None = None  #: value of voxels without annotation
 
   def __post_init__(self):
-    if len(self.output_values) != len(self.structures) or not all(
-        0 < value < 2**31 for value in (*self.output_values, *(
-          v for structure in self.structures for v in structure.values))):
+    values = *self.output_values, *self.atom_values[1:]
+    if len(self.output_values) != len(self.structures) or not all(0 < v < 2**31 for v in values):
       raise ValueError("every structure needs values from 1 to 2^31, and one that is written")
 
   @property
@@ -82,18 +69,13 @@ class Labels:
                      for value in self.atom_values])
 
   def to_atoms(self, labels: np.ndarray, path: str | Path = "label map") -> np.ndarray:
-    """uint8 atoms of whole-number label values of any shape.
-
-    Raises:
-      UserError: values that dataset.json does not have; `path` names the culprit.
-    """
+    """uint8 atoms of whole label values, any shape; UserError, with `path`, for unknown values."""
     known = {value: atom for atom, value in enumerate(self.atom_values)}
     known |= dict.fromkeys(self.others, 0)
     if self.ignore is not None:
       known[self.ignore] = IGNORED
     present = np.unique(labels)
-    unknown = [int(value) for value in present if int(value) not in known]
-    if unknown:
+    if unknown := [int(value) for value in present if int(value) not in known]:
       raise UserError(f"{path}: labels {', '.join(map(str, unknown[:8]))}"
                       f"{' and more' if len(unknown) > 8 else ''} are not in dataset.json "
                       f"(which has {_ranges(known)}); correct the label map or dataset.json")
@@ -125,13 +107,9 @@ class Dataset:
 
 
 def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) -> Dataset:
-  """Reads the description of a data set in Decathlon or nnU-Net v2 raw layout.
+  """Reads the description of a data set; UserError for missing or contradictory files and entries.
 
-  Args:
-    structures: names to segment, in this order; all others become background. None: all.
-
-  Raises:
-    UserError: missing or contradictory files and entries.
+  `structures` are the names to segment, in this order; all others become background. None: all.
   """
   folder = Path(folder)
   if not folder.is_dir():
@@ -142,7 +120,9 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
     if "modality" in content:
       channels = _numbered(content["modality"])
       labels = _labels(path, {str(name): int(v) for v, name in content["labels"].items()}, None)
-      cases = _decathlon_cases(folder, content)
+      cases = [
+        Case(_stem(folder / entry["image"]), (folder / entry["image"],), folder / entry["label"])
+        for entry in content["training"]]
     elif "channel_names" in content:
       channels = _numbered(content["channel_names"])
       labels = read_labels(content, path)
@@ -170,11 +150,9 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
 
 
 def read_labels(content: Mapping[str, Any], path: Path) -> Labels:
-  """The labels of nnU-Net's dataset.json; `path` is named in errors.
+  """Labels of nnU-Net's dataset.json; UserError, with `path`, if they contradict each other.
 
-  Raises:
-    UserError: labels that contradict each other.
-    KeyError, TypeError, ValueError: entries that are missing or of another kind.
+  KeyError, TypeError and ValueError for entries that are missing or of another kind.
   """
   named = {name: tuple(map(int, value)) if isinstance(value, list) else int(value)
            for name, value in content["labels"].items()}
@@ -186,30 +164,24 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
 
   `CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ... are the channels of one case (nnU-Net); any other
   name is a case of its own: a 3D file, or a 4D file with all channels. A folder with a DICOM series
-  counts as a file of the folder's name.
-
-  Raises:
-    UserError: nothing there, a missing channel, two cases of one name.
+  counts as a file of the folder's name. UserError: nothing there, a missing channel, two cases of
+  one name.
   """
   cases: dict[Path, Case] = {}  # by the first file: a channel may be met several times
   for path in map(Path, paths):
-    if path.is_dir():
-      files = [path] if is_series(path) else sorted(
-        file for file in path.iterdir()
-        if (is_series(file) if file.is_dir() else is_volume_name(file))
-      )
+    files = [path]
+    if not path.exists():
+      raise UserError(f"{path}: no such file or folder; check the path")
+    if path.is_dir() and not is_series(path):
+      files = sorted(file for file in path.iterdir()
+                     if (is_series if file.is_dir() else is_volume_name)(file))
       if not files:
         raise UserError(f"{path}: has no volumes (files that end in {', '.join(ENDINGS)}, or "
                         f"folders with a DICOM series); give a folder that has some")
-    elif not path.exists():
-      raise UserError(f"{path}: no such file or folder; check the path")
-    elif not path.name.endswith(ENDINGS):
+    elif not path.is_dir() and not path.name.endswith(ENDINGS):
       raise UserError(f"{path}: is not a volume; give files that end in {', '.join(ENDINGS)}, "
                       f"or folders")
-    else:
-      files = [path]
-    for file in files:
-      case = _input_case(file, channels)
+    for case in (_input_case(file, channels) for file in files):
       cases[case.images[0].resolve()] = case
   if not cases:
     raise UserError("no input given; name volumes or folders")
@@ -222,10 +194,9 @@ def with_labels(cases: Sequence[Case], folder: str | Path) -> list[Case]:
   labelled = []
   for case in cases:
     files = [Path(folder) / (case.identifier + ending) for ending in ENDINGS]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    if not (found := list(filter(Path.is_file, files))):
       raise UserError(f"{files[0]}: does not exist; give a folder with a label map for every input")
-    labelled.append(dataclasses.replace(case, label=found))
+    labelled.append(dataclasses.replace(case, label=found[0]))
   return labelled
 
 
@@ -241,8 +212,8 @@ def _ranges(values: Mapping[int, Any]) -> str:
   ordered = sorted(values)
   if len(ordered) > 1 and ordered == list(range(ordered[0], ordered[-1] + 1)):
     return f"{ordered[0]} to {ordered[-1]}"
-  shown = ", ".join(map(str, ordered[:12]))
-  return shown + (f" and {len(ordered) - 12} more" if len(ordered) > 12 else "")
+  more = f" and {len(ordered) - 12} more" if len(ordered) > 12 else ""
+  return ", ".join(map(str, ordered[:12])) + more
 
 
 def _numbered(names: Mapping[str, str]) -> tuple[str, ...]:
@@ -270,18 +241,15 @@ def _labels(path: Path, named: Mapping[str, int | tuple[int, ...]], order: Any) 
   if ignore in used or ignore == 0:
     raise UserError(f"{path}: the ignore label {ignore} is also a structure's value; "
                     f"give it a value of its own")
-  if regions:
-    if order is None or len(order) != len(structures):
-      raise UserError(f"{path}: labels with lists are regions and need 'regions_class_order' with "
-                      f"{len(structures)} values; add it")
-    output = tuple(int(value) for value in order)
-  else:
-    if len(set(used)) != len(used):
-      raise UserError(f"{path}: two labels have the same value; give each its own")
-    output = tuple(used)
+  if regions and (order is None or len(order) != len(structures)):
+    raise UserError(f"{path}: labels with lists are regions and need 'regions_class_order' with "
+                    f"{len(structures)} values; add it")
+  if not regions and len(set(used)) != len(used):
+    raise UserError(f"{path}: two labels have the same value; give each its own")
   if len(set(used)) >= IGNORED:
     raise UserError(f"{path}: has {len(set(used))} label values; at most {IGNORED - 1} "
                     f"are possible, merge some")
+  output = tuple(map(int, order if regions else used))
   return Labels(tuple(structures), regions, output, (), ignore)
 
 
@@ -292,8 +260,7 @@ def _select(path: Path, labels: Labels, names: Sequence[str]) -> Labels:
                     f"choose from {', '.join(labels.names)}")
   # Regions keep their order: it says which overwrites which.
   chosen = [labels.names.index(name) for name in dict.fromkeys(names)]
-  if labels.regions:
-    chosen.sort()
+  chosen = sorted(chosen) if labels.regions else chosen
   structures = tuple(labels.structures[i] for i in chosen)
   used = {v for structure in structures for v in structure.values}
   return dataclasses.replace(
@@ -308,16 +275,11 @@ def _stem(path: Path) -> str:
   return path.name.removesuffix(ending)
 
 
-def _decathlon_cases(folder: Path, content: Mapping[str, Any]) -> list[Case]:
-  return [Case(_stem(folder / entry["image"]), (folder / entry["image"],), folder / entry["label"])
-          for entry in content["training"]]
-
-
 def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> list[Case]:
   if "dataset" in content:  # cases listed one by one, at any place
-    return [Case(identifier, tuple(folder / image for image in entry["images"]),
-                 folder / entry["label"])
-            for identifier, entry in content["dataset"].items()]
+    return [
+      Case(name, tuple(folder / image for image in entry["images"]), folder / entry["label"])
+      for name, entry in content["dataset"].items()]
   ending = content["file_ending"]
   if ending not in ENDINGS:
     raise UserError(f"{folder / 'dataset.json'}: file_ending is {ending}; convert the volumes to "
@@ -328,10 +290,9 @@ def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> li
   for label in sorted((folder / "labelsTr").glob(f"*{ending}")):
     if identifiers and is_volume_name(label) and label.name.removesuffix(ending) not in identifiers:
       raise UserError(f"{label}: has no image in imagesTr; add it or remove the label map")
-  return [Case(name,
-               tuple(folder / "imagesTr" / f"{name}_{c:04d}{ending}" for c in range(channels)),
-               folder / "labelsTr" / f"{name}{ending}")
-          for name in identifiers]
+  return [
+    Case(name, tuple(folder / "imagesTr" / f"{name}_{c:04d}{ending}" for c in range(channels)),
+         folder / "labelsTr" / f"{name}{ending}") for name in identifiers]
 
 
 def _input_case(file: Path, channels: int) -> Case:
@@ -351,7 +312,7 @@ def _input_case(file: Path, channels: int) -> Case:
 def _check_unique(cases: Sequence[Case]) -> None:
   seen: dict[str, Case] = {}
   for case in cases:
-    if case.identifier in seen:
+    first = seen.setdefault(case.identifier, case)
+    if first is not case:
       raise UserError(f"{case.images[0]}: is a second case named {case.identifier} beside "
-                      f"{seen[case.identifier].images[0]}; rename one")
-    seen[case.identifier] = case
+                      f"{first.images[0]}; rename one")

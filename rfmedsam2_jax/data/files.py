@@ -1,7 +1,4 @@
-"""Small files of a run: strict JSON of frozen dataclasses, and writing that is never half done.
-
-Used by every file of this room that leaves something on disk.
-"""
+"""Small files of a run: strict JSON of frozen dataclasses, and writing that is never half done."""
 
 import contextlib
 import json
@@ -16,10 +13,13 @@ import pydantic
 from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.base.errors import UserError, first_line
 
-# For `__pydantic_config__` of the dataclasses that are stored: an unknown key is an error.
-STRICT = pydantic.ConfigDict(extra="forbid")
-
 T = TypeVar("T")
+
+
+class Stored:
+  """A dataclass that is stored as JSON: an unknown key is an error."""
+
+  __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
 
 @contextlib.contextmanager
@@ -41,10 +41,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_whole(path: str | Path) -> Iterator[Path]:
-  """Gives a name; the file or folder that is made there becomes `path` if the block ends well.
+  """As `replacing`, of a file or a folder; what lies at `path` is replaced, whatever it is.
 
-  It lies in a hidden folder of its own beside `path`, which takes away whatever a writer left when
-  it failed. What lies at `path` is replaced; whoever calls makes sure that it may be.
+  The name lies in a hidden folder of its own, which goes with what a writer left when it failed.
   """
   path = Path(os.path.abspath(path))  # also of "." there is a name and a folder beside
   workshop = path.with_name(f".{os.getpid()}.{path.name}")
@@ -74,12 +73,7 @@ class ResultExists(UserError):
 
 
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
-  """Makes the folder that results will be written to.
-
-  Raises:
-    ResultExists: one of `targets` exists and may not be replaced.
-    UserError: the folder cannot be made.
-  """
+  """Makes a folder of results, or UserError; ResultExists if one of `targets` must not go."""
   there = [target for target in targets if target.exists()]
   if there and not overwrite:
     raise ResultExists(there[0])
@@ -116,6 +110,5 @@ def load_json(path: str | Path, kind: type[T]) -> T:
   except pydantic.ValidationError as error:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    raise UserError(
-      f"{path}: {where}: {first['msg']}; it was not written by this version, make it anew"
-    ) from None
+    raise UserError(f"{path}: {where}: {first['msg']}; it was not written by this version, make it "
+                    f"anew") from None

@@ -1,7 +1,4 @@
-"""What a data set looks like: spacings, shapes, intensities of what is segmented.
-
-In: cases (data.datasets). Out: a `Fingerprint`, from which data.plan makes the plan.
-"""
+"""What a data set looks like: spacings, shapes, intensities of what is segmented."""
 
 import dataclasses
 import math
@@ -12,22 +9,19 @@ import numpy as np
 from scipy import ndimage
 
 from rfmedsam2_jax.data.datasets import IGNORED, Case, Dataset, Labels, read_case
-from rfmedsam2_jax.data.files import STRICT
+from rfmedsam2_jax.data.files import Stored
 from rfmedsam2_jax.data.volumes import Volume
 
 # Foreground voxels drawn from all cases together; enough for percentiles, and it fits in memory.
 SAMPLED_VOXELS = 20_000_000
-
 # Per cent, of a whole image's intensities; not quite to the ends, which single voxels decide.
 QUANTILES = (0.5, *range(5, 100, 5), 99.5)
 _DRAWN_FOR_QUANTILES = 1_000_000  # voxels
 
 
 @dataclasses.dataclass(frozen=True)
-class ChannelStatistics:
+class ChannelStatistics(Stored):
   """Intensities of one channel over the foreground voxels of all cases."""
-
-  __pydantic_config__ = STRICT
 
   mean: float
   std: float
@@ -39,24 +33,15 @@ class ChannelStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class CaseFingerprint:
-  """One case, axes (z, y, x).
-
-  Attributes:
-    spacing: mm.
-    shape: voxels.
-    nonzero_shape: voxels of the box around the voxels that are not 0 in any channel.
-    structure_voxels: number of voxels of each structure.
-    quantiles: per channel, of the whole image, see `image_quantiles`; None in older runs.
-  """
-
-  __pydantic_config__ = STRICT
+class CaseFingerprint(Stored):
+  """One case, axes (z, y, x)."""
 
   identifier: str
-  spacing: tuple[float, float, float]
-  shape: tuple[int, int, int]
-  nonzero_shape: tuple[int, int, int]
-  structure_voxels: tuple[int, ...]
+  spacing: tuple[float, float, float]  #: mm
+  shape: tuple[int, int, int]  #: voxels
+  nonzero_shape: tuple[int, int, int]  #: voxels of the box around those not 0 in any channel
+  structure_voxels: tuple[int, ...]  #: number of voxels of each structure
+  #: Per channel, of the whole image, see `image_quantiles`; None in older runs.
   quantiles: tuple[tuple[float, ...], ...] | None = None
 
   def __post_init__(self):
@@ -70,10 +55,8 @@ class CaseFingerprint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(Stored):
   """Of a data set; `intensities` is None where no case has foreground."""
-
-  __pydantic_config__ = STRICT
 
   name: str
   channels: tuple[str, ...]
@@ -90,15 +73,10 @@ class Fingerprint:
 def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed: int = 1234,
                      progress: Callable[[int, int], None] = lambda done, total: None
                      ) -> Fingerprint:
-  """Reads every case once.
+  """Reads every case once; UserError if one cannot be read or has labels outside dataset.json.
 
-  Args:
-    cases: those to look at; None: all of the data set.
-    seed: of the drawing of foreground voxels; each case draws its own.
-    progress: called with (cases done, cases in all).
-
-  Raises:
-    UserError: a case that cannot be read, or labels outside dataset.json.
+  Without `cases`, all of the data set. Each draws its own foreground voxels, by `seed`. `progress`
+  is called with (cases done, cases in all).
   """
   cases = dataset.cases if cases is None else cases
   limit = max(1, SAMPLED_VOXELS // len(cases))
@@ -108,75 +86,55 @@ def make_fingerprint(dataset: Dataset, cases: Sequence[Case] | None = None, seed
     volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
     assert atoms is not None, "training cases have labels"
     rng = np.random.default_rng([seed, zlib.crc32(case.identifier.encode())])
-    found.append(fingerprint_case(case.identifier, volume, atoms, dataset.labels))
-    samples.append(sample_foreground(volume.array, atoms, limit, rng))
+    found.append(_fingerprint_case(case.identifier, volume, atoms, dataset.labels))
+    places = draw_places((atoms != 0) & (atoms != IGNORED), limit, rng)
+    samples.append(volume.array.reshape(len(volume.array), -1)[:, places])
     progress(done, len(cases))
   return Fingerprint(dataset.name, dataset.channels, dataset.labels, tuple(found),
-                     channel_statistics(np.concatenate(samples, axis=1)))
+                     _channel_statistics(np.concatenate(samples, axis=1)))
 
 
-def fingerprint_case(identifier: str, volume: Volume, atoms: np.ndarray,
-                     labels: Labels) -> CaseFingerprint:
-  """Of one case; atoms uint8 [D, H, W]."""
+def _fingerprint_case(identifier: str, volume: Volume, atoms: np.ndarray, labels: Labels
+                      ) -> CaseFingerprint:
   counts = np.bincount(atoms.ravel(), minlength=len(labels.membership))[:len(labels.membership)]
-  lower, upper = nonzero_box(volume.array)
-  shape = volume.array.shape[1:]
+  a, b, c = np.diff(nonzero_box(volume.array), axis=0)[0].tolist()
   return CaseFingerprint(
-    identifier, volume.spacing, (shape[0], shape[1], shape[2]),
-    (upper[0] - lower[0], upper[1] - lower[1], upper[2] - lower[2]),
+    identifier, volume.spacing, volume.geometry.canonical_shape, (a, b, c),
     tuple(int(n) for n in counts @ labels.membership), image_quantiles(volume.array))
 
 
 def image_quantiles(image: np.ndarray) -> tuple[tuple[float, ...], ...]:
-  """`QUANTILES` of every channel's voxels that are not 0 (of all, where there are no others).
+  """`QUANTILES` of voxels that are not 0 (else of all) of every channel of float32 [C, D, H, W].
 
   Of large volumes they are estimated from voxels that are drawn, always the same ones.
-
-  Args:
-    image: float32 [C, D, H, W].
   """
   rows = []
   for values in image.reshape(len(image), -1):
     if values.size > _DRAWN_FOR_QUANTILES:
-      drawn = np.random.default_rng(0).integers(0, values.size, _DRAWN_FOR_QUANTILES)
-      values = values[drawn]
+      values = values[np.random.default_rng(0).integers(0, values.size, _DRAWN_FOR_QUANTILES)]
     known = values[values != 0]
     found = np.percentile(known if known.size else values, QUANTILES)
     rows.append(tuple(float(f"{value:.6g}") for value in found))
   return tuple(rows)
 
 
-def sample_foreground(image: np.ndarray, atoms: np.ndarray, limit: int,
-                      rng: np.random.Generator) -> np.ndarray:
-  """float32 [C, n <= limit]: intensities of voxels of any structure, without repetition."""
-  places = np.flatnonzero((atoms != 0) & (atoms != IGNORED))
-  if len(places) > limit:
-    places = np.sort(rng.choice(places, limit, replace=False))
-  return image.reshape(len(image), -1)[:, places]
+def draw_places(mask: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+  """int [n <= limit]: flat indices in a mask where it is true, rising, without repetition."""
+  places = np.flatnonzero(mask)
+  return places if len(places) <= limit else np.sort(rng.choice(places, limit, replace=False))
 
 
-def channel_statistics(samples: np.ndarray) -> tuple[ChannelStatistics, ...] | None:
+def _channel_statistics(samples: np.ndarray) -> tuple[ChannelStatistics, ...] | None:
   """Of float32 [C, n]; None if there is nothing."""
   if not samples.shape[1]:
     return None
-  rows = []
-  for values in samples:
-    low, median, high = np.percentile(values, (0.5, 50, 99.5))
-    rows.append(ChannelStatistics(
-      float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64)), float(median),
-      float(low), float(high), float(values.min()), float(values.max())))
-  return tuple(rows)
+  return tuple(ChannelStatistics(*map(float, (
+    values.mean(dtype=np.float64), values.std(dtype=np.float64),
+    *np.percentile(values, (50, 0.5, 99.5)), values.min(), values.max()))) for values in samples)
 
 
 def nonzero_box(image: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-  """The box around voxels that are not 0 in any channel; the whole volume if there are none.
-
-  Args:
-    image: [C, D, H, W].
-
-  Returns:
-    First index and index behind the last, (z, y, x).
-  """
+  """First index and index behind the last (z, y, x) of what is not 0 in [C, D, H, W], or of all."""
   mask = (image != 0).any(axis=0)
   (box,) = ndimage.find_objects(mask.view(np.uint8), 1)
   z, y, x = box or (slice(0, size) for size in mask.shape)

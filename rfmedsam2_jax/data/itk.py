@@ -1,7 +1,6 @@
-"""Volumes in the formats of ITK (NRRD, MetaImage, DICOM series), read through SimpleITK.
+"""Volumes in the formats of ITK (NRRD, MetaImage, DICOM series), read through SimpleITK, an extra.
 
-In: a file, or a folder with one DICOM series. Out: voxels by native index and an affine in RAS+, as
-data.volumes has them of a NIfTI file; everything behind is the same. SimpleITK is an extra.
+They come as voxels by native index and an affine in RAS+, as NIfTI does.
 """
 
 import math
@@ -19,15 +18,11 @@ from rfmedsam2_jax.base.errors import UserError
 
 ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
-# Deflate makes nothing smaller than by this factor; a header that claims more is wrong.
-_DEFLATE = 1032
-
+_DEFLATE = 1032  # the most that Deflate makes smaller; a header that claims more is wrong
 _HEAD, _BLOCK = 2**16, 2**20  # bytes
 # By ending: what a header says of compressed voxels, and how it ends.
-_COMPRESSED = {
-  ".nrrd": (rb"encoding: *gz", rb"\r?\n\r?\n"),
-  ".mha": (rb"CompressedData *= *True", rb"ElementDataFile *= *LOCAL\r?\n"),
-}
+_COMPRESSED = {".nrrd": (rb"encoding: *gz", rb"\r?\n\r?\n"),
+               ".mha": (rb"CompressedData *= *True", rb"ElementDataFile *= *LOCAL\r?\n")}
 
 # What two slices of a series may differ in, as a part of their distance, and by how much its axis
 # may lean. Rounded positions stay below; a missing slice and a tilted gantry stay above.
@@ -59,7 +54,7 @@ def is_series(folder: Path) -> bool:
     return any(entry.is_file() and _is_dicom(entry.path) for entry in entries)
 
 
-def _is_dicom(path: str) -> bool:
+def _is_dicom(path: str | Path) -> bool:
   try:
     with open(path, "rb") as file:
       return file.read(132)[128:] == b"DICM"
@@ -68,14 +63,9 @@ def _is_dicom(path: str) -> bool:
 
 
 def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """Reads NRRD or MetaImage.
+  """Voxels [i, j, k(, C)] of NRRD or MetaImage, and the affine, float64 [4, 4], to RAS+ in mm.
 
-  Returns:
-    voxels [i, j, k] or, with several components or a fourth axis, [i, j, k, C]; and the affine,
-    float64 [4, 4], to RAS+ in mm.
-
-  Raises:
-    UserError: unreadable or truncated, not three axes, voxels that are no real numbers.
+  UserError: unreadable or truncated, not three axes, voxels that are no real numbers.
   """
   sitk = simpleitk(path)
   reader = sitk.ImageFileReader()
@@ -84,8 +74,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with native_errors():
       reader.ReadImageInformation()
       _check_header(sitk, path, reader)
-      image = reader.Execute()
-    native, affine = _as_native(sitk, image)
+      native, affine = _as_native(sitk, reader.Execute())
     _check_stream(path, native.nbytes)
   except (RuntimeError, zlib.error) as error:
     raise _unreadable(path, error) from None
@@ -97,10 +86,9 @@ def _check_stream(path: Path, expected: int) -> None:
 
   ITK looks at neither, and leaves what is missing as it finds it in memory.
   """
-  marks = _COMPRESSED.get(path.suffix)
-  if marks is None:
+  if path.suffix not in _COMPRESSED:
     return
-  compressed, end = marks
+  compressed, end = _COMPRESSED[path.suffix]
   with open(path, "rb") as file:
     head = file.read(_HEAD)
     ended = re.search(end, head)
@@ -109,8 +97,7 @@ def _check_stream(path: Path, expected: int) -> None:
     file.seek(ended.end())
     stream, found = zlib.decompressobj(47), 0  # of zlib or gzip
     while not stream.eof:
-      data = stream.unconsumed_tail or file.read(_BLOCK)
-      if not data:
+      if not (data := stream.unconsumed_tail or file.read(_BLOCK)):
         raise zlib.error("its compressed voxels end too early")
       found += len(stream.decompress(data, 16 * _BLOCK))
     used = file.tell() - len(stream.unused_data) - ended.end()
@@ -125,43 +112,35 @@ def _check_stream(path: Path, expected: int) -> None:
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
   """Reads the DICOM series of a folder, as `read_file`; intensities are rescaled as it says.
 
-  Raises:
-    UserError: no series or several; one slice; several frames in a file; slices that are missing,
-      doubled or unevenly spaced; a tilted gantry; colour.
+  UserError: no series or several; one slice; several frames in a file; slices that are missing,
+  doubled or unevenly spaced; a tilted gantry; colour.
   """
   sitk = simpleitk(folder)
   if not is_series(folder):
     raise UserError(f"{folder}: is a folder without DICOM files; give a volume or a folder with "
                     f"one DICOM series")
+  reader = sitk.ImageSeriesReader()
   with native_errors():
-    names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    names = reader.GetGDCMSeriesIDs(str(folder))
   if not names:
     raise UserError(f"{folder}: has DICOM files but no series of images; copy the series again")
-  files = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in names]
+  files = [reader.GetGDCMSeriesFileNames(str(folder), name) for name in names]
   if len(files) > 1:
-    sizes = ", ".join(str(len(group)) for group in files)
-    raise UserError(f"{folder}: has {len(files)} series (of {sizes} files); move the one that is "
-                    f"meant into a folder of its own")
+    raise UserError(f"{folder}: has {len(files)} series (of {', '.join(map(str, map(len, files)))} "
+                    f"files); move the one that is meant into a folder of its own")
   try:
     with native_errors():
       _check_slices(sitk, folder, files[0])
-      reader = sitk.ImageSeriesReader()
       reader.SetFileNames(files[0])
-      image = reader.Execute()
+      return _as_native(sitk, reader.Execute())
   except RuntimeError as error:
     raise _unreadable(folder, error) from None
-  return _as_native(sitk, image)
 
 
 def claimed_voxels(path: Path) -> int:
   """How many voxels the headers of a file or of a series' files claim; 0 if they are unreadable."""
-  sitk = simpleitk(path)
-  files = [path]
-  if path.is_dir():
-    files = sorted(entry for entry in path.iterdir() if _is_dicom(str(entry)))
-  reader = sitk.ImageFileReader()
-  voxels = 0
-  for file in files:
+  reader, voxels = simpleitk(path).ImageFileReader(), 0
+  for file in filter(_is_dicom, path.iterdir()) if path.is_dir() else [path]:
     reader.SetFileName(str(file))
     try:
       reader.ReadImageInformation()
@@ -192,31 +171,30 @@ def check_claim(path: Path, shape: Sequence[int], itemsize: int, packed: bool) -
 
 def _check_slices(sitk: Any, folder: Path, files: Sequence[str]) -> None:
   """UserError unless the files are the evenly spaced slices of one volume."""
+  convert = "to NIfTI, for example by dcm2niix"
   if len(files) == 1:
-    raise UserError(f"{folder}: its series has one file, a single slice or several frames; "
-                    f"convert it to NIfTI, for example by dcm2niix")
+    raise UserError(
+      f"{folder}: its series has one file, a single slice or several frames; convert it {convert}")
   positions, normals = [], []
   reader = sitk.ImageFileReader()
   for file in files:
     reader.SetFileName(file)
     reader.ReadImageInformation()
     if reader.GetSize()[2:] not in ((), (1,)):
-      raise UserError(f"{file}: has {reader.GetSize()[2]} frames; convert the series to NIfTI, "
-                      f"for example by dcm2niix")
+      raise UserError(f"{file}: has {reader.GetSize()[2]} frames; convert the series {convert}")
     if reader.GetNumberOfComponents() != 1:
       raise UserError(f"{file}: is a colour image; give a series of one intensity per voxel")
     positions.append(reader.GetOrigin())
     normals.append(np.asarray(reader.GetDirection()).reshape(3, 3)[:, 2])
-  normal = normals[0]
+  normal, steps = normals[0], np.diff(np.asarray(positions), axis=0)
   if not np.allclose(normals, normal, atol=1e-3):
     raise UserError(f"{folder}: its slices are turned against each other, as those of a localizer "
                     f"are; give a series of parallel slices")
-  steps = np.diff(np.asarray(positions), axis=0)
   distances = steps @ normal
   usual = float(np.median(distances))
   if abs(usual) < 1e-4:
-    raise UserError(f"{folder}: several slices have the same position (phases, echoes?); "
-                    f"give a folder with one volume")
+    raise UserError(f"{folder}: several slices have the same position (phases, echoes?); give a "
+                    f"folder with one volume")
   odd = int(np.abs(distances / usual - 1).argmax())
   if abs(distances[odd] / usual - 1) > SPACING_TOLERANCE:
     raise UserError(f"{folder}: slices {odd + 1} and {odd + 2} are {abs(distances[odd]):.4g} mm "

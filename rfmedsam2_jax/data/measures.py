@@ -1,7 +1,4 @@
-"""What a label map says in numbers: volumes in ml per label value.
-
-In: label maps (data.volumes) of any axis order. Used by every command that reports volumes.
-"""
+"""What a label map of any axis order says in numbers: volumes in ml per label value."""
 
 import numpy as np
 
@@ -14,27 +11,14 @@ def voxel_ml(spacing: tuple[float, ...]) -> float:
 
 
 def volumes_ml(labels: np.ndarray, spacing: tuple[float, float, float]) -> dict[int, float]:
-  """ml of every label value that occurs, background's 0 left out.
-
-  Args:
-    labels: uint8 or uint16 of any shape. spacing: mm, in any order.
-  """
+  """ml of every value of uint8 or uint16 labels but background's 0; spacing in mm, in any order."""
   counts = joint_counts([labels], int(labels.max(initial=0)) + 1)
-  return {
-    int(value): float(counts[value]) * voxel_ml(spacing)
-    for value in np.flatnonzero(counts) if value
-  }
+  return {int(value): float(counts[value]) * voxel_ml(spacing)
+          for value in np.flatnonzero(counts) if value}
 
 
 def joint_counts(maps: list[np.ndarray], values: int) -> np.ndarray:
-  """How many voxels have which value in each of several label maps.
-
-  Args:
-    maps: whole numbers from 0 to `values` - 1, all of one shape.
-
-  Returns:
-    int64 [values, ...], one axis per map.
-  """
+  """int64 [values] * len(maps): voxels by values, from 0 to `values` - 1, in maps of one shape."""
   shape = (values,) * len(maps)
   total = np.zeros(values ** len(maps), np.int64)
   flat = [found.reshape(-1) for found in maps]

@@ -1,13 +1,8 @@
-"""A phantom abdomen: volumes with deformable organs in CT-like intensities, made from a seed.
+"""A phantom abdomen in CT-like intensities, made from a seed, as an nnU-Net v2 raw folder.
 
-Stands at the very beginning of the data's way: what it writes is an nnU-Net v2 raw folder like any
-other (`dataset.json`, imagesTr, labelsTr, and the unseen imagesTs, labelsTs), which data.datasets
-reads. Nothing downstream knows that the volumes are synthetic.
-
-What makes it more than spheres: every organ moves, turns, grows and is bent by a smooth random
-field; neighbours touch (gallbladder and liver, kidney and spleen) at contrasts of few noise
-levels; the gallbladder is sometimes missing; bowel has an organ's intensity and no label; a
-smooth bias multiplies everything; and each file has an axis order, flips and a spacing of its own.
+Every organ moves, turns, grows and is bent by a smooth random field; neighbours touch at contrasts
+of few noise levels; bowel has an organ's intensity and no label; a smooth bias multiplies
+everything; each file has an axis order, flips and a spacing of its own.
 """
 
 import dataclasses
@@ -61,11 +56,7 @@ _ORGANS = {
 _BODY = _Organ((0, 2, 0), (0, 78, 96), 0, -95, tube=True)
 _MUSCLE = _Organ((0, 2, 0), (0, 68, 86), 0, 48, tube=True)
 _SPINE = _Organ((0, 56, 0), (0, 16, 17), 0, 340, tube=True)
-_BOWEL = (
-  _Organ((-40, -32, 32), (26, 17, 20), 0, 100),
-  _Organ((-58, -6, -42), (24, 20, 22), 0, 88),
-)
-_AIR = -1000.0
+_BOWEL = (_Organ((-40, -32, 32), (26, 17, 20), 0, 100), _Organ((-58, -6, -42), (24, 20, 22), 0, 88))
 
 
 def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int) -> np.ndarray:
@@ -73,10 +64,9 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int) 
   field = rng.standard_normal((knots,) * 3)
   for axis, size in enumerate(shape):
     # One axis after the other: cubic interpolation of a product grid.
-    at = np.linspace(0, knots - 1, size)
-    spline = np.zeros((knots, size))
-    for knot in range(knots):
-      spline[knot] = ndimage.map_coordinates(np.eye(knots)[knot], at[None], order=3, mode="nearest")
+    at = np.linspace(0, knots - 1, size)[None]
+    spline = np.stack([ndimage.map_coordinates(unit, at, order=3, mode="nearest")
+                       for unit in np.eye(knots)])
     field = np.moveaxis(np.tensordot(field, spline, axes=(axis, 0)), -1, axis)
   return (field / field.std()).astype(np.float32)
 
@@ -95,41 +85,30 @@ def _level(organ: _Organ, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.nda
 
 def _vary(organ: _Organ, rng: np.random.Generator) -> _Organ:
   """The organ of one person: moved, grown, turned."""
-  return dataclasses.replace(
-    organ,
-    centre=tuple(c + rng.normal(0, 4) for c in organ.centre),
-    radii=tuple(r * rng.uniform(0.82, 1.15) for r in organ.radii),
-    tilt=organ.tilt + rng.normal(0, 8),
-    hu=organ.hu + rng.normal(0, 5),
-  )
+  return _Organ(
+    tuple(c + rng.normal(0, 4) for c in organ.centre),
+    tuple(r * rng.uniform(0.82, 1.15) for r in organ.radii),
+    organ.tilt + rng.normal(0, 8), organ.hu + rng.normal(0, 5), organ.tube)
 
 
-def phantom_case(
-  config: PhantomConfig, index: int
-) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
-  """One volume and its label map.
+def phantom_case(config: PhantomConfig, index: int
+                 ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+  """One volume, its label map and its spacing; they depend on (config.seed, index) only.
 
-  Args:
-    index: which case; the result depends on (config.seed, index) and not on other cases.
-
-  Returns:
-    image: int16 [D, H, W] in HU, axes to head, back and left (z, y, x of LPS).
-    labels: uint8 [D, H, W]; 0 background, then the organs in the order of `organ_names`.
-    spacing: mm along z, y, x.
+  int16 [D, H, W] in HU, axes to head, back and left (z, y, x of LPS); uint8 [D, H, W], 0
+  background, then the organs in the order of `organ_names`; mm along z, y, x.
   """
   rng = np.random.default_rng([config.seed, index])
   spacing = (rng.uniform(*config.slice_spacing), *(rng.uniform(*config.pixel_spacing),) * 2)
   shape = tuple(round(fov / s) for fov, s in zip(config.field_of_view, spacing, strict=True))
   # A person is larger or smaller than another as a whole, too.
   size = rng.uniform(0.92, 1.06)
-  axes = [
-    (np.arange(n, dtype=np.float32) - (n - 1) / 2) * s / size
-    for n, s in zip(shape, spacing, strict=True)
-  ]
+  axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s / size
+          for n, s in zip(shape, spacing, strict=True)]
   grid = np.meshgrid(*axes, indexing="ij")
   z, y, x = (g + config.deformation * _smooth_field(rng, shape, 5) for g in grid)
 
-  image = np.full(shape, _AIR, np.float32)
+  image = np.full(shape, -1000, np.float32)  # air
   for organ in (_BODY, _MUSCLE, *_BOWEL, _SPINE):
     organ = _vary(organ, rng)
     image[_level(organ, z, y, x) < 1] = organ.hu
@@ -159,17 +138,12 @@ def organ_names() -> tuple[str, ...]:
   return tuple(_ORGANS)
 
 
-def _nifti(
-  array_DHW: np.ndarray, spacing: tuple[float, ...], order: tuple[int, ...], flips: tuple[int, ...]
-) -> nib.Nifti1Image:
-  """A NIfTI image of an array in z, y, x of LPS, stored with another axis order and flips.
-
-  `order` and `flips` act on the axes of the RAS array; the affine undoes them.
-  """
+def _save(path: Path, array_DHW: np.ndarray, spacing: tuple[float, ...], order: tuple[int, ...],
+          flips: tuple[int, ...]) -> None:
+  """Writes z, y, x of LPS as NIfTI, its RAS axes in another order and flipped."""
   ras = array_DHW.transpose(2, 1, 0)[::-1, ::-1]  # left to right, back to front
-  size = np.array(ras.shape) * np.array(spacing)[::-1]
   affine = np.diag([*spacing[::-1], 1.0])
-  affine[:3, 3] = -size / 2
+  affine[:3, 3] = -np.array(ras.shape) * spacing[::-1] / 2
   orientation = np.stack([np.argsort(order), flips], axis=1)
   stored = nib.orientations.apply_orientation(ras, orientation)
   affine = affine @ nib.orientations.inv_ornt_aff(orientation, ras.shape)
@@ -177,26 +151,17 @@ def _nifti(
   image.header.set_xyzt_units("mm")
   image.set_qform(affine, code=1)
   image.set_sform(affine, code=1)
-  return image
-
-
-def _save(image: nib.Nifti1Image, path: Path) -> None:
   with replacing(path) as temporary:
     nib.save(image, temporary)
 
 
-def write_phantom(
-  folder: str | Path, config: PhantomConfig | None = None,
-  progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Path:
+def write_phantom(folder: str | Path, config: PhantomConfig | None = None,
+                  progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
   """Writes a phantom dataset in nnU-Net's raw layout and returns its folder.
 
   Training cases are phantom_000, ...; the unseen ones go on counting and lie in imagesTs and
-  labelsTs. `dataset.json` is written last: a folder that has one is complete. `progress` is called
-  with (cases done, cases).
-
-  Raises:
-    UserError: the folder holds a dataset.json already.
+  labelsTs. `dataset.json` is written last: a folder that has one is complete; UserError
+  if `folder` has one before. `progress` is called with (cases done, cases).
   """
   config = config or PhantomConfig()
   folder = Path(folder)
@@ -212,15 +177,12 @@ def write_phantom(
       rng = np.random.default_rng([config.seed, index, 1])
       order, flips = tuple(rng.permutation(3)), tuple(rng.choice([-1, 1], 3))
     name = f"phantom_{index:03d}"
-    _save(_nifti(image, spacing, order, flips), folder / f"images{part}" / f"{name}_0000.nii.gz")
-    _save(_nifti(labels, spacing, order, flips), folder / f"labels{part}" / f"{name}.nii.gz")
+    _save(folder / f"images{part}" / f"{name}_0000.nii.gz", image, spacing, order, flips)
+    _save(folder / f"labels{part}" / f"{name}.nii.gz", labels, spacing, order, flips)
   description = {
-    "name": "Phantom",
-    "channel_names": {"0": "CT"},
+    "name": "Phantom", "channel_names": {"0": "CT"},
     "labels": {"background": 0, **{n: i for i, n in enumerate(organ_names(), start=1)}},
-    "numTraining": config.cases,
-    "file_ending": ".nii.gz",
-  }
+    "numTraining": config.cases, "file_ending": ".nii.gz"}
   with replacing(folder / "dataset.json") as temporary:
     temporary.write_text(json.dumps(description, indent=2) + "\n")
   return folder

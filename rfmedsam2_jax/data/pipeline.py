@@ -1,11 +1,8 @@
 """Batches for training, by grain: patches for the generator, runs of slices for the refiner.
 
-In: prepared cases (data.preprocessing) and, for the refiner, the generator's stored mask logits.
-Out: grain iterators of dictionaries of numpy arrays, which training.loop puts on the devices.
-
-Sample number i is a pure function of (seed, i): which case, where, how transformed. An iterator
-can therefore start at any batch, `get_state` and `set_state` are exact, prefetching and the number
-of threads change nothing, and n processes together see the batches that one process would see.
+Sample i is a pure function of (seed, i). So an iterator can start at any batch, `get_state` and
+`set_state` are exact, prefetching and threads change nothing, and n processes together see the
+batches that one process would see.
 """
 
 import dataclasses
@@ -18,24 +15,13 @@ import numpy as np
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.augmentation import (
-  AugmentationConfig,
-  augment_intensity,
-  draw_affine,
-  is_anisotropic,
-  on_grid,
-  sample_patch,
-  transform_slices,
-)
+from rfmedsam2_jax.data import augmentation as augment
+from rfmedsam2_jax.data.augmentation import AugmentationConfig, is_anisotropic, transform_slices
 from rfmedsam2_jax.data.datasets import IGNORED
 from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import Triple
-from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case
-from rfmedsam2_jax.data.prompt_mistakes import (
-  PromptCorruptionConfig,
-  corrupt,
-  logits_of_truth,
-)
+from rfmedsam2_jax.data.preprocessing import PreparedCase, load_case, open_array
+from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig, corrupt, logits_of_truth
 from rfmedsam2_jax.data.sam_slices import as_rgb, resize_area, resize_linear, window_slices
 
 _ENDLESS = 1 << 40  # samples of an iterator: more than any training takes
@@ -65,29 +51,23 @@ class BatchConfig:
 
 
 class Cases:
-  """Prepared cases to draw from, each once per epoch, in an order that is reshuffled every epoch.
+  """Cases of `preprocessing.save_case`, each once per epoch, in an order drawn for every epoch.
 
-  Args:
-    folder: of prepared cases (data.preprocessing.save_case).
-    identifiers: of those to draw from.
-    seed: of the order and of all that is drawn for a sample.
-    prompts: folder of CASE.npy, float16 [K, D, 4G, 4G], the generator's mask logits, or None.
+  `seed` is of the order and of all that is drawn for a sample; `prompts` a folder of CASE.npy,
+  float16 [K, D, 4G, 4G], the generator's mask logits, or None.
   """
 
-  def __init__(
-    self, folder: str | Path, identifiers: Sequence[str], seed: int,
-    prompts: str | Path | None = None,
-  ):
+  def __init__(self, folder: str | Path, identifiers: Sequence[str], seed: int,
+               prompts: str | Path | None = None):
     if not identifiers:
       raise UserError(f"{folder}: no cases to draw from; the training part of the split is empty")
-    self._arguments = (folder, tuple(identifiers), seed, prompts)
     self.folder, self.identifiers, self.seed = Path(folder), tuple(identifiers), seed
     self.prompts = None if prompts is None else Path(prompts)
     self._open = functools.lru_cache(_OPEN_CASES)(self._load)
 
   def __reduce__(self):
     # Worker processes open the files for themselves.
-    return Cases, self._arguments
+    return Cases, (self.folder, self.identifiers, self.seed, self.prompts)
 
   def _load(self, identifier: str) -> tuple[PreparedCase, np.ndarray | None]:
     case = load_case(self.folder, identifier)
@@ -95,15 +75,10 @@ class Cases:
       raise UserError(f"{self.folder}: case {identifier} has no label; train on labelled cases")
     if self.prompts is None:
       return case, None
-    path = self.prompts / f"{identifier}.npy"
-    try:
-      return case, np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-      raise UserError(f"{path}: cannot be read ({error}); predict the prompts again") from None
+    return case, open_array(self.prompts / f"{identifier}.npy", "r", "predict the prompts again")
 
-  def draw(
-    self, index: int, stream: int
-  ) -> tuple[int, PreparedCase, np.ndarray | None, np.random.Generator]:
+  def draw(self, index: int, stream: int
+           ) -> tuple[int, PreparedCase, np.ndarray | None, np.random.Generator]:
     """Number, case and prompts of sample `index`, and a random generator of its own."""
     epoch, position = divmod(index, len(self.identifiers))
     order = np.random.default_rng([self.seed, stream, 0, epoch])
@@ -112,13 +87,11 @@ class Cases:
     return number, case, prompts, np.random.default_rng([self.seed, stream, 1, index])
 
 
-def _foreground(
-  case: PreparedCase, rng: np.random.Generator, index: int, share: float
-) -> tuple[int, np.ndarray] | None:
+def _foreground(case: PreparedCase, rng: np.random.Generator, index: int, share: float
+                ) -> tuple[int, np.ndarray] | None:
   """A structure that the case has, drawn uniformly, and one of its voxels [3]; None if empty.
 
-  None for samples that are not in the share; these are spread evenly, so that also small batches
-  get theirs.
+  None for samples outside the share, which is spread evenly so that small batches get theirs too.
   """
   present = [k for k, voxels in enumerate(case.locations) if len(voxels)]
   if int((index + 1) * share) == int(index * share) or not present:
@@ -141,8 +114,7 @@ def _batches(sample: Callable[[int], Any], batches: BatchConfig):
   samples = grain.MapDataset.range(_ENDLESS).map(functools.partial(_row, sample, batches, rows))
   loader = batches.loader
   dataset = samples.batch(len(rows), drop_remainder=True).to_iter_dataset(grain.ReadOptions(
-    num_threads=1 if loader.workers else loader.threads, prefetch_buffer_size=loader.prefetch
-  ))
+    num_threads=1 if loader.workers else loader.threads, prefetch_buffer_size=loader.prefetch))
   if loader.workers:
     from absl import flags
 
@@ -167,40 +139,28 @@ class _PatchSample:
     found = _foreground(case, rng, index, self.oversample_foreground)
     # The patch stays inside the volume, or the volume inside the patch.
     spare = np.maximum(shape - size, 0)
-    if found is None:
-      start = rng.integers(0, spare + 1)
-    else:
-      start = np.clip(found[1] - size // 2, 0, spare)
-    start = np.where(shape < size, -((size - shape) // 2), start)
-    centre = start + (size - 1) / 2
+    start = (rng.integers(0, spare + 1) if found is None
+             else np.clip(found[1] - size // 2, 0, spare))
+    centre = np.where(shape < size, -((size - shape) // 2), start) + (size - 1) / 2
     flat = is_anisotropic(case.spacing)
-    matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=flat)
-    image = np.stack(
-      [sample_patch(c, centre, self.patch_size, matrix, order=1, fill=0.0) for c in case.image]
-    )
-    image = augment_intensity(rng, image, self.augmentation, in_plane=flat)
-    target = sample_patch(case.atoms, centre, self.patch_size, matrix, order=0, fill=0)
-    image = np.ascontiguousarray(np.moveaxis(image, 0, -1))
-    return {"image": image, "target": target, "case": np.array(number, np.int32)}
+    matrix = augment.draw_affine(rng, self.augmentation, case.spacing, flat)
+    sample = functools.partial(
+      augment.sample_patch, centre=centre, size=self.patch_size, matrix=matrix, fill=0)
+    image = np.stack([sample(channel, order=1) for channel in case.image])
+    image = augment.augment_intensity(rng, image, self.augmentation, flat)
+    return {"image": np.ascontiguousarray(np.moveaxis(image, 0, -1)),
+            "target": sample(case.atoms, order=0), "case": np.array(number, np.int32)}
 
 
-def generator_batches(
-  cases: Cases,
-  patch_size: Triple,
-  augmentation: AugmentationConfig,
-  oversample_foreground: float,
-  batches: BatchConfig,
-):
+def generator_batches(cases: Cases, patch_size: Triple, augmentation: AugmentationConfig,
+                      oversample_foreground: float, batches: BatchConfig):
   """Endless batches of 3D patches.
 
-  Args:
-    patch_size: slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
-    augmentation: what is done to patches.
-    oversample_foreground: share of patches that are centred on a voxel of some structure.
+  A grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms, 255
+  where ignored, "case": int32 [B], positions in `identifiers`}, B the number of rows.
 
-  Returns:
-    a grain iterator of {"image": float32 [B, D, H, W, C], "target": uint8 [B, D, H, W] atoms,
-    255 where ignored, "case": int32 [B], positions in `identifiers`}, B the number of rows.
+  `patch_size` is slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
+  `oversample_foreground` is the share of patches that are centred on a voxel of some structure.
   """
   return _batches(_PatchSample(cases, patch_size, augmentation, oversample_foreground), batches)
 
@@ -218,7 +178,7 @@ class _RunSample:
     depth, height, width = case.image.shape[1:]
     found = _foreground(case, rng, index, self.run.oversample_foreground)
     seen = self._seen(rng, depth, found)
-    matrix = draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
+    matrix = augment.draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
     if matrix is not None and matrix[0, 0] < 0:
       seen = seen[::-1]
     image = self._image(rng, case, np.clip(seen, 0, depth - 1), matrix)
@@ -226,36 +186,34 @@ class _RunSample:
     inside = rows < depth
     rows = np.clip(rows, 0, depth - 1)
 
-    truth, known = self._truth(case, rows, matrix)
+    assert case.atoms is not None
+    atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
+    annotated = ~np.isin(atoms, IGNORED)
+    truth = self.membership[np.where(annotated, atoms, 0)] & annotated[..., None]
     structures = self._structures(rng, truth, None if found is None else found[0])
     side = self.run.image_size // 4
     masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), side)
-    known = np.broadcast_to(resize_area(known, side), masks.shape)
-    if prompts is not None:
-      self._check(case, prompts)
-    matrix = on_grid(matrix, (height, width), (side, side))
+    known = np.broadcast_to(resize_area(annotated, side), masks.shape)
+    expected = (truth.shape[-1], depth, side, side)
+    if prompts is not None and prompts.shape != expected:
+      raise UserError(
+        f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
+        f"expected {expected}; they belong to another plan or image size, predict them again")
+    matrix = augment.on_grid(matrix, (height, width), (side, side))
     logits = np.stack([
       self._logits(rng, mask, None if prompts is None else prompts[structure], rows, matrix)
-      for structure, mask in zip(structures, masks, strict=True)
-    ])
-    outside = ~inside
-    image[:, outside] = 0
-    masks[:, outside] = 0
-    logits[:, outside] = -LOGIT_LIMIT
+      for structure, mask in zip(structures, masks, strict=True)])
+    image[:, ~inside] = 0
+    masks[:, ~inside] = 0
+    logits[:, ~inside] = -LOGIT_LIMIT
     return {
-      "images": as_rgb(image),
-      "masks": masks,
+      "images": as_rgb(image), "masks": masks, "logits": logits,
       "known": known * inside[:, None, None].astype(np.float32),
-      "logits": logits,
-      "inside": np.ascontiguousarray(inside),
-      "depth": np.int32(depth),
-      "structures": structures.astype(np.int32),
-      "case": np.array(number, np.int32),
-    }
+      "inside": np.ascontiguousarray(inside), "depth": np.int32(depth),
+      "structures": structures.astype(np.int32), "case": np.array(number, np.int32)}
 
-  def _seen(
-    self, rng: np.random.Generator, depth: int, found: tuple[int, np.ndarray] | None
-  ) -> np.ndarray:
+  def _seen(self, rng: np.random.Generator, depth: int, found: tuple[int, np.ndarray] | None
+            ) -> np.ndarray:
     """Numbers of the run's slices and of those beside it; the volume may end before."""
     length, last = self.run.slices, max(depth - self.run.slices, 0)
     first = int(rng.integers(last + 1))
@@ -265,53 +223,28 @@ class _RunSample:
     beside = int(self.run.context)
     return np.arange(first - beside, first + length + beside)
 
-  def _image(
-    self, rng: np.random.Generator, case: PreparedCase, rows: np.ndarray, matrix: np.ndarray | None
-  ) -> np.ndarray:
+  def _image(self, rng: np.random.Generator, case: PreparedCase, rows: np.ndarray,
+             matrix: np.ndarray | None) -> np.ndarray:
     """What SAM sees of slices, float32 [1 or 3, L, S, S]."""
     flat = is_anisotropic(case.spacing)
-    image = augment_intensity(rng, case.image[:, rows], self.augmentation, in_plane=flat)
+    image = augment.augment_intensity(rng, case.image[:, rows], self.augmentation, flat)
     image = window_slices(image, case.window, self.run.channels)
     image = resize_linear(transform_slices(image, matrix, order=1, fill=0), self.run.image_size)
     if self.run.context:
       image = np.concatenate([image[:, :-2], image[:, 1:-1], image[:, 2:]])
     return image
 
-  def _truth(
-    self, case: PreparedCase, rows: np.ndarray, matrix: np.ndarray | None
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Which structures a voxel belongs to, bool [L, H, W, K], and whether it is annotated."""
-    assert case.atoms is not None
-    atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
-    known = ~np.isin(atoms, IGNORED)
-    truth = self.membership[np.where(known, atoms, 0)]
-    truth &= known[..., None]
-    return truth, known
-
-  def _structures(
-    self, rng: np.random.Generator, truth: np.ndarray, first: int | None
-  ) -> np.ndarray:
+  def _structures(self, rng: np.random.Generator, truth: np.ndarray, first: int | None
+                  ) -> np.ndarray:
     """Which structures become tracks: the one looked for, others of the run, then any."""
-    present = np.atleast_1d(truth.any(axis=(0, 1, 2)))
     order = rng.permutation(truth.shape[-1])
-    rank = np.where(present[order], 0, 1)
+    rank = np.where(np.asarray(truth.any(axis=(0, 1, 2)))[order], 0, 1)
     if first is not None:
       rank[order == first] = -1
     return order[np.argsort(rank, kind="stable")][: self.run.structures]
 
-  def _check(self, case: PreparedCase, prompts: np.ndarray) -> None:
-    side = self.run.image_size // 4
-    expected = (self.membership.shape[1], case.image.shape[1], side, side)
-    if prompts.shape != expected:
-      raise UserError(
-        f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
-        f"expected {expected}; they belong to another plan or image size, predict them again"
-      )
-
-  def _logits(
-    self, rng: np.random.Generator, mask: np.ndarray, stored: np.ndarray | None, rows: np.ndarray,
-    matrix: np.ndarray | None,
-  ) -> np.ndarray:
+  def _logits(self, rng: np.random.Generator, mask: np.ndarray, stored: np.ndarray | None,
+              rows: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
     """Mask logits of one track [L, m, m]: the generator's or the truth's, with mistakes."""
     source = logits_of_truth(mask)
     if stored is not None and rng.random() >= self.corruption.truth_probability:
@@ -320,37 +253,24 @@ class _RunSample:
     return corrupt(rng, source, self.corruption)
 
 
-def refiner_batches(
-  cases: Cases,
-  run: RunConfig,
-  membership: np.ndarray,
-  augmentation: AugmentationConfig,
-  corruption: PromptCorruptionConfig,
-  batches: BatchConfig,
-):
+def refiner_batches(cases: Cases, run: RunConfig, membership: np.ndarray,
+                    augmentation: AugmentationConfig, corruption: PromptCorruptionConfig,
+                    batches: BatchConfig):
   """Endless batches of runs of consecutive slices with prompts.
 
-  Args:
-    cases: without a folder of prompts, these come from the truth.
-    run: length, structures and size of a sample.
-    membership: bool [A, K], which atoms belong to which structure (data.datasets).
-    augmentation: one in-plane transform for a whole run; mirroring along the slice axis (0)
-      reverses the run.
-    corruption: mistakes put into the stage-0 logits.
+  Without a folder of prompts, these come from the truth. A run has one in-plane transform, and
+  mirroring along the slice axis (0) reverses it. UserError: the image has no such channel (while
+  iterating: prompts of another shape).
+
+  `membership` is bool [A, K], which atoms belong to which structure (data.datasets).
 
   Returns:
     a grain iterator, with T = min(run.structures, K), L = run.slices and m = S / 4, of
       "images": float32 [B, L, S, S, 3] in [0, 1].
-      "masks": float32 [B, T, L, m, m], occupancy by the truth.
-      "known": float32 [B, T, L, m, m], occupancy by voxels that are not ignored.
-      "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32.
-      "inside": bool [B, L], the slice lies in the volume.
-      "depth": int32 [B], slices of the whole volume.
-      "structures": int32 [B, T].
-      "case": int32 [B], positions in `identifiers`.
-
-  Raises:
-    UserError: the image has no such channel (while iterating: prompts of another shape).
+      "masks", "known": float32 [B, T, L, m, m], occupancy by the truth, by voxels not ignored.
+      "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32, with mistakes.
+      "inside": bool [B, L], the slice lies in the volume. "depth": int32 [B], its slices.
+      "structures": int32 [B, T]. "case": int32 [B], positions in `identifiers`.
   """
   if len(run.channels) not in (1, 3):
     raise UserError(f"channels {run.channels}: SAM sees one channel or three; name one or three")

@@ -1,8 +1,7 @@
 """The plan: spacing, slice axis, intensity rules, patch and U-Net shape, by nnU-Net's rules.
 
-Made once from the fingerprint, saved with the run, obeyed by preprocessing, networks and
-prediction. All of its tuples of three are in prepared order: the slice axis first, then the other
-two in the order of canonical (z, y, x).
+All of its tuples of three are in prepared order: the slice axis first, then the other two in the
+order of canonical (z, y, x).
 """
 
 import dataclasses
@@ -22,9 +21,7 @@ from rfmedsam2_jax.data.fingerprint import Fingerprint
 SliceAxis = Literal[0, 1, 2]  # canonical z, y, x
 PLANES: dict[str, SliceAxis] = {"axial": 0, "coronal": 1, "sagittal": 2}
 
-# A ratio of spacings (or sizes) above which the axes are treated apart (nnU-Net).
-ANISOTROPY = 3.0
-
+ANISOTROPY = 3.0    # a ratio of spacings (or sizes) above which axes are treated apart (nnU-Net)
 _TIED = 1.1         # spacings within this ratio count as equal when the slice axis is chosen
 _SMALLEST_MAP = 4   # an axis is not pooled below this many voxels (nnU-Net)
 _LARGEST_PATCH = 256**3
@@ -40,23 +37,19 @@ _Side = Annotated[int, Field(ge=1, le=2**12)]
 class ChannelRule:
   """How one channel's intensities are normalised.
 
-  Attributes:
-    name: of the channel in dataset.json.
-    kind: "ct" clips to [lower, upper] and standardises by the data set's mean and std; "zscore"
-      standardises every case by its own.
-    lower, upper, mean, std: for "ct", over the data set's foreground.
-    masked: for "zscore", only voxels inside the object are standardised, the rest stays 0
-      (nnU-Net does so where much of the volume is 0, as after skull stripping).
+  "ct" clips to [lower, upper] and standardises by mean and std, all over the data set's foreground;
+  "zscore" standardises every case by its own.
   """
 
   __pydantic_config__ = STRICT
-
-  name: str
+  name: str  #: of the channel in dataset.json
   kind: Literal["ct", "zscore"]
   lower: float = 0.0
   upper: float = 0.0
   mean: float = 0.0
   std: float = 1.0
+  #: Of "zscore": only voxels inside the object are standardised, the rest stays 0 (nnU-Net does so
+  #: where much of the volume is 0, as after skull stripping).
   masked: bool = False
 
 
@@ -82,27 +75,17 @@ class PlanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything that later steps need to know of the data set.
-
-  Attributes:
-    name: of the data set.
-    slice_axis: canonical axis (0 z, 1 y, 2 x) that becomes the first.
-    spacing: mm of the prepared volumes.
-    median_shape: voxels of the median case at that spacing.
-    patch_size: voxels of the generator's patches.
-    strides, kernels: of each U-Net stage; the first stride is 1, 1, 1.
-  """
+  """Everything that later steps need to know of the data set."""
 
   __pydantic_config__ = STRICT
-
   name: str
-  slice_axis: SliceAxis
-  spacing: tuple[float, float, float]
-  median_shape: Triple
+  slice_axis: SliceAxis  #: canonical axis (0 z, 1 y, 2 x) that becomes the first
+  spacing: tuple[float, float, float]  #: mm of the prepared volumes
+  median_shape: Triple  #: voxels of the median case at that spacing
   channels: tuple[ChannelRule, ...]
-  patch_size: Triple
-  strides: tuple[Triple, ...]
-  kernels: tuple[Triple, ...]
+  patch_size: Triple  #: voxels of the generator's patches
+  strides: tuple[Triple, ...]  #: of each U-Net stage; the first is 1, 1, 1
+  kernels: tuple[Triple, ...]  #: of each U-Net stage
   labels: Labels
 
   def __post_init__(self):
@@ -137,12 +120,8 @@ class Plan:
 
 
 def make_plan(fingerprint: Fingerprint, config: PlanConfig | None = None) -> Plan:
-  """The plan of a data set.
-
-  Raises:
-    UserError: options that contradict the data set.
-  """
-  config = PlanConfig() if config is None else config
+  """The plan of a data set; UserError for options that contradict it."""
+  config = config or PlanConfig()
   channels = _channel_rules(fingerprint, config)
   cropped = all(rule.kind != "ct" for rule in channels)
   spacings = np.array([case.spacing for case in fingerprint.cases])
@@ -152,19 +131,14 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig | None = None) -> Pla
                 else PLANES[config.plane])
   order = [slice_axis, *(axis for axis in range(3) if axis != slice_axis)]
   spacings, shapes = spacings[:, order], shapes[:, order]
-  if config.spacing is None:
-    spacing = choose_spacing(spacings, shapes)
-  elif min(config.spacing) > 0:
-    spacing = np.array(config.spacing, float)
-  else:
+  if config.spacing and not min(config.spacing) > 0:
     raise UserError(f"plan.spacing: is {config.spacing}; give three sizes in mm above 0")
+  spacing = np.array(config.spacing or choose_spacing(spacings, shapes), float)
   median_shape = np.median(np.maximum(np.rint(shapes * spacings / spacing), 1), axis=0)
-  if config.patch_size is None:
-    patch = choose_patch(spacing, median_shape, config.voxel_budget, config.poolings)
-  elif min(config.patch_size) > 0:
-    patch = np.array(config.patch_size)
-  else:
+  if config.patch_size and not min(config.patch_size) > 0:
     raise UserError(f"plan.patch_size: is {config.patch_size}; give three sizes above 0")
+  patch = np.array(config.patch_size or choose_patch(
+    spacing, median_shape, config.voxel_budget, config.poolings))
   if config.strides is None and config.kernels is None:
     strides, kernels, patch = pooling(spacing, patch, config.poolings)
   else:
@@ -185,34 +159,23 @@ def load_plan(path: str | Path) -> Plan:
 
 def choose_slice_axis(spacing: np.ndarray) -> SliceAxis:
   """The coarsest axis of canonical (z, y, x); z (axial) if it is tied with another."""
-  if spacing[0] * _TIED >= spacing.max():
-    return 0
-  return 1 if spacing[1] >= spacing[2] else 2
+  return 0 if spacing[0] * _TIED >= spacing.max() else 1 if spacing[1] >= spacing[2] else 2
 
 
 def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-  """nnU-Net's target spacing: the median; of a far coarser axis, the tenth percentile.
-
-  Args:
-    spacings: mm, [cases, 3]. shapes: voxels, [cases, 3].
-  """
-  target = np.median(spacings, axis=0)
-  size = np.median(shapes, axis=0)
+  """nnU-Net's target of mm, voxels [cases, 3]: median, 10th percentile of a far coarser axis."""
+  target, size = np.median(spacings, axis=0), np.median(shapes, axis=0)
   worst = int(np.argmax(target))
   others = [axis for axis in range(3) if axis != worst]
   if (target[worst] > ANISOTROPY * target[others].max()
       and size[worst] * ANISOTROPY < size[others].min()):
-    finer = float(np.percentile(spacings[:, worst], 10))
-    target[worst] = max(finer, float(target[others].max()) + 1e-5)
+    target[worst] = max(np.percentile(spacings[:, worst], 10), target[others].max() + 1e-5)
   return target
 
 
 def choose_patch(spacing: np.ndarray, median_shape: np.ndarray, voxel_budget: int,
                  poolings: int | None) -> np.ndarray:
-  """nnU-Net's patch: a cube in mm, cut to the median shape, then shrunk to the budget.
-
-  Where nnU-Net estimates GPU memory, this counts voxels.
-  """
+  """nnU-Net's patch: a cube in mm, cut to the median shape, then shrunk to the budget of voxels."""
   cube = 1 / spacing
   cube *= (_LARGEST_PATCH / cube.prod()) ** (1 / 3)
   _, _, patch = pooling(spacing, np.minimum(np.rint(cube), median_shape), poolings)
@@ -233,11 +196,8 @@ def pooling(spacing: np.ndarray, patch: np.ndarray, poolings: int | None = None
             ) -> tuple[tuple[Triple, ...], tuple[Triple, ...], np.ndarray]:
   """nnU-Net's topology: an axis is halved while it is fine enough and has voxels enough.
 
-  Args:
-    spacing: mm. patch: voxels. poolings: at most so many halvings per axis.
-
-  Returns:
-    strides and kernels of every stage, and the patch rounded up to what they divide.
+  Strides and kernels of every stage, and the patch rounded up to what they divide, from the spacing
+  in mm and the patch in voxels; at most `poolings` halvings per axis.
   """
   current, size = np.array(spacing, float), np.array(patch, float)
   halvings, kernel = np.zeros(3, int), np.ones(3, int)

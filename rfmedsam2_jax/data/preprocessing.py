@@ -1,11 +1,8 @@
-"""Volumes on the plan's grid with normalised intensities, the way back, and the store of both.
-
-In: `Volume` and label map (data.volumes). Out: `Prepared` for prediction; on disk, one
-`PreparedCase` per training case, memory-mapped by data.pipeline.
-"""
+"""Volumes on the plan's grid with normalised intensities, the way back, and the store of both."""
 
 import dataclasses
 import math
+import operator
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -14,28 +11,19 @@ import numpy as np
 import scipy.ndimage
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data import resampling
 from rfmedsam2_jax.data.datasets import Labels
-from rfmedsam2_jax.data.files import STRICT, load_json, replacing, save_json
-from rfmedsam2_jax.data.fingerprint import nonzero_box
+from rfmedsam2_jax.data.files import Stored, load_json, replacing, save_json
+from rfmedsam2_jax.data.fingerprint import draw_places, nonzero_box
 from rfmedsam2_jax.data.plan import ANISOTROPY, ChannelRule, Plan, Triple
-from rfmedsam2_jax.data.resampling import (
-  antialiased_matrix,
-  apply_separable,
-  linear_matrix,
-  nearest_matrix,
-  spline_matrix,
-  support,
-)
+from rfmedsam2_jax.data.resampling import antialiased_matrix, apply_separable, nearest_matrix
 from rfmedsam2_jax.data.volumes import Volume
 
 # A volume longer than this (mm) has a wrong header; so has one that is resampled to more than
 # _LARGEST voxels and more than _FINER times its own.
-_LONGEST = 10_000.0
-_LARGEST = 512**3
-_FINER = 64
+_LONGEST, _LARGEST, _FINER = 10_000.0, 512**3, 64
 
-# Places kept per structure, from which patches with foreground are drawn.
-LOCATIONS = 2000
+LOCATIONS = 2000  # places kept per structure, from which patches with foreground are drawn
 
 # An axis that loses more than this is averaged (triangle) instead of sampled by a spline, which
 # would alias. nnU-Net never averages, but its target is the median spacing; ours can be set.
@@ -43,25 +31,15 @@ _AVERAGED = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Restore:
-  """The way from a prepared grid back to the canonical native grid.
+class Restore(Stored):
+  """The way from a prepared grid back to the canonical native grid (z, y, x)."""
 
-  Attributes:
-    native_shape: voxels, canonical (z, y, x).
-    native_spacing: mm, canonical (z, y, x).
-    lower, upper: the crop, first index and index behind the last, canonical (z, y, x).
-    order: the canonical axis along each prepared axis.
-    prepared_shape: voxels, prepared order.
-  """
-
-  __pydantic_config__ = STRICT
-
-  native_shape: Triple
-  native_spacing: tuple[float, float, float]
-  lower: Triple
-  upper: Triple
-  order: Triple
-  prepared_shape: Triple
+  native_shape: Triple  #: voxels, canonical
+  native_spacing: tuple[float, float, float]  #: mm, canonical
+  lower: Triple  #: first index of the crop, canonical
+  upper: Triple  #: index behind the last of the crop, canonical
+  order: Triple  #: the canonical axis along each prepared axis
+  prepared_shape: Triple  #: voxels, prepared order
 
   @property
   def crop_shape(self) -> Triple:
@@ -77,15 +55,12 @@ class Restore:
     return a, b, c
 
   def to_native(self, array: np.ndarray, fill: float, rows: slice | None = None) -> np.ndarray:
-    """Brings a map of the crop back onto the native grid by linear interpolation.
+    """A map of the crop on the native grid by linear interpolation, float32 canonical [D, H, W].
 
     Args:
       array: real [d, h, w], prepared order, covers the crop's field of view at any resolution.
       fill: value outside the crop.
-      rows: of canonical z; only these are computed, which bounds the memory. None: all.
-
-    Returns:
-      float32 [D, H, W], canonical (z, y, x), D the length of `rows`.
+      rows: of canonical z, D many; only these are computed, which bounds the memory. None: all.
     """
     depth = self.native_shape[0]
     first, behind, step = (slice(None) if rows is None else rows).indices(depth)
@@ -103,9 +78,8 @@ class Restore:
 
   def native_to_prepared(self, points: np.ndarray) -> np.ndarray:
     """Real [..., 3], canonical native (z, y, x), whole at voxel centres, to prepared (d, h, w)."""
-    order = list(self.order)
     scale = np.array(self.prepared_shape) / np.array(self.crop_shape)
-    moved = np.asarray(points, np.float64)[..., order] - np.array(self.lower)[order]
+    moved = (np.asarray(points, np.float64) - self.lower)[..., self.order]
     return (moved + 0.5) * scale - 0.5
 
   def prepared_to_native(self, points: np.ndarray) -> np.ndarray:
@@ -117,33 +91,26 @@ class Restore:
   def _interpolate(self, array: np.ndarray, rows: slice) -> np.ndarray:
     """The crop's part of these rows, canonical order."""
     kept = slice(rows.start - self.lower[0], rows.stop - self.lower[0])
-    matrices: list[np.ndarray | None] = []
-    for axis, (n_in, n_out) in enumerate(zip(array.shape, self.crop_shape, strict=True)):
-      along_z = self.order[axis] == 0
-      if n_in != n_out:
-        matrix = linear_matrix(n_in, n_out)
-        matrices.append(matrix[kept] if along_z else matrix)
-      else:
-        matrices.append(None)
-        if along_z:
-          array = array[(slice(None),) * axis + (kept,)]
+    matrices = [None if n_in == n_out else resampling.linear_matrix(n_in, n_out)
+                for n_in, n_out in zip(array.shape, self.crop_shape, strict=True)]
+    z = self.order.index(0)
+    along_z = matrices[z]
+    if along_z is None:
+      array = array[(slice(None),) * z + (kept,)]
+    else:
+      matrices[z] = along_z[kept]
     return apply_separable(array, matrices).transpose(np.argsort(self.order))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-  """A volume on the plan's grid.
+  """A volume on the plan's grid."""
 
-  Attributes:
-    image: float32 [C, D, H, W], normalised, slice axis first.
-    window: float32 [C, 2], the normalised intensities that are 0 and 1 for SAM 2: the clip of CT;
-      else the case's 0.5 and 99.5 percentiles of voxels that are not 0.
-    restore: the way back.
-  """
-
-  image: np.ndarray
+  image: np.ndarray  #: float32 [C, D, H, W], normalised, slice axis first
+  #: float32 [C, 2], the normalised intensities that are 0 and 1 for SAM 2: the clip of CT; else the
+  #: case's 0.5 and 99.5 percentiles of voxels that are not 0.
   window: np.ndarray
-  restore: Restore
+  restore: Restore  #: the way back
 
   @property
   def spacing(self) -> tuple[float, float, float]:
@@ -153,42 +120,34 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedCase(Prepared):
-  """A stored case; the arrays are memory-mapped and read-only.
-
-  Attributes:
-    atoms: uint8 [D, H, W], or None if the case has no label.
-    locations: per structure, int32 [n <= LOCATIONS, 3], voxels (d, h, w) that belong to it.
-  """
+  """A stored case; the arrays are memory-mapped and read-only."""
 
   identifier: str
-  atoms: np.ndarray | None
+  atoms: np.ndarray | None  #: uint8 [D, H, W], or None if the case has no label
+  #: Per structure, int32 [n <= LOCATIONS, 3], voxels (d, h, w) that belong to it.
   locations: tuple[np.ndarray, ...]
 
 
 def preprocess(volume: Volume, plan: Plan) -> Prepared:
-  """Crops, normalises and resamples an image, in nnU-Net's order.
-
-  Raises:
-    UserError: another number of channels than the plan's.
-  """
+  """Crops, normalises and resamples, in nnU-Net's order; UserError for other channels, sizes."""
   if len(volume.array) != len(plan.channels):
     raise UserError(f"{volume.geometry.path}: has {len(volume.array)} channels where the plan has "
                     f"{len(plan.channels)}; give images of the kind that was trained on")
   depth, height, width = volume.array.shape[1:]
-  lower, upper = (0, 0, 0), (depth, height, width)
-  if plan.crops_to_nonzero:
-    lower, upper = nonzero_box(volume.array)
+  lower, upper = (nonzero_box(volume.array) if plan.crops_to_nonzero
+                  else ((0, 0, 0), (depth, height, width)))
   cropped = volume.array[(slice(None), *map(slice, lower, upper))]
-  inside = None
-  if any(rule.masked for rule in plan.channels):
-    inside = scipy.ndimage.binary_fill_holes((cropped != 0).any(axis=0))
+  inside = (scipy.ndimage.binary_fill_holes((cropped != 0).any(axis=0))
+            if any(rule.masked for rule in plan.channels) else None)
   order = plan.order
   spacing = [volume.spacing[axis] for axis in order]
   shape = tuple(cropped.shape[1 + axis] for axis in order)
   a, b, c = map(lambda n, old, new: max(1, round(n * old / new)), shape, spacing, plan.spacing)
   target = a, b, c
   _check_size(volume, spacing, shape, target)
-  matrices = _image_matrices(shape, target, spacing, plan.spacing)
+  apart = _separate_axis(spacing, plan.spacing)
+  matrices = [_image_matrix(n_in, n_out, axis == apart)
+              for axis, (n_in, n_out) in enumerate(zip(shape, target, strict=True))]
   image = np.empty((len(cropped), *target), np.float32)
   window = np.empty((len(cropped), 2), np.float32)
   for index, rule in enumerate(plan.channels):
@@ -204,8 +163,7 @@ def preprocess(volume: Volume, plan: Plan) -> Prepared:
 def _check_size(volume: Volume, spacing: list[float], shape: tuple[int, ...], target: Triple
                 ) -> None:
   """UserError where a wrong header makes a volume too large to be real, or to be resampled."""
-  length = max(n * size for n, size in zip(shape, spacing, strict=True))
-  voxels = math.prod(target)
+  length, voxels = max(map(operator.mul, shape, spacing)), math.prod(target)
   if length > _LONGEST or voxels > max(_LARGEST, _FINER * math.prod(shape)):
     sizes = " x ".join(f"{size:g}" for size in spacing)
     raise UserError(f"{volume.geometry.path}: has voxels of {sizes} mm and a length of "
@@ -214,13 +172,9 @@ def _check_size(volume: Volume, spacing: list[float], shape: tuple[int, ...], ta
 
 
 def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray:
-  """Atoms on the prepared grid: the one with the largest share of each new voxel.
+  """Atoms on the prepared grid, uint8 [d, h, w]: the one with the largest share of each new voxel.
 
-  Args:
-    atoms: uint8 [D, H, W], canonical native grid (`Labels.to_atoms`). restore: of the image.
-
-  Returns:
-    uint8 [D, H, W], prepared order.
+  From uint8 [D, H, W], canonical native grid (`Labels.to_atoms`); `restore` is the image's.
   """
   if atoms.shape != restore.native_shape:
     raise ValueError(f"atoms have shape {atoms.shape}, the image {restore.native_shape}")
@@ -229,22 +183,19 @@ def prepare_atoms(atoms: np.ndarray, plan: Plan, restore: Restore) -> np.ndarray
   shape, target = restore.crop_shape, restore.prepared_shape
   if shape == target:
     return moved
-  spacing = [restore.native_spacing[axis] for axis in restore.order]
-  apart = _separate_axis(spacing, plan.spacing)
+  apart = _separate_axis([restore.native_spacing[axis] for axis in restore.order], plan.spacing)
   matrices = [(nearest_matrix if axis == apart else antialiased_matrix)(n_in, n_out)
               for axis, (n_in, n_out) in enumerate(zip(shape, target, strict=True))]
   result = np.zeros(target, np.uint8)
-  best = np.zeros(target, np.float32)
-  total = np.zeros(target, np.float32)
+  best, total = np.zeros((2, *target), np.float32)
   # A structure fills a small part of a volume: only its box is computed, and the background,
   # whose box is all, is what the others leave.
   for atom, box in enumerate(scipy.ndimage.find_objects(moved), 1):
     if box is not None:
-      reach = tuple(support(matrix, 1, chosen)
+      reach = tuple(resampling.support(matrix, 1, chosen)
                     for matrix, chosen in zip(matrices, box, strict=True))
       share = apply_separable(moved[box] == atom, [
-        matrix[rows, columns]
-        for matrix, rows, columns in zip(matrices, reach, box, strict=True)])
+        matrix[rows, columns] for matrix, rows, columns in zip(matrices, reach, box, strict=True)])
       result[reach][share > best[reach]] = atom
       best[reach] = np.maximum(best[reach], share)
       total[reach] += share
@@ -256,10 +207,7 @@ def save_case(folder: str | Path, identifier: str, prepared: Prepared, atoms: np
               labels: Labels, seed: int = 0) -> None:
   """Stores a prepared case; its .json comes last, so a case that has one is complete.
 
-  Args:
-    prepared: from `preprocess`.
-    atoms: from `prepare_atoms`, or None.
-    seed: of the drawing of locations; every case draws its own.
+  `atoms` are from `prepare_atoms`; `seed` is of the locations, every case draws its own.
   """
   folder = Path(folder)
   locations = [np.zeros((0, 3), np.int32)] * len(labels.structures)
@@ -274,26 +222,18 @@ def save_case(folder: str | Path, identifier: str, prepared: Prepared, atoms: np
       np.save(temporary, array)
   save_json(folder / f"{identifier}.json", _CaseRecord(
     prepared.restore, tuple((float(low), float(high)) for low, high in prepared.window),
-    tuple(len(places) for places in locations), atoms is not None))
+    tuple(map(len, locations)), atoms is not None))
 
 
 def load_case(folder: str | Path, identifier: str) -> PreparedCase:
-  """Opens a stored case without reading its arrays.
-
-  Raises:
-    UserError: the case is not there or not readable.
-  """
-  folder = Path(folder)
+  """Opens a stored case without reading its arrays; UserError if it is not there or readable."""
+  folder, advice = Path(folder), "preprocess the data set again"
   record = load_json(folder / f"{identifier}.json", _CaseRecord)
-  places = _open_array(folder / f"{identifier}_locations.npy", None)
-  ends = np.cumsum(record.location_counts)
-  return PreparedCase(
-    _open_array(folder / f"{identifier}_image.npy", "r"),
-    np.array(record.window, np.float32),
-    record.restore,
-    identifier,
-    _open_array(folder / f"{identifier}_atoms.npy", "r") if record.labelled else None,
-    tuple(np.split(places, ends[:-1])))
+  places = open_array(folder / f"{identifier}_locations.npy", None, advice)
+  image = open_array(folder / f"{identifier}_image.npy", "r", advice)
+  atoms = open_array(folder / f"{identifier}_atoms.npy", "r", advice) if record.labelled else None
+  return PreparedCase(image, np.array(record.window, np.float32), record.restore, identifier, atoms,
+                      tuple(np.split(places, np.cumsum(record.location_counts)[:-1])))
 
 
 def stored_cases(folder: str | Path) -> list[str]:
@@ -302,10 +242,8 @@ def stored_cases(folder: str | Path) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _CaseRecord:
+class _CaseRecord(Stored):
   """What a case's .json holds beside the arrays."""
-
-  __pydantic_config__ = STRICT
 
   restore: Restore
   window: tuple[tuple[float, float], ...]
@@ -342,32 +280,25 @@ def _separate_axis(spacing: list[float], target: tuple[float, float, float]) -> 
   return None
 
 
-def _image_matrices(shape: tuple[int, ...], target: Triple, spacing: list[float],
-                    target_spacing: tuple[float, float, float]) -> list[np.ndarray | None]:
-  apart = _separate_axis(spacing, target_spacing)
-
-  def matrix(axis: int, n_in: int, n_out: int) -> np.ndarray | None:
-    if n_in == n_out:
-      return None
-    if n_in > _AVERAGED * n_out:
-      return antialiased_matrix(n_in, n_out)
-    return (nearest_matrix if axis == apart else spline_matrix)(n_in, n_out)
-
-  return list(map(matrix, range(3), shape, target))
+def _image_matrix(n_in: int, n_out: int, apart: bool) -> np.ndarray | None:
+  if n_in == n_out:
+    return None
+  if n_in > _AVERAGED * n_out:
+    return antialiased_matrix(n_in, n_out)
+  return (nearest_matrix if apart else resampling.spline_matrix)(n_in, n_out)
 
 
 def _draw_locations(atoms: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """int32 [n, 3]: up to LOCATIONS voxels whose atom is a member."""
   table = np.zeros(256, bool)
   table[:len(members)] = members
-  places = np.flatnonzero(table[atoms])
-  if len(places) > LOCATIONS:
-    places = np.sort(rng.choice(places, LOCATIONS, replace=False))
+  places = draw_places(table[atoms], LOCATIONS, rng)
   return np.stack(np.unravel_index(places, atoms.shape), axis=1).astype(np.int32)
 
 
-def _open_array(path: Path, mode: Literal["r"] | None) -> np.ndarray:
+def open_array(path: Path, mode: Literal["r"] | None, advice: str) -> np.ndarray:
+  """A stored array, memory-mapped with mode "r"; UserError, which ends with `advice`."""
   try:
-    return np.load(path, mmap_mode=mode, allow_pickle=False)
+    return np.load(path, mmap_mode=mode)
   except (OSError, ValueError, EOFError) as error:
-    raise UserError(f"{path}: cannot be read ({error}); preprocess the data set again") from None
+    raise UserError(f"{path}: cannot be read ({error}); {advice}") from None

@@ -1,7 +1,6 @@
 """Probabilities as files: one NIfTI of bytes per structure, so that memory and disk stay bounded.
 
-In: float32 probabilities, one structure at a time (refinement.fusion). Out: files whose `scl_slope`
-is 1/255, so that every reader gets numbers from 0 to 1.
+Their `scl_slope` is 1/255, so that every reader gets numbers from 0 to 1.
 """
 
 import re
@@ -12,27 +11,20 @@ import numpy as np
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.volumes import Geometry, write_on_grid
 
-SLOPE = 1 / 255
-
 
 def probability_paths(case: str, labels: Labels) -> dict[str, str]:
   """Where the probabilities of a case lie in the folder of a prediction, by structure."""
   # A name of dataset.json may hold what no file name can.
-  return {
-    name: f"probabilities/{case}/{value}_{re.sub('[^A-Za-z0-9.-]+', '_', name)}.nii.gz"
-    for value, name in labels.value_names.items()
-  }
+  return {name: f"probabilities/{case}/{value}_{re.sub('[^A-Za-z0-9.-]+', '_', name)}.nii.gz"
+          for value, name in labels.value_names.items()}
 
 
 def write_probability(path: str | Path, probability: np.ndarray, geometry: Geometry) -> None:
-  """Writes probabilities on the grid of an input, in steps of 1/255.
+  """Writes float32 [D, H, W] from 0 to 1, canonical, on the grid of an input, in steps of 1/255.
 
   Half a step is rounded down: what is above 0.5 before is above it afterwards, and nothing else.
-
-  Args:
-    probability: float32 [D, H, W] from 0 to 1, canonical.
   """
   steps = np.empty(probability.shape, np.uint8)
   for plane, out in zip(probability, steps, strict=True):
     out[:] = np.ceil(np.clip(plane, 0, 1) * 255 - 0.5)
-  write_on_grid(path, steps, geometry, SLOPE)
+  write_on_grid(path, steps, geometry, 1 / 255)

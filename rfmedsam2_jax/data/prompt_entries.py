@@ -1,10 +1,9 @@
 """Boxes and points that a person has written into a JSON file.
 
-In: entries {"structure": NAME} or {"label": VALUE} with "box": [[i, j, k], [i, j, k]], "points":
+Entries are {"structure": NAME} or {"label": VALUE} with "box": [[i, j, k], [i, j, k]], "points":
 [[i, j, k, 1], [i, j, k, 0]] or both. Coordinates are voxels of the image file from 0, corners are
 inclusive, and an entry lies on one slice; the last number of a point says whether it lies inside.
-"round" is tracking's: entries of a later round correct what was found before them. A file has a
-list of entries for one volume, or such lists by case. Out: `PromptEntry`s, checked.
+"round" is tracking's: entries of a later round correct what was found before them.
 """
 
 import dataclasses
@@ -23,21 +22,14 @@ _FURTHEST = 1e9  # voxels or mm
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptEntry:
-  """What is said of one structure.
+  """What is said of one structure."""
 
-  Attributes:
-    structure: its name, or its value in label maps.
-    box: two corners, float64 [2, 3], in the file's own coordinates; [0, 3] without a box.
-    points: float64 [n, 3], likewise. inside: of each point.
-    source: what is named if something is wrong with it.
-  """
-
-  structure: str | int
-  box: np.ndarray
-  points: np.ndarray
-  inside: tuple[bool, ...]
+  structure: str | int  #: its name, or its value in label maps
+  box: np.ndarray  #: corners, float64 [2, 3], in the file's own coordinates; [0, 3] without a box
+  points: np.ndarray  #: float64 [n, 3], likewise
+  inside: tuple[bool, ...]  #: of each point
   round: int
-  source: str
+  source: str  #: what is named if something is wrong with it
 
 
 def read_entries(path: str | Path) -> list[PromptEntry]:
@@ -57,9 +49,8 @@ def read_entries_by_case(path: str | Path, labels: Labels) -> dict[str, list[Pro
   for case, entries in content.items():
     if not isinstance(entries, list):
       raise UserError(f"{path}: case {case}: must have a list of prompts; correct the file")
-    found[case] = [
-      _entry(entry, f"{path}: case {case}: prompt {i}", labels) for i, entry in enumerate(entries)
-    ]
+    found[case] = [_entry(entry, f"{path}: case {case}: prompt {i}", labels)
+                   for i, entry in enumerate(entries)]
   return found
 
 
@@ -71,8 +62,7 @@ def _entry(entry: Any, source: str, labels: Labels | None) -> PromptEntry:
     raise UserError(f"{source}: needs a whole number as round; correct it")
   structure = _structure(entry, source, labels)
   box, points = entry.get("box") or [], entry.get("points") or []
-  right = _are_rows(box, 3) and _are_rows(points, 4) and len(box) in (0, 2) and (box or points)
-  if not right:
+  if not (_are_rows(box, 3) and _are_rows(points, 4) and len(box) in (0, 2) and (box or points)):
     raise UserError(f"{source}: a box is two corners [i, j, k], points are [i, j, k, 1 or 0]")
   places = np.array(points, float).reshape(-1, 4)
   return PromptEntry(structure, np.array(box, float).reshape(-1, 3), places[:, :3],

@@ -1,8 +1,7 @@
 """Mistakes put into stage-0 mask logits, so that the refiner learns to correct and not to copy.
 
 The generator has seen its training cases: what it says of them is better than what it will say of
-new ones. Between the stored predictions (or the truth) and the refiner's `logits` in
-data.pipeline. Pure numpy functions of (rng, array).
+new ones. Pure numpy functions of (rng, array) for data.pipeline.
 """
 
 import dataclasses
@@ -36,34 +35,20 @@ class PromptCorruptionConfig:
 
 
 def logits_of_truth(occupancy: np.ndarray) -> np.ndarray:
-  """Smooth mask logits within +-8 whose sign follows the truth.
-
-  Args:
-    occupancy: float32 [..., m, m] in [0, 1].
-  """
+  """Smooth mask logits within +-8 by the truth's sign, of float32 [..., m, m] in [0, 1]."""
   smooth = ndimage.gaussian_filter(occupancy, (0,) * (occupancy.ndim - 2) + (0.5, 0.5))
   return (16 * smooth - 8).astype(np.float32)
 
 
-def corrupt(
-  rng: np.random.Generator, logits: np.ndarray, config: PromptCorruptionConfig
-) -> np.ndarray:
-  """Makes the mistakes of `config` in the mask logits of one track.
-
-  Args:
-    logits: float32 [L, m, m] of L consecutive slices.
-
-  Returns:
-    float32 [L, m, m], a new array within +-32.
-  """
+def corrupt(rng: np.random.Generator, logits: np.ndarray, config: PromptCorruptionConfig
+            ) -> np.ndarray:
+  """A copy of a track's mask logits, float32 [L, m, m] of L slices, with mistakes, within +-32."""
   logits = np.array(logits, np.float32)
   slices, side = logits.shape[0], logits.shape[-1]
   if rng.random() < config.morphology_probability and config.morphology:
     width = 2 * int(rng.integers(1, config.morphology + 1)) + 1
-    grow = rng.random() < 0.5
-    (ndimage.maximum_filter if grow else ndimage.minimum_filter)(
-      logits, size=(1, width, width), output=logits, mode="nearest"
-    )
+    change = ndimage.maximum_filter if rng.random() < 0.5 else ndimage.minimum_filter
+    change(logits, size=(1, width, width), output=logits, mode="nearest")
   if rng.random() < config.shift_probability:
     dy, dx = rng.integers(-config.shift, config.shift + 1, 2)
     padded = np.pad(logits, ((0, 0), (config.shift,) * 2, (config.shift,) * 2), mode="edge")
@@ -71,8 +56,7 @@ def corrupt(
     logits = np.ascontiguousarray(padded[:, y : y + side, x : x + side])
   if rng.random() < config.noise_probability:
     noise = ndimage.gaussian_filter(
-      rng.standard_normal(logits.shape, dtype=np.float32), (0.7, 2, 2), truncate=2.5
-    )
+      rng.standard_normal(logits.shape, dtype=np.float32), (0.7, 2, 2), truncate=2.5)
     logits += np.float32(rng.uniform(0, config.noise)) * noise / max(float(noise.std()), 1e-6)
   if rng.random() < config.island_probability:
     centre = rng.uniform(0, side, 2)

@@ -1,12 +1,12 @@
-"""Separable resampling: one matrix per axis, applied with BLAS.
+"""Separable resampling: one matrix per axis, float32 [n_out, n_in], applied with BLAS.
 
-All matrices share one convention: two grids cover the same field of view, index i of n has its
-centre at (i + 0.5) / n of it (half-pixel centres), and beyond the border its values are repeated.
-Used by preprocessing on the way in and by its `Restore` on the way out.
+Two grids cover the same field of view, index i of n has its centre at (i + 0.5) / n of it
+(half-pixel centres), and beyond the border its values are repeated.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.ndimage
@@ -14,75 +14,73 @@ import scipy.ndimage
 _BLOCK = 64  # output rows computed together
 
 
-def _read_only(matrix: np.ndarray) -> np.ndarray:
-  matrix = np.ascontiguousarray(matrix, dtype=np.float32)
-  matrix.flags.writeable = False  # the caches below hand out one array to everybody
-  return matrix
+def _cached(make: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
+  """Read-only float32, because everybody gets the same array."""
+  @functools.lru_cache(maxsize=256)
+  @functools.wraps(make)
+  def cached(n_in: int, n_out: int) -> np.ndarray:
+    matrix = np.ascontiguousarray(make(n_in, n_out), dtype=np.float32)
+    matrix.flags.writeable = False
+    return matrix
+
+  return cached
 
 
-def centres(n_in: int, n_out: int) -> np.ndarray:
+def _centres(n_in: int, n_out: int) -> np.ndarray:
   """float64 [n_out]: where the output's centres lie, in the input's indices."""
   return (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
 
 
-@functools.lru_cache(maxsize=256)
+@_cached
 def linear_matrix(n_in: int, n_out: int) -> np.ndarray:
-  """float32 [n_out, n_in]: linear interpolation, without antialiasing."""
-  position = np.clip(centres(n_in, n_out), 0, n_in - 1)
+  """Linear interpolation, without antialiasing."""
+  position = np.clip(_centres(n_in, n_out), 0, n_in - 1)
   low = np.minimum(position.astype(int), max(n_in - 2, 0))
-  matrix = np.zeros((n_out, n_in))
-  rows = np.arange(n_out)
+  matrix, rows = np.zeros((n_out, n_in)), np.arange(n_out)
   matrix[rows, low] = 1 - (position - low)
   if n_in > 1:
     matrix[rows, low + 1] = position - low
-  return _read_only(matrix)
+  return matrix
 
 
-@functools.lru_cache(maxsize=256)
+@_cached
 def antialiased_matrix(n_in: int, n_out: int) -> np.ndarray:
-  """float32 [n_out, n_in]: linear when growing, a triangle two new voxels wide when shrinking.
+  """Linear when growing, a triangle two new voxels wide when shrinking.
 
   The same as `jax.image.resize(method="linear", antialias=True)` and PIL's bilinear filter.
   """
-  width = max(n_in / n_out, 1.0)
-  distance = np.abs(centres(n_in, n_out)[:, None] - np.arange(n_in)) / width
+  distance = np.abs(_centres(n_in, n_out)[:, None] - np.arange(n_in)) / max(n_in / n_out, 1.0)
   weights = np.maximum(1 - distance, 0)
-  return _read_only(weights / weights.sum(axis=1, keepdims=True))
+  return weights / weights.sum(axis=1, keepdims=True)
 
 
-@functools.lru_cache(maxsize=256)
+@_cached
 def spline_matrix(n_in: int, n_out: int) -> np.ndarray:
-  """float32 [n_out, n_in]: cubic B-spline interpolation (nnU-Net's order 3, border repeated)."""
+  """Cubic B-spline interpolation (nnU-Net's order 3, border repeated)."""
   if n_in == 1:
-    return _read_only(np.ones((n_out, 1)))
+    return np.ones((n_out, 1))
   # Spline prefilter and evaluation are linear, so their response to the unit vectors is the matrix.
   matrix = scipy.ndimage.zoom(
     np.eye(n_in), (n_out / n_in, 1), order=3, mode="nearest", grid_mode=True)
   # The response falls by a factor of 3.7 per voxel; what float32 would not see anyway becomes 0,
   # which `apply_separable` can leave out.
-  return _read_only(np.where(np.abs(matrix) < 1e-8, 0, matrix))
+  return np.where(np.abs(matrix) < 1e-8, 0, matrix)
 
 
-@functools.lru_cache(maxsize=256)
+@_cached
 def nearest_matrix(n_in: int, n_out: int) -> np.ndarray:
-  """float32 [n_out, n_in]: the voxel in which the output's centre lies."""
-  return _read_only(np.eye(n_in)[np.clip(np.floor(centres(n_in, n_out) + 0.5), 0, n_in - 1)
-                                 .astype(int)])
+  """The voxel in which the output's centre lies."""
+  return np.eye(n_in)[np.clip(np.floor(_centres(n_in, n_out) + 0.5), 0, n_in - 1).astype(int)]
 
 
 def apply_separable(array: np.ndarray, matrices: Sequence[np.ndarray | None]) -> np.ndarray:
-  """Applies one matrix to each of the last len(matrices) axes.
+  """Applies one matrix, float32 [m, n], to each of the last axes; None leaves it as it is.
 
-  Args:
-    array: float32 [..., n_1, n_2, ...].
-    matrices: float32 [m, n] each; None leaves the axis as it is.
-
-  Returns:
-    float32 [..., m_1, m_2, ...], contiguous unless nothing was to be done.
+  float32 [..., n_1, n_2, ...] to [..., m_1, m_2, ...], contiguous unless nothing is to be done.
   """
   result = np.asarray(array, np.float32)
-  first = result.ndim - len(matrices)
-  steps = [(first + i, m) for i, m in enumerate(matrices) if m is not None]
+  steps = [(axis, m) for axis, m in enumerate(matrices, result.ndim - len(matrices))
+           if m is not None]
   # What shrinks comes first: less memory and arithmetic for the rest.
   for axis, matrix in sorted(steps, key=lambda step: step[1].shape[0] / step[1].shape[1]):
     result = _apply(matrix, result, axis)
@@ -98,9 +96,8 @@ def support(matrix: np.ndarray, axis: int, chosen: slice) -> slice:
 
 def _apply(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
   """One axis, in blocks of output rows: each needs few of the input's, and BLAS does the rest."""
-  shape = array.shape
-  n_out, n_in = matrix.shape
-  before, after = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1:]))
+  shape, (n_out, n_in) = array.shape, matrix.shape
+  before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1:])
   source = array.reshape(before, n_in, after)
   result = np.empty((before, n_out, after), np.float32)
   for start in range(0, n_out, _BLOCK):

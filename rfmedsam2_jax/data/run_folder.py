@@ -1,8 +1,8 @@
 """The folder of a run: who may write to it, and what lies where.
 
-config.yaml, dataset facts (splits.json, fingerprint.json, plan.json), versions.json,
-log.jsonl, preprocessed/, prompts/, generator/ and refiner/ (checkpoints and final params), where
-it is trained apart mask_adapter/, validation.json.
+config.yaml, splits.json, fingerprint.json, plan.json, versions.json, log.jsonl, preprocessed/,
+prompts/, checkpoints and final params in generator/, refiner/ and, where it is trained apart,
+mask_adapter/, validation.json.
 """
 
 import contextlib
@@ -17,15 +17,10 @@ from rfmedsam2_jax.data.files import replacing
 
 
 class RunFolder:
-  """Paths of a run, and its log.
-
-  Args:
-    writes: whether this process writes; where there are several, one does.
-  """
+  """Paths of a run, and its log; of several processes, one `writes`."""
 
   def __init__(self, path: str | Path, writes: bool = True):
-    self.path = Path(path)
-    self.writes = writes
+    self.path, self.writes = Path(path), writes
 
   def __truediv__(self, name: str) -> Path:
     return self.path / name
@@ -41,25 +36,21 @@ class RunFolder:
     return self.path / phase / "params"
 
   def write(self, name: str, text: str) -> None:
-    if not self.writes:
-      return
-    with replacing(self.path / name) as temporary:
-      temporary.write_text(text, encoding="utf-8")
+    if self.writes:
+      with replacing(self.path / name) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
   def log(self, phase: str, step: int, values: dict[str, Any]) -> None:
     """Appends a line to log.jsonl."""
-    if not self.writes:
-      return
     line = {"phase": phase, "step": step, "time": round(time.time(), 1)} | values
-    with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-      file.write(json.dumps(line) + "\n")
+    if self.writes:
+      with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
   def logged(self) -> list[dict[str, Any]]:
     """The lines of log.jsonl, but for one that a kill has cut off."""
-    path = self.path / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
-    for line in lines:
+    path, found = self.path / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
       with contextlib.suppress(ValueError):
         found.append(json.loads(line))
     return found
@@ -73,12 +64,10 @@ class RunFolder:
 
 def versions() -> dict[str, str]:
   """What a run was made with."""
-  packages = (
-    "rfmedsam2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
-  )
-  machine = f"{platform.system()} {platform.machine()}"
-  found = {"python": platform.python_version(), "machine": machine}
-  for package in packages:
+  found = {"python": platform.python_version(),
+           "machine": f"{platform.system()} {platform.machine()}"}
+  for package in ("rfmedsam2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
+                  "numpy"):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
   return found

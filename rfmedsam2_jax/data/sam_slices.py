@@ -1,8 +1,7 @@
-"""Slices to SAM's square and back: separable resizing by small matrices.
+"""Slices to SAM's square: separable resizing by small matrices, in training and prediction alike.
 
 Images become S x S (antialiased linear), truth becomes the occupancy of each cell of the 4G x 4G
-mask grid (area average). Between data.preprocessing's grid and what data.pipeline hands to the
-refiner; inference uses the same functions, so that training and prediction see the same pixels.
+mask grid (area average).
 """
 
 import functools
@@ -17,13 +16,12 @@ from rfmedsam2_jax.data.resampling import antialiased_matrix
 
 
 @functools.lru_cache(maxsize=256)
-def linear_weights(n_in: int, n_out: int) -> scipy.sparse.csr_array:
-  """Antialiased linear resizing, float32 [n_out, n_in]."""
+def _linear_weights(n_in: int, n_out: int) -> scipy.sparse.csr_array:
   return scipy.sparse.csr_array(antialiased_matrix(n_in, n_out))
 
 
 @functools.lru_cache(maxsize=256)
-def area_weights(n_in: int, n_out: int) -> scipy.sparse.csr_array:
+def _area_weights(n_in: int, n_out: int) -> scipy.sparse.csr_array:
   """Area averaging, float32 [n_out, n_in]: which share of every new pixel an old one covers."""
   edges = np.arange(n_out + 1) * (n_in / n_out)
   low = np.maximum(edges[:-1, None], np.arange(n_in)[None])
@@ -34,39 +32,30 @@ def area_weights(n_in: int, n_out: int) -> scipy.sparse.csr_array:
 
 def resize_linear(slices: np.ndarray, side: int) -> np.ndarray:
   """Resizes [..., H, W] to float32 [..., side, side] by antialiased linear interpolation."""
-  height, width = slices.shape[-2:]
-  return _resize(slices, linear_weights(height, side), linear_weights(width, side))
+  return _resize(slices, *(_linear_weights(size, side) for size in slices.shape[-2:]))
 
 
 def resize_area(slices: np.ndarray, side: int) -> np.ndarray:
   """Resizes [..., H, W] to float32 [..., side, side] by averages; a mask becomes its occupancy."""
-  height, width = slices.shape[-2:]
-  return _resize(slices, area_weights(height, side), area_weights(width, side))
+  return _resize(slices, *(_area_weights(size, side) for size in slices.shape[-2:]))
 
 
-def _resize(
-  slices: np.ndarray, rows: scipy.sparse.csr_array, columns: scipy.sparse.csr_array
-) -> np.ndarray:
+def _resize(slices: np.ndarray, rows: scipy.sparse.csr_array, columns: scipy.sparse.csr_array
+            ) -> np.ndarray:
   height, width = slices.shape[-2:]
   flat = np.asarray(slices, np.float32).reshape(-1, height, width)
   narrow = columns @ flat.transpose(2, 0, 1).reshape(width, -1)  # [side, N H]
   narrow = narrow.reshape(-1, len(flat), height).transpose(2, 1, 0).reshape(height, -1)
   resized = (rows @ narrow).reshape(rows.shape[0], len(flat), columns.shape[0])
   return np.ascontiguousarray(resized.transpose(1, 0, 2)).reshape(
-    *slices.shape[:-2], rows.shape[0], columns.shape[0]
-  )
+    *slices.shape[:-2], rows.shape[0], columns.shape[0])
 
 
 def window_slices(image: np.ndarray, window: np.ndarray, channels: tuple[int, ...]) -> np.ndarray:
-  """What SAM sees of prepared slices, before squashing.
+  """What SAM sees of slices before squashing, float32 [len(channels), ..., H, W] in [0, 1].
 
-  Args:
-    image: [C, ..., H, W], normalised as the plan says.
-    window: [C, 2], the normalised intensities that become 0 and 1.
-    channels: one channel, shown three times by `as_rgb`, or three.
-
-  Returns:
-    float32 [len(channels), ..., H, W] in [0, 1].
+  `image` is [C, ..., H, W], normalised as the plan says; `window` [C, 2], the intensities that
+  become 0 and 1; `channels` are one, shown three times by `as_rgb`, or three.
   """
   chosen = np.asarray(image[list(channels)], np.float32)
   low, high = np.asarray(window, np.float32)[list(channels)].T

@@ -34,20 +34,14 @@ class Split:
   """Identifiers in alphabetical order, and the settings that led to them."""
 
   __pydantic_config__ = STRICT
-
   train: tuple[str, ...]
   validation: tuple[str, ...]
   config: SplitConfig
 
 
 def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
-  """Divides cases; depends on the set of identifiers and the settings only, not on their order.
-
-  Raises:
-    UserError: settings that leave no case to train on, or a fold that does not exist.
-  """
-  ordered = sorted(identifiers)
-  count = len(ordered)
+  """Divides cases, whatever their order; UserError if none trains or the fold does not exist."""
+  ordered, count = sorted(identifiers), len(identifiers)
   shuffled = np.arange(count)
   if config.fold is None:
     if not 0 <= config.fraction < 1:
@@ -77,13 +71,9 @@ def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
 
 
 def divide(cases: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-  """Training cases of the generator and of the refiner; see `refiner.held_back`.
+  """Training cases of the generator and of the refiner; UserError if one of them has none.
 
-  Args:
-    share: of the cases that the generator does not see and the refiner alone does; 0: both see all.
-
-  Raises:
-    UserError: a share that leaves one of the two without a case.
+  The refiner alone sees `share` of them (`refiner.held_back`); 0: both see all.
   """
   if not share:
     return list(cases), list(cases)
@@ -93,8 +83,7 @@ def divide(cases: Sequence[str], share: float, seed: int) -> tuple[list[str], li
                     f"{'the refiner' if count < 1 else 'the generator'} none; 0 gives both all")
   # Its own stream: cases that validate and those of `train_cases` are drawn from the seed itself.
   drawn = np.random.default_rng([seed, 1]).permutation(len(cases))
-  generator, refiner = sorted(drawn[count:]), sorted(drawn[:count])
-  return [cases[i] for i in generator], [cases[i] for i in refiner]
+  return [cases[i] for i in sorted(drawn[count:])], [cases[i] for i in sorted(drawn[:count])]
 
 
 def save_split(path: str | Path, split: Split) -> None:

@@ -1,7 +1,7 @@
 """Volumes in and label maps out: any axis order and flip comes in, the same grid goes out.
 
-First and last station of the data's way. Everything behind it works in one orientation, LPS+ with
-axes (z, y, x), which is SimpleITK's array order; `Geometry` remembers how to go back.
+Everything behind works in one orientation, LPS+ with axes (z, y, x), which is SimpleITK's array
+order; `Geometry` remembers how to go back.
 """
 
 import contextlib
@@ -26,34 +26,23 @@ ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
 # Largest distance of the same corner voxel in image and label, in units of the smallest spacing.
 # Rounded headers stay far below; a shift by a voxel stays far above.
 GRID_TOLERANCE = 0.25
-
-# Squares of what is larger overflow float32; no scanner gives it.
-LARGEST = 1e15
-
+LARGEST = 1e15  # squares of what is larger overflow float32; no scanner gives it
 _BLOCK = 2**20  # bytes
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Geometry:
-  """Where a volume's voxels lie, and what is needed to write another volume onto its grid.
+  """Where a volume's voxels lie, and what is needed to write another volume onto its grid."""
 
-  Attributes:
-    path: the file it was read from, for messages.
-    header: the file's NIfTI header: units, qform and sform with their codes. Of another format:
-      one in mm with both forms.
-    affine: float64 [4, 4], native voxel index (i, j, k) to world (RAS+), in the file's units.
-    shape: native (i, j, k).
-    axes: the native axis that runs along canonical z, y and x.
-    flipped: whether that native axis runs against canonical z, y and x.
-  """
-
-  path: Path
+  path: Path  #: the file it was read from, for messages
+  #: Units, qform and sform with their codes, of the NIfTI file; of another format: mm, both forms.
   header: nib.Nifti1Header
+  #: float64 [4, 4], native voxel index (i, j, k) to world (RAS+), in the file's units.
   affine: np.ndarray
-  shape: tuple[int, int, int]
-  axes: tuple[int, int, int]
-  flipped: tuple[bool, bool, bool]
+  shape: tuple[int, int, int]  #: native (i, j, k)
+  axes: tuple[int, int, int]  #: the native axis that runs along canonical z, y and x
+  flipped: tuple[bool, bool, bool]  #: whether it runs against canonical z, y and x
 
   @property
   def canonical_shape(self) -> tuple[int, int, int]:
@@ -64,11 +53,9 @@ class Geometry:
   @property
   def canonical_affine(self) -> np.ndarray:
     """float64 [4, 4], canonical voxel index (z, y, x) to world (RAS+), in the file's units."""
-    to_native = np.zeros((4, 4))
-    to_native[3, 3] = 1
+    to_native = np.diag([0.0, 0.0, 0.0, 1.0])
     for canonical, (native, flip) in enumerate(zip(self.axes, self.flipped, strict=True)):
-      to_native[native, canonical] = -1 if flip else 1
-      to_native[native, 3] = self.shape[native] - 1 if flip else 0
+      to_native[native, [canonical, 3]] = (-1, self.shape[native] - 1) if flip else (1, 0)
     return self.affine @ to_native
 
   @property
@@ -93,11 +80,7 @@ class Geometry:
     return z, y, x
 
   def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:
-    """Places that a person names, as voxels (z, y, x) of the canonical volume.
-
-    Args:
-      points: real [n, 3], voxels (i, j, k) of the file; `world`: RAS+ in the file's units.
-    """
+    """Real [n, 3], (i, j, k) of the file or, `world`, RAS+ in its units, as canonical (z, y, x)."""
     points = np.asarray(points, np.float64)
     if world:
       inverse = np.linalg.inv(self.canonical_affine)
@@ -121,31 +104,21 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Volume:
-  """An image in canonical orientation.
+  """An image in canonical orientation."""
 
-  Attributes:
-    array: float32 [C, D, H, W], axes (z, y, x), LPS+.
-    spacing: mm, (z, y, x).
-    geometry: the way back to the file's own grid.
-  """
-
-  array: np.ndarray
-  spacing: tuple[float, float, float]
-  geometry: Geometry
+  array: np.ndarray  #: float32 [C, D, H, W], axes (z, y, x), LPS+
+  spacing: tuple[float, float, float]  #: mm, (z, y, x)
+  geometry: Geometry  #: the way back to the file's own grid
 
 
 def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> Volume:
-  """Reads an image of `channels` channels.
+  """Reads an image of one 3D file per channel, all on one grid, or of one 4D file.
 
-  Args:
-    paths: one 3D file per channel, all on one grid; or one 4D file whose fourth axis is the
-      channels (Medical Segmentation Decathlon). A folder is a DICOM series.
-
-  Raises:
-    UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or
-      infinite voxels, an affine without a meaning, channels on different grids.
+  Its fourth axis is the channels (Medical Segmentation Decathlon). A folder is a DICOM series.
+  UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or infinite
+  voxels, an affine without a meaning, channels on different grids.
   """
-  files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+  files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
   if len(files) not in (1, channels):
     raise UserError(f"{files[0]}: {len(files)} files where {channels} channels are expected; "
                     f"give one file per channel or one 4D file")
@@ -156,8 +129,7 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
     native, current = _read(path, np.float32)
     geometries.append(current)
     _check_grid(current, geometries[0], "channels")
-    if native.ndim == 3:
-      native = native[..., None]
+    native = native[..., None] if native.ndim == 3 else native
     if native.ndim != 4 or native.shape[3] != expected:
       wanted = "a 3D image" if expected == 1 else f"a 4D image with {expected} channels"
       raise UserError(f"{path}: has {native.ndim - (native.shape[-1] == 1)} axes "
@@ -178,31 +150,20 @@ def check_intensities(path: str | Path, array: np.ndarray) -> None:
 
 
 def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
-  """Reads a label map and brings it onto an image's canonical grid by its own affine.
+  """Reads a 3D file of whole numbers, of any axis order, onto an image's canonical grid, `like`.
 
-  Args:
-    path: a 3D file of whole numbers, of any axis order and flip.
-    like: of the image. The corner voxels must agree within `GRID_TOLERANCE`.
-
-  Returns:
-    int32 [D, H, W], canonical.
-
-  Raises:
-    UserError: unreadable, not 3D, fractions, or not on the image's grid.
+  int32 [D, H, W]. By its own affine, corner voxels must agree within `GRID_TOLERANCE`. UserError:
+  unreadable, not 3D, fractions, or not on the image's grid.
   """
   path = Path(path)
   native, geometry = _read(path, None)
-  if native.ndim == 4 and native.shape[3] == 1:
-    native = native[..., 0]
+  native = native[..., 0] if native.shape[3:] == (1,) else native
   if native.ndim != 3:
     raise UserError(f"{path}: has {native.ndim} axes ({itk.size(native.shape)}) where a 3D label "
                     "map is expected; give one volume of whole numbers")
-  if native.dtype.kind == "f":
-    rounded = np.rint(native)
-    if not np.array_equal(rounded, native):
-      raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
-                      f"is it an image instead of a label map?")
-    native = rounded
+  if native.dtype.kind == "f" and not np.array_equal(np.rint(native), native):
+    raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
+                    f"is it an image instead of a label map?")
   if native.size and not np.abs(native.astype(np.float64)).max() < 2**31:
     raise UserError(f"{path}: holds values beyond 32 bits; a label map has small whole numbers")
   _check_grid(geometry, like, "image and label")
@@ -210,28 +171,18 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
 
 
 def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) -> None:
-  """Writes a label map on exactly the grid of the file that `geometry` was read from.
-
-  Shape, affine, units, qform and sform with their codes are the input's; the type is the smallest
-  unsigned integer that holds the values. The file appears whole or not at all.
-
-  Args:
-    path: ends in .nii.gz or .nii.
-    labels: whole numbers >= 0, [D, H, W], canonical.
-  """
+  """Writes whole numbers >= 0, canonical [D, H, W], as .nii(.gz) of the smallest unsigned type."""
   if labels.shape != geometry.canonical_shape:
     raise ValueError(f"labels have shape {labels.shape}, the grid {geometry.canonical_shape}")
   kind = np.min_scalar_type(int(labels.max(initial=0)))
   write_on_grid(path, labels.astype(kind, copy=False), geometry)
 
 
-def write_on_grid(
-  path: str | Path, canonical: np.ndarray, geometry: Geometry, slope: float = 1.0
-) -> None:
-  """Writes voxels on exactly the grid of a file; it appears whole or not at all.
+def write_on_grid(path: str | Path, canonical: np.ndarray, geometry: Geometry, slope: float = 1.0
+                  ) -> None:
+  """Writes [D, H, W] of the type that is stored on exactly a file's grid, whole or not at all.
 
-  Args:
-    canonical: [D, H, W], of the type that is stored. slope: what a stored 1 means.
+  Shape, affine, units, qform and sform with their codes are the input's; a stored 1 means `slope`.
   """
   header = geometry.header.copy()
   header.extensions.clear()  # they may hold another file's or a patient's particulars
@@ -290,18 +241,15 @@ def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   with gzip.open(path) if packed else contextlib.nullcontext() as stream:
     if stream is not None:
       image = type(image).from_stream(stream)
-    if kind is None:
-      native = np.asanyarray(image.dataobj)
-    else:
-      native = image.get_fdata(caching="unchanged", dtype=kind)
+    native = (np.asanyarray(image.dataobj) if kind is None
+              else image.get_fdata(caching="unchanged", dtype=kind))
     while stream is not None and stream.read(_BLOCK):
       pass  # its checksum stands at its end
   return native, geometry
 
 
-def _geometry(
-  path: Path, shape: tuple[int, ...], affine: np.ndarray, header: nib.Nifti1Header | None = None
-) -> Geometry:
+def _geometry(path: Path, shape: tuple[int, ...], affine: np.ndarray,
+              header: nib.Nifti1Header | None = None) -> Geometry:
   if len(shape) < 3 or 0 in shape:
     raise UserError(f"{path}: has the size {itk.size(shape)}; a volume with three axes is expected")
   affine = np.asarray(affine, np.float64)
@@ -312,24 +260,19 @@ def _geometry(
                     f"correct the file's header")
   directions = affine[:3, :3] / sizes
   if abs(np.linalg.det(directions)) < 1e-3:
-    raise UserError(f"{path}: its affine is singular (axes that coincide); "
-                    f"correct the file's header")
-  axes, flipped = _orientation(directions)
+    raise UserError(f"{path}: its affine is singular (axes that coincide); correct the file's "
+                    f"header")
   i, j, k = shape[:3]
   if header is None:  # of another format: mm, both forms in the scanner's coordinates
     header = nib.Nifti1Header()
     header.set_xyzt_units("mm")
     header.set_qform(affine, code=1)
     header.set_sform(affine, code=1)
-  return Geometry(path, header.copy(), affine, (i, j, k), axes, flipped)
+  return Geometry(path, header.copy(), affine, (i, j, k), *_orientation(directions))
 
 
 def _orientation(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-  """The native axes nearest to canonical z, y, x, and which of them run the other way.
-
-  Args:
-    directions: [3, 3], unit columns of the affine (RAS+).
-  """
+  """Native axes nearest to canonical z, y, x, and which run the other way, of unit RAS+ columns."""
   def closeness(axes: tuple[int, ...]) -> tuple[float, float]:
     columns = directions[:, axes[::-1]]  # along world x, y, z
     # The second number decides at 45 degrees. It must not depend on the order or sign of the
