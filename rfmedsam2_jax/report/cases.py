@@ -1,13 +1,12 @@
 """One case of a report: its scores, how sure each structure is, and what its viewer shows.
 
-In: a `Prediction` and where its image and reference lie. Out: a `CaseReport`, and the viewer's
-layers.
+In: a `Prediction` and where its image and reference lie. Out: a `CaseReport` and viewer layers.
 """
 
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -27,8 +26,7 @@ _MOST_VALUES = 1000  # of a label map
 LAST = -1  # stands for the final label map among the numbers of stages
 
 
-@dataclasses.dataclass(frozen=True)
-class StructureRow:
+class StructureRow(NamedTuple):
   """One structure of one case; None where nothing is known."""
 
   name: str
@@ -45,7 +43,7 @@ class StructureRow:
 
 @dataclasses.dataclass(frozen=True)
 class CaseReport:
-  """One case.
+  """One case; means are over its structures, None where nothing is known.
 
   Attributes:
     page: name of its files in the report, without an ending.
@@ -58,12 +56,11 @@ class CaseReport:
   rows: tuple[StructureRow, ...]
   stage_scores: dict[int, dict[str, Score]]
   warnings: tuple[Notice, ...]
-  problems: tuple[str, ...]
-  has_viewer: bool = False
+  problems: list[str]
+  has_viewer: bool
 
   @property
   def dice(self) -> float | None:
-    """Mean over its structures; None without a reference."""
     return known_mean([row.score.dice for row in self.rows if row.score])
 
   @property
@@ -81,29 +78,14 @@ class CaseReport:
     return min(known, key=lambda row: row.sure or 0.0, default=None)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Maps:
-  """The label maps of a case, int32 [D, H, W], canonical, on the grid of the prediction.
-
-  Attributes:
-    stages: by number of the stage. final: the one whose label map the prediction is, None if none.
-  """
+class _Maps(NamedTuple):
+  """The label maps of a case, int32 [D, H, W], canonical, on the grid of the prediction."""
 
   geometry: Geometry
   prediction: np.ndarray
   reference: np.ndarray | None
-  stages: dict[int, np.ndarray]
-  final: int | None
-
-  @property
-  def by_title(self) -> dict[str, np.ndarray]:
-    """All of them as the viewer lists them, each once."""
-    title = "prediction" if self.final is None else f"prediction ({_title(self.final)})"
-    return {
-      title: self.prediction,
-      **({} if self.reference is None else {"reference": self.reference}),
-      **{_title(number): found for number, found in self.stages.items() if number != self.final},
-    }
+  stages: dict[int, np.ndarray]  # by number
+  final: int | None  # the stage whose label map the prediction is
 
 
 def report_case(
@@ -126,20 +108,32 @@ def report_case(
   volumes: dict[str, float] = {}
   layers = None
   if maps := _read_maps(prediction, reference, problems):
-    known = [maps.prediction, *([] if maps.reference is None else [maps.reference])]
-    structures = structures_of(labels, *known)
-    scores = _score_stages(maps, structures, labels.ignore if labels else None)
-    voxel = voxel_ml(maps.geometry.spacing)
-    volumes = {
-      s.name: float(np.isin(maps.prediction, s.values).sum()) * voxel for s in structures
-    }
+    geometry, guess, truth, stages, final = maps
+    structures = structures_of(labels, guess, *([] if truth is None else [truth]))
+    ignore = labels.ignore if labels else None
+    if truth is not None:
+      for number, found in {LAST: guess, **stages}.items():
+        scores[number] = scores[LAST] if number == final else evaluate_arrays(
+          found, truth, geometry.spacing, structures, ignore
+        )
+    voxel = voxel_ml(geometry.spacing)
+    volumes = {s.name: float(np.isin(guess, s.values).sum()) * voxel for s in structures}
     if voxels:
       names = labels.value_names if labels else {v: s.name for s in structures for v in s.values}
-      pixels = None if image is None else _read_image(image, maps.geometry, problems)
-      layers = viewer_layers(maps.geometry, names, pixels, maps.by_title, details, voxels)
-  rows = _rows(structures, details.structures if details else {}, volumes, scores.get(LAST, {}))
-  warnings = details.warnings if details else ()
-  return CaseReport(prediction.name, page, rows, scores, warnings, tuple(problems)), layers
+      pixels = None if image is None else _read_image(image, geometry, problems)
+      layers = viewer_layers(geometry, names, pixels, _by_title(maps), details, voxels)
+  known = details.structures if details else {}
+  rows = tuple(
+    StructureRow(
+      name,
+      # Of regions the label map alone does not tell where one lies under another.
+      known[name].volume_ml if name in known else volumes.get(name),
+      scores.get(LAST, {}).get(name), known.get(name),
+    )
+    for name in dict.fromkeys([*(s.name for s in structures), *known])
+  )
+  warnings, viewer = details.warnings if details else (), layers is not None
+  return CaseReport(prediction.name, page, rows, scores, warnings, problems, viewer), layers
 
 
 def _read_maps(
@@ -148,49 +142,37 @@ def _read_maps(
   """Reads what there is; None without a readable prediction."""
   if (file := prediction.labels) is None:
     return None
-  guess = None
   with noted(problems, file.parent):
     geometry = load_image(file).geometry
-    labels = load_label_map(file, geometry)
-    if (count := len(np.unique(labels))) > _MOST_VALUES:
+    guess = load_label_map(file, geometry)
+    if (count := len(np.unique(guess))) > _MOST_VALUES:
       raise UserError(f"{file}: has {count} values; is it an image, not a label map?")
-    guess = labels
-  if guess is None:
-    return None
-  found: dict[int, np.ndarray] = {}
-  for number, path in {LAST: reference, **prediction.stages}.items():
-    if path is not None:
-      with noted(problems, path.parent, file.parent):
-        found[number] = load_label_map(path, geometry)
-  truth = found.pop(LAST, None)
-  if prediction.details is not None and prediction.details.shape != geometry.shape:
-    problems.append(
-      f"{prediction.name}.json: is of a volume of {prediction.details.shape} voxels, the label map "
-      f"has {geometry.shape}; predict the case again"
-    )
-  # The last stage's label map is the prediction, once more.
-  final = max(found, default=None)
-  if final is not None and not np.array_equal(found[final], guess):
-    final = None
-  return _Maps(geometry, guess, truth, found, final)
+    found: dict[int, np.ndarray] = {}
+    for number, path in {LAST: reference, **prediction.stages}.items():
+      if path is not None:
+        with noted(problems, path.parent, file.parent):
+          found[number] = load_label_map(path, geometry)
+    truth = found.pop(LAST, None)
+    if prediction.details is not None and prediction.details.shape != geometry.shape:
+      problems.append(
+        f"{prediction.name}.json: is of a volume of {prediction.details.shape} voxels, the label "
+        f"map has {geometry.shape}; predict the case again"
+      )
+    # The last stage's label map is the prediction, once more.
+    final = max(found, default=None)
+    if final is not None and not np.array_equal(found[final], guess):
+      final = None
+    return _Maps(geometry, guess, truth, found, final)
+  return None
 
 
-def _score_stages(
-  maps: _Maps, structures: tuple[Structure, ...], ignore: int | None
-) -> dict[int, dict[str, Score]]:
-  """By number of the stage, `LAST` for the prediction; empty without a reference."""
-  if maps.reference is None:
-    return {}
-  scores: dict[int, dict[str, Score]] = {}
-  for number, found in {LAST: maps.prediction, **maps.stages}.items():
-    scores[number] = scores[LAST] if number == maps.final else evaluate_arrays(
-      found, maps.reference, maps.geometry.spacing, structures, ignore
-    )
-  return scores
-
-
-def _title(stage: int) -> str:
-  return f"stage {stage}" if stage else "generator"
+def _by_title(maps: _Maps) -> dict[str, np.ndarray]:
+  """All label maps as the viewer lists them, each once."""
+  titles = {number: f"stage {number}" if number else "generator" for number in maps.stages}
+  title = "prediction" if maps.final is None else f"prediction ({titles.pop(maps.final)})"
+  truth = {} if maps.reference is None else {"reference": maps.reference}
+  stages = {name: maps.stages[number] for number, name in titles.items()}
+  return {title: maps.prediction, **truth, **stages}
 
 
 def find_image(folder: Path, prediction: Prediction) -> Path | None:
@@ -203,37 +185,16 @@ def find_image(folder: Path, prediction: Prediction) -> Path | None:
 
 def _read_image(path: Path, like: Geometry, problems: list[str]) -> np.ndarray | None:
   """The first channel, float32 [D, H, W]; None if it cannot be read or is on another grid."""
-  with noted(problems, path.parent):
-    image = load_image(path, _channels(path))
-    if image.geometry.canonical_shape != like.canonical_shape:
-      raise UserError(f"{path}: is not the image of this label map (its grid is another)")
-    return image.array[0]
-  return None
-
-
-def _channels(path: Path) -> int:
-  """How many channels a file has; 1 if it cannot be read, about which load_image says more."""
+  channels = 1
   if path.is_file() and path.name.endswith(NIFTI_ENDINGS):
+    # What cannot be read load_image says.
     with contextlib.suppress(nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError):
       image = nib.load(path)
       if isinstance(image, nib.Nifti1Image) and len(image.shape) == 4:
-        return image.shape[3]
-  return 1
-
-
-def _rows(
-  structures: tuple[Structure, ...], details: dict[str, StructureDetails],
-  volumes: dict[str, float], scores: dict[str, Score],
-) -> tuple[StructureRow, ...]:
-  names = [s.name for s in structures]
-  names += [name for name in details if name not in names]
-  return tuple(
-    StructureRow(
-      name,
-      # Of regions the label map alone does not tell where one lies under another.
-      details[name].volume_ml if name in details else volumes.get(name),
-      scores.get(name),
-      details.get(name),
-    )
-    for name in names
-  )
+        channels = image.shape[3]
+  with noted(problems, path.parent):
+    volume = load_image(path, channels)
+    if volume.geometry.canonical_shape != like.canonical_shape:
+      raise UserError(f"{path}: is not the image of this label map (its grid is another)")
+    return volume.array[0]
+  return None

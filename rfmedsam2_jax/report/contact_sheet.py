@@ -1,8 +1,7 @@
 """A contact sheet: slices of some cases with the contours of the truth and of every stage, as PNG.
 
-For looking at: rows are slices, columns the image, the reference and the stages. Takes arrays in
-canonical orientation (data.volumes), in which rows run to the back and columns to the left, so
-that axial slices appear as radiologists see them.
+Rows are slices, columns the image, the reference and the stages. In canonical orientation
+(data.volumes) rows run to the back and columns to the left, as radiologists see axial slices.
 """
 
 import dataclasses
@@ -29,12 +28,11 @@ class SheetCase:
 
   Attributes:
     name: shown beside its rows.
-    image: [D, H, W], one channel.
+    image: canonical [D, H, W].
     truth: whole-number label map [D, H, W], or None.
     predictions: label map of each stage by its column's title, all cases alike.
     spacing: mm along the axes.
     window: intensities that become black and white; None: by those of the structures.
-    slice_axis: along which the slices are cut.
   """
 
   name: str
@@ -50,43 +48,37 @@ def save_contact_sheet(
   path: str | Path, cases: Sequence[SheetCase], structures: Sequence[Structure],
   slices_per_case: int = 3, crop: bool = True,
 ) -> Path:
-  """Writes the picture.
+  """Writes the picture; returns its path.
 
   Args:
-    path: of the PNG.
     cases: at least one; all with the same columns.
-    structures: names and label values; each has its colour.
     slices_per_case: rows of each case, spread over the slices that hold a structure.
     crop: show the surroundings of the structures only.
-
-  Returns:
-    path.
   """
-  columns = ["image", *(["reference"] if cases[0].truth is not None else [])]
-  columns += list(cases[0].predictions)
+  reference = [] if cases[0].truth is None else ["reference"]
+  columns = ["image", *reference, *cases[0].predictions]
   panels = [row for case in cases for row in _rows(case, structures, slices_per_case, crop)]
   # Slices of strange voxels may be a thousand times as high as wide; they are shown smaller.
   heights = [_PANEL * min(max(row["shape"][0] / row["shape"][1], 1 / 8), 8.0) for row in panels]
   title, legend = 0.35, 0.25 + 0.22 * -(-len(structures) // 6)
-  width = _PANEL * len(columns) + 0.4
-  height = sum(heights) + 0.06 * len(panels) + title + legend
+  width, height = _PANEL * len(columns) + 0.4, sum(heights) + 0.06 * len(panels) + title + legend
   figure = Figure(figsize=(width, height), dpi=100, facecolor="black")
   grid = figure.add_gridspec(
     len(panels), len(columns), height_ratios=heights, wspace=0.03, hspace=0.03,
     left=0.4 / width, right=1 - 0.02 / width, top=1 - title / height, bottom=legend / height,
   )
-  colours: list[Any] = [tuple(c / 255 for c in colour(i)) for i in range(len(structures))]
+  named: list[tuple[Structure, Any]] = [
+    (s, tuple(c / 255 for c in colour(i))) for i, s in enumerate(structures)
+  ]
   axes = grid.subplots(squeeze=False)
   for row, places in zip(panels, axes, strict=True):
     for name, place in zip(columns, places, strict=True):
-      _panel(place, row, None if name == "image" else name, structures, colours)
+      _panel(place, row, name, named)
     places[0].set_ylabel(row["title"], color="white", fontsize=7)
   for name, place in zip(columns, axes[0], strict=True):
     place.set_title(name, color="white", fontsize=10)
-  named = zip(structures, colours, strict=True)
   handles: list[Any] = [Line2D([], [], color=shown, label=s.name) for s, shown in named]
-  if "reference" in columns:
-    handles.append(Line2D([], [], color="white", linestyle=":", label="reference"))
+  handles += [Line2D([], [], color="white", linestyle=":", label=name) for name in reference]
   figure.legend(
     handles=handles, loc="lower center", ncol=min(len(handles), 6), fontsize=8, frameon=False,
     labelcolor="white",
@@ -101,31 +93,29 @@ def _rows(
 ) -> list[dict[str, Any]]:
   """What the panels of each slice need: image, label maps, spacing, window."""
   axis = case.slice_axis
-  values = [value for structure in structures for value in structure.values]
   truth = {} if case.truth is None else {"reference": case.truth}
   image = _upright(case.image, axis)
   maps = {name: _upright(array, axis) for name, array in {**truth, **case.predictions}.items()}
-  spacing = [s for a, s in enumerate(case.spacing) if a != axis]
-
-  shown = np.isin(next(iter(maps.values())), values)
+  spacing = np.delete(case.spacing, axis).tolist()
+  shown = np.isin(next(iter(maps.values())), [value for s in structures for value in s.values])
   if not shown.any():
     shown = np.ones_like(shown)
   window = case.window or window_of(image, shown)
   box = (slice(None), slice(None))
   if crop:
     box = (_surroundings(shown.any(axis=(0, 2))), _surroundings(shown.any(axis=(0, 1))))
-  rows = []
-  for position in _chosen(shown, count):
-    plane = image[position][box]
-    rows.append({
-      "title": f"{case.name}  slice {position + 1}/{len(image)}",
-      "image": plane,
-      "maps": {name: array[position][box] for name, array in maps.items()},
-      "shape": (plane.shape[0] * spacing[0], plane.shape[1] * spacing[1]),
-      "aspect": spacing[0] / spacing[1],
-      "window": window,
-    })
-  return rows
+  rows, columns = image[0][box].shape
+  # Slices at even shares of the structures' volume: each row shows as much as the others.
+  areas = shown.sum(axis=(1, 2)).cumsum()
+  shares = (np.arange(count) + 0.5) / count * areas[-1]
+  return [{
+    "title": f"{case.name}  slice {position + 1}/{len(image)}",
+    "image": image[position][box],
+    "maps": {name: array[position][box] for name, array in maps.items()},
+    "shape": (rows * spacing[0], columns * spacing[1]),
+    "aspect": spacing[0] / spacing[1],
+    "window": window,
+  } for position in sorted({int(np.searchsorted(areas, share)) for share in shares})]
 
 
 def _upright(volume: np.ndarray, axis: int) -> np.ndarray:
@@ -141,42 +131,28 @@ def _surroundings(occupied: Any) -> slice:
   return slice(max(0, int(hits[0] - reach)), int(hits[-1] + reach) + 1)
 
 
-def _chosen(shown: np.ndarray, count: int) -> list[int]:
-  """Slices at even shares of the structures' volume: each row shows as much as the others."""
-  areas = shown.sum(axis=(1, 2)).cumsum()
-  shares = (np.arange(count) + 0.5) / count * areas[-1]
-  return sorted({int(np.searchsorted(areas, share)) for share in shares})
-
-
 def window_of(image: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
-  """The structures' own intensities and as much again: air and metal do not decide.
+  """What becomes black and white: the structures' own intensities and as much again.
 
-  Args:
-    image: of any shape. shown: bool of that shape, the structures' voxels, at least one.
-
-  Returns:
-    intensities that become black and white.
+  Air and metal do not decide. `shown`: bool of the image's shape, at least one voxel.
   """
   low, high = np.percentile(image[shown], (1, 99))
   reach = (high - low) / 2
   return float(low - reach), float(high + reach + 1e-6)
 
 
-def _panel(
-  axes, row: dict[str, Any], name: str | None, structures: Sequence[Structure], colours: list[Any]
-) -> None:
+def _panel(axes, row: dict[str, Any], name: str, named: list[tuple[Structure, Any]]) -> None:
   low, high = row["window"]
   axes.imshow(
     row["image"], cmap="gray", vmin=low, vmax=high, aspect=row["aspect"], interpolation="bilinear"
   )
   axes.set(xticks=[], yticks=[])
   axes.spines[:].set_visible(False)
-  if name is None:
+  if name == "image":
     return
-  labels, truth = row["maps"][name], row["maps"].get("reference")
-  scores = []
-  for structure, shown in zip(structures, colours, strict=True):
-    mask = np.isin(labels, structure.values)
+  scores, truth = [], row["maps"].get("reference")
+  for structure, shown in named:
+    mask = np.isin(row["maps"][name], structure.values)
     _contour(axes, mask, colors=[shown], linewidths=1.1)
     if truth is not None and name != "reference":
       true_mask = np.isin(truth, structure.values)

@@ -16,13 +16,11 @@ from rfmedsam2_jax.data.files import replacing
 Curves = dict[str, list[tuple[int, float]]]
 
 _VALIDATION = "validation/"
-_RATE = "learning_rate"
 # What the log has beside what is drawn.
 _OTHER = {
   "phase", "step", "time", "gradient_norm", "steps_per_second", "volumes_per_second",
   "slices_per_second", "cells_per_second", "tflops_per_device", "mfu", "peak_gib",
 }
-_PAGE_COLOUR = "#010203"  # stands for the page's text colour until the picture is in the page
 
 
 def read_log(path: str | Path) -> dict[str, Curves]:
@@ -44,10 +42,7 @@ def read_log(path: str | Path) -> dict[str, Curves]:
     for name, value in entry.items():
       if name not in _OTHER and isinstance(value, int | float) and math.isfinite(value):
         phases[phase][name].append((step, value))
-  return {
-    phase: {name: sorted(points) for name, points in curves.items()}
-    for phase, curves in phases.items()
-  }
+  return {phase: {n: sorted(points) for n, points in c.items()} for phase, c in phases.items()}
 
 
 def save_curves(log: str | Path, path: str | Path) -> Path:
@@ -55,10 +50,7 @@ def save_curves(log: str | Path, path: str | Path) -> Path:
 
   Args:
     log: log.jsonl of a run: lines {"phase", "step", name: number, "validation/NAME": number}.
-    path: of the PNG.
-
-  Returns:
-    path.
+    path: of the PNG, which is returned.
   """
   figure = _figure(read_log(log))
   with replacing(path) as temporary:
@@ -68,9 +60,10 @@ def save_curves(log: str | Path, path: str | Path) -> Path:
 
 def curves_svg(phases: dict[str, Curves]) -> str:
   """The same as SVG elements for a page, one per phase, in the page's own font and text colour."""
+  colour = "#010203"  # stands for the page's until the picture is in it
   text = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
   style: dict[Any, Any] = {
-    **dict.fromkeys(text, _PAGE_COLOUR), "svg.fonttype": "none", "svg.hashsalt": "curves",
+    **dict.fromkeys(text, colour), "svg.fonttype": "none", "svg.hashsalt": "curves",
     "font.family": "sans-serif", "legend.framealpha": 0,
   }
   none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -80,7 +73,7 @@ def curves_svg(phases: dict[str, Curves]) -> str:
     with matplotlib.rc_context(style):
       _figure({phase: curves}).savefig(buffer, format="svg", transparent=True, metadata=none)
     picture = buffer.getvalue()
-    found.append(picture[picture.index("<svg"):].replace(_PAGE_COLOUR, "currentColor"))
+    found.append(picture[picture.index("<svg"):].replace(colour, "currentColor"))
   return "\n".join(found)
 
 
@@ -90,15 +83,13 @@ def _figure(phases: dict[str, Curves]) -> Figure:
   figure = Figure(figsize=(5.5 * columns, 3.2 * rows), dpi=100, layout="constrained")
   grid = figure.subplots(rows, columns, squeeze=False)
   for row, (phase, curves) in zip(grid, phases.items(), strict=False):
-    losses = {n: p for n, p in curves.items() if not n.startswith(_VALIDATION) and n != _RATE}
+    scores = {n: p for n, p in curves.items() if n.startswith(_VALIDATION)}
+    losses = {n: p for n, p in curves.items() if n not in scores and n != "learning_rate"}
     _draw(row[0], losses, f"{phase}: training")
     # Parts of the loss span decades.
     if all(value > 0 for points in losses.values() for _, value in points):
       row[0].set_yscale("log")
-    if columns == 2:
-      scores = {
-        n.removeprefix(_VALIDATION): p for n, p in curves.items() if n.startswith(_VALIDATION)
-      }
+    if validated:
       _draw(row[1], scores, f"{phase}: validation", marker="o")
       row[1].set_visible(bool(scores))
   return figure
@@ -107,10 +98,9 @@ def _figure(phases: dict[str, Curves]) -> Figure:
 def _draw(axes, curves: Curves, title: str, marker: str = "") -> None:
   for name, points in curves.items():
     steps, values = zip(*points, strict=True)
-    # The total stands out among its parts.
-    axes.plot(
-      steps, values, label=name, marker=marker, markersize=3, linewidth=1.8 if name == "loss" else 1
-    )
+    label = name.removeprefix(_VALIDATION)
+    width = 1.8 if label == "loss" else 1  # the total stands out among its parts
+    axes.plot(steps, values, label=label, marker=marker, markersize=3, linewidth=width)
   axes.set_title(title, fontsize=10)
   axes.set_xlabel("step")
   axes.grid(alpha=0.3)

@@ -1,7 +1,6 @@
 """The report: a folder of pages that a browser opens from a disk, without a server or a network.
 
-In: a run, predictions, references and images. Out: index.html, a page and the volumes of each case,
-report.json with the numbers.
+Out: index.html, a page and the volumes of each case, report.json with the numbers.
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import jinja2
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.progress import Progress
+from rfmedsam2_jax.base.progress import Progress, Report, silent
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.files import replacing_whole
 from rfmedsam2_jax.evaluation.scores import Scores, as_dict, gathered, label_map_files
@@ -34,20 +33,13 @@ _STATIC = ("style.css", "tables.js", "viewer.js", niivue.LICENSE)
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-  """What was made.
-
-  Attributes:
-    cases: in the report's order, worst first.
-    scores: of the predictions, None without references.
-    remarks: what is missing or damaged.
-    volumes_bytes: of the viewers' volumes.
-  """
+  """What was made."""
 
   index: Path
-  cases: list[CaseReport]
-  scores: Scores | None
-  remarks: list[str]
-  volumes_bytes: int
+  cases: list[CaseReport]  # worst first
+  scores: Scores | None  # of the predictions, None without references
+  remarks: list[str]  # what is missing or damaged
+  volumes_bytes: int  # of the viewers' volumes
 
   @property
   def warnings(self) -> list[str]:
@@ -58,14 +50,12 @@ class Written:
 def write_report(
   out: Path, run: Path | None = None, predictions: Path | None = None,
   references: Path | None = None, images: Path | None = None, overwrite: bool = False,
-  voxels: int = 20_000_000,
-  progress: Callable[[str], None] = lambda line: None,
+  voxels: int = 20_000_000, progress: Report = silent,
 ) -> Written:
   """Writes the report of a run, of predictions, or of both.
 
   Args:
-    references: folder of label maps with the cases' names; they may be fewer than the cases.
-    images: folder of the inputs.
+    references: folder of label maps with the cases' names, maybe fewer. images: of the inputs.
     overwrite: replace a report that lies at `out`.
     voxels: that a viewer shows at most, larger volumes are thinned; 0 leaves the viewers out.
 
@@ -87,21 +77,19 @@ def write_report(
       f"{len(found) - 1} more); give the folder of their references"
     )
   bundle = niivue.bundle() if voxels and found else None
-  no_viewer = bool(voxels and found and bundle is None)
+  missing = f"the viewer (NiiVue) is not installed: {niivue.ADVICE}"
+  no_viewer = missing if voxels and found and not bundle else None
   with replacing_whole(out) as folder:
     folder.mkdir()
     cases, size = _write_cases(
       folder, found, labels, truths, images, voxels if bundle else 0, progress
     )
     remarks = [f"{case.name}: {text}" for case in cases for text in case.problems]
-    remarks += summary.remarks if summary else ()
-    if no_viewer:
-      remarks.append(f"the viewer (NiiVue) is not installed: {niivue.ADVICE}")
+    remarks += [*(summary.remarks if summary else ()), *([no_viewer] if no_viewer else [])]
     written = Written(out / "index.html", cases, _scores(cases), remarks, size)
-    _write_pages(folder, written, summary, {
-      "title": predictions.resolve().name if predictions else summary.name if summary else "",
-      "referenced": bool(truths), "no_viewer": remarks[-1] if no_viewer else None,
-    })
+    title = predictions.resolve().name if predictions else summary.name if summary else ""
+    told = {"title": title, "referenced": bool(truths), "no_viewer": no_viewer}
+    _write_pages(folder, written, summary, told)
     if bundle:
       shutil.copyfile(bundle, folder / "static" / niivue.FILE)
     _write_numbers(folder, written, summary)
@@ -110,16 +98,14 @@ def write_report(
 
 def _write_numbers(folder: Path, written: Written, run: RunSummary | None) -> None:
   """report.json: what the pages say, for a program."""
-  cases = written.cases
   content = {
     "made_by": f"rfmedsam2 report {version('rfmedsam2-jax')}",
     "run": run.name if run else None,
     "scores": as_dict(written.scores) if written.scores else None,
-    "warnings": [
-      {"case": case.name, **dataclasses.asdict(w)} for case in cases for w in case.warnings
-    ],
+    "warnings": [{"case": c.name, **dataclasses.asdict(w)} for c in written.cases
+                 for w in c.warnings],
     "remarks": written.remarks,
-    "cases": [{"case": case.name, "page": f"cases/{case.page}.html"} for case in cases],
+    "cases": [{"case": c.name, "page": f"cases/{c.page}.html"} for c in written.cases],
   }
   text = json.dumps(content, indent=1, allow_nan=False)
   (folder / MARK).write_text(text + "\n", encoding="utf-8")
@@ -127,9 +113,9 @@ def _write_numbers(folder: Path, written: Written, run: RunSummary | None) -> No
 
 def _write_cases(
   folder: Path, found: list[Prediction], labels: Labels | None, truths: Mapping[str, Path],
-  images: Path | None, voxels: int, progress: Callable[[str], None],
+  images: Path | None, voxels: int, progress: Report,
 ) -> tuple[list[CaseReport], int]:
-  """Scores every case and writes its volumes; worst first."""
+  """Scores every case and writes its volumes; the cases, worst first, and the volumes' bytes."""
   said = Progress("cases", progress)
   cases, size = [], 0
   for number, prediction in enumerate(found, 1):
@@ -139,18 +125,15 @@ def _write_cases(
     image = find_image(images, prediction) if images else None
     reference = truths.get(prediction.name)
     case, layers = report_case(prediction, page, labels, reference, image, voxels)
-    missing = []
     if truths and not reference:
-      missing.append("has no reference; it is not scored")
+      case.problems.append("has no reference; it is not scored")
     if images and not image:
-      missing.append("its image is not in the folder of images")
+      case.problems.append("its image is not in the folder of images")
     if layers is not None:
       (folder / "volumes").mkdir(exist_ok=True)
       text = f"window.reportCase = {json.dumps(layers, allow_nan=False)};\n"
       size += (folder / "volumes" / f"{page}.js").write_text(text, encoding="utf-8")
-    cases.append(dataclasses.replace(
-      case, problems=(*case.problems, *missing), has_viewer=layers is not None
-    ))
+    cases.append(case)
     said(number, len(found))
   return sorted(cases, key=_worst_first), size
 
@@ -162,32 +145,27 @@ def _worst_first(case: CaseReport) -> tuple:
 
 
 def _scores(cases: list[CaseReport], stage: int = LAST) -> Scores | None:
-  """Scores of the cases that have them, after one stage."""
+  """Scores after one stage of the cases that have them; None if none has."""
   of_cases = {c.name: c.stage_scores[stage] for c in cases if stage in c.stage_scores}
-  if not of_cases:
-    return None
-  return gathered(of_cases, dict.fromkeys(name for scores in of_cases.values() for name in scores))
+  names = dict.fromkeys(name for scores in of_cases.values() for name in scores)
+  return gathered(of_cases, names) if of_cases else None
 
 
 def _block(scores: Scores, stages: Mapping[int, Scores]) -> dict[str, Any]:
   """What a template shows of scores: means, box plots, and the Dice of every stage."""
   def values(key: str) -> dict[str, list[tuple[str, float]]]:
-    return {
-      name: [(case, getattr(found[name], key)) for case, found in scores.cases.items()]
-      for name in scores.structures
-    }
+    return {name: [(case, getattr(found[name], key)) for case, found in scores.cases.items()]
+            for name in scores.structures}
 
   plots = [box_plot("Dice", values("dice"), 1.0), box_plot("HD95, mm", values("hd95"))]
   return {
     "scores": scores,
     "rows": [(name, scores.of_structure(name), css_colour(i), scores.unmatched(name))
              for i, name in enumerate(scores.structures)],
-    "mean": scores.mean,
-    "plots": [plot for plot in plots if plot],
+    "mean": scores.mean, "plots": [plot for plot in plots if plot],
     "stages": {
-      number: {name: found.of_structure(name).dice for name in found.structures}
-      | {"": found.mean.dice}
-      for number, found in stages.items()
+      n: {name: found.of_structure(name).dice for name in found.structures} | {"": found.mean.dice}
+      for n, found in stages.items()
     },
   }
 
@@ -207,7 +185,7 @@ def _write_pages(
   )
   templates.filters["number"] = _number
   cases = written.cases
-  stages = sorted({n for case in cases for n in case.stage_scores if n != LAST})
+  stages = sorted({n for case in cases for n in case.stage_scores} - {LAST})
   by_stage = {n: found for n in stages if (found := _scores(cases, n))}
   validation = dict(enumerate(run.validation)) if run else {}
   scored = [case for case in cases if case.dice is not None]
@@ -224,10 +202,9 @@ def _write_pages(
   if cases:
     (folder / "cases").mkdir()
   page = templates.get_template("case.html")
+  values |= {"root": "../", "colours": css_colour}
   for before, case, after in zip([None, *cases], cases, [*cases[1:], None], strict=False):
-    text = page.render(
-      values, root="../", case=case, before=before, after=after, colours=css_colour
-    )
+    text = page.render(values, case=case, before=before, after=after)
     (folder / "cases" / f"{case.page}.html").write_text(text, encoding="utf-8")
   (folder / "static").mkdir()
   static = importlib.resources.files("rfmedsam2_jax.report") / "static"

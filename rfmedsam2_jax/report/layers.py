@@ -1,7 +1,6 @@
 """Volumes for the page's viewer: small, compressed, and all on one grid.
 
-In: canonical arrays of one case. Out: a dictionary for JSON, whose volumes are gzipped NIfTI in
-base64, because a page that was opened from a folder may load scripts but no other files.
+As gzipped NIfTI in base64: a page that was opened from a folder may load scripts but no files.
 """
 
 import base64
@@ -18,15 +17,14 @@ from rfmedsam2_jax.report.contact_sheet import window_of
 from rfmedsam2_jax.report.predictions import CaseFile
 
 _LONGEST = 2048  # voxels along a side that graphics hardware takes
+# Predicted IoU and presence of a structure by thinned slice.
+_Slices = dict[int, tuple[float | None, float | None]]
 
 
 def thinning(
   shape: tuple[int, int, int], spacing: tuple[float, float, float], voxels: int
 ) -> tuple[int, int, int]:
-  """Keep every how many-th voxel along each axis, so that at most `voxels` are left.
-
-  The finest axis is thinned first.
-  """
+  """Every how many-th voxel of each axis to keep, the finest first, for at most `voxels` in all."""
   factors = [1, 1, 1]
 
   def sides() -> list[int]:
@@ -42,7 +40,7 @@ def viewer_layers(
   geometry: Geometry, names: Mapping[int, str], image: np.ndarray | None,
   maps: Mapping[str, np.ndarray], details: CaseFile | None, voxels: int,
 ) -> dict[str, Any]:
-  """Everything that the viewer of one case shows.
+  """Everything that the viewer of one case shows, for JSON.
 
   Args:
     geometry: of the prediction; all arrays are on its canonical grid.
@@ -61,7 +59,7 @@ def viewer_layers(
   prediction = next(iter(ranked.values()))
   window, exact, below = _image_layer(None if image is None else image[thin], prediction, affine)
   layers = [below, *(_layer(title, "labels", found, affine) for title, found in ranked.items())]
-  slices: dict[str, dict[int, tuple[float | None, float | None]]] = {}
+  slices: dict[str, _Slices] = {}
   axis = 0
   if details is not None and details.shape == geometry.shape:
     axis = geometry.axes.index(details.slice_axis)
@@ -74,14 +72,10 @@ def viewer_layers(
     "axis": 2 - axis,  # of x, y, z
     # So that a slice has the number that it has in the file and in CASE.json.
     "slices": {"count": geometry.canonical_shape[axis], "flipped": geometry.flipped[axis]},
-    "factors": factors[::-1],
-    "start": _start(prediction, axis, affine),
-    "window": window,
-    "exact": exact,
-    "labels": [
-      {"name": name, "colour": colour(position), "slices": slices.get(name, {})}
-      for position, name in enumerate(known.values())
-    ],
+    "factors": factors[::-1], "start": _start(prediction, axis, affine),
+    "window": window, "exact": exact,
+    "labels": [{"name": name, "colour": colour(position), "slices": slices.get(name, {})}
+               for position, name in enumerate(known.values())],
     "layers": layers,
   }
 
@@ -93,21 +87,28 @@ def _all_names(
   known = dict(names)
   for name, structure in (details.structures if details else {}).items():
     known.setdefault(structure.label, name)
-  for found in maps.values():
-    known |= {int(v): f"value {v}" for v in np.unique(found) if v and int(v) not in known}
+  for value in (int(v) for found in maps.values() for v in np.unique(found) if v):
+    known.setdefault(value, f"value {value}")
   return known
 
 
 def _image_layer(
   image: np.ndarray | None, prediction: np.ndarray, affine: np.ndarray
 ) -> tuple[tuple[float, float], bool, dict[str, str]]:
-  """What becomes black and white, whether every intensity is kept exactly, and the layer."""
+  """What becomes black and white, whether 8 or 16 bits keep every intensity, and the layer."""
   if image is None:  # something for the others to lie on
     nothing = np.zeros(prediction.shape, np.uint8)
     return (0.0, 1.0), True, _layer("no image", "image", nothing, affine)
   inside = prediction > 0 if prediction.any() else np.ones(prediction.shape, bool)
-  stored, slope, intercept, exact = _stored(image)
-  layer = _layer("image", "image", stored, affine, slope, intercept)
+  low, high = float(image.min()), float(image.max())
+  exact = low >= -(2**15) and high < 2**15 and np.array_equal(np.rint(image), image)
+  if exact:
+    stored, scale = image.astype(np.uint8 if low >= 0 and high < 256 else np.int16), (1.0, 0.0)
+  else:
+    slope = (high - low) / (2**16 - 2) or 1.0
+    steps = np.rint((image.astype(np.float64) - low) / slope) - (2**15 - 1)
+    stored, scale = steps.astype(np.int16), (slope, low + (2**15 - 1) * slope)
+  layer = _layer("image", "image", stored, affine, scale)
   return window_of(image.astype(np.float64), inside), exact, layer
 
 
@@ -128,24 +129,13 @@ def _ranked(labels: np.ndarray, rank: Mapping[int, int]) -> np.ndarray:
   return np.array([rank.get(int(v), 0) for v in values], kind)[at].reshape(labels.shape)
 
 
-def _stored(image: np.ndarray) -> tuple[np.ndarray, float, float, bool]:
-  """An image in 8 or 16 bits, slope and intercept, and whether every value is kept exactly."""
-  low, high = float(image.min()), float(image.max())
-  if low >= -(2**15) and high < 2**15 and np.array_equal(np.rint(image), image):
-    return image.astype(np.uint8 if low >= 0 and high < 256 else np.int16), 1.0, 0.0, True
-  slope = (high - low) / (2**16 - 2) or 1.0
-  steps = np.rint((image.astype(np.float64) - low) / slope) - (2**15 - 1)
-  return steps.astype(np.int16), slope, low + (2**15 - 1) * slope, False
-
-
 def _layer(
-  title: str, kind: str, array: np.ndarray, affine: np.ndarray, slope: float = 1.0,
-  intercept: float = 0.0,
+  title: str, kind: str, array: np.ndarray, affine: np.ndarray, scale: tuple = (1.0, 0.0)
 ) -> dict[str, str]:
-  """One volume [z, y, x] as NIfTI [x, y, z]."""
+  """One volume [z, y, x] as NIfTI [x, y, z]; `scale`: slope and intercept."""
   image = nib.Nifti1Image(np.ascontiguousarray(array.T), affine[:, [2, 1, 0, 3]])
   image.header.set_xyzt_units("mm")
-  image.header.set_slope_inter(slope, intercept)
+  image.header.set_slope_inter(*scale)
   packed = gzip.compress(image.to_bytes(), 6, mtime=0)
   return {"title": title, "kind": kind, "data": base64.b64encode(packed).decode()}
 
@@ -153,17 +143,13 @@ def _layer(
 def _prompted(
   details: CaseFile, geometry: Geometry, axis: int, factors: tuple[int, int, int],
   rank: Mapping[int, int], prediction: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, dict[str, dict[int, tuple[float | None, float | None]]]]:
-  """Boxes and predicted IoU as volumes on the thinned grid.
+) -> tuple[np.ndarray, np.ndarray, dict[str, _Slices]]:
+  """On the thinned grid: edges of the boxes as labels, certainty, and what slices say by structure.
 
-  Returns:
-    boxes: edges of the boxes, as labels.
-    certainty: uint8, 1 + per cent of predicted IoU in the masks; 0 outside.
-    slices: predicted IoU and presence by structure and thinned slice.
+  Certainty: uint8, 1 + per cent of predicted IoU in the masks; 0 outside.
   """
-  boxes = np.zeros_like(prediction)
-  certainty = np.zeros(prediction.shape, np.uint8)
-  slices: dict[str, dict[int, tuple[float | None, float | None]]] = {}
+  boxes, certainty = np.zeros_like(prediction), np.zeros(prediction.shape, np.uint8)
+  slices: dict[str, _Slices] = {}
   last = np.array(geometry.shape) - 1
   for name, structure in details.structures.items():
     label = rank[structure.label]

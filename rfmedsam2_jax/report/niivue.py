@@ -1,8 +1,7 @@
 """The viewer of the report's pages: NiiVue's bundle, fetched once and checked against its hash.
 
-It is larger than the rest of the package, so it is not in the repository: building the package
-fetches it, and `python -m rfmedsam2_jax.report.niivue` where that had no network. Imports nothing
-else of the package, because the build runs it alone.
+Too large for the repository: building the package fetches it, which runs this file alone, or
+`python -m rfmedsam2_jax.report.niivue` where that had no network.
 """
 
 import base64
@@ -20,7 +19,7 @@ VERSION = "0.69.0"
 INTEGRITY = (
   "sha512-YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA=="
 )
-# The one file that is taken from the archive; a classic script, which works from a folder.
+# A classic script, which works from a folder.
 MEMBER = "package/dist/niivue.umd.js"
 FILE = "niivue.umd.js"
 FILE_SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
@@ -34,18 +33,15 @@ _LARGEST = 32 * 2**20  # bytes of the archive, and of the file in it
 def bundle(folder: Path = _FOLDER) -> Path | None:
   """The file if it is installed and whole."""
   path = folder / FILE
-  if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == FILE_SHA256:
-    return path
-  return None
+  whole = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == FILE_SHA256
+  return path if whole else None
 
 
 def fetch(folder: Path = _FOLDER, timeout: float = 60) -> Path:
   """Downloads the archive, checks it, and writes the one file of it; does nothing if it is there.
 
   The environment variable npm_config_registry names another registry than registry.npmjs.org.
-
-  Args:
-    folder: where the file goes. timeout: seconds without an answer.
+  `timeout`: seconds without an answer.
 
   Raises:
     OSError: no network, or no place to write.
@@ -54,13 +50,12 @@ def fetch(folder: Path = _FOLDER, timeout: float = 60) -> Path:
   if found := bundle(folder):
     return found
   registry = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY")
-  address = f"{(registry or 'https://registry.npmjs.org').rstrip('/')}/@niivue/niivue/-/"
-  address += f"niivue-{VERSION}.tgz"
+  address = (registry or "https://registry.npmjs.org").rstrip("/")
   if not address.startswith(("https://", "http://")):
     raise ValueError(f"npm_config_registry: {registry} is not an address; correct or unset it")
+  address += f"/@niivue/niivue/-/niivue-{VERSION}.tgz"
   with urllib.request.urlopen(address, timeout=timeout) as answer:
-    archive = answer.read(_LARGEST + 1)
-  content = unpack(archive)
+    content = unpack(answer.read(_LARGEST + 1))
   temporary = folder / f".{os.getpid()}.{FILE}"
   try:
     temporary.write_bytes(content)
@@ -70,10 +65,9 @@ def fetch(folder: Path = _FOLDER, timeout: float = 60) -> Path:
 
 
 def unpack(archive: bytes) -> bytes:
-  """The bundle in the pinned archive; nothing is written, and no name in it is followed.
+  """The bundle in the archive; ValueError if it is not the pinned one.
 
-  Raises:
-    ValueError: another archive.
+  Nothing is written, and no name in the archive is followed.
   """
   found = "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()
   if found != INTEGRITY:
@@ -92,15 +86,9 @@ def unpack(archive: bytes) -> bytes:
   return content
 
 
-def main() -> int:
-  """Fetches the bundle into the installed package; returns the exit status."""
+if __name__ == "__main__":
   try:
     print(f"NiiVue {VERSION}: {fetch()}")
-  except (OSError, ValueError) as error:
-    print(f"rfmedsam2: NiiVue {VERSION} could not be fetched: {error}", file=sys.stderr)
-    return 2
-  return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+  except (OSError, ValueError) as problem:
+    print(f"rfmedsam2: NiiVue {VERSION} could not be fetched: {problem}", file=sys.stderr)
+    sys.exit(2)

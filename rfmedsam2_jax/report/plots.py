@@ -1,8 +1,8 @@
 """Box plots as numbers: what a page's template draws."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.cbook import boxplot_stats
 from matplotlib.ticker import MaxNLocator
@@ -10,24 +10,18 @@ from matplotlib.ticker import MaxNLocator
 from rfmedsam2_jax.data.colours import colour
 
 
-@dataclasses.dataclass(frozen=True)
-class Box:
-  """One structure's cases.
-
-  Attributes:
-    stats: Matplotlib's whislo, q1, med, q3 and whishi; whiskers reach the outermost case within 1.5
-      quartile distances.
-    cases: name and value, the lowest first.
-  """
+class Box(NamedTuple):
+  """One structure's cases."""
 
   name: str
   colour: str
+  # Matplotlib's whislo, q1, med, q3 and whishi; whiskers reach the outermost case within 1.5
+  # quartile distances.
   stats: Mapping[str, float]
-  cases: Sequence[tuple[str, float]]
+  cases: Sequence[tuple[str, float]]  # name and value, the lowest first
 
 
-@dataclasses.dataclass(frozen=True)
-class BoxPlot:
+class BoxPlot(NamedTuple):
   """A row per structure over one axis from `low` to `high`."""
 
   title: str
@@ -36,7 +30,7 @@ class BoxPlot:
   boxes: Sequence[Box]
 
   def x(self, value: float) -> float:
-    """The place of a value on the axis, from 0 to 1."""
+    """The place of a value, from 0 to 1."""
     return (value - self.low) / (self.high - self.low)
 
   @property
@@ -54,14 +48,11 @@ def css_colour(index: int) -> str:
 def box_plot(
   title: str, values: Mapping[str, Sequence[tuple[str, float]]], top: float | None = None
 ) -> BoxPlot | None:
-  """A box plot.
+  """None if no value is known.
 
   Args:
     values: (case, value) by structure; nan is left out.
     top: of the axis, if it has an end (1 for a Dice): then it begins below the least value.
-
-  Returns:
-    None if no value is known.
   """
   boxes = []
   for index, (name, cases) in enumerate(values.items()):
@@ -71,8 +62,7 @@ def box_plot(
       boxes.append(Box(name, css_colour(index), stats, known))
   if not boxes:
     return None
-  low, high = 0.0, max(box.cases[-1][1] for box in boxes) * 1.05 or 1.0
-  if top is not None:
-    least = min(box.cases[0][1] for box in boxes)
-    low, high = min(math.floor(least * 10) / 10, top - 0.1), top
-  return BoxPlot(title, low, high, boxes)
+  if top is None:
+    return BoxPlot(title, 0.0, max(box.cases[-1][1] for box in boxes) * 1.05 or 1.0, boxes)
+  least = min(box.cases[0][1] for box in boxes)
+  return BoxPlot(title, min(math.floor(least * 10) / 10, top - 0.1), top, boxes)

@@ -1,7 +1,6 @@
 """What `predict` left in a folder: label maps, those of the stages, and CASE.json of each case.
 
-The start of a report. Anything may be missing or damaged: what is there is read, and what is not is
-a problem that the report names.
+What is there is read, and what is missing or damaged is a problem that the report names.
 """
 
 import contextlib
@@ -9,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
@@ -32,20 +31,14 @@ class CaseFile:
   runs: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-  """One case; None where a file is missing.
-
-  Attributes:
-    stages: label map of each stage that was saved, by its number.
-    problems: sentences about what is missing or cannot be read.
-  """
+class Prediction(NamedTuple):
+  """One case; None where a file is missing."""
 
   name: str
   labels: Path | None
-  stages: dict[int, Path]
+  stages: dict[int, Path]  # label maps by the number of the stage
   details: CaseFile | None
-  problems: tuple[str, ...]
+  problems: list[str]  # sentences about what is missing or cannot be read
 
 
 def read_predictions(folder: Path) -> list[Prediction]:
@@ -55,31 +48,25 @@ def read_predictions(folder: Path) -> list[Prediction]:
     UserError: no case in it, or two label maps of one case.
   """
   maps = _maps(folder)
+  places = [(path.name.removeprefix("stage"), path) for path in folder.glob("stage*")]
   stages: dict[str, dict[int, Path]] = {}
-  for place in sorted(folder.glob("stage*")):
-    number = place.name.removeprefix("stage")
-    if number.isdecimal() and place.is_dir():
-      for name, path in _maps(place).items():
-        stages.setdefault(name, {})[int(number)] = path
+  for number, place in sorted((int(n), path) for n, path in places if n.isdecimal()):
+    for name, path in _maps(place).items() if place.is_dir() else ():
+      stages.setdefault(name, {})[number] = path
   names = {*maps, *stages, *(path.stem for path in folder.glob("*.json") if _is_case(path))}
   if not names:
     raise UserError(
       f"{folder}: is neither a run (it has no config.yaml) nor has it label maps; give a folder "
       "that train or predict wrote"
     )
-  return [
-    _prediction(folder, name, maps.get(name), dict(sorted(stages.get(name, {}).items())))
-    for name in sorted(names)
-  ]
+  return [_prediction(folder, name, maps.get(name), stages.get(name, {})) for name in sorted(names)]
 
 
 def _prediction(
   folder: Path, name: str, labels: Path | None, stages: dict[int, Path]
 ) -> Prediction:
-  problems: list[str] = []
-  details: CaseFile | None = None
-  if labels is None:
-    problems.append("its label map is missing; predict it again, over what is there")
+  missing = "its label map is missing; predict it again, over what is there"
+  problems, details = [] if labels else [missing], None
   with noted(problems, folder):
     found = load_json(folder / f"{name}.json", CaseFile)
     try:
@@ -87,15 +74,11 @@ def _prediction(
       details = found
     except ValueError:
       problems.append(f"{name}.json: has numbers that are not finite; predict it again")
-  return Prediction(name, labels, stages, details, tuple(problems))
+  return Prediction(name, labels, stages, details, problems)
 
 
 def labels_of(predictions: list[Prediction]) -> Labels | None:
-  """Names and values of the structures as the CASE.json have them; None without any.
-
-  Raises:
-    UserError: two cases that contradict each other.
-  """
+  """Structures as the CASE.json have them, None without any; UserError if two contradict."""
   values: dict[str, int] = {}
   for prediction in predictions:
     for name, found in (prediction.details.structures if prediction.details else {}).items():
@@ -114,8 +97,7 @@ def labels_of(predictions: list[Prediction]) -> Labels | None:
 def noted(problems: list[str], *folders: Path) -> Iterator[None]:
   """Makes a UserError of the block one of the problems, and what follows it goes on.
 
-  Args:
-    folders: left out of the message; places are nobody's business who gets the report.
+  The folders are left out of it: places are nobody's business who gets the report.
   """
   try:
     yield
@@ -134,7 +116,7 @@ def _maps(folder: Path) -> dict[str, Path]:
 
 def _is_case(path: Path) -> bool:
   """Whether a JSON file tells of a case, whose label map may be lost."""
-  content = None
   with contextlib.suppress(UserError):
     content = read_json(path)
-  return isinstance(content, dict) and "case" in content and "structures" in content
+    return isinstance(content, dict) and {"case", "structures"} <= content.keys()
+  return False

@@ -1,11 +1,7 @@
-"""What a run folder tells: its plan, what was trained, its curves and its validation scores.
+"""What a run folder tells: its plan, what was trained, its curves and its validation scores."""
 
-A run may be unfinished: what it does not have yet is a remark.
-"""
-
-import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,30 +12,21 @@ from rfmedsam2_jax.report.curves import curves_svg, read_log
 from rfmedsam2_jax.report.predictions import noted
 
 
-@dataclasses.dataclass(frozen=True)
-class RunSummary:
-  """One run.
-
-  Attributes:
-    plan: None if it is missing or damaged.
-    facts: lines of a table, name and text.
-    curves: SVG elements, empty without a log.
-    validation: scores of every stage, generator first; empty if there are none.
-    remarks: what is missing, in sentences.
-  """
+class RunSummary(NamedTuple):
+  """One run."""
 
   name: str
-  plan: Plan | None
-  facts: tuple[tuple[str, str], ...]
-  curves: str
-  validation: tuple[Scores, ...]
-  remarks: tuple[str, ...]
+  plan: Plan | None  # None if it is missing or damaged
+  facts: list[tuple[str, str]]  # lines of a table, name and text
+  curves: str  # SVG elements, empty without a log
+  validation: list[Scores]  # of every stage, generator first; empty if there are none
+  remarks: list[str]  # what is missing, in sentences
 
 
 def read_run(folder: Path) -> RunSummary:
-  """Reads what there is; a file that cannot be read becomes a remark."""
+  """Reads what there is; a file that is missing, as in an unfinished run, becomes a remark."""
   remarks: list[str] = []
-  plan: Plan | None = None
+  plan, curves = None, ""
   with noted(remarks, folder):
     plan = load_plan(folder / "plan.json")
   facts = [*_of_config(folder, remarks), *(_of_plan(plan) if plan else [])]
@@ -49,25 +36,21 @@ def read_run(folder: Path) -> RunSummary:
   versions = _json(folder / "versions.json", remarks)
   if isinstance(versions, dict):
     facts.append(("made with", ", ".join(f"{k} {v}" for k, v in versions.items())))
-  curves = ""
   with noted(remarks, folder):
     curves = curves_svg(read_log(folder / "log.jsonl"))
-  validation: tuple[Scores, ...] = ()
+  validation: list[Scores] = []
   content = _json(folder / "validation.json", remarks)
   if content is not None:
     try:
-      validation = tuple(from_dict(stage) for stage in content.values())
+      validation = [from_dict(stage) for stage in content.values()]
     except (KeyError, TypeError, AttributeError, ValueError):
       remarks.append("validation.json: has no scores of stages; train the run to its end")
-  name = folder.resolve().name
-  return RunSummary(name, plan, tuple(facts), curves, validation, tuple(remarks))
+  return RunSummary(folder.resolve().name, plan, facts, curves, validation, remarks)
 
 
 def _json(path: Path, remarks: list[str]) -> Any:
-  content = None
   with noted(remarks, path.parent):
-    content = read_json(path)
-  return content
+    return read_json(path)
 
 
 def _of_config(folder: Path, remarks: list[str]) -> list[tuple[str, str]]:

@@ -1,7 +1,4 @@
-"""Where a report goes: a new folder, or one that holds a report and may be replaced.
-
-Light, so that the command can say so before it loads anything.
-"""
+"""Whether a report may be written; light, so that the command can ask before it loads anything."""
 
 from pathlib import Path
 
@@ -12,11 +9,7 @@ MARK = "report.json"  # a folder with it is a report and may be replaced by anot
 
 
 def is_taken(out: Path) -> bool:
-  """Whether a report lies there already.
-
-  Raises:
-    UserError: something else lies there, which nothing may replace.
-  """
+  """Whether a report lies there already; UserError if something else does, which must stay."""
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return False
   content = read_json(out / MARK) if (out / MARK).is_file() else None

@@ -1,9 +1,10 @@
 """What the page asks over HTTP, and what is answered. Only names are said, never places."""
 
+import dataclasses
+import io
 import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import pydantic
@@ -30,56 +31,53 @@ BODY = 1 << 18  # bytes of a request that is no upload
 LABELS = 9  # that the page offers, one key each
 SAVED = ("nii.gz", "seg.nrrd")
 
-_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 _Corner = tuple[float, float, float]
 
 
-class _Open(pydantic.BaseModel):
-  model_config = _STRICT
+class _Strict(pydantic.BaseModel, extra="forbid", allow_inf_nan=False):
+  pass
+
+
+class _Open(_Strict):
   file: str = pydantic.Field(max_length=1000)
   plane: Plane = "axial"
   window: str = pydantic.Field("percentiles", max_length=100)
 
 
-class _Prompt(pydantic.BaseModel):
+class _Prompt(_Strict):
   """As `VoxelPrompt`: coordinates are canonical (z, y, x)."""
 
-  model_config = _STRICT
   label: Annotated[int, pydantic.Field(ge=1, le=255)]  # the page draws bytes
   round: Annotated[int, pydantic.Field(ge=0)] = 0
   box: tuple[_Corner, _Corner] | None = None
   points: tuple[tuple[float, float, float, bool], ...] = ()
 
 
-class _Track(pydantic.BaseModel):
-  model_config = _STRICT
+class _Track(_Strict):
   prompts: Annotated[list[_Prompt], pydantic.Field(max_length=1000)]
 
 
+@dataclasses.dataclass(frozen=True)
 class Pages:
-  """The requests of one server.
+  """The requests of one server."""
 
-  Args:
-    folder: whose volumes can be opened, resolved; None: uploads only.
-    upload: bytes that an upload may have.
-    about: said on the page of the checkpoint.
-  """
-
-  def __init__(self, studio: Studio, folder: Path | None, upload: int, about: str):
-    self._studio, self._folder, self._upload, self._about = studio, folder, upload, about
+  studio: Studio
+  folder: Path | None  # whose volumes can be opened, resolved; None: uploads only
+  limit: int  # bytes that an upload may have
+  about: str  # said on the page of the checkpoint
 
   async def start(self, request: Request) -> Response:
-    names = await run_in_threadpool(volumes_below, self._folder) if self._folder else []
+    names = await run_in_threadpool(volumes_below, self.folder) if self.folder else []
     return JSONResponse({
-      "checkpoint": self._about, "files": names, "upload_limit": self._upload,
+      "checkpoint": self.about, "files": names, "upload_limit": self.limit,
       "colours": ["#{:02x}{:02x}{:02x}".format(*colour(at)) for at in range(LABELS)],
     })
 
   async def open(self, request: Request) -> Response:
     asked = _Open.model_validate_json(await _body(request))
-    if self._folder is None:
+    if self.folder is None:
       raise UserError("the server was started without a folder; upload a volume")
-    return await self._opened(find_below(self._folder, asked.file), asked, self._folder)
+    return await self._opened(find_below(self.folder, asked.file), asked, self.folder)
 
   async def upload(self, request: Request) -> Response:
     query = dict(request.query_params)
@@ -87,28 +85,25 @@ class Pages:
     if not is_volume_name(asked.file) or Path(asked.file).name != asked.file:
       raise UserError(f"{asked.file}: is no name of a volume; upload a file that ends in "
                       f"{', '.join(ENDINGS)}")
-    limit = self._upload
-    too_large = UserError(f"{asked.file}: is larger than {limit} bytes; put it into the folder, or "
-                          "let the server take larger uploads")
-    if int(request.headers.get("content-length", "0")) > limit:
+    too_large = UserError(f"{asked.file}: is larger than {self.limit} bytes; put it into the "
+                          "folder, or let the server take larger uploads")
+    if int(request.headers.get("content-length", "0")) > self.limit:
       raise too_large
     with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
       # The name is the page's; the file has one of ours, and the ending that readers go by.
       ending = next(e for e in ENDINGS if asked.file.endswith(e))
       path = Path(place).resolve() / f"upload{ending}"
       with path.open("wb") as file:
-        async for chunk in _chunks(request, limit, too_large):
-          file.write(chunk)
+        await _receive(request, file, self.limit, too_large)
       return await self._opened(path, asked, path.parent)
 
   async def _opened(self, path: Path, asked: _Open, place: Path) -> Response:
     name, plane = asked.file, asked.plane
     try:
       window = parse_window(asked.window)
-      key, opened = await run_in_threadpool(self._studio.open, path, name, plane, window)
+      key, opened = await run_in_threadpool(self.studio.open, path, name, plane, window)
     except (UserError, OSError) as error:
-      told = str(error).replace(str(path), name).replace(f"{place}/", "")
-      raise UserError(told) from None
+      raise UserError(str(error).replace(str(path), name).replace(f"{place}/", "")) from None
     depth, height, width = opened.slices
     sides = [mm for axis, mm in enumerate(opened.volume.spacing) if axis != PLANES[plane]]
     return JSONResponse({
@@ -123,13 +118,11 @@ class Pages:
 
   async def labels(self, request: Request) -> Response:
     opened, number = self._slice(request)
-    return _bytes(opened.labels_of(number))
-
-  def _volume(self, request: Request) -> Opened:
-    return self._studio.volume(request.path_params["volume"])
+    return _bytes(opened.labels.take(number, PLANES[opened.plane]))
 
   def _slice(self, request: Request) -> tuple[Opened, int]:
-    opened, number = self._volume(request), request.path_params["slice"]
+    number = request.path_params["slice"]
+    opened = self.studio.volume(request.path_params["volume"])
     if number >= opened.slices[0]:
       raise Unknown(f"slice {number}: {opened.name} has {opened.slices[0]}, counted from 0")
     return opened, number
@@ -142,19 +135,19 @@ class Pages:
     )
     if not prompts:
       raise UserError("no prompt; draw a box or set a point first")
-    name, job = self._studio.track(request.path_params["volume"], prompts)
+    name, job = self.studio.track(request.path_params["volume"], prompts)
     return JSONResponse({"job": name, **_of(job)}, 202)
 
   async def job(self, request: Request) -> Response:
-    return JSONResponse(_of(self._studio.job(request.path_params["job"])))
+    return JSONResponse(_of(self.studio.job(request.path_params["job"])))
 
   async def cancel(self, request: Request) -> Response:
-    job = self._studio.job(request.path_params["job"])
-    job.cancel.set()
-    return JSONResponse(_of(job))
+    self.studio.job(request.path_params["job"]).cancel.set()
+    return await self.job(request)
 
   async def save(self, request: Request) -> Response:
-    opened, kind = self._volume(request), request.path_params["kind"]
+    kind = request.path_params["kind"]
+    opened = self.studio.volume(request.path_params["volume"])
     if kind not in SAVED:
       raise Unknown(f"{kind}: save as {' or '.join(SAVED)}")
     if opened.found is None:
@@ -179,31 +172,30 @@ def make_app(pages: Pages, host: str, token: str) -> Starlette:
     Mount("/", StaticFiles(directory=Path(__file__).parent / "static", html=True)),
   ]
   return Starlette(
-    routes=routes,
-    middleware=[Middleware(Guard, host=host, token=token)],
+    routes=routes, middleware=[Middleware(Guard, host=host, token=token)],
     exception_handlers={
       UserError: lambda request, error: _error(str(error), 400),
       Unknown: lambda request, error: _error(str(error), 404),
       pydantic.ValidationError: _invalid,
       ClientDisconnect: lambda request, error: Response(status_code=400),  # nobody hears it
-      Exception: _broken,
+      Exception: lambda request, error: _error("failed; the terminal of the command says why", 500),
     },
   )
 
 
-async def _chunks(request: Request, limit: int, error: UserError) -> AsyncIterator[bytes]:
-  """What the request sends; the error as soon as that is more than `limit` bytes."""
-  size = 0
+async def _receive(request: Request, file: BinaryIO, limit: int, error: UserError) -> None:
+  """Writes what the request sends; the error as soon as that is more than `limit` bytes."""
   async for chunk in request.stream():
-    size += len(chunk)
-    if size > limit:
+    if file.tell() + len(chunk) > limit:
       raise error
-    yield chunk
+    file.write(chunk)
 
 
 async def _body(request: Request) -> bytes:
   error = UserError(f"the request has more than {BODY} bytes; give fewer prompts")
-  return b"".join([chunk async for chunk in _chunks(request, BODY, error)])
+  content = io.BytesIO()
+  await _receive(request, content, BODY, error)
+  return content.getvalue()
 
 
 def _of(job: Job) -> dict[str, str | int | float]:
@@ -233,7 +225,3 @@ def _invalid(request: Request, error: Exception) -> Response:
   first = error.errors()[0]
   where = ".".join(str(part) for part in first["loc"]) or "the request"
   return _error(f"{where}: {first['msg']}; correct the request", 400)
-
-
-def _broken(request: Request, error: Exception) -> Response:
-  return _error("failed; the terminal of the command says why", 500)

@@ -1,7 +1,6 @@
 """The files that a page may see: volumes below one folder, by their names in it.
 
-A header can name a file elsewhere as its voxels, and claim more of them than memory holds. Both are
-looked at before a reader is asked.
+A header can name a file elsewhere as its voxels, and claim more of them than memory holds.
 """
 
 import math
@@ -44,11 +43,7 @@ def volumes_below(folder: Path) -> list[str]:
 def find_below(folder: Path, name: str) -> Path:
   """The file, or the folder of a DICOM series, of a name that `volumes_below` could give.
 
-  Args:
-    folder: resolved.
-
-  Raises:
-    UserError: anything else: absolute names, `..`, links that leave the folder, hidden files.
+  UserError for others: absolute names, `..`, links that leave the resolved folder, hidden files.
   """
   path = _inside(folder, name)
   if path is None:
@@ -64,25 +59,18 @@ def _inside(folder: Path, name: str) -> Path | None:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder):
       return None
-    if path.is_dir():
-      return path if _is_own_series(path, folder) else None
-    return path if path.is_file() and is_volume_name(name) else None
+    if path.is_dir():  # a DICOM series, no file of which is a link that leaves the folder
+      links = (entry for entry in path.iterdir() if entry.is_symlink())
+      known = is_series(path) and all(e.resolve().is_relative_to(folder) for e in links)
+    else:
+      known = path.is_file() and is_volume_name(name)
+    return path if known else None
   except (OSError, RuntimeError, UnicodeError):  # too long, links that run in a circle
     return None
 
 
-def _is_own_series(path: Path, folder: Path) -> bool:
-  """Whether it holds a DICOM series, and no file of it is a link that leaves the folder."""
-  return is_series(path) and all(
-    entry.resolve().is_relative_to(folder) for entry in path.iterdir() if entry.is_symlink()
-  )
-
-
 def check_volume(path: Path, limit: int) -> None:
-  """UserError if a header names a file elsewhere or says more than `limit` voxels.
-
-  Readers judge what is unreadable.
-  """
+  """UserError if a header names a file elsewhere or says more than `limit` voxels."""
   voxels = 0
   if path.name.endswith(NIFTI_ENDINGS):
     try:

@@ -1,8 +1,8 @@
 """Who may ask: the page that holds the token, under a name of this server, and nobody else.
 
-The token lies behind # in the address, which browsers send to nobody. It keeps out other sites
-(they can make a browser ask, but not with this header) and other users of the machine. The Host
-check keeps out sites that point their own name at this address (DNS rebinding).
+The token, behind # in the address, which browsers send to nobody, keeps out other users and other
+sites, which cannot send its header. The Host check keeps out sites that point their own name here
+(DNS rebinding).
 """
 
 import hmac
@@ -27,15 +27,12 @@ _HEADERS = (
 class Guard:
   """ASGI middleware: Host, Origin and token are checked, headers for the browser are added.
 
-  Args:
-    host: that the server listens on; loopback names are always right.
-    token: that every request below /api must bring as `Authorization: Bearer TOKEN`.
+  The server listens on `host`; loopback names are always right. Requests below /api must bring
+  `Authorization: Bearer TOKEN`.
   """
 
   def __init__(self, app: ASGIApp, host: str, token: str):
-    self._app, self._token = app, token
-    self._any_address = host in ("0.0.0.0", "::")
-    self._hosts = {*LOOPBACK, host.lower()}
+    self._app, self._token, self._host = app, token, host.lower()
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
@@ -54,7 +51,7 @@ class Guard:
   def _refused(self, headers: Headers, path: str) -> tuple[str, int]:
     """Why a request is refused and the status, or empty."""
     host = headers.get("host", "")
-    if not self._known(_without_port(host)):
+    if not self._known(host.lower()):
       return "this server is not known by that name", 421
     origin = headers.get("origin")
     if origin is not None and origin != f"http://{host}":
@@ -66,16 +63,11 @@ class Guard:
     return "", 0
 
   def _known(self, host: str) -> bool:
-    if host in self._hosts:
+    host = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0]
+    if host in (*LOOPBACK, self._host):
       return True
     try:  # a rebound name is a name; an address in numbers is none
       ipaddress.ip_address(host)
     except ValueError:
       return False
-    return self._any_address
-
-
-def _without_port(host: str) -> str:
-  if host.startswith("["):
-    return host[1:].split("]")[0].lower()
-  return host.rsplit(":", 1)[0].lower() if ":" in host else host.lower()
+    return self._host in ("0.0.0.0", "::")

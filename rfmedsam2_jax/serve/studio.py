@@ -1,7 +1,6 @@
 """What is computed for the page: a few open volumes, one thread, and jobs that wait for it.
 
-The network is there once. A volume keeps its image features (`PromptedVolume`), so that whatever
-follows its first tracking costs no encoding.
+A volume keeps its image features (`PromptedVolume`): what follows its first tracking encodes none.
 """
 
 import collections
@@ -42,20 +41,13 @@ class _Cancelled(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Job:
-  """One tracking; `state` is queued, running, done, failed or cancelled.
+  """One tracking."""
 
-  Attributes:
-    done, total: slices; both directions and all rounds that are followed.
-    fresh: counts the slices whose labels changed.
-    began, ended: of `time.monotonic`.
-  """
-
-  name: str
-  state: str = "queued"
-  done: int = 0
+  state: str = "queued"  # then running, done, failed or cancelled
+  done: int = 0  # slices, as `total`: of both directions and all rounds that are followed
   total: int = 0
-  fresh: int = 0
-  began: float = 0.0
+  fresh: int = 0  # counts the slices whose labels changed
+  began: float = 0.0  # of `time.monotonic`
   ended: float | None = None
   error: str = ""
   cancel: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -68,40 +60,29 @@ class Job:
 
 @dataclasses.dataclass(eq=False)
 class Opened:
-  """A volume of the page.
-
-  Attributes:
-    labels: [D, H, W], canonical: of the last tracking that ended, and slice by slice of one that
-      runs.
-    results: of the last trackings by their prompts, newest last.
-    job: that computes for it now.
-  """
+  """A volume of the page."""
 
   name: str
   volume: Volume
   plane: Plane
   prompted: PromptedVolume
+  # uint8 [D, H, W], canonical: of the last tracking, and slice by slice of one that runs.
   labels: np.ndarray
+  # Of the last trackings by their prompts, newest last.
   results: collections.OrderedDict[frozenset[VoxelPrompt], TrackedVolume] = dataclasses.field(
     default_factory=collections.OrderedDict
   )
-  job: Job | None = None
+  job: Job = dataclasses.field(default_factory=Job)  # that computes for it now
 
   @property
   def found(self) -> TrackedVolume | None:
     """What the last tracking gave."""
-    return self.results[next(reversed(self.results))] if self.results else None
+    return next(reversed(self.results.values()), None)
 
   @property
-  def slices(self) -> tuple[int, int, int]:
+  def slices(self) -> tuple[int, ...]:
     """How many there are, and their rows and columns."""
-    axis = PLANES[self.plane]
-    depth, height, width = np.moveaxis(self.volume.array[0], axis, 0).shape
-    return depth, height, width
-
-  def labels_of(self, number: int) -> np.ndarray:
-    """The label map of a slice, uint8 [H, W]."""
-    return self.labels.take(number, PLANES[self.plane])
+    return np.moveaxis(self.labels, PLANES[self.plane], 0).shape
 
   def follow(self, prompts: tuple[VoxelPrompt, ...]) -> None:
     """`PromptedVolume.track` of all prompts; goes on from the results that are there."""
@@ -112,32 +93,23 @@ class Opened:
     found = results[stages[begun]] if begun >= 0 else None
     for number, stage in list(zip(rounds, stages, strict=True))[begun + 1 :]:
       given = [p for p in prompts if p.round == number]
-      if found is None:
-        found = self.prompted.track(given, self._show)
-      else:
-        found = self.prompted.correct(found, given, self._show)
-      results[stage] = found
+      found = results[stage] = (
+        self.prompted.correct(found, given, self._show) if found
+        else self.prompted.track(given, self._show)
+      )
     results.move_to_end(stages[-1])
     _drop_oldest(results, RESULTS)
     self.results = results
 
-  def settle(self) -> None:
-    """Shows what the last tracking gave."""
-    self.labels = (
-      np.zeros_like(self.labels) if self.found is None else self.found.labels.astype(np.uint8)
-    )
-
   def _show(self, number: int, labels: np.ndarray) -> None:
     np.moveaxis(self.labels, PLANES[self.plane], 0)[number] = labels
-    if self.job is not None:
-      self.job.fresh += 1
+    self.job.fresh += 1
 
   def report(self, done: int, total: int) -> None:
     """What the tracker calls; ends a tracking that is cancelled."""
-    if self.job is not None:
-      self.job.done, self.job.total = done, total
-      if self.job.cancel.is_set():
-        raise _Cancelled
+    self.job.done, self.job.total = done, total
+    if self.job.cancel.is_set():
+      raise _Cancelled
 
 
 def _drop_oldest(store: collections.OrderedDict, most: int) -> None:
@@ -149,8 +121,7 @@ class Studio:
   """Volumes that are open and the thread that computes for them.
 
   Args:
-    keep: volumes; the one that was not used for the longest time goes.
-    max_voxels: of a volume.
+    keep: volumes of `max_voxels` at most; the one that was not used for the longest time goes.
     prepare: compile at once what a first tracking and a correction need.
   """
 
@@ -170,27 +141,21 @@ class Studio:
   def open(
     self, path: Path, name: str, plane: Plane, window: tuple[float, float] | None
   ) -> tuple[str, Opened]:
-    """Reads a volume; one at a time, so that memory is bounded.
-
-    Raises:
-      UserError: as `load_image`; too many voxels.
-    """
+    """Reads a volume, one at a time to bound memory; UserError as `load_image`, or for its size."""
     with self._reading:
       check_volume(path, self._max_voxels)
       volume = load_image(path)
-      opened: list[Opened] = []
       prompted = PromptedVolume(
         self._model, self._params, volume, self._config, plane, window,
-        lambda done, total: opened[0].report(done, total),
+        lambda done, total: opened.report(done, total),
       )
-      labels = np.zeros(volume.array.shape[1:], np.uint8)
-      opened.append(Opened(name, volume, plane, prompted, labels))
+      opened = Opened(name, volume, plane, prompted, np.zeros(volume.array.shape[1:], np.uint8))
     key = secrets.token_hex(8)
     with self._lock:
-      self._volumes[key] = opened[0]
+      self._volumes[key] = opened
       _drop_oldest(self._volumes, self._keep)
     gc.collect()  # volume and tracker know each other; their memory shall not wait
-    return key, opened[0]
+    return key, opened
 
   def volume(self, key: str) -> Opened:
     with self._lock:
@@ -202,12 +167,11 @@ class Studio:
   def track(self, key: str, prompts: tuple[VoxelPrompt, ...]) -> tuple[str, Job]:
     """Queues the tracking of all prompts, in rounds. Rounds that are known are not run again.
 
-    Raises:
-      UserError: as `SliceFrame.rounds`; too many jobs wait.
+    UserError as `SliceFrame.rounds`, or if too many jobs wait.
     """
     opened = self.volume(key)
     opened.prompted.check(prompts)
-    name, job = secrets.token_hex(8), Job(opened.name)
+    name, job = secrets.token_hex(8), Job()
     with self._lock:
       try:
         self._waiting.put_nowait((job, opened, prompts))
@@ -253,6 +217,7 @@ class Studio:
       except Exception:  # the page shall hear of it, and the next job shall run
         log.exception("tracking %s", opened.name)
         job.error, state = "failed; the terminal of the command says why", "failed"
-      opened.settle()
+      found = opened.found
+      opened.labels = np.zeros_like(opened.labels) if found is None else found.labels.astype(np.uint8)
       job.ended, job.state = time.monotonic(), state
-      del job, opened, prompts  # a volume that was closed shall not wait for the next job
+      del job, opened, prompts, found  # a volume that was closed shall not wait for the next job
