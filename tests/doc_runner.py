@@ -187,15 +187,7 @@ class Runner:
       if words[0] not in (*entry.COMMANDS, "--help", "--version"):
         raise Wrong(["rfmedsam2", *words], "there is no such command")
       return argparse.Namespace()
-    seen: list[argparse.Namespace] = []
-
-    def parsed(options: argparse.Namespace, console: object) -> tuple[str, int]:
-      seen.append(options)
-      return "", 0
-
-    with mock.patch.object(entry, "_run", parsed):
-      entry.main(words)
-    options = seen[0] if seen else argparse.Namespace()  # --help has none
+    options = entry.parse(words)
     if configs and getattr(options, "config", None) and (ROOT / options.config).is_file():
       load_config(ROOT / options.config, options.overrides)
     return options

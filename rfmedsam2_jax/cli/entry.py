@@ -28,10 +28,9 @@ STATUSES = """exit status:
 _INTERRUPTED = "interrupted; what was finished is kept"
 
 
-def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
-  """Runs one command; returns the exit status. See `cli.main`."""
-  parser = make_parser()
-  given = [*([command] if command else []), *(sys.argv[1:] if arguments is None else arguments)]
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """The options of one command, its `run` among them; exits where they are wrong."""
+  parser, given = make_parser(), list(arguments)
   if given[:2] == ["convert", "nnunet"]:  # argparse would take the second word for a file
     given[:2] = ["convert-nnunet"]
   options, rest = parser.parse_known_args(given)
@@ -40,6 +39,13 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     if not hasattr(options, "overrides") or any("=" not in a or a[0] == "-" for a in rest):
       parser.error(f"unknown arguments: {' '.join(rest)}")
     options.overrides += rest
+  return options
+
+
+def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
+  """Runs one command; returns the exit status. See `cli.main`."""
+  given = sys.argv[1:] if arguments is None else arguments
+  options = parse([command, *given] if command else given)
   console = Console(options.quiet, options.as_json, command or "rfmedsam2")
   if arguments is None:
     _with_huge_pages()
