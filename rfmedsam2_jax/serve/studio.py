@@ -218,6 +218,7 @@ class Studio:
         log.exception("tracking %s", opened.name)
         job.error, state = "failed; the terminal of the command says why", "failed"
       found = opened.found
-      opened.labels = np.zeros_like(opened.labels) if found is None else found.labels.astype(np.uint8)
+      labels = np.zeros_like(opened.labels) if found is None else found.labels
+      opened.labels = labels.astype(np.uint8)
       job.ended, job.state = time.monotonic(), state
-      del job, opened, prompts, found  # a volume that was closed shall not wait for the next job
+      del job, opened, prompts, found, labels  # a closed volume shall not wait for the next job
