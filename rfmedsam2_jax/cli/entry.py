@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import shtab
 
@@ -100,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   for name in (*COMMANDS, "convert-nnunet"):
     module = importlib.import_module(f"rfmedsam2_jax.cli.{name.replace('-', '_')}")
-    about = " ".join(str(module.__doc__).split()).partition(": ")[2].removesuffix(".")
+    about: Any = " ".join(str(module.__doc__).split()).partition(": ")[2].removesuffix(".")
     command = commands.add_parser(
       name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about,
       **({"help": about} if name in COMMANDS else {}))
