@@ -180,7 +180,8 @@ def test_a_correction_follows_what_it_changes_and_a_structure_may_begin_later(
   swept, arrived = [], {}
   sweep = tracker._sweep
   monkeypatch.setattr(
-    tracker, "_sweep", lambda *args: swept.append(args[4].run.any(1).sum()) or sweep(*args)
+    tracker, "_sweep",
+    lambda *args: swept.append(int(args[4].run.any(1).sum())) or sweep(*args)
   )
   first = [Prompt(7, box=((5, 6, 4), (5, 13, 11)))]
   point = [Prompt(7, points=((8, 10, 8, True),), round=1)]
