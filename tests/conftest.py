@@ -99,4 +99,4 @@ def tiny_run(common, tiny_config) -> Path:
   def train(path: Path) -> None:
     assert main(["train", str(tiny_config), "--out", str(path), "--overwrite"]) == 0
 
-  return made_once(common / "tiny_run", train)
+  return made_once(common / "tiny", train)

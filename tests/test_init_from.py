@@ -139,6 +139,7 @@ def test_what_is_no_starting_point_is_refused(
   elif kind == "inside":
     source = tmp_path / "run" / "ckpt"
     shutil.copytree(converted, source)
+    (tmp_path / "run" / "config.yaml").touch()
   assert train(tiny_config, tmp_path / "run", f"refiner.init_from={source}", "--overwrite") == 2
   error = capsys.readouterr().err
   assert says in error and error.count("\n") == 1

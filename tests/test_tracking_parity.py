@@ -74,7 +74,7 @@ SCENARIOS = {
     [mask(0, 0, (80, 90), 40), mask(0, 9, (90, 95), 30), mask(1, 15, (170, 60), 50),
      mask(2, 8, (130, 190), 1), box(2, 12, 60, 150, 200, 240)],
   ]),
-  "objects that vanish and return": (16, (200.0, -3.5), [
+  "objects that vanish and return": (16, (200.0, -12.6), [
     [box(0, 5, 40, 50, 120, 140), mask(1, 7, (170, 60), 50), points(2, 8, (130, 190, 1))],
   ]),
   "more prompts and pointers than slots by default": (24, KEPT, [

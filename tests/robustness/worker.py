@@ -52,8 +52,8 @@ def warm(stage) -> None:
   # The run that no case damages is loaded once.
   from rfmedsam2_jax import model
 
-  load = model.load
-  model.load = lambda path: stage.model if Path(path) == stage.run else load(path)
+  load, whole = model.load, stage.model
+  model.load = lambda path: whole if Path(path) == stage.run else load(path)
 
 
 def run(case: Case, seed: int, stage) -> dict:
