@@ -285,17 +285,18 @@ def test_a_run_goes_on_to_rank_by_the_mean_that_it_began_with(tmp_path):
   assert before.dice(scores) == (1.0 + 0.0 + 0.5) / 3
 
 
-def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, capsys):
-  before = (tiny_run / "log.jsonl").read_text("utf-8")
-  assert main(["train", str(tiny_config), "--out", str(tiny_run)]) == 2
+def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, tmp_path, capsys):
+  run = shutil.copytree(tiny_run, tmp_path / "run")  # others read the one that is shared
+  before = (run / "log.jsonl").read_text("utf-8")
+  assert main(["train", str(tiny_config), "--out", str(run)]) == 2
   assert "holds a run; resume it or overwrite it" in capsys.readouterr().err
   # Another config does not resume it either.
-  assert main(["train", str(tiny_config), "--out", str(tiny_run), "--resume", "seed=9"]) == 2
+  assert main(["train", str(tiny_config), "--out", str(run), "--resume", "seed=9"]) == 2
   assert "seed=0, not 9" in capsys.readouterr().err
   # Where and how it is computed may change.
-  assert main(["train", str(tiny_config), "--out", str(tiny_run), "--resume", "sam2.remat=block",
+  assert main(["train", str(tiny_config), "--out", str(run), "--resume", "sam2.remat=block",
                "generator.remat=dots", "mesh.data=1"]) == 0
-  assert (tiny_run / "log.jsonl").read_text("utf-8") == before
+  assert (run / "log.jsonl").read_text("utf-8") == before
 
 
 def test_a_run_is_loaded_without_what_only_training_needs(tiny_run):
