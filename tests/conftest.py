@@ -56,6 +56,7 @@ def quick_compilation():
 
   tests/nn switches it off: what is compared with the original there is compiled as users have it.
   """
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
   jax.config.update("jax_disable_most_optimizations", True)
 
 
