@@ -4,7 +4,9 @@ The largest difference is relative to the largest value of the reference, the -1
 objects left out. float32 allows about 2e-6 here, and the bound for the small network is 1e-5, since
 the smallest of the mistakes in test_tracking_mistakes moves logits by 3e-5. Full networks have more
 layers to round in, and memories that are rounded to bfloat16 on both sides may round apart: 1e-4
-for a step from the original's own memories, 3e-4 over a whole volume.
+for a step from the original's own memories, 3e-4 over a whole volume. Where presence is drawn to
+vary, a factor of 200 on its last weights multiplies what the layers before have rounded: 1.2e-5 was
+seen, and 2e-5 is the bound of this one output.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import decode_cells, gated_logits, remember_cells
 
 SMALL, STEP, FREE = 1e-5, 1e-4, 3e-4
+VARIED = 2e-5  # of presence
 BARE = AdapterConfig(dwconv=False, cnn=False)
 SIZES = {
   "small": dataclasses.replace(torch_sam2.TINY, image_size=256),
@@ -76,7 +79,7 @@ SCENARIOS = {
     [mask(0, 0, (80, 90), 40), mask(0, 9, (90, 95), 30), mask(1, 15, (170, 60), 50),
      mask(2, 8, (130, 190), 1), box(2, 12, 60, 150, 200, 240)],
   ]),
-  "objects that vanish and return": (16, (200.0, -1.8, 2), [
+  "objects that vanish and return": (16, (200.0, -2.4, 2), [
     [box(0, 5, 40, 50, 120, 140), mask(1, 7, (170, 60), 50), points(2, 8, (130, 190, 1))],
   ]),
   "more prompts and pointers than slots by default": (24, KEPT, [
@@ -134,6 +137,7 @@ class Pair:
     rounds = [[scaled(p, side) for p in prompts] for prompts in rounds]
     self.slices = volume(depth, side)
     factor, bias, seed = presence
+    self.varied = factor > 1
     official = torch_sam2.official(self.config, seed, bias, video=True)
     official.sam_mask_decoder.pred_obj_score_head.layers[-1].weight.data *= factor
     self.params = jax.tree.map(jnp.asarray, torch_sam2.params_of(official, self.config))
@@ -177,6 +181,8 @@ def assert_the_same_volume(found: Pair, bound=SMALL):
   masks = np.asarray(gated_logits(ours.logits, ours.presence)) > 0
   agree = (masks == (theirs.logits > 0)).mean()
   shares = {name: f"{value:.1e}" for name, value in errors.items()}
+  if found.varied:
+    assert errors.pop("presence") < max(bound, VARIED)
   print(f"\n{shares}; masks agree on {agree:.4%}, foreground {masks.mean():.0%}")
   assert max(errors.values()) < bound, errors
   assert agree >= 0.9999
@@ -209,6 +215,8 @@ def assert_the_same_steps(found: Pair, bound=SMALL):
   print(f"\n{len(compared['presence'])} steps: {shares}")
   # What the original has stored is rounded to 8 bits of mantissa: half a unit of its last place.
   assert worst.pop("memory") < 2**-8
+  if found.varied:
+    assert worst.pop("presence") < max(bound, VARIED)
   assert max(worst.values()) < bound, worst
 
 
