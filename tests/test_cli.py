@@ -61,11 +61,17 @@ def test_predict_writes_on_exactly_the_inputs_grid(tiny_run, unseen, tmp_path, c
   assert not list((tmp_path / "out").rglob(".*"))
 
 
-@pytest.mark.slow
-def test_all_48_orders_and_flips_are_segmented_alike_in_world_space(tiny_run, unseen, tmp_path):
+@pytest.mark.parametrize("orientations", [
+  # Every order of the axes is among them, and every set of flips.
+  pytest.param(ORIENTATIONS[::5], id="ten"),
+  pytest.param(ORIENTATIONS, id="all", marks=pytest.mark.full),
+])
+def test_all_orders_and_flips_are_segmented_alike_in_world_space(
+  tiny_run, unseen, tmp_path, orientations
+):
   model = rfmedsam2_jax.load(tiny_run)
   expected = None
-  for number, orientation in enumerate(ORIENTATIONS):
+  for number, orientation in enumerate(orientations):
     path, out = tmp_path / f"{number}.nii.gz", tmp_path / f"{number}_labels.nii.gz"
     nib.save(reoriented(nib.load(unseen), orientation), path)
     rfmedsam2_jax.segment_file(model, path, out)
@@ -74,7 +80,6 @@ def test_all_48_orders_and_flips_are_segmented_alike_in_world_space(tiny_run, un
       expected = found
       assert len(np.unique(expected)) > 1, "the tiny run must segment something"
     np.testing.assert_array_equal(found, expected)
-  assert number == 47
 
 
 def test_array_and_file_and_command_agree(tiny_run, unseen, tmp_path, capsys):

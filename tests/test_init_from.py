@@ -35,7 +35,7 @@ def converted(tiny_config, tmp_path_factory):
 
 def train(config, out, *options):
   return main(["train", str(config), "--out", str(out), "refiner.trainable=['*adapter*']",
-               *map(str, options)])
+               "refinement.stages=[{residual: true}]", *map(str, options)])
 
 
 @pytest.fixture(scope="module")

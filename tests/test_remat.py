@@ -92,8 +92,11 @@ def assert_same(found, expected):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), found, expected)
 
 
+# Of cells: the same kind of blocks once more; what they keep is counted for all networks below.
 @pytest.mark.slow
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+  "network", [of_images, pytest.param(of_cells, marks=pytest.mark.full), of_patches]
+)
 def test_blocks_that_are_computed_again_need_less_memory_and_give_the_same_gradients(network):
   (outputs, gradients, most), (*found, least) = (gradient(network, r) for r in ("none", "block"))
   print(f"{network.__name__}: {most / 2**20:.2f} MiB, {least / 2**20:.2f} by block")

@@ -27,10 +27,8 @@ SMALL, STEP, FREE = 1e-5, 1e-4, 3e-4
 VARIED = 2e-5  # of presence
 BARE = AdapterConfig(dwconv=False, cnn=False)
 SIZES = {
-  "small": dataclasses.replace(torch_sam2.TINY, image_size=256),
-  "2.0": dataclasses.replace(
-    torch_sam2.TINY, image_size=256, absent_embedding=False
-  ),
+  "small": torch_sam2.TINY,
+  "2.0": dataclasses.replace(torch_sam2.TINY, absent_embedding=False),
   "tiny": dataclasses.replace(PRESETS["sam2.1_hiera_tiny"], image_size=256, adapters=BARE),
   "tiny-512": dataclasses.replace(PRESETS["sam2.1_hiera_tiny"], image_size=512, adapters=BARE),
   "tiny-1024": dataclasses.replace(PRESETS["sam2.1_hiera_tiny"], adapters=BARE),
@@ -106,7 +104,8 @@ def scaled(prompt, side):
   if prompt.box is not None:
     changes["box"] = tuple(v * factor for v in prompt.box)
   if prompt.mask is not None:
-    changes["mask"] = prompt.mask.repeat(side // 256, 0).repeat(side // 256, 1)
+    rows = np.arange(side) * 256 // side
+    changes["mask"] = prompt.mask[rows][:, rows]
   return dataclasses.replace(prompt, **changes)
 
 

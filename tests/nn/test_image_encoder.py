@@ -104,7 +104,7 @@ def test_image_encoder_equals_the_official_one(sizes):
     assert_close(out, reference.permute(0, 2, 3, 1))
 
 
-def test_encoder_in_pieces_equals_the_encoder_at_once(monkeypatch):
+def test_encoder_in_pieces_equals_the_encoder_at_once(monkeypatch, quickly):
   """Values and gradients; pieces are rows of windows, images where windows are padded, rows."""
   _, ours, params = encoders(stages=(1, 1, 2, 1), global_att_blocks=(3,))
   images = random(1, 2, 96, 160, 3)

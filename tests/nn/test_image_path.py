@@ -45,7 +45,8 @@ MODES = {"single": (False, False), "multimask": (True, False), "dynamic": (False
 full = pytest.mark.full
 CASES = [
   pytest.param(
-    f"{version}_hiera_{size}", 256, marks=pytest.mark.slow if size == "tiny" else full
+    f"{version}_hiera_{size}", 256,
+    marks=pytest.mark.slow if (version, size) == ("sam2.1", "tiny") else full
   )
   for version in ("sam2", "sam2.1")
   for size in ("tiny", "small", "base_plus", "large")

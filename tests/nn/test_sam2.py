@@ -143,7 +143,7 @@ def test_fresh_adapters_leave_sam2_unchanged_bit_for_bit(models):
 
 
 @pytest.mark.slow
-def test_every_adapter_takes_part(models):
+def test_every_adapter_takes_part(models, quickly):
   """Gradients reach the last layer of each; the others follow once that is not zero."""
   _, params = models
   config = dataclasses.replace(TINY, adapters=AdapterConfig())
@@ -200,7 +200,7 @@ def test_initialisation_depends_on_the_key_alone():
 
 
 @pytest.mark.slow
-def test_initialisation_has_the_distributions_of_the_modules():
+def test_initialisation_has_the_distributions_of_the_modules(quickly):
   """numpy's draws against Linen's own, tensor by tensor."""
   config = dataclasses.replace(TINY, adapters=AdapterConfig())
   ours = flatten_dict(init_params(config, jax.random.key(0)))
