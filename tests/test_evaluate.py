@@ -7,7 +7,13 @@ import pytest
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.datasets import Labels, Structure
-from rfmedsam2_jax.evaluation.scores import evaluate_folders, save_scores, table
+from rfmedsam2_jax.evaluation.scores import (
+  as_dict,
+  evaluate_folders,
+  from_dict,
+  save_scores,
+  table,
+)
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 1.5, 0, -10], [0, 0, 3, 5], [0, 0, 0, 1]])
 LABELS = Labels((Structure("left", (1,)), Structure("whole", (1, 2))), True, (1, 2), ignore=9)
@@ -55,6 +61,74 @@ def test_predictions_are_compared_in_world_space(folders):
   # One voxel along the second axis is 1.5 mm: hd95 knows which axis that is.
   shifts = {1.5, 3.0}
   assert {case["left"].hd95 for case in scores.cases.values()} <= shifts
+
+
+def test_a_surface_the_tolerance_away_is_within_it(tmp_path):
+  cube = np.zeros((16, 12, 12))
+  cube[4:9, 4:9, 4:9] = 1
+  for folder, array in (("ref", cube), ("pred", np.roll(cube, 3, 0))):
+    write(tmp_path / folder / "s.nii.gz", array, np.diag([0.1, 0.1, 0.1, 1]))
+  command = ["evaluate", str(tmp_path / "pred"), str(tmp_path / "ref"), "--tolerance"]
+  for tolerance, expected in (("0.3", lambda x: x == 1), ("0.299", lambda x: x < 1)):
+    assert main([*command, tolerance]) == 0
+    scores = json.loads((tmp_path / "pred" / "scores.json").read_text("utf-8"))
+    assert expected(scores["mean"]["surface_dice"])
+
+
+def test_distances_on_a_sheared_grid_are_those_of_world_space(tmp_path):
+  affine = np.array([[2.0, 0.7, 0, -20], [0, 1.5, -1.1, 7], [0.4, 0, 3, 5], [0, 0, 0, 1]])
+  noise = np.random.default_rng(2).random((2, 9, 9, 9)) < [[[[0.06]]], [[[0.07]]]]
+  points = []
+  for folder, mask in zip(("ref", "pred"), noise, strict=True):
+    write(tmp_path / folder / "s.nii.gz", *turned(mask.astype(int), affine))
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(mask, 1), (2, 2, 2))
+    there = np.argwhere(around.any((3, 4, 5)) & ~around.all((3, 4, 5)))
+    points.append(nib.affines.apply_affine(affine, there - 0.5))
+  between = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
+  greatest = max(between.min(0).max(), between.min(1).max())
+  for tolerance, all_within in ((greatest, True), (greatest * 0.999, False)):
+    scores = evaluate_folders(tmp_path / "pred", tmp_path / "ref", tolerance=tolerance)
+    assert (scores.mean.surface_dice == 1) == all_within
+  ml = noise[1].sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
+  assert scores.mean.volume == pytest.approx(ml, rel=1e-5)
+
+
+def test_what_a_missed_structure_costs_is_asked_for_and_written_down(folders, capsys):
+  reference = np.asarray(nib.load(folders / "ref" / "a.nii.gz").dataobj)
+  write(folders / "ref" / "c.nii.gz", reference)
+  write(folders / "pred" / "c.nii.gz", np.where(reference == 1, 0, reference))
+  both = [str(folders / "pred"), str(folders / "ref")]
+  known = evaluate_folders(*both).of_structure("1").hd95  # of two cases
+  diagonal = np.linalg.norm([12 * 2, 10 * 1.5, 8 * 3])
+  for missing, cost in (("nan", None), ("worst", diagonal), ("40", 40.0)):
+    assert main(["evaluate", *both, "--missing", missing, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["result"]
+    scores = json.loads((folders / "pred" / "scores.json").read_text("utf-8"))
+    assert result == scores
+    found = scores["cases"]["c"]["1"]
+    assert found["hd95"] == (None if cost is None else pytest.approx(cost))
+    assert (found["dice"], found["surface_dice"]) == (0, 0)
+    mean = known if cost is None else (2 * known + cost) / 3
+    assert scores["structures"]["1"]["hd95"] == pytest.approx(mean)
+    unmatched = [scores["structures"][name]["unmatched"] for name in ("1", "2")]
+    assert unmatched == [1, 0] and scores["mean"]["unmatched"] == 1
+    said = scores["conventions"]
+    assert float(said["missing"]) == cost if cost == 40 else said["missing"] == missing
+    again = from_dict(scores)
+    assert again.unmatched("1") == 1 and as_dict(again) == scores
+  assert main(["evaluate", *both, "--missing", "40"]) == 0
+  out = capsys.readouterr().out
+  assert "HD95 mm, missed 40" in out and out.splitlines()[2].split()[-3] == "1"
+  for wrong in ("-1", "inf", "none"):
+    assert main(["evaluate", *both, "--missing", wrong]) == 2
+    error = capsys.readouterr().err
+    assert f"missing {wrong}" in error and "give" in error and error.count("\n") == 1
+
+
+def test_scores_of_before_the_conventions_are_read(folders):
+  content = as_dict(evaluate_folders(folders / "pred", folders / "ref"))
+  del content["conventions"]
+  assert np.isnan(from_dict(content).missing)
 
 
 def test_structure_that_a_case_lacks_is_left_out_of_the_mean_and_json_is_strict(folders, tmp_path):

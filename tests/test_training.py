@@ -191,6 +191,23 @@ def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypa
   assert {path.stem for path in (run / "prompts").glob("*.npy")} == seen["refiner"]
 
 
+def test_cases_that_a_file_of_splits_leaves_out_are_said(
+  tiny_config, phantoms, tmp_path, monkeypatch, capsys
+):
+  def enough(*_):
+    raise UserError("enough")
+
+  monkeypatch.setattr("rfmedsam2_jax.training.run._plan", enough)
+  names = sorted(path.name.removesuffix(".nii.gz") for path in (phantoms / "labelsTr").iterdir())
+  path = tmp_path / "splits_final.json"
+  for train, said in ((names[1:], False), (names[2:], True)):
+    path.write_text(json.dumps([{"train": train, "val": names[:1]}]))
+    assert main(["train", str(tiny_config), "--out", str(tmp_path / "run"), "--overwrite",
+                 f"data.split.file={path}"]) == 2
+    line = f"{path}: 1 of 4 cases neither train nor validate: {names[1]}"
+    assert (line in capsys.readouterr().err) == said
+
+
 def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monkeypatch, capsys):
   """Terminated on the way, with the same result; the refiner, without a step, is left with it."""
   before = Telemetry.before

@@ -123,7 +123,7 @@ def main() -> None:
     reference = np.array(labels.atom_values)[np.where(atoms == IGNORED, 0, atoms)]
     for stage, guess in enumerate(maps):
       found[stage][case.identifier] = evaluate_arrays(
-        guess, reference, volume.geometry.spacing, labels.structures
+        guess, reference, volume.geometry.voxel_steps, labels.structures
       )
     print(f"{number + 1}/{len(cases)} {case.identifier}", flush=True)
   trained = options.run.with_suffix(".json")

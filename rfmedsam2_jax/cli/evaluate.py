@@ -15,6 +15,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("--labels", type=Path, help="data set folder, or run, that names the structures; default: "
       "label values are the names")
   add("--tolerance", type=float, default=1.0, help="mm, of the surface Dice (1)")
+  add("--missing", default="nan", metavar="nan|worst|MM",
+      help="HD95 of a structure that one side lacks: nan (left out of means), worst (the image's "
+      "diagonal), or mm (nan)")
   add("--partial", action="store_true", help="not all references are predicted")
   add("--scores", type=Path, help="JSON of all scores (PREDICTIONS/scores.json)")
 
@@ -28,6 +31,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if path is not None and not path.exists():
       raise UserError(f"{path}: no such file or folder; check the path")
   folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
+  try:
+    missing = "worst" if options.missing == "worst" else float(options.missing)
+  except ValueError:
+    raise UserError(f"--missing {options.missing}: is neither nan nor worst nor a number of mm; "
+                    "give one of them") from None
   target = options.scores or folder / "scores.json"
   if target.is_dir():
     raise UserError(f"--scores {target}: is a folder; name a file")
@@ -37,6 +45,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
     plan = options.labels / "plan.json"
     labels = load_plan(plan).labels if plan.is_file() else read_dataset(options.labels).labels
   scores = evaluate_folders(options.predictions, options.references, labels, options.tolerance,
-                            options.partial, Progress("cases", console.line))
+                            options.partial, missing, Progress("cases", console.line))
   save_scores(target, scores)
   console.result(f"{table(scores)}\n\nall scores: {target}", as_dict(scores))

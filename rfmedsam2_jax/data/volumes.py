@@ -79,6 +79,15 @@ class Geometry:
     z, y, x = (float(f"{sizes[axis]:.6g}") for axis in self.axes)
     return z, y, x
 
+  @property
+  def voxel_steps(self) -> np.ndarray:
+    """float64 [3, 3], mm; columns are the steps from a voxel to the next along canonical z, y, x.
+
+    They are as long as `spacing` says; their angles are the affine's.
+    """
+    steps = self.canonical_affine_mm[:3, :3]
+    return steps / np.linalg.norm(steps, axis=0) * self.spacing
+
   def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:
     """Real [n, 3], (i, j, k) of the file or, `world`, RAS+ in its units, as canonical (z, y, x)."""
     points = np.asarray(points, np.float64)

@@ -1,19 +1,23 @@
 """Scores of masks of whole volumes: Dice, surface Dice, 95 % Hausdorff distance, volumes.
 
-A surface is the voxels of a mask with a face neighbour outside of it (or of the array); distances
-are between voxel centres, in mm. Where prediction and reference are both empty, Dice and surface
-Dice are nan ("no statement") and means leave them out; where one is empty both are 0. The Hausdorff
-distance is nan then: none is fair to a structure that was missed, and its Dice says so.
+What surfaces are, `surfaces` says. Where prediction and reference are both empty, Dice, surface
+Dice and HD95 are nan ("no statement") and means leave them out; where one is empty, Dice and
+surface Dice are 0 and HD95 is what the caller says (`Missing`), nan by default: no distance is fair
+to a structure that was missed, and its Dice says so.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
-from scipy import ndimage
+from numpy.typing import ArrayLike
 
-from rfmedsam2_jax.data.measures import voxel_ml
+from rfmedsam2_jax.evaluation.surfaces import diagonal, surface_distances, voxel_steps
+
+# HD95 of a structure that one side alone has: mm, nan, or the diagonal of the volume.
+Missing = float | Literal["worst"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +25,15 @@ class Score:
   """One structure of one case."""
 
   dice: float
-  surface_dice: float  # share of both surfaces that lies within the tolerance of the other
-  hd95: float  # mm, the larger of the two directed 95 % distances
+  surface_dice: float  # share of both surfaces' area that lies within the tolerance of the other
+  hd95: float  # mm, the larger of the distances within which 95 % of either surface's area lies
   volume: float  # ml, prediction
   reference_volume: float  # ml
+
+  @property
+  def unmatched(self) -> bool:
+    """Whether only one side has the structure."""
+    return (self.volume == 0) != (self.reference_volume == 0)
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
@@ -33,46 +42,36 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
   return 2 * np.count_nonzero(prediction & reference) / total if total else math.nan
 
 
-def surface_distances(
-  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-  """mm, float64 [n], from each surface voxel of the prediction to the reference's, and back.
-
-  Args:
-    prediction, reference: bool [D, H, W], neither empty. spacing: mm, in the order of the axes.
-  """
-  # Both surfaces lie in the box of the union, and so does every distance between them.
-  box = ndimage.find_objects((prediction | reference).astype(np.uint8))[0]
-  ours, theirs = (m & ~ndimage.binary_erosion(m) for m in (prediction[box], reference[box]))
-  to_theirs = ndimage.distance_transform_edt(~theirs, sampling=spacing)[ours]
-  to_ours = ndimage.distance_transform_edt(~ours, sampling=spacing)[theirs]
-  return to_theirs, to_ours
-
-
 def score(
-  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
-  tolerance: float | None = 1.0, known: np.ndarray | None = None,
+  prediction: np.ndarray, reference: np.ndarray, voxel: ArrayLike, tolerance: float | None = 1.0,
+  known: np.ndarray | None = None, missing: Missing = math.nan,
 ) -> Score:
   """Scores one structure.
 
   Args:
-    prediction, reference: bool [D, H, W]. spacing: mm, in the order of the axes.
+    prediction, reference: bool [D, H, W].
+    voxel: mm, the spacing in the order of the axes, or what `Geometry.voxel_steps` gives.
     tolerance: mm, of the surface Dice; None leaves out what needs surface distances (nan).
     known: bool [D, H, W]; voxels without a reference (nnU-Net's ignore label) are left out.
+    missing: HD95 where one mask alone is empty.
   """
   if prediction.shape != reference.shape:
     raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} differ")
   if known is not None:
     prediction, reference = prediction & known, reference & known
-  volumes = [float(np.count_nonzero(m)) * voxel_ml(spacing) for m in (prediction, reference)]
-  overlap = dice(prediction, reference)
-  if tolerance is None or not all(volumes):
-    return Score(overlap, math.nan if tolerance is None else overlap, math.nan, *volumes)
-  distances = surface_distances(prediction, reference, spacing)
-  within = sum(np.count_nonzero(d <= tolerance) for d in distances)
-  surface_dice = within / sum(d.size for d in distances)
-  hd95 = max(float(np.percentile(d, 95)) for d in distances)
-  return Score(overlap, surface_dice, hd95, *volumes)
+  ml = abs(float(np.linalg.det(voxel_steps(voxel)))) / 1000
+  volumes = [float(np.count_nonzero(mask)) * ml for mask in (prediction, reference)]
+  found = Score(dice(prediction, reference), math.nan, math.nan, *volumes)
+  if tolerance is None or not any(volumes):
+    return found
+  if found.unmatched:
+    hd95 = diagonal(prediction.shape, voxel) if missing == "worst" else missing
+    return dataclasses.replace(found, surface_dice=0.0, hd95=hd95)
+  directed = surface_distances(prediction, reference, voxel)
+  within = sum(distances.area_within(tolerance) for distances in directed)
+  area = sum(float(distances.areas.sum()) for distances in directed)
+  hd95 = max(distances.quantile(0.95) for distances in directed)
+  return dataclasses.replace(found, surface_dice=within / area, hd95=hd95)
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.volumes import ENDINGS, is_volume_name, load_image, load_label_map
-from rfmedsam2_jax.evaluation.metrics import Score, mean_score, score
+from rfmedsam2_jax.evaluation.metrics import Missing, Score, mean_score, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +27,21 @@ class Scores:
   Attributes:
     structures: names, in the order of the label values.
     cases: by case identifier and structure name.
+    missing: what HD95 is where only one side has a structure.
   """
 
   structures: tuple[str, ...]
   tolerance: float  # mm, of the surface Dice
   cases: dict[str, dict[str, Score]]
+  missing: Missing = math.nan
 
   def of_structure(self, name: str) -> Score:
     """Mean over the cases."""
     return mean_score([case[name] for case in self.cases.values()])
 
   def unmatched(self, name: str) -> int:
-    """Cases in which only one side has the structure; HD95 leaves them out."""
-    of_cases = (case[name] for case in self.cases.values())
-    return sum(found.dice == 0 and math.isnan(found.hd95) for found in of_cases)
+    """Cases in which only one side has the structure; HD95 leaves them out, or is `missing`."""
+    return sum(case[name].unmatched for case in self.cases.values())
 
   @property
   def mean(self) -> Score:
@@ -49,7 +51,7 @@ class Scores:
 
 def evaluate_folders(
   predictions: str | Path, references: str | Path, labels: Labels | None = None,
-  tolerance: float = 1.0, partial: bool = False,
+  tolerance: float = 1.0, partial: bool = False, missing: Missing = math.nan,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
   """Scores every label map of a folder against the one of the same name.
@@ -61,13 +63,16 @@ def evaluate_folders(
       that occurs, under its number.
     tolerance: mm, of the surface Dice.
     partial: score the predictions that are there, although references without one remain.
+    missing: HD95 of a structure that one side alone has: mm, nan, or "worst", the image's diagonal.
     progress: called with (cases done, cases).
 
   Raises:
     UserError: nothing to score, a case missing on one side, unlike grids, unreadable files.
   """
-  if tolerance < 0:
-    raise UserError(f"tolerance {tolerance} mm: is negative; give 0 or more")
+  if not 0 <= tolerance < math.inf:
+    raise UserError(f"tolerance {tolerance} mm: is no distance; give 0 or more")
+  if missing != "worst" and not (math.isnan(missing) or 0 <= missing < math.inf):
+    raise UserError(f"missing {missing} mm: is no distance; give 0 or more, nan or worst")
   pairs = _pairs(Path(predictions), Path(references), partial)
   found: dict[str, dict[str, Score]] = {}
   progress(0, len(pairs))
@@ -75,21 +80,23 @@ def evaluate_folders(
     geometry = load_image(reference).geometry
     truth, guess = (load_label_map(path, geometry) for path in (reference, prediction))
     found[identifier] = evaluate_arrays(
-      guess, truth, geometry.spacing, structures_of(labels, truth, guess),
-      labels.ignore if labels else None, tolerance,
+      guess, truth, geometry.voxel_steps, structures_of(labels, truth, guess),
+      labels.ignore if labels else None, tolerance, missing,
     )
     progress(len(found), len(pairs))
   occurring = {name for case in found.values() for name in case}
-  return gathered(found, labels.names if labels else sorted(occurring, key=int), tolerance)
+  return gathered(found, labels.names if labels else sorted(occurring, key=int), tolerance,
+                  missing)
 
 
 def gathered(
-  cases: Mapping[str, Mapping[str, Score]], names: Iterable[str], tolerance: float = 1.0
+  cases: Mapping[str, Mapping[str, Score]], names: Iterable[str], tolerance: float = 1.0,
+  missing: Missing = math.nan,
 ) -> Scores:
   """`Scores` of the structures `names`; one that a case lacks makes no statement there."""
   names, absent = tuple(names), Score(math.nan, math.nan, math.nan, 0.0, 0.0)
   filled = {key: {name: case.get(name, absent) for name in names} for key, case in cases.items()}
-  return Scores(names, tolerance, filled)
+  return Scores(names, tolerance, filled, missing)
 
 
 def structures_of(labels: Labels | None, *maps: np.ndarray) -> tuple[Structure, ...]:
@@ -101,14 +108,15 @@ def structures_of(labels: Labels | None, *maps: np.ndarray) -> tuple[Structure, 
 
 
 def evaluate_arrays(
-  prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...],
+  prediction: np.ndarray, reference: np.ndarray, voxel: ArrayLike,
   structures: Sequence[Structure], ignore: int | None = None, tolerance: float | None = 1.0,
+  missing: Missing = math.nan,
 ) -> dict[str, Score]:
   """Scores by structure name of label maps, whole numbers [D, H, W] on one grid; see `score`."""
   known = None if ignore is None else reference != ignore
   return {
-    s.name: score(np.isin(prediction, s.values), np.isin(reference, s.values), spacing, tolerance,
-                  known)
+    s.name: score(np.isin(prediction, s.values), np.isin(reference, s.values), voxel, tolerance,
+                  known, missing)
     for s in structures
   }
 
@@ -153,7 +161,8 @@ def table(scores: Scores) -> str:
     return ["-" if math.isnan(value) else f"{value:.{digits}f}" for value, digits in values]
 
   surface = f"surface Dice {scores.tolerance:g} mm"
-  header = ["structure", "Dice", surface, "HD95 mm", "unmatched", "volume ml", "reference ml"]
+  hd95 = "HD95 mm" + (f", missed {scores.missing}" if str(scores.missing) != "nan" else "")
+  header = ["structure", "Dice", surface, hd95, "unmatched", "volume ml", "reference ml"]
   unmatched = {name: scores.unmatched(name) for name in scores.structures}
   rows = [[name, *cells(scores.of_structure(name), missed)] for name, missed in unmatched.items()]
   last = f"mean of {len(scores.cases)} case{'s' * (len(scores.cases) != 1)}"
@@ -170,22 +179,44 @@ def as_dict(scores: Scores) -> dict:
   def plain(value: Score) -> dict[str, float | None]:
     return {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(value).items()}
 
+  unmatched = {name: scores.unmatched(name) for name in scores.structures}
   return {
-    "tolerance_mm": scores.tolerance, "mean": plain(scores.mean),
-    "structures": {name: plain(scores.of_structure(name)) for name in scores.structures},
+    "tolerance_mm": scores.tolerance, "conventions": _conventions(scores.missing),
+    "mean": plain(scores.mean) | {"unmatched": sum(unmatched.values())},
+    "structures": {name: plain(scores.of_structure(name)) | {"unmatched": unmatched[name]}
+                   for name in scores.structures},
     "cases": {identifier: {name: plain(value) for name, value in case.items()}
               for identifier, case in scores.cases.items()},
   }
 
 
+def _conventions(missing: Missing) -> dict[str, str]:
+  """What the numbers of a file of scores mean, for those who compare them with others'."""
+  cost = {"nan": "null and left out of means", "worst": "the diagonal of the image"}
+  return {
+    "surface_dice": "share of both surfaces' area at most the tolerance from the other surface; "
+                    "areas and distances as in DeepMind's surface-distance",
+    "hd95": "mm, the larger of the distances within which 95 % of either surface's area lies",
+    "both_empty": "dice, surface_dice and hd95 are null and left out of means",
+    "one_empty": "counted as unmatched; dice and surface_dice are 0, hd95 is "
+                 f"{cost.get(str(missing), f'{missing} mm')}",
+    "missing": str(missing),
+  }
+
+
 def from_dict(content: dict[str, Any]) -> Scores:
-  """The inverse of `as_dict`; KeyError, TypeError or AttributeError for anything else."""
+  """The inverse of `as_dict`; KeyError, TypeError, ValueError or AttributeError for anything else.
+
+  Files of before there were conventions are read too.
+  """
   def known(value: dict[str, float | None]) -> Score:
     return Score(**{k: math.nan if v is None else float(v) for k, v in value.items()})
 
   cases = {identifier: {name: known(value) for name, value in case.items()}
            for identifier, case in content["cases"].items()}
-  return Scores(tuple(content["structures"]), float(content["tolerance_mm"]), cases)
+  missing = content.get("conventions", {}).get("missing", "nan")
+  return Scores(tuple(content["structures"]), float(content["tolerance_mm"]), cases,
+                missing if missing == "worst" else float(missing))
 
 
 def save_scores(path: str | Path, scores: Scores) -> None:

@@ -114,7 +114,7 @@ def report_case(
     if truth is not None:
       for number, found in {LAST: guess, **stages}.items():
         scores[number] = scores[LAST] if number == final else evaluate_arrays(
-          found, truth, geometry.spacing, structures, ignore
+          found, truth, geometry.voxel_steps, structures, ignore
         )
     voxel = voxel_ml(geometry.spacing)
     volumes = {s.name: float(np.isin(guess, s.values).sum()) * voxel for s in structures}

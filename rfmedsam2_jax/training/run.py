@@ -55,7 +55,8 @@ def train(
   # What can be known to fail does so now, not after the generator.
   dataset = read_dataset(config.data.dataset, config.data.structures)
   split = _split(Path(out), dataset, config.data.split, resume)
-  for_generator, for_refiner = divide(split.train, config.refiner.held_back, config.seed)
+  for_generator, for_refiner = divide(
+    split.train, config.refiner.held_back, config.seed, config.data.split.group)
   if not divide_cpu(config.mesh.cpu_devices):
     report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
            f"{jax.local_device_count()}: they stay")
@@ -68,6 +69,9 @@ def train(
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
       report = silent
+    if config.data.split.file and (spare := _unused(dataset, split)):
+      report(f"{config.data.split.file}: {len(spare)} of {len(dataset.cases)} cases neither train "
+             f"nor validate: {', '.join(spare[:5])}{' and more' if len(spare) > 5 else ''}")
     if resume:
       _check_same_config(run, config)
     else:
@@ -108,6 +112,11 @@ def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Sp
     raise UserError(f"{path}: case {gone[0]} is no longer in the data set; put it back or train "
                     "into another folder")
   return split
+
+
+def _unused(dataset: Dataset, split: Split) -> list[str]:
+  used = {*split.train, *split.validation}
+  return [case.identifier for case in dataset.cases if case.identifier not in used]
 
 
 @contextlib.contextmanager

@@ -34,15 +34,17 @@ def score_stages(
   def score(case: Case) -> None:
     nonlocal shown
     volume, truth, maps = stage_maps(segmenter, case, report)
-    name, spacing = case.identifier, volume.geometry.spacing
+    name, geometry = case.identifier, volume.geometry
     found[name] = [
-      evaluate_arrays(guess, truth, spacing, labels.structures, labels.ignore, tolerance)
+      evaluate_arrays(
+        guess, truth, geometry.voxel_steps, labels.structures, labels.ignore, tolerance)
       for guess in maps
     ]
     if shown is None:
       stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
       shown = SheetCase(
-        name, volume.array[0], truth, stages, spacing, slice_axis=segmenter.plan.slice_axis)
+        name, volume.array[0], truth, stages, geometry.spacing,
+        slice_axis=segmenter.plan.slice_axis)
 
   hosts.each(cases, score, Progress("validation, cases", report, compiles=True))
   names = [case.identifier for case in cases]

@@ -13,7 +13,14 @@ from rfmedsam2_jax.data.datasets import (
   read_dataset,
   with_labels,
 )
-from rfmedsam2_jax.data.splits import SplitConfig, divide, load_split, make_split, save_split
+from rfmedsam2_jax.data.splits import (
+  SplitConfig,
+  divide,
+  grouped,
+  load_split,
+  make_split,
+  save_split,
+)
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -193,6 +200,83 @@ def test_folds_are_nnunets():
     assert not set(split.train) & set(split.validation) and len(split.train) == 12 - len(members)
   with pytest.raises(UserError, match="fold: is 5"):
     make_split(names, SplitConfig(fold=5))
+
+
+PATIENTS = [f"patient{i:02d}_{frame}" for i in range(20) for frame in ("a", "b", "c")[: 1 + i % 3]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"fraction": 0.5, "seed": 3}, {"fold": 4}], ids=str)
+def test_cases_of_one_group_stay_on_one_side(settings):
+  split = make_split(PATIENTS, SplitConfig(group=r"patient\d+", **settings))
+  train, validation = ({name[:9] for name in side} for side in (split.train, split.validation))
+  assert not train & validation and sorted(split.train + split.validation) == PATIENTS
+  # A share of the groups, the same as without their scans.
+  alone = make_split(sorted(train | validation), SplitConfig(**settings))
+  assert validation == set(alone.validation)
+  assert split.train != make_split(PATIENTS, SplitConfig(**settings)).train
+
+
+def test_the_group_is_what_the_pattern_finds_first_or_its_brackets():
+  names = ["a1_b2", "a1_b3", "a2_b2", "x_a2"]
+  assert list(grouped(names, r"[ab]\d")) == ["a1", "a2"]
+  assert grouped(names[:3], r"_(b\d)") == {"b2": ["a1_b2", "a2_b2"], "b3": ["a1_b3"]}
+  assert list(grouped(names, None)) == names
+  for pattern in (r"b\d", r"x?", r"(x)?_a"):
+    with pytest.raises(UserError, match="data.split.group: .* finds nothing in .* (x_a2|a1_b2)"):
+      make_split(names, SplitConfig(group=pattern))
+
+
+def test_groups_are_held_back_from_the_generator_whole():
+  generator, refiner = divide(PATIENTS, 0.25, 3, r"patient\d+")
+  groups = [{name[:9] for name in side} for side in (generator, refiner)]
+  assert not groups[0] & groups[1] and [len(side) for side in groups] == [15, 5]
+  assert sorted(generator + refiner) == PATIENTS
+  with pytest.raises(UserError, match="0.01 of 20 groups .* leaves the refiner none"):
+    divide(PATIENTS, 0.01, 3, r"patient\d+")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data is absent")
+def test_a_fifth_of_acdcs_patients_validate_with_both_frames():
+  names = [case.identifier for case in read_dataset(REAL / "ACDC").cases]
+  split = make_split(names, SplitConfig(group=r"patient\d+"))
+  assert len(split.train) == 2 * 56 and len(split.validation) == 2 * 14
+  train, validation = ({name[:10] for name in side} for side in (split.train, split.validation))
+  assert (len(train), len(validation)) == (56, 14)
+
+
+def write_folds(path, *folds):
+  """As nnU-Net v2 writes splits_final.json."""
+  path.write_text(json.dumps([{"train": t, "val": v} for t, v in folds], indent=4))
+  return str(path)
+
+
+def test_a_split_is_taken_from_nnunets_file(tmp_path):
+  names = [f"case_{i}" for i in range(6)]
+  folds = (names[:1:-1], names[:2]), (names[:3], names[4:])
+  path = write_folds(tmp_path / "splits_final.json", *folds)
+  for fold, (train, validation) in enumerate(folds):
+    split = make_split(names, SplitConfig(file=path, fold=fold))
+    assert (split.train, split.validation) == (tuple(sorted(train)), tuple(validation))
+  assert len(make_split(names, SplitConfig(file=path, fold=0, train_cases=2)).train) == 2
+  one = write_folds(tmp_path / "one.json", folds[1])
+  assert make_split(names, SplitConfig(file=one)).validation == tuple(names[4:])
+
+
+@pytest.mark.parametrize(("folds", "settings", "says"), [
+  ([(["a1"], ["b1"]), (["b1"], ["a1"])], {}, "has 2 folds; give one as data.split.fold, 0 to 1"),
+  ([(["a1"], ["b1"])], {"fold": 1}, "split.fold: is 1, but .* has 1; give 0 to 0"),
+  ([(["a1", "c1"], ["b1"])], {}, "fold 0 has the case c1, which the data set has not"),
+  ([(["a1", "b1"], ["b1"])], {}, "fold 0 has the case b1 on both sides"),
+  ([(["a1", "b1"], ["a2"])], {"group": "[ab]"}, r"has cases of a \(data.split.group\) on both"),
+  ([([], ["a1"])], {}, "fold 0 has no case to train on"),
+  ([("a1", ["b1"])], {}, "is no list of"), ([([1], [])], {}, "is no list of"),
+  ([], {}, "is no list of"),
+])
+def test_a_file_of_splits_that_does_not_fit_is_refused(tmp_path, folds, settings, says):
+  path = write_folds(tmp_path / "splits_final.json", *folds)
+  with pytest.raises(UserError, match=says) as error:
+    make_split(["a1", "a2", "b1"], SplitConfig(file=path, **settings))
+  assert "splits_final.json" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data is absent")
