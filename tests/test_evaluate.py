@@ -87,7 +87,7 @@ def test_ignored_voxels_are_not_scored(folders):
 
 
 def test_a_mistake_is_said_before_a_volume_is_read(folders, monkeypatch, capsys):
-  monkeypatch.setattr("rfmedsam2_jax.evaluation.scores.load_image", lambda path: 1 / 0)
+  monkeypatch.setattr("rfmedsam2_jax.evaluation.scores.load_grid", lambda path: 1 / 0)
   both = [str(folders / "pred"), str(folders / "ref")]
   for given, said in (
     ([both[0], str(folders / "no")], "no: no such file or folder"),
