@@ -256,7 +256,7 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
 
 
 def open_nifti(path: Path) -> Any:
-  """nibabel's image of a file, its voxels not read; nibabel alone looks for A.nii if A.Nii is asked.
+  """nibabel's image of a file, its voxels not read; nibabel alone does not find A.Nii.
 
   Raises what nibabel raises.
   """

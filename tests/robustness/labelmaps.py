@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 import witnesses
 from damage import WAYS
 from frame import Attempt, kind, main
@@ -38,9 +39,9 @@ def changes():
 
 
 def whole_numbers(path: Path) -> np.ndarray:
-  array = witnesses.read(path).array
-  assert np.array_equal(array, np.rint(array))
-  return array.astype(np.int64)
+  array = witnesses.read(path).array.astype(np.float64)
+  assert np.abs(array - np.rint(array)).max() < 0.05  # as near as a stored slope comes
+  return np.rint(array).astype(np.int64)
 
 
 @kind("label maps of evaluate")
@@ -78,6 +79,15 @@ def evaluated():
         path.write_bytes(damage(path.read_bytes(), rng))
         return of(folder, stage, path, stage.labels, "prediction")
       yield f"{way} {number}", damaged
+  for voxel in ("uint8", "int16", "uint16"):
+    def scaled(folder, rng, stage, voxel=voxel):
+      labels = nib.load(stage.labels)
+      image = nib.Nifti1Image(np.asarray(labels.dataobj, np.float64) * 7, labels.affine)
+      image.set_data_dtype(voxel)  # nibabel chooses a slope
+      nib.save(image, folder / "scan.nii.gz")
+      attempt = of(folder, stage, folder / "scan.nii.gz", stage.labels, "prediction")
+      return Attempt(attempt.call, attempt.names, attempt.out, attempt.judge, True)
+    yield f"scaled {voxel}", scaled
   for name, matrix in (("moved", affine() + np.pad([[30.0]], ((0, 3), (3, 0)))),
                        ("stretched", affine() * [2, 1, 1, 1])):
     def placed(folder, rng, stage, matrix=matrix):
@@ -86,6 +96,51 @@ def evaluated():
       attempt = of(folder, stage, path, stage.labels, "prediction")
       return Attempt(attempt.call, attempt.names, attempt.out)
     yield name, placed
+
+
+@kind("label maps that name their values")
+def named():
+  def written(path, stage, names, layers):
+    """Its segments by SimpleITK, which writes what 3D Slicer reads; `names`: value -> name."""
+    image = sitk.ReadImage(str(stage.labels))
+    if layers:
+      image = sitk.Compose([sitk.Cast(image == value, sitk.sitkUInt8) for value in names])
+    for number, (value, name) in enumerate(names.items()):
+      place = (1, number) if layers else (value, 0)
+      for key, text in zip(("Name", "LabelValue", "Layer"), (name, *place), strict=True):
+        image.SetMetaData(f"Segment{number}_{key}", str(text))
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return path
+
+  cases = {
+    "as the run": ({1: "liver", 2: "spleen"}, True), "capitals": ({1: "LIVER"}, True),
+    "exchanged": ({2: "liver", 1: "spleen"}, True), "numbers": ({1: "Segment_1"}, True),
+    "layers": ({1: "liver", 2: "spleen"}, True), "another": ({1: "tumor"}, False),
+    "layers exchanged": ({2: "liver", 1: "spleen"}, True),
+    "both one": ({1: "liver", 2: "Liver"}, False), "text": ({"one": "liver"}, False),
+    "huge": ({10**30: "liver"}, True),
+  }
+  for name, (names, right) in cases.items():
+    def make(folder, rng, stage, name=name, names=names, right=right):
+      path = written(folder / "labels" / "scan.seg.nrrd", stage, names, name.startswith("layers"))
+      scores = folder / "out" / "scores.json"
+
+      def dice_is_by_name() -> str:
+        truth = whole_numbers(stage.labels)
+        found = json.loads(scores.read_text("utf-8"))["cases"]["scan"]
+        value_of = {text.lower(): value for value, text in names.items() if value in (1, 2)}
+        for value, structure in ((1, "liver"), (2, "spleen")):
+          theirs, ours = truth == value, truth == value_of.get(structure, value)
+          dice = 2 * float((ours & theirs).sum()) / float(ours.sum() + theirs.sum())
+          if abs(found[structure]["dice"] - dice) > 1e-6:
+            return f"Dice of {structure} is {found[structure]['dice']}, by its name {dice}"
+        return ""
+      return Attempt(
+        lambda: main(["evaluate", str(path), str(stage.labels), "--labels", str(stage.run),
+                      "--scores", str(scores)]),
+        ("scan.seg.nrrd",), folder / "out", dice_is_by_name if right else None, right)
+    yield f"evaluate {name}", make
 
 
 @kind("label maps as prompts")
@@ -137,6 +192,8 @@ def datasets():
     def names_are_the_files() -> str:
       labels = json.loads((folder / "data" / "dataset.json").read_text("utf-8"))["labels"]
       wanted = {name for name, value in labels.items() if value != 0 and name != "ignore"}
+      if any(type(value) not in (int, list) for value in labels.values()):
+        return "a value is no whole number"
       found = set(json.loads(scores.read_text("utf-8"))["structures"])
       return "" if found == wanted else f"structures {sorted(found)}, the file has {sorted(wanted)}"
     return Attempt(
@@ -165,6 +222,12 @@ def datasets():
     "order": {"regions_class_order": "x", "labels": {"background": 0, "a": [1, 2]}},
     "ignore": {"labels": {"background": 0, "a": 1, "ignore": 1}},
     "300 labels": {"labels": {str(n): n for n in range(300)}},
+    "two at 0": {"labels": {"background": 0, "a": 0, "b": 1}}, "background 1": {"labels": {
+      "background": 1, "a": 2}}, "order twice": {"regions_class_order": [1, 1], "labels": {
+        "background": 0, "a": [1, 2], "b": [2]}}, "channel 1": {"channel_names": {"1": "CT"}},
+    "numTraining": {"numTraining": 7}, "numTraining text": {"numTraining": "x"},
+    **{f"label {value!r}": {"labels": {"background": 0, "a": value}}
+       for value in (2.5, True, -1, "two", "", [1, 1], [1.5])},
   }.items():
     def changed(folder, rng, stage, change=change):
       path = copied(folder, stage) / "dataset.json"
@@ -217,3 +280,41 @@ def datasets():
     yield what, files
 
 
+@kind("data sets that change while a run is interrupted")
+def changed_data():
+  for what in ("moved", "label map", "image", "labels", "channels", "cases exchanged", "case gone"):
+    def make(folder, rng, stage, what=what):
+      data, run = folder / "data", folder / "run"
+      shutil.copytree(stage.dataset, data)
+      shutil.copytree(stage.run, run)
+      split = json.loads((run / "splits.json").read_text("utf-8"))
+      first, second = [*split["train"], *split["validation"]][:2]
+      description = data / "dataset.json"
+      content = json.loads(description.read_text("utf-8"))
+      if what in ("label map", "image"):
+        path = (data / "labelsTr" / f"{first}.nii.gz" if what == "label map" else
+                data / "imagesTr" / f"{first}_0000.nii.gz")
+        old = nib.load(path)
+        array = np.asarray(old.dataobj).copy()
+        array.flat[int(rng.integers(array.size))] += 1
+        nib.save(nib.Nifti1Image(array, old.affine, old.header), path)
+      elif what == "labels":
+        names = content["labels"]
+        names["liver"], names["spleen"] = names["spleen"], names["liver"]
+      elif what == "channels":
+        content["channel_names"]["0"] = "MRI"
+      elif what != "moved":
+        for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+          one, other = (data / part / f"{name}{ending}" for name in (first, second))
+          kept = one.read_bytes()
+          one.write_bytes(other.read_bytes())
+          other.write_bytes(kept)
+          if what == "case gone":
+            one.unlink()
+      content["numTraining"] -= what == "case gone"
+      description.write_text(json.dumps(content))
+      return Attempt(
+        lambda: main(["train", str(stage.config), f"data.dataset={data}", "--out", str(run),
+                      "--resume"]),
+        ("data/", "splits.json"), None, (lambda: "") if what == "moved" else None, what == "moved")
+    yield what, make
