@@ -98,12 +98,13 @@ def inputs():
   for name in (*FORMATS, "scan.nhdr", "scan.mhd"):
     for spelled in (str.upper, str.title):
       stem, _, ending = name.partition(".")
+      other = f"{stem}.{spelled(ending)}"
 
-      def capitals(folder, rng, stage, name=name, spelt=f"{stem}.{spelled(ending)}"):
+      def capitals(folder, rng, stage, name=name, other=other):
         path = scan(folder, stage, name)
-        path.rename(path.with_name(spelt))
+        path.rename(path.with_name(other))
         return of(folder, stage, save_as(stage, folder, name))
-      yield f"{name} as {stem}.{spelled(ending)}", capitals
+      yield f"{name} as {other}", capitals
   for what in ("link", "link to a name without ending", "linked folder", "channel 0 of several",
                "number without channel 0", "hidden beside", "text beside", "DICOM beside",
                "folder beside", "locked folder beside"):
