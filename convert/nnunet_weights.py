@@ -13,7 +13,7 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.model import init_generator
 from rfmedsam2_jax.nn.unet import UNet
 
-from .sources import read_torch
+from .sources import check_finite, read_torch
 
 # Where each kind of tensor goes, and the order of its axes there.
 _LAYER = r"(en|de)coder\.stages\.(\d+)\.(?:0\.)?convs\.(\d+)\."
@@ -74,7 +74,9 @@ def network_params(
     name = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
     name = re.sub(r"\.all_modules\.0\.", ".conv.", name)
     name = re.sub(r"\.all_modules\.1\.", ".norm.", name)
-    path, x = _placed(name, tensor.detach().float().numpy())
+    values = tensor.detach().float().numpy()
+    check_finite({full: values}, source)
+    path, x = _placed(name, values)
     if path is None:
       raise UserError(f"{source}: tensor {full} has no place in a plain conv U-Net; only "
                       "PlainConvUNet without changes can be converted")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.weights.orbax import not_finite
 
 # The one tensor by which the network is found inside a file: theirs and Hugging Face's name.
 OFFICIAL_ANCHOR = "image_encoder.trunk.patch_embed.proj.weight"
@@ -180,6 +181,14 @@ def _as_array(x: Any) -> np.ndarray:
   if not isinstance(x, np.ndarray):
     x = x.detach().float().numpy()
   return x.astype(np.float32, copy=False)
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], source: str | Path) -> None:
+  """UserError that names the first tensor with a value that is NaN or infinite."""
+  for name, x in tensors.items():
+    if bad := not_finite(x):
+      raise UserError(f"{source}: tensor {name} has {bad} of {x.size} values that are NaN or "
+                      "infinite; it is damaged or its training diverged, take another checkpoint")
 
 
 def _image_size(path: Path, folder: Path) -> int | None:

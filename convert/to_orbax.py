@@ -21,7 +21,7 @@ from rfmedsam2_jax.weights.names import from_official, official_shapes, to_offic
 from .huggingface import to_official_names
 from .recognise import choose_config
 from .report import Match, Shapes, lines, match
-from .sources import Source, read_source
+from .sources import Source, check_finite, read_source
 from .verify import Witness, check_installed, verify
 
 KEY = 0  # of what is freshly initialised
@@ -70,6 +70,7 @@ def to_orbax(
   report(f"{path}: {kind}, {name}, image side {config.image_size}")
   result = _matched(shapes, name, config, path, wanted.allow, report)
   state = {name: state[name] for name in result.matched}
+  check_finite(state, path)
   if result.fresh:
     fresh = to_official(init_params(config, jax.random.key(KEY)))
     state |= {name: fresh[name] for name in result.fresh}

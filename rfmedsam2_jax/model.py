@@ -13,6 +13,7 @@ from rfmedsam2_jax.config import Config, load_config
 from rfmedsam2_jax.config.training import GeneratorConfig
 from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
+from rfmedsam2_jax.data.names import own_name
 from rfmedsam2_jax.data.plan import Plan, load_plan
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.nn import SAM2, init_params
@@ -48,7 +49,7 @@ def load(path: str | Path) -> Segmenter:
     raise UserError(f"{known}: has {len(fingerprint.channels)} channels, plan.json "
                     f"{len(plan.channels)}; copy both from the run again")
   return dataclasses.replace(
-    segmenter, name=run.path.resolve().name, fingerprint=fingerprint, **params)
+    segmenter, name=own_name(run.path), fingerprint=fingerprint, **params)
 
 
 def untrained(config: Config, plan: Plan) -> Segmenter:

@@ -3,6 +3,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
@@ -161,7 +162,7 @@ def test_ignored_voxels_are_not_scored(folders):
 
 
 def test_a_mistake_is_said_before_a_volume_is_read(folders, monkeypatch, capsys):
-  monkeypatch.setattr("rfmedsam2_jax.evaluation.scores.load_image", lambda path: 1 / 0)
+  monkeypatch.setattr("rfmedsam2_jax.evaluation.scores.load_grid", lambda path: 1 / 0)
   both = [str(folders / "pred"), str(folders / "ref")]
   for given, said in (
     ([both[0], str(folders / "no")], "no: no such file or folder"),
@@ -185,3 +186,73 @@ def test_missing_cases_and_other_grids_are_one_clear_line(folders):
   write(folders / "pred" / "d.nii.gz", np.zeros((12, 10, 8)))
   with pytest.raises(UserError, match="d.nii.gz: has no reference"):
     evaluate_folders(folders / "pred", folders / "ref")
+
+
+def test_values_that_no_structure_has_are_said_once_per_file(folders, capsys):
+  path = folders / "pred" / "a.nii.gz"
+  image = nib.load(path)
+  voxels = np.asarray(image.dataobj).copy()
+  voxels.flat[:3] = 7, 9, 200
+  nib.save(nib.Nifti1Image(voxels, image.affine), path)
+  lines = []
+  evaluate_folders(folders / "pred", folders / "ref", LABELS, warn=lines.append)
+  # 9 is the ignore label.
+  assert lines == [f"{path}: holds values that no structure has (7, 200); they are not scored"]
+  scores = evaluate_folders(folders / "pred", folders / "ref", warn=lines.append)
+  assert {"7", "200"} <= set(scores.structures) and len(lines) == 1
+
+
+def test_structures_that_one_side_lacks_are_counted_in_the_scores_file(folders, capsys):
+  empty = np.zeros((12, 10, 8))
+  write(folders / "pred" / "b.nii.gz", empty)
+  status = main(["evaluate", str(folders / "pred"), str(folders / "ref"), "--quiet"])
+  assert status == 0
+  content = json.loads((folders / "pred" / "scores.json").read_text("utf-8"))
+  assert {name: found["unmatched"] for name, found in content["structures"].items()} == {
+    "1": 1, "2": 1}
+  assert content["mean"]["unmatched"] == 2
+  scores = from_dict(content)
+  assert scores.unmatched("1") == 1 and as_dict(scores) == content
+
+
+def test_what_lies_beside_label_maps_is_said_but_for_what_predict_writes(folders, capsys):
+  for name in ("a.json", "itksnap_labels.txt", "scores.json", "a.png", "._a.nii.gz", "b.tif"):
+    (folders / "pred" / name).write_bytes(b"")
+  (folders / "pred" / "stage0").mkdir()
+  (folders / "ref" / "a.nii.gz").rename(folders / "ref" / "a.NII.GZ")
+  assert main(["evaluate", str(folders / "pred"), str(folders / "ref"), "--quiet"]) == 0
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (f"rfmedsam2: warning: {folders / 'pred'}: left out 2: ._a.nii.gz (hidden); b.tif "
+                  "(no volume by its name)")
+
+
+def with_names(path, array, names):
+  """As 3D Slicer writes it, by SimpleITK."""
+  image = sitk.GetImageFromArray(array.astype(np.uint8).T)
+  image.SetSpacing((2.0, 1.5, 3.0))
+  for number, (value, name) in enumerate(names.items()):
+    for key, text in (("Name", name), ("LabelValue", value), ("Layer", 0)):
+      image.SetMetaData(f"Segment{number}_{key}", str(text))
+  path.parent.mkdir(exist_ok=True)
+  sitk.WriteImage(image, str(path), useCompression=True)
+
+
+def test_values_count_by_their_names_on_both_sides(tmp_path):
+  array = np.random.default_rng(0).integers(0, 3, (6, 5, 4))
+  swapped = np.array([0, 2, 1])[array]
+  with_names(tmp_path / "ref" / "a.seg.nrrd", array, {1: "left", 2: "right"})
+  with_names(tmp_path / "pred" / "a.seg.nrrd", swapped, {2: "Left", 1: "right"})
+  labels = Labels((Structure("right", (1,)), Structure("left", (2,))), False, (1, 2))
+  lines = []
+  for known, names in ((labels, ("right", "left")), (None, ("1", "2"))):
+    scores = evaluate_folders(tmp_path / "pred", tmp_path / "ref", known, warn=lines.append)
+    assert scores.structures == names and scores.mean.dice == 1.0 and not lines
+  (tmp_path / "plain").mkdir()
+  sitk.WriteImage(sitk.ReadImage(str(tmp_path / "ref" / "a.seg.nrrd")),
+                  str(tmp_path / "plain" / "a.nii.gz"))
+  scores = evaluate_folders(tmp_path / "pred", tmp_path / "plain", warn=lines.append)
+  (line,) = lines
+  assert scores.mean.dice < 1 and "names its values and the file beside it does not" in line
+  with_names(tmp_path / "pred" / "a.seg.nrrd", swapped, {2: "heart", 1: "right"})
+  with pytest.raises(UserError, match="calls value 2 'heart', and in the data set it is 'left'"):
+    evaluate_folders(tmp_path / "pred", tmp_path / "ref", labels)

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.config import load_config
+from rfmedsam2_jax.model import load
 from rfmedsam2_jax.nn import AdapterConfig, init_params
 from rfmedsam2_jax.weights.checkpoint import (
   check_starting_point,
@@ -20,6 +21,7 @@ from rfmedsam2_jax.weights.checkpoint import (
   starting_params,
   with_adapters,
 )
+from rfmedsam2_jax.weights.orbax import read_about, save_params
 
 NONE = AdapterConfig(dwconv=False, cnn=False)
 
@@ -122,6 +124,29 @@ def test_another_network_is_refused_before_anything_is_done(
   error = capsys.readouterr().err
   assert says in error and str(converted) in error and error.count("\n") == 1
   assert not run.exists()
+
+
+@pytest.mark.parametrize("network", ["refiner", "generator"])
+def test_a_start_that_is_not_finite_is_refused_before_anything_is_trained(
+  tiny_run, tiny_config, tmp_path, capsys, network
+):
+  source = tmp_path / "source"
+  segmenter = load(tiny_run)
+  params = jax.tree.map(np.array, getattr(segmenter, network))
+  name, first = next(iter(flatten_dict(params, sep="/").items()))
+  first.flat[0] = np.nan
+  about = read_about(tiny_run / network / "params")
+  save_params(source, params, {key: x for key, x in about.items() if key != "checksum"})
+  assert train(tiny_config, tmp_path / "run", f"{network}.init_from={source}") == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert f"{source}: {name} has 1 of" in error and "NaN or infinite" in error
+  assert not (tmp_path / "run" / "preprocessed").exists()
+  # As the network of a run it is refused, too.
+  run = shutil.copytree(tiny_run, tmp_path / "copy")
+  shutil.rmtree(run / network / "params")
+  shutil.copytree(source, run / network / "params")
+  with pytest.raises(UserError, match=f"{name} has 1 of"):
+    load(run)
 
 
 @pytest.mark.parametrize("kind, says", [

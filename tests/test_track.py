@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.cli.prompt_options import parse_box, parse_point
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.prompted.files import result_paths
 from rfmedsam2_jax.prompted.slice_frame import read_prompts
 from rfmedsam2_jax.tracking import SlicePrompt, VolumeTracker, tracker
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
@@ -52,6 +54,22 @@ def track(capsys, scan, checkpoint, out, *arguments):
 
 
 BOXES = ("--box", "2:5,4,6,11,13", "--box", "7:8,16,12,25,21")
+
+
+def test_weights_that_are_not_finite_follow_nothing(scan, tmp_path, capsys):
+  params = jax.tree.map(np.array, drawn())
+  params["memory_encoder"]["out_proj"]["bias"][0] = np.inf
+  save_checkpoint(tmp_path / "bad", SMALL, params, {})
+  status, _, error = track(capsys, scan, tmp_path / "bad", tmp_path / "out", *BOXES, "--quiet")
+  assert status == 2 and error.count("\n") == 1
+  assert "bad: memory_encoder/out_proj/bias has 1 of" in error and "NaN or infinite" in error
+  assert not list((tmp_path / "out").iterdir())
+
+
+def test_results_are_named_by_the_link_that_was_given(scan, checkpoint, tmp_path, capsys):
+  (tmp_path / "VISIT_1.NII.GZ").symlink_to(scan)
+  out = result_paths(tmp_path / "out", tmp_path / "VISIT_1.NII.GZ", False, "nifti")
+  assert [path.name for path in out] == ["VISIT_1.nii.gz", "VISIT_1.json", "VISIT_1.png"]
 
 
 def test_structures_are_followed_on_the_inputs_grid(scan, checkpoint, tmp_path, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import optax
 import pytest
@@ -315,6 +316,77 @@ def test_a_run_folder_is_refused_unless_told(tiny_run, tiny_config, tmp_path, ca
   assert main(["train", str(tiny_config), "--out", str(run), "--resume", "sam2.remat=block",
                "generator.remat=dots", "mesh.data=1"]) == 0
   assert (run / "log.jsonl").read_text("utf-8") == before
+
+
+class _WentOn(Exception):
+  pass
+
+
+def went_on(*_):
+  raise _WentOn
+
+
+def one_more(path):
+  """The first voxel of a label map becomes another structure's."""
+  image = nib.load(path)
+  voxels = np.asarray(image.dataobj).copy()
+  voxels.flat[0] = (voxels.flat[0] + 1) % 3
+  nib.save(nib.Nifti1Image(voxels, image.affine, image.header), path)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+  (lambda data, cases: None, ""),
+  (lambda data, cases: one_more(data / "labelsTr" / f"{cases[0]}.nii.gz"),
+   "case {0} holds something else than when the run was made"),
+  (lambda data, cases: shutil.copy(data / "imagesTr" / f"{cases[0]}_0000.nii.gz",
+                                   data / "imagesTr" / f"{cases[1]}_0000.nii.gz"),
+   "case {1} holds something else"),
+  (lambda data, cases: rewrite(data, '"liver": 1', '"liver": 2', '"spleen": 2', '"spleen": 1'),
+   "dataset.json: has label liver=[2], the run was made with [1]"),
+  (lambda data, cases: rewrite(data, '"0": "CT"', '"0": "MRI"'),
+   "dataset.json: has the channels MRI, the run was made with CT"),
+])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_goes_on_with_the_data_that_it_began_with_wherever_it_lies(
+  tiny_run, tiny_config, phantoms, tmp_path, monkeypatch, capsys, change, says, older
+):
+  monkeypatch.setattr("rfmedsam2_jax.training.run._plan", went_on)
+  run, data = shutil.copytree(tiny_run, tmp_path / "run"), tmp_path / "moved"
+  shutil.copytree(phantoms, data)
+  cases = load_split(run / "splits.json")
+  change(data, [*cases.validation, *cases.train])
+  if older:
+    (run / "cases.json").unlink()
+  command = ["train", str(tiny_config), "--out", str(run), "--resume", f"data.dataset={data}"]
+  if not says or (older and "case" in says):  # an older run does not know what its cases held
+    with pytest.raises(_WentOn):
+      main(command)
+    assert (run / "cases.json").is_file()
+    return
+  assert main(command) == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert says.format(*cases.validation, *cases.train) in error and str(data) in error
+
+
+def rewrite(folder, *changes):
+  text = (folder / "dataset.json").read_text("utf-8")
+  for old, new in zip(changes[::2], changes[1::2], strict=True):
+    assert old in text
+    text = text.replace(old, new)
+  (folder / "dataset.json").write_text(text)
+
+
+def test_what_is_no_case_of_a_data_set_is_said(
+  tiny_config, phantoms, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr("rfmedsam2_jax.training.run._plan", went_on)
+  data = shutil.copytree(phantoms, tmp_path / "data")
+  (data / "imagesTr" / "._x_0000.nii.gz").write_bytes(b"")
+  with pytest.raises(_WentOn):
+    main(["train", str(tiny_config), "--out", str(tmp_path / "run"), "--quiet",
+          f"data.dataset={data}"])
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("rfmedsam2: warning: ") and "left out 1: ._x_0000.nii.gz (hidden)" in line
 
 
 def test_a_run_is_loaded_without_what_only_training_needs(tiny_run):

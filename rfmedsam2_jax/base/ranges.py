@@ -4,7 +4,10 @@ import reprlib
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
+
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.places import check_place
 
 # `__pydantic_config__` of dataclasses that take no other keys, and neither infinity nor NaN.
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -23,6 +26,15 @@ def fixed(*names: str) -> Any:
   return pydantic.model_validator(mode="wrap")(classmethod(read))  # type: ignore[arg-type]
 
 
+def _place(text: str) -> str:
+  try:
+    check_place(text)
+  except UserError as error:
+    raise ValueError(str(error)) from None
+  return text
+
+
+Place = Annotated[str, AfterValidator(_place)]  # a file or folder
 Count = Annotated[int, Field(ge=1, le=2**20)]
 Whole = Annotated[int, Field(ge=0, le=2**40)]
 Share = Annotated[float, Field(ge=0, le=1)]

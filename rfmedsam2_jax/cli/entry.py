@@ -15,6 +15,7 @@ import shtab
 from rfmedsam2_jax.base import command as process
 from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.base.errors import RESUME, Stopped, UserError
+from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console, place_line
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
   process.begin()
   _keep_programs()
   try:
+    _check_places(options)
     options.run(options, console)
     return 0
   except (UserError, Stopped) as error:
@@ -66,6 +68,14 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     message, status = place_line(error, "a result could not be written"), 2
   console.error(message, status)
   return status
+
+
+def _check_places(options: argparse.Namespace) -> None:
+  """UserError if a path that was given is an address."""
+  for value in vars(options).values():
+    for path in value if isinstance(value, list) else [value]:
+      if isinstance(path, Path):
+        check_place(path)
 
 
 def _with_huge_pages() -> None:

@@ -45,6 +45,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     plan = options.labels / "plan.json"
     labels = load_plan(plan).labels if plan.is_file() else read_dataset(options.labels).labels
   scores = evaluate_folders(options.predictions, options.references, labels, options.tolerance,
-                            options.partial, missing, Progress("cases", console.line))
+                            options.partial, missing, Progress("cases", console.line),
+                            console.warning)
   save_scores(target, scores)
   console.result(f"{table(scores)}\n\nall scores: {target}", as_dict(scores))

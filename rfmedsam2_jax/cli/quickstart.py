@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     write_phantom(dataset, PhantomConfig(seed=config.seed), Progress("phantoms", console.line))
     console.line(f"phantoms: {dataset}")
   resume = resume and (trained / "config.yaml").exists()
-  train(config, trained, resume, options.overwrite, console.line)
+  train(config, trained, resume, options.overwrite, console.line, warn=console.warning)
   means = _predicted(out, console)
   pages = write_report(out / "report", trained, out / "predictions", dataset / "labelsTs",
                        dataset / "imagesTs", overwrite=True, progress=console.line)

@@ -30,6 +30,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   with _listen(options.host, options.port) as listening:
     import uvicorn
 
+    from rfmedsam2_jax.data.names import own_name
     from rfmedsam2_jax.nn import SAM2
     from rfmedsam2_jax.prompted.files import at_side
     from rfmedsam2_jax.serve.app import Pages, make_app
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     studio = Studio(SAM2(at_side(sam2, options.image_size)), params, config, options.keep,
                     options.max_voxels * 10**6, prepare=True)
     folder = options.folder.resolve() if options.folder else None
-    pages = Pages(studio, folder, options.max_upload << 20, options.checkpoint.resolve().name)
+    pages = Pages(studio, folder, options.max_upload << 20, own_name(options.checkpoint))
     token = secrets.token_urlsafe(24)
     app = make_app(pages, options.host, token)
     if options.host not in LOOPBACK:

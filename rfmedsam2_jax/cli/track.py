@@ -46,10 +46,12 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
   from rfmedsam2_jax.cli.prompt_options import prompts_of
   from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked
+  from rfmedsam2_jax.prompted.slice_frame import names_of
   from rfmedsam2_jax.prompted.tracked import parse_window
   from rfmedsam2_jax.tracking import TrackingConfig
   window = parse_window(options.window)
   prompts = prompts_of(options, volume.geometry)
+  names = names_of(prompts)
   check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)
   with named_options():
     result_paths(options.out, options.image, options.overwrite, options.format)
@@ -63,5 +65,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
   found = prompted.track(prompts)
   console.line(Passing("writing"))
   about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
-  written = write_tracked(options.out, volume, found, about, options.overwrite, options.format)
+  written = write_tracked(options.out, volume, found, about, options.overwrite, options.format,
+                          names)
   console.result("\n".join(f"written: {path}" for path in written), {"written": written})

@@ -36,6 +36,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
   hosts.initialise(options.distributed)
   with hosts.watching():
     scores = train(config, options.out, options.resume, options.overwrite, console.line,
-                   options.profile)
+                   options.profile, console.warning)
   if hosts.is_main():
     console.result(f"the run: {options.out}", {"run": options.out, "stages": scores})

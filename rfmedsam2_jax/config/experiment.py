@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rfmedsam2_jax.base.ranges import STRICT
+from rfmedsam2_jax.base.ranges import STRICT, Place
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import PlanConfig
@@ -23,7 +23,7 @@ class DataConfig:
 
   __pydantic_config__ = STRICT
 
-  dataset: str = ""  # folder in Decathlon or nnU-Net v2 layout, relative to the working directory
+  dataset: Place = ""  # folder in Decathlon or nnU-Net v2 layout, relative to the working directory
   structures: tuple[str, ...] | None = None  # names to segment, others are background; None: all
   sam_channels: tuple[Annotated[int, Field(ge=0, le=2**10)], ...] = (0,)
   # The image channel that SAM 2 sees, or three of them.

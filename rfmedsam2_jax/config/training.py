@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rfmedsam2_jax.base.ranges import STRICT, Axis, Count, Precision, Share, Weight, Whole
+from rfmedsam2_jax.base.ranges import STRICT, Axis, Count, Place, Precision, Share, Weight, Whole
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
 from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig
 from rfmedsam2_jax.nn.losses import GeneratorLossConfig, RefinerLossConfig
@@ -61,7 +61,7 @@ class GeneratorConfig:
 
   __pydantic_config__ = STRICT
 
-  init_from: str = ""  # checkpoint folder of a generator to start from; "" starts from scratch
+  init_from: Place = ""  # checkpoint folder of a generator to start from; "" starts from scratch
   # Made by `rfmedsam2 convert nnunet`; relative to the working directory. Network and labels must
   # be the checkpoint's. With loop.steps=0 it is used as it is.
   features: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
@@ -137,7 +137,7 @@ class RefinerConfig:
 
   __pydantic_config__ = STRICT
 
-  init_from: str = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
+  init_from: Place = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
   # Made by `rfmedsam2 convert`, or refiner/params of a run; relative to the working directory. The
   # network must be that of `sam2`; image side, dtype and adapters are the config's own. The decoder
   # is left as it is in residual stages too, where one from scratch starts silent.

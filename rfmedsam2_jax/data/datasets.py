@@ -1,11 +1,10 @@
-"""Data set folders in the layouts of the Decathlon and of nnU-Net v2 (raw): cases and their labels.
+"""A data set: what its cases and label values are, as dataset.json of one of the layouts says.
 
-Also finds the inputs of a prediction. The volumes themselves are read by data.volumes.
+Where the files lie is data.layouts', the inputs of a prediction are data.inputs'.
 """
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,18 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.files import Stored, read_json
-from rfmedsam2_jax.data.itk import is_series
-from rfmedsam2_jax.data.volumes import ENDINGS, Volume, is_volume_name, load_image, load_label_map
+from rfmedsam2_jax.base.places import check_place
+from rfmedsam2_jax.data.files import Stored, read_json, whole
+from rfmedsam2_jax.data.layouts import (
+  Case,
+  check_count,
+  check_unique,
+  decathlon_cases,
+  nnunet_cases,
+)
+from rfmedsam2_jax.data.names import LeftOut
+from rfmedsam2_jax.data.segments import load_by_name
+from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image
 
 IGNORED = 255  # the atom of voxels that no loss and no score may see
 
@@ -42,6 +50,8 @@ class Labels(Stored):
   output_values: tuple[int, ...]
   others: tuple[int, ...] = ()  #: values of the data set that are background here
   ignore: int | None = None  #: value of voxels without annotation
+  #: What `others` are called, in their order; empty where these are parts of regions.
+  other_names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self):
     values = *self.output_values, *self.atom_values[1:]
@@ -56,6 +66,19 @@ class Labels(Stored):
   def value_names(self) -> dict[int, str]:
     """What each value of a written label map is called, in the structures' order."""
     return dict(zip(self.output_values, self.names, strict=True))
+
+  @property
+  def named_values(self) -> dict[str, int]:
+    """The value of every name that is known, in the order in which regions overwrite each other."""
+    others = {"background": 0} | dict(zip(self.other_names, self.others, strict=False))
+    ignored = {} if self.ignore is None else {"ignore": self.ignore}
+    return others | dict(zip(self.names, self.output_values, strict=True)) | ignored
+
+  @property
+  def known_values(self) -> set[int]:
+    """The values that a label map may have."""
+    ignored = () if self.ignore is None else (self.ignore,)
+    return {*self.atom_values, *self.others, *ignored}
 
   @property
   def atom_values(self) -> tuple[int, ...]:
@@ -88,15 +111,6 @@ class Labels(Stored):
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-  """One case's files; `images` has one file per channel or one for all of them."""
-
-  identifier: str
-  images: tuple[Path, ...]
-  label: Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Dataset:
   """A training set: channel names as in dataset.json, and cases that all have a label."""
 
@@ -104,6 +118,7 @@ class Dataset:
   channels: tuple[str, ...]
   labels: Labels
   cases: tuple[Case, ...]
+  left_out: tuple[LeftOut, ...] = ()  #: of its folders, what is no case
 
 
 def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) -> Dataset:
@@ -111,6 +126,7 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
 
   `structures` are the names to segment, in this order; all others become background. None: all.
   """
+  check_place(folder)
   folder = Path(folder)
   if not folder.is_dir():
     raise UserError(f"{folder}: is not a folder; give a data set folder with dataset.json")
@@ -118,15 +134,16 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
   content = read_json(path)
   try:
     if "modality" in content:
-      channels = _numbered(content["modality"])
-      labels = _labels(path, {str(name): int(v) for v, name in content["labels"].items()}, None)
-      cases = [
-        Case(_stem(folder / entry["image"]), (folder / entry["image"],), folder / entry["label"])
-        for entry in content["training"]]
+      channels = _channels(path, content["modality"])
+      values = {name: value for value, name in content["labels"].items()}
+      if len(values) < len(content["labels"]):
+        raise UserError(f"{path}: has a label twice, under two values; give each a name of its own")
+      labels = _labels(path, {str(name): value for name, value in values.items()}, None)
+      cases, left_out = decathlon_cases(folder, content["training"])
     elif "channel_names" in content:
-      channels = _numbered(content["channel_names"])
+      channels = _channels(path, content["channel_names"])
       labels = read_labels(content, path)
-      cases = _nnunet_cases(folder, content, len(channels))
+      cases, left_out = nnunet_cases(folder, content, len(channels))
     else:
       raise UserError(f"{path}: has neither 'modality' (Decathlon) nor 'channel_names' (nnU-Net "
                       f"v2); add the one of your layout")
@@ -136,17 +153,22 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
   if not cases:
     raise UserError(f"{folder}: has no training cases; put images into imagesTr and labels of the "
                     f"same name into labelsTr")
+  check_count(path, content, cases)
   for case in cases:
+    if len(case.images) not in (1, len(channels)):
+      raise UserError(f"{path}: case {case.identifier}: has {len(case.images)} images where "
+                      f"{len(channels)} channels are named; correct it")
     if "/" in case.identifier or case.identifier in ("", ".", ".."):
       raise UserError(f"{path}: case {case.identifier!r}: is no name of a file; rename it")
     for file in (*case.images, case.label):
       if file is not None and not file.is_file():
         raise UserError(f"{file}: does not exist but case {case.identifier} of {folder} needs it; "
                         f"add the file or remove the case")
-  _check_unique(cases)
+  check_unique(cases)
   if structures is not None:
     labels = _select(path, labels, structures)
-  return Dataset(str(content.get("name", folder.name)), channels, labels, tuple(cases))
+  return Dataset(str(content.get("name", folder.name)), channels, labels, tuple(cases),
+                 tuple(left_out))
 
 
 def read_labels(content: Mapping[str, Any], path: Path) -> Labels:
@@ -154,50 +176,7 @@ def read_labels(content: Mapping[str, Any], path: Path) -> Labels:
 
   KeyError, TypeError and ValueError for entries that are missing or of another kind.
   """
-  named = {name: tuple(map(int, value)) if isinstance(value, list) else int(value)
-           for name, value in content["labels"].items()}
-  return _labels(path, named, content.get("regions_class_order"))
-
-
-def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
-  """Finds the cases of a prediction in files and folders.
-
-  `CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ... are the channels of one case (nnU-Net); any other
-  name is a case of its own: a 3D file, or a 4D file with all channels. A folder with a DICOM series
-  counts as a file of the folder's name. UserError: nothing there, a missing channel, two cases of
-  one name.
-  """
-  cases: dict[Path, Case] = {}  # by the first file: a channel may be met several times
-  for path in map(Path, paths):
-    files = [path]
-    if not path.exists():
-      raise UserError(f"{path}: no such file or folder; check the path")
-    if path.is_dir() and not is_series(path):
-      files = sorted(file for file in path.iterdir()
-                     if (is_series if file.is_dir() else is_volume_name)(file))
-      if not files:
-        raise UserError(f"{path}: has no volumes (files that end in {', '.join(ENDINGS)}, or "
-                        f"folders with a DICOM series); give a folder that has some")
-    elif not path.is_dir() and not path.name.endswith(ENDINGS):
-      raise UserError(f"{path}: is not a volume; give files that end in {', '.join(ENDINGS)}, "
-                      f"or folders")
-    for case in (_input_case(file, channels) for file in files):
-      cases[case.images[0].resolve()] = case
-  if not cases:
-    raise UserError("no input given; name volumes or folders")
-  _check_unique(list(cases.values()))
-  return list(cases.values())
-
-
-def with_labels(cases: Sequence[Case], folder: str | Path) -> list[Case]:
-  """The same cases with the label maps `IDENTIFIER` + one of `ENDINGS` of a folder."""
-  labelled = []
-  for case in cases:
-    files = [Path(folder) / (case.identifier + ending) for ending in ENDINGS]
-    if not (found := list(filter(Path.is_file, files))):
-      raise UserError(f"{files[0]}: does not exist; give a folder with a label map for every input")
-    labelled.append(dataclasses.replace(case, label=found[0]))
-  return labelled
+  return _labels(path, content["labels"], content.get("regions_class_order"))
 
 
 def read_case(case: Case, channels: int, labels: Labels) -> tuple[Volume, np.ndarray | None]:
@@ -205,7 +184,12 @@ def read_case(case: Case, channels: int, labels: Labels) -> tuple[Volume, np.nda
   volume = load_image(case.images, channels)
   if case.label is None:
     return volume, None
-  return volume, labels.to_atoms(load_label_map(case.label, volume.geometry), case.label)
+  return volume, labels.to_atoms(load_labels(case.label, volume.geometry, labels), case.label)
+
+
+def load_labels(path: str | Path, like: Geometry, labels: Labels) -> np.ndarray:
+  """A label map in the values of `labels`, by name where the file names its own; see segments."""
+  return load_by_name(path, like, labels.named_values, not labels.regions)
 
 
 def _ranges(values: Mapping[int, Any]) -> str:
@@ -216,32 +200,44 @@ def _ranges(values: Mapping[int, Any]) -> str:
   return ", ".join(map(str, ordered[:12])) + more
 
 
-def _numbered(names: Mapping[str, str]) -> tuple[str, ...]:
-  return tuple(str(names[key]) for key in sorted(names, key=int))
+def _channels(path: Path, names: Mapping[str, str]) -> tuple[str, ...]:
+  numbered = {whole(path, "the number of a channel", key): str(name)
+              for key, name in names.items()}
+  if not names or sorted(numbered) != list(range(len(names))):
+    raise UserError(f"{path}: has channels {', '.join(names) or '(none)'}; number them from 0 on")
+  return tuple(numbered[channel] for channel in range(len(names)))
 
 
-def _labels(path: Path, named: Mapping[str, int | tuple[int, ...]], order: Any) -> Labels:
-  """Labels of {name: value or values}; `order` is nnU-Net's regions_class_order."""
-  structures, ignore = [], None
-  for name, value in named.items():
-    values = value if isinstance(value, tuple) else (value,)
+def _labels(path: Path, named: Mapping[str, Any], order: Any) -> Labels:
+  """Labels of {name: value or list of values}; `order` is nnU-Net's regions_class_order."""
+  structures, ignore, background = [], None, ""
+  for name, given in named.items():
+    listed_values = given if isinstance(given, list) else [given]
+    values = tuple(whole(path, f"label '{name}'", value) for value in listed_values)
+    if len(set(values)) < len(values):
+      raise UserError(f"{path}: label '{name}' has a value twice, {list(values)}; remove one")
     if name == "ignore":
       if len(values) != 1:
         raise UserError(f"{path}: 'ignore' has several values; give it one")
       ignore = values[0]
-    elif values != (0,):
-      if not values or min(values) <= 0 or max(values) >= 2**31:
-        raise UserError(f"{path}: label '{name}' has the values {list(values)}; "
-                        f"values start at 1, 0 is the background")
+    elif values == (0,):
+      if background:
+        raise UserError(f"{path}: labels '{background}' and '{name}' both have the value 0, the "
+                        "background; give the structure another one")
+      background = name
+    elif not values or min(values) <= 0 or max(values) >= 2**31 or name == "background":
+      raise UserError(f"{path}: label '{name}' has the values {list(values)}; "
+                      f"values start at 1, 0 is the background")
+    else:
       structures.append(Structure(name, values))
   if not structures:
     raise UserError(f"{path}: has no labels besides background; name what is to be segmented")
-  regions = any(isinstance(value, tuple) for value in named.values())
+  regions = any(isinstance(value, list) for value in named.values())
   used = [v for structure in structures for v in structure.values]
   if ignore in used or ignore == 0:
     raise UserError(f"{path}: the ignore label {ignore} is also a structure's value; "
                     f"give it a value of its own")
-  if regions and (order is None or len(order) != len(structures)):
+  if regions and (not isinstance(order, list) or len(order) != len(structures)):
     raise UserError(f"{path}: labels with lists are regions and need 'regions_class_order' with "
                     f"{len(structures)} values; add it")
   if not regions and len(set(used)) != len(used):
@@ -249,7 +245,12 @@ def _labels(path: Path, named: Mapping[str, int | tuple[int, ...]], order: Any) 
   if len(set(used)) >= IGNORED:
     raise UserError(f"{path}: has {len(set(used))} label values; at most {IGNORED - 1} "
                     f"are possible, merge some")
-  output = tuple(map(int, order if regions else used))
+  output = tuple(used)
+  if regions:
+    output = tuple(whole(path, "regions_class_order", value) for value in order)
+    if len(set(output)) < len(output):
+      raise UserError(f"{path}: regions_class_order has a value twice, {list(output)}; two regions "
+                      "would be written as one; give each its own")
   return Labels(tuple(structures), regions, output, (), ignore)
 
 
@@ -263,56 +264,8 @@ def _select(path: Path, labels: Labels, names: Sequence[str]) -> Labels:
   chosen = sorted(chosen) if labels.regions else chosen
   structures = tuple(labels.structures[i] for i in chosen)
   used = {v for structure in structures for v in structure.values}
+  others = tuple(v for v in labels.atom_values if v and v not in used)
+  called = {} if labels.regions else {v: name for v, name in labels.value_names.items()}
   return dataclasses.replace(
     labels, structures=structures, output_values=tuple(labels.output_values[i] for i in chosen),
-    others=tuple(v for v in labels.atom_values if v and v not in used))
-
-
-def _stem(path: Path) -> str:
-  ending = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
-  if ending is None:
-    raise UserError(f"{path}: does not end in {', '.join(ENDINGS)}; convert it")
-  return path.name.removesuffix(ending)
-
-
-def _nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int) -> list[Case]:
-  if "dataset" in content:  # cases listed one by one, at any place
-    return [
-      Case(name, tuple(folder / image for image in entry["images"]), folder / entry["label"])
-      for name, entry in content["dataset"].items()]
-  ending = content["file_ending"]
-  if ending not in ENDINGS:
-    raise UserError(f"{folder / 'dataset.json'}: file_ending is {ending}; convert the volumes to "
-                    f"one of {', '.join(ENDINGS)}")
-  files = sorted((folder / "imagesTr").glob(f"*_[0-9][0-9][0-9][0-9]{ending}"))
-  identifiers = dict.fromkeys(file.name.removesuffix(ending)[:-5] for file in files
-                              if is_volume_name(file))
-  for label in sorted((folder / "labelsTr").glob(f"*{ending}")):
-    if identifiers and is_volume_name(label) and label.name.removesuffix(ending) not in identifiers:
-      raise UserError(f"{label}: has no image in imagesTr; add it or remove the label map")
-  return [
-    Case(name, tuple(folder / "imagesTr" / f"{name}_{c:04d}{ending}" for c in range(channels)),
-         folder / "labelsTr" / f"{name}{ending}") for name in identifiers]
-
-
-def _input_case(file: Path, channels: int) -> Case:
-  stem = file.resolve().name if file.is_dir() else _stem(file)
-  numbered = re.fullmatch(r"(.+)_(\d{4})", stem)
-  if numbered is None or int(numbered[2]) >= channels:
-    return Case(stem, (file,))
-  ending = file.name.removeprefix(stem)
-  images = tuple(file.with_name(f"{numbered[1]}_{c:04d}{ending}") for c in range(channels))
-  for image in images:
-    if not image.exists():
-      raise UserError(f"{image}: does not exist, but {file.name} is one of {channels} channels of "
-                      f"case {numbered[1]}; add it")
-  return Case(numbered[1], images)
-
-
-def _check_unique(cases: Sequence[Case]) -> None:
-  seen: dict[str, Case] = {}
-  for case in cases:
-    first = seen.setdefault(case.identifier, case)
-    if first is not case:
-      raise UserError(f"{case.images[0]}: is a second case named {case.identifier} beside "
-                      f"{first.images[0]}; rename one")
+    others=others, other_names=tuple(called[v] for v in others if v in called))

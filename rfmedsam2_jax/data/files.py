@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import reprlib
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import pydantic
 
 from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.base.places import check_place
 
 T = TypeVar("T")
 
@@ -28,6 +31,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
   The name is hidden and keeps the ending, by which writers choose the format.
   """
+  check_place(path)
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -45,6 +49,7 @@ def replacing_whole(path: str | Path) -> Iterator[Path]:
 
   The name lies in a hidden folder of its own, which goes with what a writer left when it failed.
   """
+  check_place(path)
   path = Path(os.path.abspath(path))  # also of "." there is a name and a folder beside
   workshop = path.with_name(f".{os.getpid()}.{path.name}")
   with interruption.unfinished(workshop):
@@ -74,6 +79,7 @@ class ResultExists(UserError):
 
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
   """Makes a folder of results, or UserError; ResultExists if one of `targets` must not go."""
+  check_place(folder)
   there = [target for target in targets if target.exists()]
   if there and not overwrite:
     raise ResultExists(there[0])
@@ -86,7 +92,7 @@ def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
 def read_json(path: str | Path) -> Any:
   """The content of a JSON file; UserError if it is missing or not JSON."""
   try:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
   except FileNotFoundError:
     raise UserError(f"{path}: does not exist; check the path") from None
   except OSError as error:
@@ -94,6 +100,25 @@ def read_json(path: str | Path) -> Any:
   except (ValueError, RecursionError) as error:
     raise UserError(f"{path}: is not readable JSON ({first_line(error, 120)}); correct the file"
                     ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+  return found
+
+
+def whole(path: Path, what: str, value: Any) -> int:
+  """A whole number of JSON, which some write as 2.0 or "2"; UserError for any other value."""
+  if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
+    value = int(value)
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if type(value) is not int:
+    raise UserError(f"{path}: {what} is {reprlib.repr(value)}; give a whole number")
+  return value
 
 
 def save_json(path: str | Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from rfmedsam2_jax.base.errors import UserError
 
 ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
 WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
+_META = (".mha", ".mhd")
 _DEFLATE = 1032  # the most that Deflate makes smaller; a header that claims more is wrong
 _HEAD, _BLOCK = 2**16, 2**20  # bytes
 # By ending: what a header says of compressed voxels, and how it ends.
@@ -68,8 +69,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
   UserError: unreadable or truncated, not three axes, voxels that are no real numbers.
   """
   sitk = simpleitk(path)
-  reader = sitk.ImageFileReader()
-  reader.SetFileName(str(path))
+  reader = _file_reader(sitk, path)
   try:
     with native_errors():
       reader.ReadImageInformation()
@@ -81,14 +81,35 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
   return native, affine
 
 
+def header_fields(path: Path) -> dict[str, str]:
+  """What else the header of an NRRD or MetaImage file says, by the names that it has there."""
+  sitk = simpleitk(path)
+  reader = _file_reader(sitk, path)
+  try:
+    with native_errors():
+      reader.ReadImageInformation()
+      return {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+  except (RuntimeError, UnicodeError) as error:
+    raise _unreadable(path, error) from None
+
+
+def _file_reader(sitk: Any, path: Path) -> Any:
+  reader = sitk.ImageFileReader()
+  reader.SetFileName(str(path))
+  if path.suffix.lower() in _META:
+    reader.SetImageIO("MetaImageIO")  # ITK does not know its endings in capitals
+  return reader
+
+
 def _check_stream(path: Path, expected: int) -> None:
   """zlib.error unless compressed voxels have their checksum, and are as many bytes as expected.
 
   ITK looks at neither, and leaves what is missing as it finds it in memory.
   """
-  if path.suffix not in _COMPRESSED:
+  suffix = path.suffix.lower()
+  if suffix not in _COMPRESSED:
     return
-  compressed, end = _COMPRESSED[path.suffix]
+  compressed, end = _COMPRESSED[suffix]
   with open(path, "rb") as file:
     head = file.read(_HEAD)
     ended = re.search(end, head)
@@ -103,7 +124,7 @@ def _check_stream(path: Path, expected: int) -> None:
     used = file.tell() - len(stream.unused_data) - ended.end()
   said = re.search(rb"CompressedDataSize *= *(\d+)", head[:ended.end()])
   # Without this entry MetaIO does not know how much to read.
-  whole = path.suffix != ".mha" or (said is not None and int(said[1]) == used)
+  whole = suffix != ".mha" or (said is not None and int(said[1]) == used)
   if found != expected or not whole:
     raise zlib.error(f"it holds {found} bytes of voxels in {used} compressed ones, its header says "
                      "otherwise")
@@ -157,7 +178,7 @@ def _check_header(sitk: Any, path: Path, reader: Any) -> None:
   kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
   if "complex" in kind:
     raise UserError(f"{path}: voxels are of type {kind}; convert the file to whole or real numbers")
-  if path.name.endswith(WITH_VOXELS):
+  if path.name.lower().endswith(WITH_VOXELS):
     check_claim(path, reader.GetSize(), 1, packed=True)  # one byte at least
 
 

@@ -1,8 +1,8 @@
 """The folder of a run: who may write to it, and what lies where.
 
-config.yaml, splits.json, fingerprint.json, plan.json, versions.json, log.jsonl, preprocessed/,
-prompts/, checkpoints and final params in generator/, refiner/ and, where it is trained apart,
-mask_adapter/, validation.json.
+config.yaml, splits.json, cases.json, fingerprint.json, plan.json, versions.json, log.jsonl,
+preprocessed/, prompts/, checkpoints and final params in generator/, refiner/ and, where it is
+trained apart, mask_adapter/, validation.json.
 """
 
 import contextlib

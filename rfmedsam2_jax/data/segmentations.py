@@ -11,6 +11,7 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.itk import simpleitk
+from rfmedsam2_jax.data.names import ending_of
 from rfmedsam2_jax.data.volumes import Geometry, write_label_map
 
 Format = Literal["nifti", "nrrd"]
@@ -24,7 +25,7 @@ def write_segmentation(path: str | Path, labels: np.ndarray, geometry: Geometry,
 
   `names` are of values, in the order of their colours; those that do not occur: empty segments.
   """
-  if not Path(path).name.endswith(".nrrd"):
+  if not ending_of(path).lower().endswith(".nrrd"):
     return write_label_map(path, labels, geometry)
   sitk = simpleitk(path)
   kind = np.min_scalar_type(max(int(labels.max(initial=0)), *names, 1))

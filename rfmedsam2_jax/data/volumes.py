@@ -11,6 +11,7 @@ import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,15 +20,14 @@ from numpy.typing import ArrayLike
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.files import replacing
-
-NIFTI_ENDINGS = (".nii.gz", ".nii")
-ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
+from rfmedsam2_jax.data.names import ENDINGS, NIFTI_ENDINGS, ending_of
 
 # Largest distance of the same corner voxel in image and label, in units of the smallest spacing.
 # Rounded headers stay far below; a shift by a voxel stays far above.
 GRID_TOLERANCE = 0.25
 LARGEST = 1e15  # squares of what is larger overflow float32; no scanner gives it
 _BLOCK = 2**20  # bytes
+_FINEST = 1 / 16  # the largest slope that can say whole numbers without being one
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
 
 
@@ -164,19 +164,51 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
   int32 [D, H, W]. By its own affine, corner voxels must agree within `GRID_TOLERANCE`. UserError:
   unreadable, not 3D, fractions, or not on the image's grid.
   """
+  layers = load_layers(path, like)
+  if len(layers) > 1:
+    raise UserError(f"{path}: has 4 axes ({len(layers)} layers) where a 3D label map is expected; "
+                    "give one volume of whole numbers")
+  return layers[0]
+
+
+def load_grid(path: str | Path) -> Geometry:
+  """Where the voxels of a file lie; UserError if it cannot be read as a whole."""
+  return _read(Path(path), None)[1]
+
+
+def load_layers(path: str | Path, like: Geometry) -> list[np.ndarray]:
+  """As `load_label_map`, of a file that may have a fourth axis: label maps that may overlap."""
   path = Path(path)
   native, geometry = _read(path, None)
-  native = native[..., 0] if native.shape[3:] == (1,) else native
-  if native.ndim != 3:
+  native = native[..., None] if native.ndim == 3 else native
+  if native.ndim != 4:
     raise UserError(f"{path}: has {native.ndim} axes ({itk.size(native.shape)}) where a 3D label "
                     "map is expected; give one volume of whole numbers")
-  if native.dtype.kind == "f" and not np.array_equal(np.rint(native), native):
-    raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
-                    f"is it an image instead of a label map?")
+  if native.dtype.kind == "f":
+    whole = np.rint(native)
+    if not (np.abs(native - whole) <= _rounding(path, whole)).all():  # NaN compares as False
+      raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
+                      f"is it an image instead of a label map?")
+    native = whole
   if native.size and not np.abs(native.astype(np.float64)).max() < 2**31:
     raise UserError(f"{path}: holds values beyond 32 bits; a label map has small whole numbers")
   _check_grid(geometry, like, "image and label")
-  return geometry.to_canonical(native).astype(np.int32)
+  return [geometry.to_canonical(native[..., layer]).astype(np.int32)
+          for layer in range(native.shape[3])]
+
+
+def _rounding(path: Path, whole: np.ndarray) -> np.ndarray:
+  """How far from whole numbers they may be read: float32's rounding, and that of a stored slope.
+
+  Tools that store real numbers as small integers choose a slope, by which 7 may become 6.998.
+  """
+  slope = 0.0
+  if ending_of(path).lower() in NIFTI_ENDINGS:
+    stored = open_nifti(path)
+    if stored.get_data_dtype().kind in "bui":
+      slope = abs(float(stored.dataobj.slope))
+  nearest = slope / 2 if slope <= _FINEST else 0.0  # the nearest that the slope can say
+  return np.clip(1e-5 * np.abs(whole), 1e-5, 1e-2) + nearest
 
 
 def write_label_map(path: str | Path, labels: np.ndarray, geometry: Geometry) -> None:
@@ -208,22 +240,17 @@ def write_on_grid(path: str | Path, canonical: np.ndarray, geometry: Geometry, s
     nib.save(image, temporary)
 
 
-def is_volume_name(path: str | Path) -> bool:
-  """Whether the name ends as a volume's does (`ENDINGS`) and is not hidden."""
-  name = Path(path).name
-  return name.endswith(ENDINGS) and not name.startswith(".")
-
-
 def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   """The voxels in native order, cast to `kind` if given, and the geometry of three axes."""
   if not path.exists():
     raise UserError(f"{path}: does not exist; check the path")
-  if path.is_dir() or path.name.endswith(itk.ENDINGS):
+  ending = ending_of(path).lower()
+  if path.is_dir() or ending in itk.ENDINGS:
     native, affine = itk.read_series(path) if path.is_dir() else itk.read_file(path)
     geometry = _geometry(path, native.shape, affine)
     with np.errstate(all="ignore"):  # as below
       return native if kind is None else native.astype(kind, copy=False), geometry
-  if not path.is_file() or not path.name.endswith(NIFTI_ENDINGS):
+  if not path.is_file() or not ending:
     raise UserError(f"{path}: is not a volume; give a file that ends in {', '.join(ENDINGS)}, "
                     f"or a folder with a DICOM series")
   try:
@@ -237,15 +264,29 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
                     f"copy or convert the file again") from None
 
 
+def open_nifti(path: Path) -> Any:
+  """nibabel's image of a file, its voxels not read; nibabel alone does not find A.Nii.
+
+  Raises what nibabel raises.
+  """
+  ending = ending_of(path)
+  if ending in (ending.lower(), ending.upper()):
+    return nib.load(path)
+  with nib.openers.Opener(str(path)) as file:
+    second = file.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # its header has 540 bytes
+  kind = nib.Nifti2Image if second else nib.Nifti1Image
+  return kind.from_file_map({"image": nib.fileholders.FileHolder(str(path))})
+
+
 def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
-  image = nib.load(path)
+  image = open_nifti(path)
   if not isinstance(image, nib.Nifti1Image):
     raise UserError(f"{path}: is not a NIfTI file; convert it to .nii.gz")
   if image.get_data_dtype().kind not in "buif":
     raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
                     f"convert the file to whole or real numbers")
   geometry = _geometry(path, image.shape, image.affine, image.header)
-  packed = path.name.endswith(".gz")
+  packed = path.name.lower().endswith(".gz")
   itk.check_claim(path, image.shape, image.get_data_dtype().itemsize, packed)
   with gzip.open(path) if packed else contextlib.nullcontext() as stream:
     if stream is not None:

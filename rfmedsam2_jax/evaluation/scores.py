@@ -5,7 +5,9 @@ Both are brought into one orientation by their affines; `metrics` scores the mas
 
 import dataclasses
 import json
+import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.datasets import Labels, Structure
+from rfmedsam2_jax.data.datasets import Labels, Structure, load_labels
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.data.volumes import ENDINGS, is_volume_name, load_image, load_label_map
+from rfmedsam2_jax.data.names import ENDINGS, by_name, listed, some
+from rfmedsam2_jax.data.segments import load_by_name, names_values, segments_of
+from rfmedsam2_jax.data.volumes import Geometry, load_grid
 from rfmedsam2_jax.evaluation.metrics import Missing, Score, mean_score, score
+
+# What predict, track and evaluate write beside label maps.
+_OURS = re.compile(r".*\.json|.*\.png|itksnap_labels\.txt|stage\d+|probabilities")
+
+
+def _log_warning(line: str) -> None:
+  logging.getLogger(__name__).warning("%s", line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +64,12 @@ def evaluate_folders(
   predictions: str | Path, references: str | Path, labels: Labels | None = None,
   tolerance: float = 1.0, partial: bool = False, missing: Missing = math.nan,
   progress: Callable[[int, int], None] = lambda done, total: None,
+  warn: Callable[[str], None] = _log_warning,
 ) -> Scores:
   """Scores every label map of a folder against the one of the same name.
+
+  Values that a file names count by their names where both sides have some: those of `labels`, or
+  else of the reference.
 
   Args:
     predictions: a folder of label maps, or one file.
@@ -65,20 +80,28 @@ def evaluate_folders(
     partial: score the predictions that are there, although references without one remain.
     missing: HD95 of a structure that one side alone has: mm, nan, or "worst", the image's diagonal.
     progress: called with (cases done, cases).
+    warn: told in a line what is not scored: files that are no label maps, values of no structure.
 
   Raises:
-    UserError: nothing to score, a case missing on one side, unlike grids, unreadable files.
+    UserError: nothing to score, a case missing on one side, unlike grids, unreadable files, names
+      that contradict the labels.
   """
   if not 0 <= tolerance < math.inf:
     raise UserError(f"tolerance {tolerance} mm: is no distance; give 0 or more")
   if missing != "worst" and not (math.isnan(missing) or 0 <= missing < math.inf):
     raise UserError(f"missing {missing} mm: is no distance; give 0 or more, nan or worst")
-  pairs = _pairs(Path(predictions), Path(references), partial)
+  pairs = _pairs(Path(predictions), Path(references), partial, warn)
+  if labels is None:
+    _warn_of_names(pairs.values(), warn)
   found: dict[str, dict[str, Score]] = {}
   progress(0, len(pairs))
   for identifier, (prediction, reference) in pairs.items():
-    geometry = load_image(reference).geometry
-    truth, guess = (load_label_map(path, geometry) for path in (reference, prediction))
+    truth, guess, geometry = _read_pair(prediction, reference, labels)
+    for path, values in ((prediction, guess), (reference, truth)):
+      unknown = sorted(set(np.unique(values).tolist()) - labels.known_values) if labels else []
+      if unknown:
+        warn(f"{path}: holds values that no structure has ({some([str(v) for v in unknown])}); "
+             "they are not scored")
     found[identifier] = evaluate_arrays(
       guess, truth, geometry.voxel_steps, structures_of(labels, truth, guess),
       labels.ignore if labels else None, tolerance, missing,
@@ -87,6 +110,31 @@ def evaluate_folders(
   occurring = {name for case in found.values() for name in case}
   return gathered(found, labels.names if labels else sorted(occurring, key=int), tolerance,
                   missing)
+
+
+def _read_pair(prediction: Path, reference: Path, labels: Labels | None
+               ) -> tuple[np.ndarray, np.ndarray, Geometry]:
+  """The true and the predicted values, int32 [D, H, W] each, and the grid of both."""
+  geometry = load_grid(reference)
+  if labels is not None:
+    truth, guess = (load_labels(path, geometry, labels) for path in (reference, prediction))
+  else:
+    named = {segment.name: segment.value for segment in segments_of(reference)}
+    truth = load_by_name(reference, geometry, named)
+    guess = load_by_name(prediction, geometry, named)
+  return truth, guess, geometry
+
+
+def _warn_of_names(
+  pairs: Iterable[tuple[Path, Path]], warn: Callable[[str], None]
+) -> None:
+  """Says that numbers are compared, where one side of a pair names its values and one does not."""
+  named = [one if by_name else other for one, other in pairs
+           if (by_name := names_values(one)) != names_values(other)]
+  if named:
+    warn(f"{named[0]}: names its values and the file beside it does not, so numbers are compared"
+         f"{f' (so in {len(named)} cases)' if len(named) > 1 else ''}; give the labels that name "
+         "them")
 
 
 def gathered(
@@ -121,25 +169,30 @@ def evaluate_arrays(
   }
 
 
-def label_map_files(path: Path) -> dict[str, Path]:
-  """Label maps by case, of a folder or one file; UserError if none, or two files of one case."""
+def label_map_files(
+  path: Path, warn: Callable[[str], None] = lambda line: None
+) -> dict[str, Path]:
+  """Label maps by case, of a folder or one file; UserError if none, or two files of one case.
+
+  `warn` is told in a line what lies beside them, but for what this program writes there.
+  """
   if not path.exists():
     raise UserError(f"{path}: no such file or folder; check the path")
-  files = sorted(filter(is_volume_name, path.iterdir())) if path.is_dir() else [path]
-  if not files:
+  if not path.is_dir():
+    return by_name([path])
+  listing = listed(path)
+  if not listing.files:
     raise UserError(f"{path}: has no label maps (files that end in {', '.join(ENDINGS)}); "
                     f"give a folder that has some")
-  by_case: dict[str, Path] = {}
-  for file in files:
-    name = file.name.removesuffix(next((e for e in ENDINGS if file.name.endswith(e)), ""))
-    if by_case.setdefault(name, file) != file:
-      raise UserError(f"{file}: is the case {name}, and so is {by_case[name].name}; remove one")
-  return by_case
+  for line in listing.left_out(lambda name: bool(_OURS.fullmatch(name))):
+    warn(str(line))
+  return by_name(listing.files)
 
 
-def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tuple[Path, Path]]:
-  guesses, truths = label_map_files(predictions), label_map_files(references)
-  if predictions.is_file() and references.is_file():
+def _pairs(predictions: Path, references: Path, partial: bool, warn: Callable[[str], None]
+           ) -> dict[str, tuple[Path, Path]]:
+  guesses, truths = label_map_files(predictions, warn), label_map_files(references, warn)
+  if not predictions.is_dir() and not references.is_dir():
     (identifier, guess), (truth,) = *guesses.items(), truths.values()
     return {identifier: (guess, truth)}
   for extra in (guess for identifier, guess in guesses.items() if identifier not in truths):
@@ -147,9 +200,8 @@ def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tupl
       f"{extra}: has no reference of that name in {references}; add it or remove the prediction")
   missing = [identifier for identifier in truths if identifier not in guesses]
   if missing and not partial and predictions.is_dir():
-    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    raise UserError(f"{predictions}: has no prediction of {shown}, which {references} has; predict "
-                    "all cases, or score those that are there (partial)")
+    raise UserError(f"{predictions}: has no prediction of {some(missing)}, which {references} has; "
+                    "predict all cases, or score those that are there (partial)")
   return {identifier: (guess, truths[identifier]) for identifier, guess in guesses.items()}
 
 
@@ -174,7 +226,7 @@ def table(scores: Scores) -> str:
 
 
 def as_dict(scores: Scores) -> dict:
-  """For JSON: undefined scores become null."""
+  """For JSON: undefined scores become null; "unmatched" are cases, see `Scores.unmatched`."""
 
   def plain(value: Score) -> dict[str, float | None]:
     return {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(value).items()}

@@ -7,7 +7,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from rfmedsam2_jax.data.datasets import Structure
 from rfmedsam2_jax.data.files import claim, replacing
 from rfmedsam2_jax.data.itk import simpleitk
 from rfmedsam2_jax.data.measures import volumes_ml
+from rfmedsam2_jax.data.names import stem_of
 from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format, write_segmentation
-from rfmedsam2_jax.data.volumes import ENDINGS, Volume, load_image
+from rfmedsam2_jax.data.volumes import Volume, load_image
 from rfmedsam2_jax.nn import SAM2, SAM2Config
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
 from rfmedsam2_jax.prompted.tracked import DEFAULTS, PromptedVolume, TrackedVolume
@@ -71,29 +72,30 @@ def at_side(sam2: SAM2Config, image_size: int | None) -> SAM2Config:
 
 def write_tracked(
   out: str | Path, volume: Volume, found: TrackedVolume, about: dict[str, Any] | None = None,
-  overwrite: bool = False, format: Format = "nifti",
+  overwrite: bool = False, format: Format = "nifti", names: Mapping[int, str] = {},
 ) -> list[Path]:
   """Writes NAME.nii.gz on the input's grid, NAME.json of scores and NAME.png, a contact sheet.
 
   Args:
     format: of the label map; "nrrd" makes it NAME.seg.nrrd, a segmentation of 3D Slicer.
+    names: of labels; others are called by their number.
 
   Raises:
     UserError: results that exist already, unless `overwrite`; a folder that cannot be made.
   """
   targets = result_paths(out, volume.geometry.path, overwrite, format)
   label_map, scores, picture = targets
-  names = {value: f"label {value}" for value in found.structures}
+  called = {value: names.get(value, f"label {value}") for value in found.structures}
   case = SheetCase(
     label_map.name.removesuffix(FORMAT_ENDINGS[format]), volume.array[0], None,
     {"tracked": found.labels}, volume.spacing, found.window, found.slice_axis,
   )
-  structures = tuple(Structure(name, (value,)) for value, name in names.items())
+  structures = tuple(Structure(name, (value,)) for value, name in called.items())
   save_contact_sheet(picture, [case], structures, crop=False)
   content = {**(about or {}), "structures": _scores(volume, found)}
   with replacing(scores) as temporary:
     temporary.write_text(json.dumps(content, indent=1) + "\n")
-  write_segmentation(label_map, found.labels, volume.geometry, names)
+  write_segmentation(label_map, found.labels, volume.geometry, called)
   return targets
 
 
@@ -101,8 +103,7 @@ def result_paths(out: str | Path, image: Path, overwrite: bool, format: Format) 
   """The files that `write_tracked` writes; makes their folder, and refuses what exists."""
   if format == "nrrd":
     simpleitk("format nrrd")  # said now if it is missing
-  name = image.resolve().name
-  name = name.removesuffix(next((ending for ending in ENDINGS if name.endswith(ending)), ""))
+  name = stem_of(image)
   targets = [Path(out) / f"{name}{ending}" for ending in (FORMAT_ENDINGS[format], ".json", ".png")]
   if image.exists() and any(path.exists() and path.samefile(image) for path in targets):
     raise UserError(f"{image}: would be replaced by its own result; choose another folder")

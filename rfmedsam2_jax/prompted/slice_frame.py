@@ -14,7 +14,8 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.prompt_entries import read_entries
 from rfmedsam2_jax.data.sam_slices import resize_linear
-from rfmedsam2_jax.data.volumes import Geometry, Volume, load_label_map
+from rfmedsam2_jax.data.segments import load_masks
+from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.tracking import SlicePrompt
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -32,6 +33,7 @@ class VoxelPrompt:
     round: 0 for the first prompts; later rounds correct what was found before them, or begin a
       structure.
     source: what is named if something is wrong with it.
+    name: of the structure, where a file says it; else "".
   """
 
   label: int
@@ -40,6 +42,7 @@ class VoxelPrompt:
   mask: np.ndarray | None = None
   round: int = 0
   source: str = "prompt"
+  name: str = ""
 
 
 def read_prompts(path: str | Path, geometry: Geometry, world: bool = False) -> list[VoxelPrompt]:
@@ -62,13 +65,27 @@ def read_masks(path: str | Path, geometry: Geometry) -> list[VoxelPrompt]:
   """A label map on the image's grid; on the slices that have labels, these are the masks.
 
   Raises:
-    UserError: unreadable, on another grid, empty, or with negative values.
+    UserError: unreadable, on another grid, empty, with negative values, or with segments that
+      share a value.
   """
-  labels = load_label_map(path, geometry)
-  values = [int(v) for v in np.unique(labels) if v]
-  if not values:
+  found = [VoxelPrompt(value, mask=mask, source=str(path), name=name)
+           for value, name, mask in load_masks(path, geometry)]
+  if not found:
     raise UserError(f"{path}: has no label; draw at least one slice")
-  return [VoxelPrompt(v, mask=labels == v, source=str(path)) for v in values]
+  return found
+
+
+def names_of(prompts: Sequence[VoxelPrompt]) -> dict[int, str]:
+  """What prompts call the structures, by label; UserError if two contradict each other."""
+  first: dict[int | str, VoxelPrompt] = {}
+  for prompt in (p for p in prompts if p.name):
+    for key in (prompt.label, prompt.name):
+      other = first.setdefault(key, prompt)
+      if (other.label, other.name) != (prompt.label, prompt.name):
+        raise UserError(f"{prompt.source}: calls label {prompt.label} '{prompt.name}', but "
+                        f"{other.source} calls label {other.label} '{other.name}'; give each "
+                        "structure one label and one name")
+  return {prompt.label: prompt.name for prompt in first.values()}
 
 
 class SliceFrame:

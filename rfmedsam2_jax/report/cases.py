@@ -12,9 +12,10 @@ import nibabel as nib
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.datasets import Labels, Structure
+from rfmedsam2_jax.data.datasets import Labels, Structure, load_labels
 from rfmedsam2_jax.data.measures import voxel_ml
-from rfmedsam2_jax.data.volumes import ENDINGS, NIFTI_ENDINGS, Geometry, load_image, load_label_map
+from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of, is_volume_name, stem_of
+from rfmedsam2_jax.data.volumes import Geometry, load_grid, load_image, load_label_map, open_nifti
 from rfmedsam2_jax.evaluation.metrics import Score, known_mean
 from rfmedsam2_jax.evaluation.scores import evaluate_arrays, structures_of
 from rfmedsam2_jax.report.layers import viewer_layers
@@ -107,7 +108,7 @@ def report_case(
   scores: dict[int, dict[str, Score]] = {}
   volumes: dict[str, float] = {}
   layers = None
-  if maps := _read_maps(prediction, reference, problems):
+  if maps := _read_maps(prediction, labels, reference, problems):
     geometry, guess, truth, stages, final = maps
     structures = structures_of(labels, guess, *([] if truth is None else [truth]))
     ignore = labels.ignore if labels else None
@@ -137,21 +138,24 @@ def report_case(
 
 
 def _read_maps(
-  prediction: Prediction, reference: Path | None, problems: list[str]
+  prediction: Prediction, labels: Labels | None, reference: Path | None, problems: list[str]
 ) -> _Maps | None:
   """Reads what there is; None without a readable prediction."""
+  def load(path: Path) -> np.ndarray:
+    return load_labels(path, geometry, labels) if labels else load_label_map(path, geometry)
+
   if (file := prediction.labels) is None:
     return None
   with noted(problems, file.parent):
-    geometry = load_image(file).geometry
-    guess = load_label_map(file, geometry)
+    geometry = load_grid(file)
+    guess = load(file)
     if (count := len(np.unique(guess))) > _MOST_VALUES:
       raise UserError(f"{file}: has {count} values; is it an image, not a label map?")
     found: dict[int, np.ndarray] = {}
     for number, path in {LAST: reference, **prediction.stages}.items():
       if path is not None:
         with noted(problems, path.parent, file.parent):
-          found[number] = load_label_map(path, geometry)
+          found[number] = load(path)
     truth = found.pop(LAST, None)
     if prediction.details is not None and prediction.details.shape != geometry.shape:
       problems.append(
@@ -178,18 +182,20 @@ def _by_title(maps: _Maps) -> dict[str, np.ndarray]:
 def find_image(folder: Path, prediction: Prediction) -> Path | None:
   """The first channel of a case's input in a folder, by the names that CASE.json has or its own."""
   inputs = prediction.details.inputs if prediction.details else ()
-  names = [Path(name).name for name in inputs[:1]]
-  names += [f"{prediction.name}{end}" for end in ("", *(f"_0000{e}" for e in ENDINGS), *ENDINGS)]
-  return next((folder / name for name in names if name and (folder / name).exists()), None)
+  names = [Path(name).name for name in (*inputs[:1], prediction.name)]
+  if there := [folder / name for name in names if name and (folder / name).exists()]:
+    return there[0]
+  known = {stem_of(file): file for file in sorted(folder.iterdir()) if is_volume_name(file)}
+  return known.get(f"{prediction.name}_0000", known.get(prediction.name))
 
 
 def _read_image(path: Path, like: Geometry, problems: list[str]) -> np.ndarray | None:
   """The first channel, float32 [D, H, W]; None if it cannot be read or is on another grid."""
   channels = 1
-  if path.is_file() and path.name.endswith(NIFTI_ENDINGS):
+  if path.is_file() and ending_of(path).lower() in NIFTI_ENDINGS:
     # What cannot be read load_image says.
     with contextlib.suppress(nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError):
-      image = nib.load(path)
+      image = open_nifti(path)
       if isinstance(image, nib.Nifti1Image) and len(image.shape) == 4:
         channels = image.shape[3]
   with noted(problems, path.parent):

@@ -20,6 +20,7 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report, silent
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.files import replacing_whole
+from rfmedsam2_jax.data.names import own_name
 from rfmedsam2_jax.evaluation.scores import Scores, as_dict, gathered, label_map_files
 from rfmedsam2_jax.report import niivue
 from rfmedsam2_jax.report.cases import LAST, CaseReport, find_image, report_case
@@ -87,7 +88,7 @@ def write_report(
     remarks = [f"{case.name}: {text}" for case in cases for text in case.problems]
     remarks += [*(summary.remarks if summary else ()), *([no_viewer] if no_viewer else [])]
     written = Written(out / "index.html", cases, _scores(cases), remarks, size)
-    title = predictions.resolve().name if predictions else summary.name if summary else ""
+    title = own_name(predictions) if predictions else summary.name if summary else ""
     told = {"title": title, "referenced": bool(truths), "no_viewer": no_viewer}
     _write_pages(folder, written, summary, told)
     if bundle:

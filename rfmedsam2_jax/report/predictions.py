@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.files import load_json, read_json
-from rfmedsam2_jax.data.volumes import is_volume_name
+from rfmedsam2_jax.data.names import is_volume_name
 from rfmedsam2_jax.evaluation.scores import label_map_files
 from rfmedsam2_jax.segmentation.notices import Notice
 from rfmedsam2_jax.segmentation.structures import StructureDetails

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from rfmedsam2_jax.data.files import read_json
+from rfmedsam2_jax.data.names import own_name
 from rfmedsam2_jax.data.plan import Plan, load_plan
 from rfmedsam2_jax.evaluation.scores import Scores, from_dict
 from rfmedsam2_jax.report.curves import curves_svg, read_log
@@ -45,7 +46,7 @@ def read_run(folder: Path) -> RunSummary:
       validation = [from_dict(stage) for stage in content.values()]
     except (KeyError, TypeError, AttributeError, ValueError):
       remarks.append("validation.json: has no scores of stages; train the run to its end")
-  return RunSummary(folder.resolve().name, plan, facts, curves, validation, remarks)
+  return RunSummary(own_name(folder), plan, facts, curves, validation, remarks)
 
 
 def _json(path: Path, remarks: list[str]) -> Any:

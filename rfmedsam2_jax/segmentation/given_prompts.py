@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.datasets import Labels
+from rfmedsam2_jax.data.datasets import Labels, load_labels
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore
 from rfmedsam2_jax.data.prompt_entries import PromptEntry
-from rfmedsam2_jax.data.volumes import Geometry, load_label_map
+from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
@@ -23,7 +23,7 @@ def prompts_by_hand(
   """What `segment_volume` asks for a person's prompts: of entries and a sparse label map's file."""
   sparse = None
   if label_map is not None:
-    sparse = load_label_map(label_map, geometry)
+    sparse = load_labels(label_map, geometry, labels)
     labels.to_atoms(sparse, label_map)  # says so if a value is unknown
 
   def by_hand(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:

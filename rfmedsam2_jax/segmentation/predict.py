@@ -103,7 +103,7 @@ def predict(
     save_stages: also write `out`/stage0, stage1, ...
     overwrite: replace results that exist.
     probabilities: also write `out`/probabilities/CASE, a file per structure.
-    warn: takes a case and what is unusual about it.
+    warn: takes a case and what is unusual about it, or a folder and what of it is no input.
     format: of label maps; "nrrd" writes CASE.seg.nrrd, a segmentation of 3D Slicer.
 
   Raises:
@@ -111,6 +111,8 @@ def predict(
   """
   models = _models(model)
   request = make_request(models[0].plan, inputs, out, prompts, labels, given, overwrite, format)
+  for what in request.left_out:
+    warn(str(what.folder), what.message)
   left, count = TimeLeft(compiles=True), len(request.cases)
   for number, case in enumerate(request.cases, 1):
     heading = f"{number}/{count} {case.identifier}"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.datasets import Case, find_inputs, with_labels
 from rfmedsam2_jax.data.files import claim
+from rfmedsam2_jax.data.inputs import find_inputs, with_labels
 from rfmedsam2_jax.data.itk import simpleitk
+from rfmedsam2_jax.data.layouts import Case
+from rfmedsam2_jax.data.names import LeftOut
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.prompt_entries import PromptEntry, read_entries_by_case
 from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format
@@ -28,6 +30,7 @@ class Request:
   entries: Mapping[str, Sequence[PromptEntry]]  # a person's boxes and points, by case
   out: Path
   targets: Sequence[Path]  # the label map of each case
+  left_out: Sequence[LeftOut]  # of the folders of inputs
 
 
 def check_alike(plans: Sequence[Plan]) -> None:
@@ -47,7 +50,8 @@ def make_request(
     UserError: inputs, label maps or prompts that are missing or wrong, arguments that contradict
       each other, results that exist (`ResultExists`), a format that cannot be written.
   """
-  cases = find_inputs(inputs, len(plan.channels))
+  left_out: list[LeftOut] = []
+  cases = find_inputs(inputs, len(plan.channels), left_out.append)
   if prompts == "oracle" and labels is None:
     raise UserError('prompts="oracle": needs labels, the folder of true label maps')
   if prompts == "given" and labels is None and given is None:
@@ -65,4 +69,4 @@ def make_request(
   if format == "nrrd":
     simpleitk("format nrrd")  # said now if it is missing
   claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
-  return Request(cases, prompts, entries, out, targets)
+  return Request(cases, prompts, entries, out, targets, left_out)

@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 
 from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.data.colours import colour
+from rfmedsam2_jax.data.names import ending_of
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.segmentations import write_segmentation
 from rfmedsam2_jax.data.volumes import Geometry
@@ -91,8 +92,7 @@ class Pages:
       raise too_large
     with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
       # The name is the page's; the file has one of ours, and the ending that readers go by.
-      ending = next(e for e in ENDINGS if asked.file.endswith(e))
-      path = Path(place).resolve() / f"upload{ending}"
+      path = Path(place).resolve() / f"upload{ending_of(asked.file)}"
       with path.open("wb") as file:
         await _receive(request, file, self.limit, too_large)
       return await self._opened(path, asked, path.parent)

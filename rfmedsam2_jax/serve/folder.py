@@ -12,7 +12,8 @@ import nibabel as nib
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.itk import WITH_VOXELS, claimed_voxels, is_series
-from rfmedsam2_jax.data.volumes import NIFTI_ENDINGS
+from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of
+from rfmedsam2_jax.data.volumes import open_nifti
 
 # .nhdr and .mhd name their voxels' file: these are left to the other commands.
 ENDINGS = (*NIFTI_ENDINGS, *WITH_VOXELS)
@@ -23,7 +24,7 @@ _OFFSET = 1 << 26  # bytes of extensions before the voxels of a NIfTI file
 
 def is_volume_name(name: str) -> bool:
   """Whether a file may be opened."""
-  return name.endswith(ENDINGS) and not Path(name).name.startswith(".")
+  return name.lower().endswith(ENDINGS) and not Path(name).name.startswith(".")
 
 
 def volumes_below(folder: Path) -> list[str]:
@@ -56,8 +57,8 @@ def _inside(folder: Path, name: str) -> Path | None:
     return None
   try:
     name.encode()  # a name that is no text cannot be told to the page
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder):
+    path = folder / name  # its own name, by which it is read, and not that of a link's target
+    if not path.resolve().is_relative_to(folder):
       return None
     if path.is_dir():  # a DICOM series, no file of which is a link that leaves the folder
       links = (entry for entry in path.iterdir() if entry.is_symlink())
@@ -72,9 +73,9 @@ def _inside(folder: Path, name: str) -> Path | None:
 def check_volume(path: Path, limit: int) -> None:
   """UserError if a header names a file elsewhere or says more than `limit` voxels."""
   voxels = 0
-  if path.name.endswith(NIFTI_ENDINGS):
+  if ending_of(path).lower() in NIFTI_ENDINGS:
     try:
-      image = nib.load(path)
+      image = open_nifti(path)
     except Exception:  # whatever a damaged header does; load_image says it better
       return
     if isinstance(image, nib.Nifti1Image):
@@ -96,7 +97,7 @@ def _check_alone(path: Path) -> None:
   """UserError unless the voxels of an NRRD or MetaImage file are in the file itself."""
   with path.open("rb") as file:
     header = file.read(_HEADER)
-  if path.name.endswith(".mha"):
+  if ending_of(path).lower() == ".mha":
     # The first one ends the header.
     told = re.search(rb"ElementDataFile[ \t]*[=:][ \t]*([^\r\n]*)", header)
     alone = told is not None and told[1].strip() == b"LOCAL"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.data.run_folder import RunFolder
 
 LOCK = ".lock"
@@ -18,8 +19,10 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> None:
   """Sees to it that `open_run` will work.
 
   Raises:
-    UserError: another process holds it, it exists and neither says what to do, nothing to resume.
+    UserError: another process holds it, it exists and neither says what to do, nothing to resume,
+      no place of this machine.
   """
+  check_place(path)
   if resume and overwrite:
     raise UserError(f"{path}: either resume it or overwrite it")
   if path.exists() and not path.is_dir():

@@ -7,8 +7,9 @@ refiner, validation. What an interrupted attempt has finished is skipped.
 import contextlib
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ import jax
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration, silent
 from rfmedsam2_jax.config import Config, config_tree, config_yaml, load_config
-from rfmedsam2_jax.data.datasets import Case, Dataset, read_case, read_dataset
-from rfmedsam2_jax.data.files import save_json
-from rfmedsam2_jax.data.fingerprint import make_fingerprint
+from rfmedsam2_jax.data.contents import (
+  CaseContent,
+  Contents,
+  case_content,
+  check_case,
+  check_description,
+)
+from rfmedsam2_jax.data.datasets import Dataset, read_case, read_dataset
+from rfmedsam2_jax.data.files import load_json, save_json
+from rfmedsam2_jax.data.fingerprint import Fingerprint, make_fingerprint
+from rfmedsam2_jax.data.layouts import Case
 from rfmedsam2_jax.data.plan import Plan, PlanConfig, load_plan, make_plan, save_plan
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess, save_case, stored_cases
 from rfmedsam2_jax.data.run_folder import RunFolder, versions
@@ -34,17 +43,22 @@ from rfmedsam2_jax.training.lock import open_run
 from rfmedsam2_jax.training.loop import Training
 from rfmedsam2_jax.training.phases import PHASES, check_batches, phase_names
 from rfmedsam2_jax.training.validation import validate_run
-from rfmedsam2_jax.weights.checkpoint import check_starting_point
+from rfmedsam2_jax.weights.checkpoint import check_starting_point, load_checkpoint
+
+
+def _log_warning(line: str) -> None:
+  logging.getLogger(__name__).warning("%s", line)
 
 
 def train(
   config: Config, out: str | Path, resume: bool = False, overwrite: bool = False,
-  report: Report = PRINTED, profile: bool = False,
+  report: Report = PRINTED, profile: bool = False, warn: Callable[[str], None] = _log_warning,
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases.
 
   Several processes that train one run call it within `parallel.hosts.watching`. profile: leave a
-  trace of a few steps of each phase in `profile/`.
+  trace of a few steps of each phase in `profile/`. warn: told in a line what of the data set's
+  folders is no case.
 
   Returns:
     The content of validation.json; empty without validation cases.
@@ -64,6 +78,7 @@ def train(
   check_batches(config, phase_names(config), mesh)
   if (source := config.refiner.init_from) and not resume:
     check_starting_point(source, config.sam2)
+    load_checkpoint(source)  # whole and finite
     if Path(source).absolute().is_relative_to(Path(out).absolute()):
       raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
   with _open_run(out, resume, overwrite) as run:
@@ -72,12 +87,15 @@ def train(
     if config.data.split.file and (spare := _unused(dataset, split)):
       report(f"{config.data.split.file}: {len(spare)} of {len(dataset.cases)} cases neither train "
              f"nor validate: {', '.join(spare[:5])}{' and more' if len(spare) > 5 else ''}")
+    for line in dataset.left_out if run.writes else ():
+      warn(str(line))
     if resume:
       _check_same_config(run, config)
     else:
       run.write("config.yaml", config_yaml(config))
       run.write("versions.json", json.dumps(versions(), indent=1) + "\n")
     began = time.monotonic()
+    _check_contents(run, dataset, split, config.data.dataset, report)
     plan = _plan(run, dataset, split, config.plan, report)
     segmenter = untrained(config, plan)
     phases = {name: PHASES[name](config, plan) for name in ("generator", *phase_names(config))}
@@ -131,10 +149,11 @@ def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFol
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:
-  # Where and how fast it is computed may change; what is computed may not.
+  # Where and how fast it is computed may change, and where the data lies; what is computed may not.
   before, replace = load_config(run.config), dataclasses.replace
   before = replace(
-    before, mesh=config.mesh, data=replace(before.data, loader=config.data.loader),
+    before, mesh=config.mesh,
+    data=replace(before.data, loader=config.data.loader, dataset=config.data.dataset),
     generator=replace(before.generator, remat=config.generator.remat),
     sam2=replace(before.sam2, remat=config.sam2.remat))
   if before != config:
@@ -142,6 +161,36 @@ def _check_same_config(run: RunFolder, config: Config) -> None:
     key = next(key for key in sorted(old | new) if old.get(key) != new.get(key))
     raise UserError(f"{run.path}: was made with {key}={old.get(key)}, not {new.get(key)}; resume "
                     "it with the config that it has, or train into another folder")
+
+
+def _check_contents(
+  run: RunFolder, dataset: Dataset, split: Split, source: str, report: Report
+) -> None:
+  """Keeps what the cases hold in cases.json; of a run that has it, they must hold it still."""
+  path, begun = run / "cases.json", run / "fingerprint.json"
+  known: Contents | Fingerprint | None = None
+  if path.exists():
+    known = load_json(path, Contents)
+  elif begun.exists():
+    known = load_json(begun, Fingerprint)
+    report(f"{run.path}: was begun without digests of its cases; only channels and labels are "
+           "compared")
+  if known is not None:
+    check_description(dataset, known.channels, known.labels, Path(source) / "dataset.json")
+  before = known.cases if isinstance(known, Contents) else {}
+  found: dict[str, CaseContent] = {}
+
+  def read(case: Case) -> None:
+    now = case_content(case, before.get(case.identifier))
+    check_case(case, now, before.get(case.identifier))
+    found[case.identifier] = now
+
+  mine = {*split.train, *split.validation}
+  cases = [case for case in dataset.cases if case.identifier in mine]
+  hosts.each(cases, read, Progress("contents, cases", report))
+  contents = {name: content for part in hosts.gather(found) for name, content in part.items()}
+  if run.writes and contents != before:
+    save_json(path, Contents(dataset.channels, dataset.labels, contents))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

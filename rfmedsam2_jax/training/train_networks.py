@@ -48,6 +48,8 @@ def check_generator(run: RunFolder, phase: Phase) -> None:
     return
   if settings.init_from:
     check_generator_start(settings.init_from, phase.about["generator"])
+    # Whole and finite; known now, and not after the data is prepared.
+    load_params(settings.init_from, jax.eval_shape(phase.init, jax.random.key(0)))
   elif not settings.loop.steps:
     raise UserError("generator.loop.steps: is 0, which leaves a generator from scratch untrained; "
                     "give steps, or a trained one with generator.init_from")

@@ -14,11 +14,13 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.nn.layers import Params
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
   """Writes params, bfloat16 as float32, and a JSON-serialisable description over what was there."""
+  check_place(folder)
   # Weights that training held in bfloat16, so that every checkpoint is read alike.
   params = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, params)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -38,7 +40,7 @@ def checksum(params: Params) -> str:
 def load_params(folder: str | Path, like: Params) -> Params:
   """Parameters of the shapes and dtypes of `like` (arrays or jax.ShapeDtypeStruct).
 
-  UserError for no checkpoint, a damaged one, or one of another network.
+  UserError for no checkpoint, a damaged one, one of another network, or one with NaN.
   """
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
   folder = Path(folder).absolute()
@@ -50,16 +52,32 @@ def load_params(folder: str | Path, like: Params) -> Params:
     for (path, x), wanted in zip(jax.tree_util.tree_leaves_with_path(found["params"]),
                                  jax.tree.leaves(abstract), strict=True):
       if x.shape != wanted.shape:
-        name = "/".join(str(key.key) for key in path)
-        raise ValueError(f"{name} has shape {x.shape}, the network {wanted.shape}")
+        raise ValueError(f"{_name(path)} has shape {x.shape}, the network {wanted.shape}")
     if found["about"].get("checksum", "") not in ("", checksum(found["params"])):
       raise ValueError("its parameters do not have their checksum")
-    return found["params"]
   # Orbax raises many kinds for a damaged folder (ValueError, FileNotFoundError, its own, ...).
   except Exception as error:
     raise UserError(
       f"{folder}: cannot be read as a checkpoint of this network ({first_line(error)}); "
       "check that the run is complete and was made with this config") from error
+  for path, x in jax.tree_util.tree_leaves_with_path(found["params"]):
+    if bad := not_finite(x):
+      raise UserError(f"{folder}: {_name(path)} has {bad} of {x.size} values that are NaN or "
+                      "infinite; it is damaged or its training diverged, take another checkpoint")
+  return found["params"]
+
+
+def _name(path: Any) -> str:
+  return "/".join(str(key.key) for key in path)
+
+
+def not_finite(x: Any) -> int:
+  """How many values of an array are NaN or infinite."""
+  array = np.asarray(x)
+  with np.errstate(all="ignore"):
+    if np.isfinite(array.sum()):  # which is quicker; NaN and infinity stay in a sum
+      return 0
+  return array.size - int(np.isfinite(array).sum())
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

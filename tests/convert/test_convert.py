@@ -92,6 +92,19 @@ def test_a_checkpoint_describes_itself(checkpoint, state):
   assert {"rfmedsam2-jax", "jax", "python"} <= about["versions"].keys()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_tensor_that_is_not_finite_is_refused_by_its_official_name(
+  state, tiny_yaml, tmp_path, capsys, value
+):
+  name = "memory_attention.layers.0.linear1.weight"
+  bad = {key: x.clone() for key, x in state.items()}
+  bad[name].view(-1)[[1, 5]] = value
+  torch.save({"model": bad}, tmp_path / "official.pt")
+  assert_refused(capsys, tmp_path / "official.pt", tmp_path / "ckpt", "--config", tiny_yaml,
+                 says=f"tensor {name} has 2 of {bad[name].numel()} values that are NaN",
+                 out=tmp_path / "ckpt")
+
+
 @pytest.mark.parametrize("nest, prefix", [
   ((), ""),
   (("model",), "module."),

@@ -43,6 +43,19 @@ def test_every_output_is_pytorchs(tmp_path, architecture, channels, bias):
     np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
+def test_a_network_that_is_not_finite_is_refused_by_the_tensors_name(tmp_path, capsys):
+  write_model(tmp_path / "model", ISOTROPIC, 1)
+  file = tmp_path / "model" / "fold_0" / "checkpoint_final.pth"
+  stored = torch.load(file, weights_only=False)
+  name = next(key for key in stored["network_weights"] if key.endswith("conv.weight"))
+  stored["network_weights"][name].view(-1)[3] = float("nan")
+  torch.save(stored, file)
+  assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
+  error = capsys.readouterr().err
+  assert f"tensor {name} has 1 of" in error and error.count("\n") == 1
+  assert not (tmp_path / "out").exists()
+
+
 def test_the_plan_is_nnunets(tmp_path):
   write_model(tmp_path / "model", ANISOTROPIC, 2)
   assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 0

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -6,13 +7,7 @@ import numpy as np
 import pytest
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.datasets import (
-  IGNORED,
-  find_inputs,
-  read_case,
-  read_dataset,
-  with_labels,
-)
+from rfmedsam2_jax.data.datasets import IGNORED, read_case, read_dataset
 from rfmedsam2_jax.data.splits import (
   SplitConfig,
   divide,
@@ -39,6 +34,13 @@ def write_nnunet(folder, labels, cases=("a", "b"), channels=("T1", "T2"), **more
     nib.save(nib.Nifti1Image(rng.integers(0, 4, (4, 5, 6), np.uint8), np.eye(4)),
              folder / "labelsTr" / f"{case}.nii.gz")
   return folder
+
+
+def rewrite(folder, old, new):
+  path = folder / "dataset.json"
+  text = path.read_text("utf-8")
+  assert old in text
+  path.write_text(text.replace(old, new))
 
 
 def test_nnunet_layout_with_several_channels(tmp_path):
@@ -99,7 +101,32 @@ def test_large_label_values_become_small_atoms(tmp_path):
   (lambda f: (f / "dataset.json").write_text("{}"), "neither 'modality'"),
   (lambda f: (f / "dataset.json").write_text("[1]"), "neither 'modality'"),
   (lambda f: write_nnunet(f, {"background": 0}), "no labels besides background"),
-  (lambda f: write_nnunet(f, {"background": 0, "a": "x"}), "missing or wrong entry"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": "x"}), "label 'a' is 'x'; give a whole"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": None}), "label 'a' is None"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": 2.5}), "label 'a' is 2.5; give a whole number"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": True}), "label 'a' is True"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": -1}), "label 'a' has the values [-1]"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": 0}), "'background' and 'a' both have"),
+  (lambda f: write_nnunet(f, {"background": 1, "a": 2}), "label 'background' has the values [1]"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": [1, 2.5]}, regions_class_order=[1]), "is 2.5"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": [1, 1]}, regions_class_order=[1]),
+   "label 'a' has a value twice"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": [1, 2], "b": [1]},
+                          regions_class_order=[1, 1]), "regions_class_order has a value twice"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": [1, 2], "b": [1]},
+                          regions_class_order=[1.5, 1]), "regions_class_order is 1.5"),
+  (lambda f: write_nnunet(f, {"background": 0, "a": 1, "ignore": 2.5}), "'ignore' is 2.5"),
+  (lambda f: rewrite(f, '"a": 1', '"a": 1, "a": 2'), "'a' is there twice"),
+  (lambda f: rewrite(f, '"1": "T2"', '"3": "T2"'), "has channels 0, 3; number them from 0 on"),
+  (lambda f: rewrite(f, '"numTraining": 2', '"numTraining": 3'),
+   "numTraining is 3, but there are 2 training cases"),
+  (lambda f: rewrite(f, '"numTraining": 2', '"numTraining": "two"'), "numTraining is 'two'"),
+  (lambda f: shutil.copy(f / "imagesTr" / "a_0000.nii.gz", f / "imagesTr" / "a_0002.nii.gz"),
+   "a_0002.nii.gz: is channel 2 of case a, and dataset.json has channels 0 to 1"),
+  (lambda f: shutil.copy(f / "imagesTr" / "a_0000.nii.gz", f / "imagesTr" / "a_0000.NII.GZ"),
+   "and so is a_0000.NII.GZ"),
+  (lambda f: shutil.copy(f / "labelsTr" / "a.nii.gz", f / "labelsTr" / "c.nii.gz"),
+   "c.nii.gz: has no image in imagesTr"),
   (lambda f: write_nnunet(f, {"background": 0, "a": 1, "b": 1}), "same value"),
   (lambda f: write_nnunet(f, {"background": 0, "a": [1, 2]}), "regions_class_order"),
   (lambda f: write_nnunet(f, {"background": 0, "a": 1, "ignore": 1}), "ignore label 1"),
@@ -116,44 +143,41 @@ def test_a_data_set_that_is_wrong_says_where(tmp_path, change, says):
   assert says in str(error.value) and str(error.value).startswith(str(folder))
 
 
-def touch(folder, *names):
-  folder.mkdir(exist_ok=True)
-  for name in names:
-    (folder / name).write_bytes(b"")
-  return folder
+def test_whole_numbers_are_labels_however_they_are_written(tmp_path):
+  labels = read_dataset(write_nnunet(tmp_path, {"background": 0, "a": 2.0, "b": "1"})).labels
+  assert labels.output_values == (2, 1)
 
 
-def test_inputs_are_grouped_by_nnunets_channel_numbers(tmp_path):
-  one = touch(tmp_path / "one", "a_0000.nii.gz", "scan_2019.nii.gz", "b.nii", ".b.nii", "x.txt")
-  cases = find_inputs([one])
-  assert {case.identifier: case.images[0].name for case in cases} == {
-    "a": "a_0000.nii.gz", "scan_2019": "scan_2019.nii.gz", "b": "b.nii"}
-  two = touch(tmp_path / "two", "a_0000.nii.gz", "a_0001.nii.gz", "whole.nii.gz")
-  cases = find_inputs([two, two / "a_0001.nii.gz"], 2)
-  assert [(case.identifier, len(case.images)) for case in cases] == [("a", 2), ("whole", 1)]
-  labels = touch(tmp_path / "labels", "a.nii.gz", "whole.nii")
-  assert [case.label.name for case in with_labels(cases, labels)] == ["a.nii.gz", "whole.nii"]
+def test_what_is_no_case_of_a_data_set_is_said(tmp_path):
+  folder = write_nnunet(tmp_path, {"background": 0, "a": 1, "b": 2, "c": 3})
+  images = folder / "imagesTr"
+  (images / "a_0001.nii.gz").rename(images / "a_0001.NII.GZ")  # counts as it is
+  for name in ("c.nii.gz", "a_0000.mha", "._a_0000.nii.gz", "notes.txt"):
+    (images / name).write_bytes(b"")
+  data = read_dataset(folder)
+  assert [image.name for image in data.cases[0].images] == ["a_0000.nii.gz", "a_0001.NII.GZ"]
+  (line,) = map(str, data.left_out)
+  assert line == (f"{images}: left out 4: ._a_0000.nii.gz (hidden); notes.txt (no volume by its "
+                  "name); a_0000.mha (not .nii.gz, the file_ending); c.nii.gz (no channel's number "
+                  "such as _0000)")
 
 
-@pytest.mark.parametrize(("names", "channels", "says"), [
-  ((), 1, "has no volumes"),
-  (("readme.txt",), 1, "has no volumes"),
-  (("a_0000.nii.gz",), 2, "a_0001.nii.gz: does not exist"),
-  (("a.nii.gz", "a.nii"), 1, "second case named a"),
-])
-def test_folders_without_usable_inputs_are_refused(tmp_path, names, channels, says):
-  with pytest.raises(UserError, match=says):
-    find_inputs([touch(tmp_path / "in", *names)], channels)
-  with pytest.raises(UserError, match="no such file or folder"):
-    find_inputs([tmp_path / "elsewhere"])
-  with pytest.raises(UserError, match="is not a volume"):
-    find_inputs([touch(tmp_path, "image.png") / "image.png"])
-
-
-def test_two_cases_of_one_name_are_refused(tmp_path):
-  folders = [touch(tmp_path / name, "case.nii.gz") for name in ("x", "y")]
-  with pytest.raises(UserError, match="second case named case"):
-    find_inputs(folders)
+def test_what_the_decathlons_list_leaves_out_is_said(tmp_path):
+  folder = write_nnunet(tmp_path, {}, channels=("CT",))
+  entries = [{"image": f"./imagesTr/{name}_0000.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+             for name in ("a", "b")]
+  content = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "x", "2": "y", "3": "z"},
+             "training": entries[:1], "numTraining": 1}
+  (folder / "dataset.json").write_text(json.dumps(content))
+  assert [str(line).removeprefix(str(folder)) for line in read_dataset(folder).left_out] == [
+    "/imagesTr: left out 1: b_0000.nii.gz (not in dataset.json)",
+    "/labelsTr: left out 1: b.nii.gz (not in dataset.json)"]
+  for wrong, says in (({"numTraining": 2}, "numTraining is 2, but there are 1"),
+                      ({"labels": {"0": "background", "1": "x", "2": "x"}}, "has a label twice"),
+                      ({"labels": {"0": "background", "2.5": "x"}}, "label 'x' is '2.5'")):
+    (folder / "dataset.json").write_text(json.dumps(content | wrong))
+    with pytest.raises(UserError, match=says):
+      read_dataset(folder)
 
 
 def test_fewer_training_cases_are_nested_and_leave_the_validation_alone():

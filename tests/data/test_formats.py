@@ -12,7 +12,7 @@ from tests_data import save_series
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.colours import colour
-from rfmedsam2_jax.data.datasets import find_inputs
+from rfmedsam2_jax.data.inputs import find_inputs
 from rfmedsam2_jax.data.segmentations import write_itksnap_labels, write_segmentation
 from rfmedsam2_jax.data.volumes import load_image, load_label_map
 

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.volumes import load_image, load_label_map, write_label_map
+from rfmedsam2_jax.data.volumes import load_grid, load_image, load_label_map, write_label_map
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -223,6 +223,57 @@ def test_bad_label_maps_get_one_line_that_names_the_file(tmp_path, voxels, chang
   with pytest.raises(UserError) as error:
     load_label_map(label, volume.geometry)
   assert str(error.value).startswith(f"{label}: ") and says in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "uint16", "int8"])
+@pytest.mark.parametrize("largest", [5, 7, 13])
+def test_whole_numbers_behind_a_slope_are_those_that_nibabel_was_given(tmp_path, kind, largest):
+  labels = np.random.default_rng(1).integers(0, largest + 1, (6, 5, 4))
+  labels.flat[:2] = 0, largest
+  image = nib.Nifti1Image(labels.astype(np.float64), np.diag([-1.0, -1, 1, 1]))
+  image.set_data_dtype(kind)  # nibabel chooses the slope
+  nib.save(image, tmp_path / "a.nii.gz")
+  stored = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.nii.gz")))
+  assert stored.dtype.kind == "f" and np.abs(stored - labels.T).max() < 0.03
+  found = load_label_map(tmp_path / "a.nii.gz", load_grid(tmp_path / "a.nii.gz"))
+  np.testing.assert_array_equal(found, labels.T)
+
+
+@pytest.mark.parametrize(("stored", "slope", "inter", "whole"), [
+  ([0, 1, 200], 1.0, 0.0, True), ([-3, 0, 4], 2.0, -5.0, True), ([0, 3, 9], 1 / 3, 0.0, True),
+  ([0, 1000, 2000], 0.000999999, 0.0, True),
+  ([0, 1], 0.5, 0.0, False), ([0, 1], 0.999, 0.0, False), ([0, 1], 0.7, 0.0, False),
+  ([0, 1], 1.0, 0.5, False), ([0, 99], 0.01, 0.0, False), ([0, 50], 0.0196, 0.01, False),
+  ([0, 2], 0.01, 0.0, False),
+])
+def test_a_slope_makes_no_whole_numbers_of_fractions(tmp_path, stored, slope, inter, whole):
+  image = nib.Nifti1Image(np.tile(np.array(stored, np.int16), (3, 4, 1)), np.eye(4))
+  image.header.set_slope_inter(slope, inter)
+  nib.save(image, tmp_path / "a.nii")
+  grid = load_grid(tmp_path / "a.nii")
+  if not whole:
+    with pytest.raises(UserError, match="not whole numbers"):
+      load_label_map(tmp_path / "a.nii", grid)
+  else:
+    expected = np.rint(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.nii"))))
+    assert set(load_label_map(tmp_path / "a.nii", grid).ravel()) == set(expected.ravel())
+
+
+@pytest.mark.parametrize(("value", "whole"), [
+  (0.999999, True), (np.float32(3) * np.float32(1 / 3), True), (-2.000001, True), (4e4, True),
+  (0.9999, False), (70000.5, False), (2.5, False)])
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_real_numbers_are_labels_up_to_float32s_rounding(tmp_path, value, whole, ending):
+  array = np.zeros((3, 4, 5), np.float32)
+  array[1, 2, 3] = value
+  sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"a{ending}"))
+  grid = load_grid(tmp_path / f"a{ending}")
+  if whole:
+    found = load_label_map(tmp_path / f"a{ending}", grid)
+    assert found.dtype == np.int32 and sorted({*found.flat}) == sorted({0, round(float(value))})
+  else:
+    with pytest.raises(UserError, match="not whole numbers"):
+      load_label_map(tmp_path / f"a{ending}", grid)
 
 
 def test_rounded_headers_still_match(tmp_path, voxels):

@@ -6,8 +6,10 @@ import geometry
 import voxels
 import names
 import labelmaps
+import data_sets
 import texts
 import networks
+import not_finite
 import arrays
 import places
 from frame import KINDS, all_cases

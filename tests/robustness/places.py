@@ -65,11 +65,16 @@ def places():
         return Attempt(limited, ("out", "a result could not be written"),
                        None if name == "train" else out, lambda: "")
       yield f"{name}: files up to {size} bytes", full
-    for what in ("a file", "below a file", "below /proc", "too long"):
+    for what in ("a file", "below a file", "below /proc", "too long", "an address"):
       def unwritable(folder, rng, stage, name=name, what=what):
         out = {"a file": folder / "out", "below a file": folder / "out" / "more",
-               "below /proc": Path("/proc/out"), "too long": folder / ("out" * 100)}[what]
+               "below /proc": Path("/proc/out"), "too long": folder / ("out" * 100),
+               "an address": Path("gs://bucket/out")}[what]
         (folder / "out").write_text("mine")
-        attempt = Attempt(writers(stage, out)[name], ("out",), folder)
-        return attempt
+        call = writers(stage, out)[name]
+
+        def from_there() -> int:
+          with contextlib.chdir(folder):  # where an address would become a folder
+            return call()
+        return Attempt(from_there, ("out",), folder)
       yield f"{name}: out is {what}", unwritable
