@@ -120,7 +120,7 @@ def stage0_prompts(logits: A, side: int, margin: float) -> CellPrompts[A]:
   """
   xp: Any = logits.__array_namespace__()
   boxes, present = scaled_boxes(logits > 0, side, margin)
-  cells = present.shape
+  cells = logits.shape[:-2]
   return CellPrompts(
     logits, present.astype(xp.float32), boxes, has_box=present, has_mask=present,
     points=xp.zeros((*cells, 0, 2), xp.float32), point_labels=xp.zeros((*cells, 0), xp.int32),
