@@ -136,9 +136,9 @@ class OfficialTraining:
     found = []
     for track, own in itertools.product(range(self.tracks), range(self.length)):
       near = range(max(own - stage.reach, 0), min(own + stage.reach + 1, self.length))
-      slots = [(z, abs(own - z) - 1) for z in near if z != own]
-      if stage.anchors and anchors[track] != own:
-        slots.append((anchors[track], CONDITIONING_ROW))
+      anchor = [anchors[track]] if stage.anchors else []
+      slots = [(z, abs(own - z) - 1) for z in near if z not in (own, *anchor)]
+      slots += [(z, CONDITIONING_ROW) for z in anchor if z != own]
       found.append([(track * self.length + z, row, own - z) for z, row in slots])
     return found
 
@@ -216,6 +216,6 @@ def boxes_of(masks: Tensor, side: int, margin: float) -> Tensor:
   edges = []
   for along in (masks.any(1), masks.any(2)):
     first, last = along.int().argmax(1), size - 1 - along.flip(1).int().argmax(1)
-    edges.append((first * side / size - margin, last * side / size + margin))
+    edges.append((first * side / size - margin, (last + 1) * side / size - 1 + margin))
   (x0, x1), (y0, y1) = edges
   return torch.stack([x0, y0, x1, y1], 1).clamp(0, side - 1)

@@ -366,7 +366,8 @@ def count_flop(case: Case) -> Found:
   # and only those that exist are counted.
   room = 2 * 3 + 1
   near = sum(min(3, z) + min(3, case.slices - 1 - z) for z in range(case.slices))
-  existing = (near + case.slices - 1) / case.slices  # the anchor does not remember itself
+  # The anchor does not remember itself, and is no neighbour besides: the mean over where it may be.
+  existing = (near + case.slices - 1 - near / case.slices) / case.slices
   per_memory = (count(3) - count(2)) / 2
   return {"flop": count(3) - (room - existing) * per_memory}
 

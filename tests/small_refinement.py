@@ -85,8 +85,10 @@ def reference(params, stage, features, cells, pointers, config, depth):
     best = max(live, key=lambda z: score[z]) if live else None
     for z in live:
       i = k * depth + z
-      here = [(t, abs(z - t) - 1) for t in live if 1 <= abs(z - t) <= stage.reach]
-      here += [(best, 6)] if stage.anchors and best != z else []
+      anchor = [best] if stage.anchors else []
+      here = [(t, abs(z - t) - 1) for t in live
+              if 1 <= abs(z - t) <= stage.reach and t not in anchor]
+      here += [(t, 6) for t in anchor if t != z]
       here = [] if stage.memory == "none" else here
       embedding = features.embedding[z][None]
       if here:

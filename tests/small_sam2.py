@@ -4,8 +4,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.nn import SAM2, AdapterConfig, SAM2Config, param_shapes
-from rfmedsam2_jax.refinement.prompts import scaled_boxes
-from rfmedsam2_jax.refinement.refine import VolumePrompts
+from rfmedsam2_jax.refinement.first_prompts import generated
 
 SMALL = SAM2Config(
   image_size=64,
@@ -72,20 +71,9 @@ def volume_prompts(present, seed=0):
   radius = rng.uniform(0.15, 0.3, (*present.shape, 1, 1)) * MASK_SIDE
   distance = np.hypot(y - centre[0], x - centre[1])
   logits = np.where(present[..., None, None], 2 * (radius - distance), -8.0).clip(-32, 32)
-  logits = logits.astype(np.float16)
-  boxes, found = scaled_boxes(logits > 0, SIDE, 2.0)
-  assert (found == present).all()
-  return VolumePrompts(
-    logits=logits,
-    presence=present.astype(np.float32),
-    boxes=boxes,
-    has_box=present.copy(),
-    has_mask=present.copy(),
-    points=np.zeros((*present.shape, 0, 2), np.float32),
-    point_labels=np.zeros((*present.shape, 0), np.int32),
-    given=np.zeros(present.shape, bool),
-    fixed_boxes=np.zeros(present.shape, bool),
-  )
+  prompts = generated(logits.astype(np.float16), SIDE, 2.0)
+  assert (prompts.has_box == present).all()
+  return prompts
 
 
 def relative(ours, theirs):

@@ -160,8 +160,8 @@ def test_given_boxes_and_points_reach_their_slice(
   box, labels = prompts.boxes[prompts.given][0], prompts.point_labels[prompts.given][0]
   plane = [axis for axis in range(3) if axis != axial]
   # Sides of the box as shares of the image, whatever the file's axes are.
-  shares = sorted((here.max(axis=0) - here.min(axis=0))[a] / truth.shape[a] for a in plane)
-  np.testing.assert_allclose(sorted((box[2:] - box[:2]) / 64), shares, atol=0.02)
+  shares = sorted((here.max(axis=0) + 1 - here.min(axis=0))[a] / truth.shape[a] for a in plane)
+  np.testing.assert_allclose(sorted((box[2:] + 1 - box[:2]) / 64), shares, rtol=1e-5)
   assert labels.tolist() == [1, 0]
 
 

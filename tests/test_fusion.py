@@ -12,8 +12,8 @@ from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_
 from rfmedsam2_jax.segmentation.segmenter import label_map
 
 SHAPE = (1, 1, 4)
-# What fusion does not look at, of three cells: predicted IoU, presence, boxes.
-UNUSED = np.ones(3), np.ones(3), np.zeros((3, 4)), np.ones(3, bool)
+# What fusion does not look at, of three cells: predicted IoU, presence, boxes. Then their stage.
+OTHERS = np.ones(3), np.ones(3), np.zeros((3, 4)), np.ones(3, bool), np.ones(3, np.int32)
 
 
 def source(*organs):
@@ -84,7 +84,7 @@ def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
   odds = np.full((3, 2, 2), 2.0, np.float16)
   logits = np.stack([np.full((2, 2), x, np.float16) for x in (-1024, 1, 3)])
   cells = np.array([[0, 0], [0, 2], [1, 1]])
-  result = StageResult(cells, logits, *UNUSED)
+  result = StageResult(cells, logits, *OTHERS)
   vote = 1 / (1 + np.exp(-2.0))
 
   def mine(weight):
@@ -108,7 +108,7 @@ def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator(limit):
   changed = seen.clip(-limit, limit)
   changed[1], changed[2, 2:6, 2:6] = -1024, 20
   cells = np.array([[0, 0], [0, 1], [0, 2]])
-  result = StageResult(cells, changed[:3], *UNUSED)
+  result = StageResult(cells, changed[:3], *OTHERS)
   resize = lambda x, shape: resize_linear(x, shape[0])  # noqa: E731
   stage = StageConfig(residual=True, residual_limit=limit)
   config = RefinementConfig((stage, stage), fusion="changes")
@@ -119,15 +119,28 @@ def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator(limit):
   assert (replaced[0] != (odds[0] > 0)).any(), "the mask grid alone is too coarse for this"
 
 
+@pytest.mark.parametrize("limits", [(8.0, 3.0), (3.0, 8.0)])
+def test_stages_of_unlike_limits_that_change_nothing_leave_the_generator(limits):
+  """A cell has passed the limits of the stages up to the last one that ran it, not only one."""
+  odds = (6 * np.random.default_rng(0).standard_normal((3, 12, 12))).astype(np.float16)
+  seen = resize_linear(odds, 8).astype(np.float16)
+  stages = tuple(StageConfig(residual=True, residual_limit=limit) for limit in limits)
+  config = RefinementConfig(stages, fusion="changes")
+  first = seen.clip(-limits[0], limits[0])
+  second = first.clip(-limits[1], limits[1])
+  cells, stage = np.array([[0, 0], [0, 1], [0, 2]]), np.array([2, 1, 2])
+  result = StageResult(cells, np.stack([second[0], first[1], second[2]]), *OTHERS[:-1], stage)
+  found = blended(odds, seen, result, 0, config, lambda x, shape: resize_linear(x, shape[0]))
+  limit = np.minimum.accumulate(limits)[stage - 1][:, None, None]
+  expected = 1 / (1 + np.exp(-odds.astype(np.float64).clip(-limit, limit)))
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def prompts_of_a_generator():
   """Two organs, three slices, 16 x 16 masks of a 64 x 64 image; the second slice has organ 0."""
   logits = np.full((2, 3, 16, 16), -5, np.float16)
   logits[0, 1, 4:12, 4:12] = 5
-  present = np.zeros((2, 3), bool)
-  present[0, 1] = True
-  boxes = np.zeros((2, 3, 4), np.float32)
-  boxes[0, 1] = 14, 14, 46, 46
-  return generated(logits, boxes, present)
+  return generated(logits, 64, 2.0)
 
 
 def test_oracle_prompts_take_presence_and_boxes_from_the_truth_but_no_mask():
@@ -180,5 +193,5 @@ def test_given_prompts_correct_the_generator_and_become_anchors():
   share = resize_linear(mask.astype(np.float32)[None], 16)[0]
   np.testing.assert_array_equal(found.logits[1, 0] > 0, share > 0.5)
   assert found.logits[1, 0].max() == 32 and found.has_mask[1, 0]
-  np.testing.assert_array_equal(found.boxes[1, 0], [12, 20, 22, 38])
+  np.testing.assert_array_equal(found.boxes[1, 0], [12, 20, 23, 39])
   assert not prompts.given.any() and not prompts.has_mask[1, 0]

@@ -69,6 +69,25 @@ def test_a_track_without_live_slices_remembers_nothing():
   assert not table_of(np.zeros((1, 6), bool), anchors=2).valid.any()
 
 
+def test_a_slice_that_is_an_anchor_and_a_neighbour_is_read_once_as_an_anchor():
+  live = np.ones((2, 10), bool)
+  live[1, 4] = False
+  score, given = np.zeros(live.shape, np.float32), np.zeros(live.shape, bool)
+  score[:, 4] = 0.9  # live in the first track alone
+  score[1, 0], given[:, 5] = 0.5, True
+  table = table_of(live, score=score, given=given, max_given=1)
+  assert remembered(table, 0, 6) == [
+    (3, 2, 3), (4, 6, 2), (5, 6, 1), (7, 0, -1), (8, 1, -2), (9, 2, -3)]
+  assert remembered(table, 0, 4) == [
+    (1, 2, 3), (2, 1, 2), (3, 0, 1), (5, 6, -1), (6, 1, -2), (7, 2, -3)]
+  assert remembered(table, 1, 6) == [
+    (0, 6, 6), (3, 2, 3), (5, 6, 1), (7, 0, -1), (8, 1, -2), (9, 2, -3)]
+  for track in range(2):
+    for at in range(10):
+      slices = [slot[0] for slot in remembered(table, track, at)]
+      assert len(set(slices)) == len(slices)
+
+
 def test_given_slices_are_further_anchors():
   live = np.ones((2, 8), bool)
   score = np.linspace(0, 1, 16, dtype=np.float32).reshape(2, 8)

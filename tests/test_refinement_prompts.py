@@ -5,6 +5,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_refinement import DEPTH, NEAR, params_of, start_cells
 from small_sam2 import MASK_SIDE, MODEL, SIDE
 
@@ -44,7 +45,7 @@ def test_stage_0_logits_are_log_odds_within_32():
 
 
 def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch):
-  """The generator sees every channel; presence and boxes are those of its arg-max."""
+  """The generator sees every channel; presence and boxes are those of the mask grid."""
   from rfmedsam2_jax.segmentation import segmenter as segmenter_lib
 
   rng = np.random.default_rng(0)
@@ -71,11 +72,12 @@ def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch)
   expected = jax.image.resize(odds, (2, 3, MASK_SIDE, MASK_SIDE), "linear", antialias=True)
   np.testing.assert_allclose(prompts.logits, expected, rtol=2e-3, atol=2e-2)
   np.testing.assert_array_equal(prompts.presence[0], [1, 0, 0])
-  scale = np.array([SIDE / width, SIDE / height] * 2)
-  np.testing.assert_allclose(prompts.boxes[0, 0], [13, 10, 25, 19] * scale, rtol=1e-6)
+  rows, columns = np.nonzero(prompts.logits[0, 0] > 0)
+  assert (columns.min(), columns.max(), rows.min(), rows.max()) == (4, 7, 4, 7)
+  np.testing.assert_array_equal(prompts.boxes[0, 0], [16, 16, 31, 31])
 
 
-def test_boxes_are_inclusive_indices_scaled_by_the_sides():
+def test_boxes_reach_from_the_first_pixel_to_the_end_of_the_last():
   masks = np.zeros((3, 20, 40), bool)
   masks[0, 5:9, 10:31] = True
   masks[1, 19, 39] = True
@@ -83,13 +85,26 @@ def test_boxes_are_inclusive_indices_scaled_by_the_sides():
   for array in (masks, jnp.asarray(masks)):
     boxes, present = scaled_boxes(array, 64, 0.0)
     np.testing.assert_array_equal(present, [True, True, False])
-    np.testing.assert_allclose(boxes[0], [10, 5, 30, 8] * scale, rtol=1e-6)
-    np.testing.assert_allclose(boxes[1], [39, 19, 39, 19] * scale, rtol=1e-6)
+    tight = [10, 5, 31, 9] * scale - [0, 0, 1, 1]
+    np.testing.assert_allclose(boxes[0], tight, rtol=1e-6)
+    np.testing.assert_allclose(boxes[1], [39 * 1.6, 19 * 3.2, 63, 63], rtol=1e-6)
     np.testing.assert_array_equal(boxes[2], 0)
     wide, _ = scaled_boxes(array, 64, 3.0)
-    np.testing.assert_allclose(wide[0], [10, 5, 30, 8] * scale + [-3, -3, 3, 3], rtol=1e-6)
+    np.testing.assert_allclose(wide[0], tight + [-3, -3, 3, 3], rtol=1e-6)
     np.testing.assert_allclose(wide[1, 2:], [63, 63])  # clipped to the image
-    np.testing.assert_array_equal(scaled_boxes(array, 40, 1.0)[0][0], [9, 9, 31, 17])
+    np.testing.assert_array_equal(scaled_boxes(array, 40, 1.0)[0][0], [9, 9, 31, 18])
+
+
+@pytest.mark.parametrize("width", [400, 100, 18])
+def test_the_box_of_one_pixel_is_that_pixel(width):
+  """An image of 100: s = 0.25, 1 and 5.56."""
+  masks, s = np.eye(width, dtype=bool)[:, None], 100 / width
+  boxes, present = scaled_boxes(masks, 100, 0.0)
+  first = np.arange(width) * s
+  assert present.all() and (boxes[:, 2:] >= boxes[:, :2]).all()
+  np.testing.assert_allclose(boxes[:, 0], first.clip(0, 99), rtol=1e-6)
+  np.testing.assert_allclose(boxes[:, 2] + 1, np.clip(first + max(s, 1), 0, 100), rtol=1e-6)
+  np.testing.assert_array_equal(boxes[:, [1, 3]], [[0, 99]] * width)
 
 
 def test_the_prompt_encoder_adds_half_a_pixel_to_corners():

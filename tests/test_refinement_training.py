@@ -1,11 +1,14 @@
 """What the refiner's loss sees, and which way its gradients go."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from scipy import ndimage
 from small_refinement import (
   ALONE,
   CONFIG,
@@ -20,9 +23,18 @@ from small_refinement import (
 from small_sam2 import MODEL, SIDE, drawn, images, volume_prompts, with_presence
 
 from rfmedsam2_jax.config.training import RefinerConfig
+from rfmedsam2_jax.data import pipeline
+from rfmedsam2_jax.data.augmentation import AugmentationConfig
+from rfmedsam2_jax.data.datasets import Labels, Structure
+from rfmedsam2_jax.data.preprocessing import Prepared, Restore, save_case
+from rfmedsam2_jax.data.prompt_mistakes import PromptCorruptionConfig
+from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.nn.losses import RefinerLossConfig
+from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.refinement import RefinementConfig
 from rfmedsam2_jax.refinement.prompts import next_prompts
+from rfmedsam2_jax.segmentation import segmenter
+from rfmedsam2_jax.training import step, train_networks
 from rfmedsam2_jax.training.state import silenced_decoder
 from rfmedsam2_jax.training.step import refiner_loss_fn
 
@@ -57,6 +69,91 @@ def test_the_presence_gate_stays_out_of_the_loss_and_ignored_slices_too(monkeypa
   kept["masks"][:, :, 4:] = 0
   found = [float(loss(drawn(), batch, key)[1]["stage1/presence"]) for batch in (ignored, kept)]
   assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+class Still(AugmentationConfig):
+  rotation_probability = scaling_probability = noise_probability = blur_probability = 0.0
+  brightness_probability = contrast_probability = 0.0
+  gamma_probability = gamma_inverted_probability = 0.0
+
+
+class Stopped(Exception):
+  pass
+
+
+@pytest.fixture
+def first_cells(monkeypatch):
+  """A function of a batch and a key: the cells with which training begins its first stage."""
+  def cells_of(batch, key):
+    found = []
+
+    def stop(model, params, config, slices, cells, inside, depth):
+      found.append(jax.tree.map(np.asarray, cells))
+      raise Stopped
+
+    monkeypatch.setattr(step, "all_stages_on_grid", stop)
+    with pytest.raises(Stopped):
+      refiner_loss_fn(MODEL, RefinerConfig(), CONFIG)({}, batch, key)
+    return found[0]
+
+  return cells_of
+
+
+def test_training_and_prediction_begin_with_the_same_prompts(monkeypatch, tmp_path, first_cells):
+  """One volume through both: what is stored for training, drawn as a batch, and what is refined."""
+  rng = np.random.default_rng(0)
+  depth, height, width, structures = 4, 40, 52, 3
+  slab = ndimage.gaussian_filter(rng.standard_normal((depth, height, width, 4)), (0, 4, 4, 0)) * 60
+  slab[1, ..., 2] = -9
+  slab[1, 5, 7, 2] = 90  # a voxel between the pixels of the mask grid
+  monkeypatch.setattr(segmenter, "predict_slabs", lambda *_: [(slice(0, depth), slab.copy())])
+  labels = Labels(tuple(Structure(x, (n,)) for n, x in enumerate("abc", 1)), False, (1, 2, 3))
+  plan = SimpleNamespace(labels=labels, patch_size=(depth, height, width))
+  unet = UNet(UNetConfig(), 4)
+  owner = segmenter.Segmenter(plan, unet, {}, MODEL, None, CONFIG)
+  shape = depth, height, width
+  restore = Restore(shape, (1.0, 1.0, 1.0), (0, 0, 0), shape, (0, 1, 2), shape)
+  image = rng.standard_normal((1, *shape)).astype(np.float32)
+  prepared = Prepared(image, np.array([[0, 1]], np.float32), restore)
+  predicted = segmenter.run_generator(owner, prepared).prompts
+
+  run = RunFolder(tmp_path)
+  save_case(run / "preprocessed", "case", prepared, np.ones(shape, np.uint8), labels)
+  train_networks.write_prompts(run, owner, ["case"], lambda line: None)
+  nothing = {field.name: 0 for field in dataclasses.fields(PromptCorruptionConfig)
+             if field.name.endswith("_probability")}
+  cases = pipeline.Cases(run / "preprocessed", ["case"], 0, run / "prompts")
+  batches = pipeline.refiner_batches(
+    cases, pipeline.RunConfig(SIDE, depth, structures), labels.membership,
+    Still(flips=()), PromptCorruptionConfig(**nothing), pipeline.BatchConfig(1))
+  batch = next(batches)
+  monkeypatch.setattr(RefinerConfig, "box_jitter", 0.0)
+  trained = first_cells(batch, jax.random.key(0))
+  order = batch["structures"][0]
+  assert 0 < predicted.has_box.sum() < predicted.has_box.size
+  for name in ("logits", "presence", "boxes", "has_box", "has_mask"):
+    expected = getattr(predicted, name)[order]
+    np.testing.assert_array_equal(
+      getattr(trained, name), expected.reshape(-1, *expected.shape[2:]), err_msg=name)
+
+
+def test_boxes_are_jittered_as_in_sam_2_within_its_bound(monkeypatch, first_cells):
+  """A tenth of the box, and at most 20 of 1024 pixels; the draws are given to both."""
+  utils, key = pytest.importorskip("sam2.modeling.sam2_utils"), jax.random.key(3)
+  batch = training_batch()
+  moved = first_cells(batch, key)
+  monkeypatch.setattr(RefinerConfig, "box_jitter", 0.0)
+  still = first_cells(batch, key)
+  there = still.has_box
+  drawn = np.asarray(jax.random.uniform(key, (len(there), 4), minval=-1.0, maxval=1.0))[there]
+  x0, y0, x1, y1 = still.boxes[there].T[:, :, None, None]
+  y, x = np.mgrid[:SIDE, :SIDE]
+  masks = torch.from_numpy((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1))[:, None]
+  monkeypatch.setattr(torch, "rand", lambda *_, device: torch.from_numpy(drawn[:, None] + 1) / 2)
+  official, _ = utils.sample_box_points(masks, noise=0.1, noise_bound=20 * SIDE / 1024)
+  np.testing.assert_allclose(moved.boxes[there], official.reshape(-1, 4), atol=1e-5)
+  size = still.boxes[there][:, 2:] - still.boxes[there][:, :2]
+  assert (0.1 * size > 20 * SIDE / 1024).any() and (np.abs(moved.boxes - still.boxes) < 1.26).all()
 
 
 def test_masks_and_boxes_carry_no_gradient_between_stages():

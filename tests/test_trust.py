@@ -181,7 +181,8 @@ def test_slices_count_by_the_area_of_their_masks_and_regions_by_their_values():
   logits[0, 0, 0] = logits[1, :, 0] = logits[1, 0, 1] = 9
   cells = np.array([[0, 0], [0, 1], [1, 0]])
   said = np.array([0.4, 0.8, 0.9], np.float32), np.array([0.6, 1.0, 0.3], np.float32)
-  result = StageResult(cells, logits, *said, np.zeros((3, 4), np.float32), np.zeros(3, bool))
+  result = StageResult(cells, logits, *said, np.zeros((3, 4), np.float32), np.zeros(3, bool),
+                       np.ones(3, np.int32))
   prepared = SimpleNamespace(restore=Restore((1, 2, 2), (1.0, 1.0, 1.0), (0, 0, 0), (1, 2, 2),
                                              (0, 1, 2), (1, 2, 2)))
   plan = SimpleNamespace(labels=labels, slice_axis=0)

@@ -31,7 +31,6 @@ from rfmedsam2_jax.evaluation.scores import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.model import load
 from rfmedsam2_jax.refinement import refine_volume
 from rfmedsam2_jax.refinement.first_prompts import generated, with_oracle
-from rfmedsam2_jax.refinement.prompts import scaled_boxes
 from rfmedsam2_jax.segmentation.segmenter import (
   Generated,
   Segmentation,
@@ -74,14 +73,9 @@ def corrupted_generator(
   """The generator's result with mistakes, as `run_generator` would have given it."""
   rng = np.random.default_rng(seed)
   odds = np.stack([corrupted(organ, kind, rng) for organ in made.log_odds])
-  side = segmenter.sam2.config.image_size
-  # A voxel that two structures claim goes to the surer one, as in an arg-max.
-  mine = (odds > 0) & (odds == odds.max(axis=0, keepdims=True))
-  boxes, present = scaled_boxes(mine, side, segmenter.refinement.box_margin)
+  side, margin = segmenter.sam2.config.image_size, segmenter.refinement.box_margin
   logits = np.clip(resize_linear(odds, side // 4), -LOGIT_LIMIT, LOGIT_LIMIT)
-  return Generated(
-    odds.astype(np.float16), generated(logits.astype(np.float16), boxes, present)
-  )
+  return Generated(odds.astype(np.float16), generated(logits.astype(np.float16), side, margin))
 
 
 def main() -> None:

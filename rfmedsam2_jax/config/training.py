@@ -155,7 +155,8 @@ class RefinerConfig:
   # Share of the training cases that the generator does not see and that the refiner is trained on
   # alone. A generator does better on cases that it has seen than on new ones, and a refiner trained
   # on those learns to leave masks alone. 0: both are trained on all.
-  box_jitter: ClassVar[float] = 0.1  # boxes are moved by up to this share of their size
+  box_jitter: ClassVar[float] = 0.1
+  # Edges of boxes are moved by up to this share of their size, and 20 of 1024 pixels, as in SAM 2.
   oversample_foreground: ClassVar[float] = 0.8  # share of runs that are sure to hold a structure
   mask_adapter: MaskAdapterConfig = MaskAdapterConfig()
   loop: LoopConfig = LoopConfig()

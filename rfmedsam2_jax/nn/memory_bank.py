@@ -66,6 +66,9 @@ def neighbour_slots(
   """M = 2 * reach + anchors slots: at offsets +-1 to +-reach, the own slice excluded, in row
   |offset| - 1 on both sides, and the anchors of the track.
 
+  A slice is read once, as a selected conditioning frame is in SAM 2 (sam2_base.py:565): an anchor
+  within reach leaves the neighbour's slot empty.
+
   Args:
     live: bool [T, Z]; only live cells are remembered.
     reach: slices on either side; at most 6, the rows of the temporal table, or ValueError.
@@ -86,7 +89,8 @@ def neighbour_slots(
   valid = (slices == clipped) & jax.vmap(jnp.take, (0, 0))(remembered, clipped)
   is_anchor = jnp.arange(slices.shape[2]) >= len(steps)
   far_valid = anchors_valid[:, None, :] & (far != own)
-  valid &= jnp.concatenate([jnp.ones_like(near, bool), far_valid], axis=2)
+  is_far = (near[..., None] == far[:, :, None]) & anchors_valid[:, None, None]
+  valid &= jnp.concatenate([~jnp.any(is_far, axis=3), far_valid], axis=2)
   offsets = own - slices
   rows = jnp.where(is_anchor, CONDITIONING_ROW, jnp.abs(offsets) - 1).astype(jnp.int32)
   return SlotTable(clipped, rows, offsets.astype(jnp.int32), valid)

@@ -16,6 +16,7 @@ from rfmedsam2_jax.data.prompt_entries import read_entries
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.segments import load_masks
 from rfmedsam2_jax.data.volumes import Geometry, Volume
+from rfmedsam2_jax.nn.boxes import boxes_to_square
 from rfmedsam2_jax.tracking import SlicePrompt
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -27,7 +28,7 @@ class VoxelPrompt:
 
   Attributes:
     label: value of the structure in the label map, above 0.
-    box: two corners (z, y, x), on one slice; or None.
+    box: two corners (z, y, x), on one slice, both inclusive; or None.
     points: (z, y, x, inside) each, on one slice.
     mask: bool [D, H, W] with labels on the slices that count; or None. Excludes the others.
     round: 0 for the first prompts; later rounds correct what was found before them, or begin a
@@ -145,11 +146,14 @@ class SliceFrame:
     if len(slices) > 1:
       raise UserError(f"{prompt.source}: spans {self._plane} slices {slices[0]} to {slices[-1]}; "
                       "give one prompt per slice")
-    xy = rows[:, 2:0:-1] * np.array([self._side / width, self._side / height])
-    box = None
+    box, xy = None, rows[:, 2:0:-1]
     if prompt.box is not None:
-      (x0, y0), (x1, y1) = xy[:2].min(axis=0), xy[:2].max(axis=0)
-      box, xy = (float(x0), float(y0), float(x1), float(y1)), xy[2:]
+      # Whole voxels: those that the corners lie in.
+      corners, xy = np.clip(np.rint(xy[:2]), 0, [width - 1, height - 1]), xy[2:]
+      corners = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+      x0, y0, x1, y1 = boxes_to_square(corners, height, width, self._side).tolist()
+      box = x0, y0, x1, y1
+    xy = xy * np.array([self._side / width, self._side / height])
     labels = np.array([p[3] for p in prompt.points], np.int32)
     return [SlicePrompt(track, int(slices[0]), xy.astype(np.float32), labels, box)]
 

@@ -10,19 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
-from rfmedsam2_jax.refinement.prompts import scaled_boxes
+from rfmedsam2_jax.nn.boxes import boxes_from_square
+from rfmedsam2_jax.refinement.prompts import scaled_boxes, stage0_prompts
 from rfmedsam2_jax.refinement.refine import VolumePrompts
 
 
-def generated(logits: np.ndarray, boxes: np.ndarray, present: np.ndarray) -> VolumePrompts:
-  """Stage-0 prompts of the generator, from its logits float16 [K, D, 4G, 4G], and from the boxes
-  float32 [K, D, 4] (pixels of the S x S image) and presence bool [K, D] of its arg-max masks."""
-  cells = present.shape
+def generated(logits: np.ndarray, side: int, margin: float) -> VolumePrompts:
+  """Stage-0 prompts of the generator, from its mask logits float16 [K, D, 4G, 4G]."""
+  cells = stage0_prompts(logits, side, margin)
+  nowhere = np.zeros(cells.has_box.shape, bool)
   return VolumePrompts(
-    logits, present.astype(np.float32), boxes.astype(np.float32), has_box=present.copy(),
-    has_mask=present.copy(), points=np.zeros((*cells, 0, 2), np.float32),
-    point_labels=np.zeros((*cells, 0), np.int32), given=np.zeros(cells, bool),
-    fixed_boxes=np.zeros(cells, bool),
+    cells.logits, cells.presence, cells.boxes, cells.has_box, cells.has_mask, cells.points,
+    cells.point_labels, given=nowhere, fixed_boxes=nowhere,
   )
 
 
@@ -96,10 +95,10 @@ def with_given(
 
 def _inside_boxes(logits: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
   """float16 [..., 4G, 4G], -32 outside of each cell's box [..., 4]."""
-  size = side / logits.shape[-1]
-  start = np.arange(logits.shape[-1]) * size
-  x0, y0, x1, y1 = (boxes[..., i, None] for i in range(4))
-  # Pixels that the box touches stay: its far edge is the index where the last pixel begins.
-  columns = (start + size > x0) & (start < x1 + 1)
-  rows = (start + size > y0) & (start < y1 + 1)
+  count = logits.shape[-1]
+  inner, at = boxes_from_square(boxes, count, count, side), np.arange(count)
+  # Pixels that the box touches stay; less than this is a rounding error of float32.
+  x0, y0 = np.moveaxis(np.floor(inner[..., :2] + 1e-3), -1, 0)[..., None]
+  x1, y1 = np.moveaxis(np.ceil(inner[..., 2:] - 1e-3), -1, 0)[..., None]
+  columns, rows = (at >= x0) & (at <= x1), (at >= y0) & (at <= y1)
   return np.where(rows[..., :, None] & columns[..., None, :], logits, np.float16(-LOGIT_LIMIT))

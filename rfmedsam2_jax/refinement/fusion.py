@@ -43,8 +43,9 @@ def blended(
   if config.fusion == "masks":
     refined = resize(expit(logits), generator.shape[1:])
   else:
-    limit = config.stages[0].residual_limit
-    # As far as a residual stage sees them.
+    # What reaches a cell's last stage if none changes it has passed the limits of all up to there.
+    limits = np.minimum.accumulate([stage.residual_limit for stage in config.stages])
+    limit = limits.astype(np.float32)[result.stage[mine] - 1][:, None, None]
     own, before = (np.clip(x[slices].astype(np.float32), -limit, limit) for x in (generator, seen))
     # Absence (-1024) still outweighs any vote for presence after this.
     change = np.maximum(logits, -2.5 * limit) - before

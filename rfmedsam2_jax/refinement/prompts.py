@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn.adapters import MASK_LIMIT
+from rfmedsam2_jax.nn.boxes import boxes_to_square
 from rfmedsam2_jax.nn.layers import A, Array
 
 
@@ -57,8 +58,6 @@ def stage0_logits(logits: Array, regions: bool) -> Array:
 def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
   """Tight boxes of binary masks of any size, in pixels of the S x S image that the masks cover.
 
-  Indices are scaled by S / W and S / H as the official predictors do; the prompt encoder adds 0.5.
-
   Args:
     masks: bool [..., H, W]. side: S.
     margin: added on every side, in pixels of the S x S image, to which the result is clipped.
@@ -75,8 +74,8 @@ def scaled_boxes(masks: A, side: int, margin: float) -> tuple[A, A]:
   x1 = width - 1 - xp.argmax(columns[..., ::-1], axis=-1)
   y1 = height - 1 - xp.argmax(rows[..., ::-1], axis=-1)
   boxes = xp.stack([x0, y0, x1, y1], axis=-1).astype(xp.float32)
-  scale = xp.asarray([side / width, side / height] * 2, dtype=xp.float32)
-  boxes = boxes * scale + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
+  boxes = boxes_to_square(boxes, height, width, side)
+  boxes = boxes + margin * xp.asarray([-1.0, -1.0, 1.0, 1.0], dtype=xp.float32)
   return xp.where(present[..., None], xp.clip(boxes, 0.0, side - 1.0), 0.0), present
 
 
@@ -109,17 +108,32 @@ def anchor_score(presence: Array, logits: Array) -> Array:
   return presence * mean
 
 
+def stage0_prompts(logits: A, side: int, margin: float) -> CellPrompts[A]:
+  """Prompts for the first stage, in training and at prediction: the organ is where its mask is.
+
+  Presence and box are those of the pixels above 0 on the mask grid, as later stages have them. The
+  generator's arg-max on its own grid would be finer, but training cannot have it: there a mask is
+  turned and has mistakes put in before its box is taken.
+
+  Args:
+    logits: real [..., 4G, 4G], mask logits of stage 0 within +-32.
+  """
+  xp: Any = logits.__array_namespace__()
+  boxes, present = scaled_boxes(logits > 0, side, margin)
+  cells = logits.shape[:-2]
+  return CellPrompts(
+    logits, present.astype(xp.float32), boxes, has_box=present, has_mask=present,
+    points=xp.zeros((*cells, 0, 2), xp.float32), point_labels=xp.zeros((*cells, 0), xp.int32),
+  )
+
+
 def next_prompts(logits: Array, presence: Array, side: int, margin: float) -> CellPrompts[Array]:
   """Prompts for the next stage from the outputs of this one; no gradient flows through them.
 
   `logits` are float32 [N, 4G, 4G], ungated, `presence` logits float32 [N].
   """
   logits, presence = jax.lax.stop_gradient((logits, presence))
-  boxes, filled = scaled_boxes(logits > 0, side, margin)
-  present = filled & (presence > 0)
-  return CellPrompts(
-    logits=jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT),
-    presence=jnp.where(present, jax.nn.sigmoid(presence), 0.0),
-    boxes=boxes, has_box=present, has_mask=present,
-    points=jnp.zeros((len(logits), 0, 2)), point_labels=jnp.zeros((len(logits), 0), jnp.int32),
-  )
+  cells = stage0_prompts(jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT), side, margin)
+  present = cells.has_mask & (presence > 0)
+  return cells._replace(
+    presence=jnp.where(present, jax.nn.sigmoid(presence), 0.0), has_box=present, has_mask=present)

@@ -53,7 +53,8 @@ class StageResult(NamedTuple):
 
   cells: int [N, 2], organ and slice. logits: float16 [N, 4G, 4G], -1024 where the organ is absent.
   iou, presence (a probability): float32 [N]. boxes: float32 [N, 4], x0 y0 x1 y1 in pixels of the
-  S x S image, what the cell was prompted with; has_box: bool [N].
+  S x S image, what the cell was prompted with; has_box: bool [N]. stage: int32 [N], from 1, the one
+  that ran the cell last.
   """
 
   cells: np.ndarray
@@ -62,6 +63,7 @@ class StageResult(NamedTuple):
   presence: np.ndarray
   boxes: np.ndarray
   has_box: np.ndarray
+  stage: np.ndarray
 
 
 def _remember_rows(model, params, embedding, rows, cells):
@@ -164,7 +166,7 @@ def refine_volume(
   side, none = 4 * model.config.grid, np.zeros(0, np.float32)
   result = StageResult(
     np.zeros((0, 2), np.int32), np.zeros((0, side, side), np.float16), none, none,
-    np.zeros((0, 4), np.float32), np.zeros(0, bool),
+    np.zeros((0, 4), np.float32), np.zeros(0, bool), np.zeros(0, np.int32),
   )
   results = []
   for number, stage in enumerate(config.stages, 1):
@@ -180,7 +182,7 @@ def refine_volume(
     shown = np.where((outputs.presence > 0)[:, None, None], outputs.logits, ABSENT_LOGIT)
     new = StageResult(
       run.cells.astype(np.int32), shown.astype(np.float16), outputs.iou, expit(outputs.presence),
-      prompts.boxes[live], prompts.has_box[live],
+      prompts.boxes[live], prompts.has_box[live], np.full(len(run.cells), number, np.int32),
     )
     # Where an earlier stage found nothing and this one did not look again, nothing is there: the
     # generator's vote, which stands where no stage ever ran, must not come back.

@@ -13,6 +13,7 @@ from rfmedsam2_jax.data.datasets import Labels, load_labels
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore
 from rfmedsam2_jax.data.prompt_entries import PromptEntry
 from rfmedsam2_jax.data.volumes import Geometry
+from rfmedsam2_jax.nn.boxes import boxes_to_square
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
@@ -44,14 +45,21 @@ def _of_entry(
   if (voxels < 0).any() or (voxels > np.array(geometry.shape) - 1).any():
     size = " x ".join(map(str, geometry.shape))
     raise UserError(f"{where} lies outside of its {size} voxels; correct its coordinates")
-  places = restore.native_to_prepared(geometry.canonical_points(voxels))
+  canonical = geometry.canonical_points(voxels)
+  corners, clicks = np.rint(canonical[: len(entry.box)]), canonical[len(entry.box) :]
+  places = restore.native_to_prepared(np.concatenate([corners, clicks]))
   slices = np.unique(np.clip(np.rint(places[:, 0]).astype(int), 0, depth - 1))
   if len(slices) > 1:
     raise UserError(f"{where} spans several slices; give one prompt per slice")
-  xy = places[:, 2:0:-1] * np.array([side / width, side / height])
-  corners, clicks = xy[: len(entry.box)], xy[len(entry.box) :]
-  box = (*corners.min(axis=0), *corners.max(axis=0)) if len(corners) else None
-  points = tuple((x, y, inside) for (x, y), inside in zip(clicks, entry.inside, strict=True))
+  box = None
+  if len(corners):
+    # Outer edges of the voxels, which mean the same on every grid.
+    edges = np.array([corners.min(axis=0) - 0.5, corners.max(axis=0) + 0.5])
+    (_, y0, x0), (_, y1, x1) = restore.native_to_prepared(edges)
+    inclusive = np.array([x0 + 0.5, y0 + 0.5, x1 - 0.5, y1 - 0.5])
+    box = boxes_to_square(inclusive, height, width, side)
+  xy = places[len(corners) :, 2:0:-1] * np.array([side / width, side / height])
+  points = tuple((x, y, inside) for (x, y), inside in zip(xy, entry.inside, strict=True))
   by_name = isinstance(entry.structure, str)
   known: Sequence[str | int] = labels.names if by_name else labels.output_values
   return GivenPrompt(known.index(entry.structure), int(slices[0]), box, points)

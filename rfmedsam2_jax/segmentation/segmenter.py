@@ -121,7 +121,6 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
   side, mask_side = segmenter.sam2.config.image_size, 4 * segmenter.sam2.config.grid
   log_odds = np.empty((organs, *prepared.image.shape[1:]), np.float16)
   logits = np.empty((*cells, mask_side, mask_side), np.float16)
-  boxes, present = np.zeros((*cells, 4), np.float32), np.zeros(cells, bool)
   batch = config.batch_size * device_count()
   program = segmenter.unet, plan.patch_size, batch
   new = compiling("the generator", _unet_forward, program, report)
@@ -131,14 +130,10 @@ def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = sil
     segmenter.unet.config.mirrored, Progress("generator, windows", report, new),
   )
   for where, slab in slabs:
-    winner = None if regions else slab.argmax(axis=-1)
     for organ, mine in enumerate(_log_odds(slab, regions)):
       log_odds[organ, where] = mine
       logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
-      mask = mine > 0 if winner is None else winner == organ + 1
-      boxes[organ, where], present[organ, where] = scaled_boxes(
-        mask, side, segmenter.refinement.box_margin)
-  return Generated(log_odds, generated(logits, boxes, present))
+  return Generated(log_odds, generated(logits, side, segmenter.refinement.box_margin))
 
 
 def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:

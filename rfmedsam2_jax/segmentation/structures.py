@@ -11,6 +11,7 @@ import numpy as np
 
 from rfmedsam2_jax.data.measures import joint_counts, voxel_ml
 from rfmedsam2_jax.data.volumes import Geometry
+from rfmedsam2_jax.nn.boxes import boxes_from_square
 from rfmedsam2_jax.refinement import Fused, StageResult
 from rfmedsam2_jax.segmentation.segmenter import Segmentation
 
@@ -152,13 +153,15 @@ def _on_the_file(
   axis, restore = found.segmenter.plan.slice_axis, found.prepared.restore
   side = found.segmenter.sam2.config.image_size
   height, width = restore.prepared_shape[1:]
-  x0, y0, x1, y1 = box * np.array([width, height, width, height]) / side
+  x0, y0, x1, y1 = boxes_from_square(box, height, width, side)
   # Outer edges of the voxels, which mean the same on every grid.
   edges = np.array([[0, y0 - 0.5, x0 - 0.5], [0, y1 + 0.5, x1 + 0.5]])
-  low, high = restore.prepared_to_native(edges)
+  low, high = restore.prepared_to_native(edges) + 0.5
   last = np.array(geometry.canonical_shape) - 1
-  low = np.clip(np.rint(low + 0.5), 0, last).astype(int)
-  high = np.clip(np.rint(high - 0.5), low, last).astype(int)
+  # What is narrower than a voxel may begin and end nearest to the same edge of one.
+  middle = np.floor((low + high) / 2)
+  low = np.clip(np.minimum(np.rint(low), middle), 0, last).astype(int)
+  high = np.clip(np.maximum(np.rint(high) - 1, middle), low, last).astype(int)
   low[axis] = high[axis] = native
   flipped = np.array(geometry.flipped)
   low, high = np.where(flipped, last - high, low), np.where(flipped, last - low, high)

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.config.training import GeneratorConfig, Optimizer, RefinerConfig
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.layers import Array, Params
@@ -20,7 +19,7 @@ from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
 from rfmedsam2_jax.refinement.config import RefinementConfig
-from rfmedsam2_jax.refinement.prompts import next_prompts
+from rfmedsam2_jax.refinement.prompts import stage0_prompts
 from rfmedsam2_jax.refinement.stages import all_stages_on_grid, masks_on_grid
 from rfmedsam2_jax.training.state import TrainState, ema_update, merge
 
@@ -28,6 +27,8 @@ Batch = dict[str, Array]
 # (params, batch, key, axes): a batch that is spread over devices comes with the axes of the mesh.
 Loss = Callable[[Params, Batch, Array, tuple[str, ...]], tuple[Array, dict[str, Array]]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+_JITTER_BOUND = 20 / 1024  # of the image's side: SAM 2's noise_bound, pixels of its 1024
 
 
 def make_step(
@@ -88,17 +89,19 @@ def generator_loss_fn(
 
 
 def _jittered(boxes: Array, amount: float, side: int, key: Array, axes: tuple[str, ...]) -> Array:
-  """Boxes [N, 4] with every edge moved by up to `amount` of the box's size, inside the image."""
-  size = jnp.concatenate([boxes[:, 2:] - boxes[:, :2]] * 2, axis=1) + 1.0
+  """Boxes [N, 4] with every edge moved by up to `amount` of the box's size, inside the image.
+
+  Not further than SAM 2 moves them in its training (sam2_utils.py: sample_box_points).
+  """
+  size = jnp.concatenate([boxes[:, 2:] - boxes[:, :2]] * 2, axis=1)
+  furthest = jnp.minimum(size * amount, _JITTER_BOUND * side)
   # Drawn for the whole batch, so that a box is moved alike on however many devices.
   count = len(boxes)
   devices = jax.lax.axis_size(axes) if axes else 1
   drawn = jax.random.uniform(key, (devices * count, 4), minval=-1.0, maxval=1.0)
   if axes:
     drawn = jax.lax.dynamic_slice_in_dim(drawn, jax.lax.axis_index(axes) * count, count)
-  moved = jnp.clip(boxes + size * amount * drawn, 0.0, side - 1.0)
-  first, second = moved[:, :2], moved[:, 2:]
-  return jnp.concatenate([jnp.minimum(first, second), jnp.maximum(first, second)], axis=1)
+  return jnp.clip(boxes + furthest * drawn, 0.0, side - 1.0)
 
 
 def refiner_loss_fn(
@@ -118,9 +121,7 @@ def refiner_loss_fn(
     runs, tracks, length, height, width = batch["logits"].shape
     side = model.config.image_size
     logits = batch["logits"].reshape(-1, height, width)
-    # Of stage 0; a structure is present with any foreground in its mask.
-    certain = jnp.full(logits.shape[:1], LOGIT_LIMIT)
-    cells = next_prompts(logits, certain, side, refinement.box_margin)
+    cells = stage0_prompts(logits, side, refinement.box_margin)
     cells = cells._replace(boxes=_jittered(cells.boxes, config.box_jitter, side, key, axes))
     slices = batch["images"].reshape(runs * length, side, side, 3)
     results = all_stages(model, params, refinement, slices, cells, batch["inside"], batch["depth"])

@@ -89,8 +89,9 @@ export class View {
     pen.strokeStyle = pen.fillStyle = colourOf(label);
     pen.lineWidth = 2 * ratio;
     if (box) {
-      const [x0, y0] = this.place(box[0], box[1]);
-      const [x1, y1] = this.place(box[2], box[3]);
+      // Around the voxels of both corners: they belong to the box.
+      const [x0, y0] = this.place(box[0] - 0.5, box[1] - 0.5);
+      const [x1, y1] = this.place(box[2] + 0.5, box[3] + 0.5);
       pen.strokeRect(Math.min(x0, x1), Math.min(y0, y1), Math.abs(x1 - x0), Math.abs(y1 - y0));
     }
     for (const [x, y, inside] of points) {
