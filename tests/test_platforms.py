@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from rfmedsam2_jax.config.reading import parse_config
 from rfmedsam2_jax.nn import (
   PRESETS,
   SAM2,
+  AdapterConfig,
   MemorySlots,
   Platform,
   UNet,
@@ -128,8 +130,9 @@ def part(method, config):
 ATTENTIONS = {"encode_image": (4, 0), "remember": (0, 0), "condition": (1, 1), "decode": (2, 2)}
 
 
-# Full precision keeps all for the backward pass and half precision nothing, as the configs do.
-PRECISIONS = {"float32": "none", "bfloat16": "block"}
+# As configs/btcv.yaml is in half precision; plain in full precision.
+PRECISIONS: dict[str, dict[str, Any]] = {
+  "float32": {"adapters": AdapterConfig(dwconv=False, cnn=False)}, "bfloat16": {"remat": "block"}}
 EVERYWHERE = [pytest.param(HOPPER, id="cuda"), pytest.param(TPU, id="tpu")]
 
 
@@ -139,9 +142,8 @@ EVERYWHERE = [pytest.param(HOPPER, id="cuda"), pytest.param(TPU, id="tpu")]
 def test_every_part_of_sam2_lowers_with_fused_attention_in_half_precision_on_a_gpu(
   method, platform, dtype
 ):
-  config = dataclasses.replace(CONFIG, dtype=dtype, remat=PRECISIONS[dtype])
-  params = param_shapes(config)
-  loss, inputs = part(method, config)
+  config = dataclasses.replace(CONFIG, dtype=dtype, **PRECISIONS[dtype])
+  params, (loss, inputs) = param_shapes(CONFIG), part(method, config)
   forward = jax.jit(functools.partial(loss, SAM2(config, platform)))
   gradient = program(jax.jit(jax.value_and_grad(forward)), platform, params, *inputs)
   if (platform, dtype) != (HOPPER, "bfloat16"):
@@ -149,15 +151,15 @@ def test_every_part_of_sam2_lowers_with_fused_attention_in_half_precision_on_a_g
   else:  # what is computed again for the gradient may stand there twice
     assert fused(gradient)[2:] == ATTENTIONS[method]
     assert fused(program(forward, platform, params, *inputs)) == (*ATTENTIONS[method], 0, 0)
-  # Adapters and the memory encoder have the accelerators' own depth-wise convolutions.
-  assert max(map(int, re.findall(r"feature_group_count = (\d+)", gradient))) >= 16
+  if method == "remember" or config.adapters.dwconv:  # accelerators' own depth-wise convolutions
+    assert max(map(int, re.findall(r"feature_group_count = (\d+)", gradient))) >= 16
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("platform", EVERYWHERE)
 def test_the_unet_lowers_with_convolutions_in_three_dimensions(platform, dtype):
-  sizes = (8, 16), ((1, 1, 1), (2, 2, 2)), ((3, 3, 3),) * 2, 1, dtype, PRECISIONS[dtype]
-  unet, x = UNet(UNetConfig(*sizes), 3, platform), shaped(2, 8, 8, 8, 1)
+  sizes = UNetConfig((8, 16), ((1, 1, 1), (2, 2, 2)), ((3, 3, 3),) * 2, 1, dtype)
+  unet, x = UNet(sizes, 3, platform), shaped(2, 8, 8, 8, 1)
   params = jax.eval_shape(lambda x: unet.init(jax.random.key(0), x)["params"], x)
   loss = jax.jit(lambda params, x: (unet.apply({"params": params}, x) ** 2).sum())
   gradient = program(jax.jit(jax.value_and_grad(loss)), platform, params, x)
@@ -173,15 +175,16 @@ def test_the_unet_lowers_with_convolutions_in_three_dimensions(platform, dtype):
   ("refiner", (4 + 1 + 2, 1 + 2)),
 ])
 def test_a_training_step_has_the_form_for_the_devices_of_its_mesh(name, expected, monkeypatch):
-  half = {"dtype": "bfloat16"}
   config = parse_config(TINY | {
-    "generator": TINY["generator"] | half, "refinement": {"stages": [{"residual": True}]},
+    "generator": TINY["generator"] | {"dtype": "bfloat16"},
     "refiner": TINY["refiner"] | {"slices": 2, "structures": 1},
-    "sam2": TINY["sam2"] | half | {"d_model": 64, "decoder_heads": 4},
+    "refinement": {"stages": [{"residual": True}]},
   })
+  config = dataclasses.replace(config, sam2=dataclasses.replace(CONFIG, dtype="bfloat16"))
   phase = PHASES[name](config, _plan_of_shapes(config.plan, 1, 1))
   mesh, key = make_mesh(MeshConfig(data=1)), jax.random.key(0)
-  state = jax.eval_shape(lambda key: phase.start(phase.init(key), key), key)
+  shapes = jax.eval_shape(phase.init, key) if name == "generator" else param_shapes(config.sam2)
+  state = jax.eval_shape(phase.start, shapes, key)
   monkeypatch.setattr(meshes, "platform_of", lambda device: HOPPER)
   placed = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

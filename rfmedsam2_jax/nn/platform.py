@@ -38,7 +38,6 @@ def platform_of(device: Any) -> Platform:
 
 def default_platform() -> Platform:
   """The platform that JAX computes on unless it is told otherwise."""
-  chosen = jax.config.jax_default_device  # a device or the name of a backend; JAX's caches know it
-  if isinstance(chosen, jax.Device):
-    return platform_of(chosen)
-  return platform_of(jax.devices(chosen)[0])
+  config: Any = jax.config
+  chosen = config.jax_default_device  # a device or the name of a backend; JAX's caches know of it
+  return platform_of(chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0])

@@ -128,9 +128,9 @@ class Encoder(nn.Module):
   def __call__(self, x_BDHWC: Array) -> list[Array]:
     """Features of every stage, full resolution first."""
     c, skips = self.config, [x_BDHWC]
-    parts = c.convs_per_stage, jnp.dtype(c.dtype), c.remat, self.platform
+    dtype, platform = jnp.dtype(c.dtype), self.platform
     for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, strict=True)):
-      stage = Stage(*sizes, *parts, name=f"stages_{i}")
+      stage = Stage(*sizes, c.convs_per_stage, dtype, c.remat, platform, name=f"stages_{i}")
       skips.append(stage(skips[-1]))
     return skips[1:]
 
