@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from rfmedsam2_jax.base.ranges import STRICT, Count, fixed
 from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm, upsample2
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 
 MASK_LIMIT = 8.0  # mask logits beyond +-this say nothing more
 
@@ -26,13 +27,14 @@ class DWConvAdapter(nn.Module):
 
   width: int = 16
   dtype: DType = jnp.float32
+  platform: Platform = dataclasses.field(default_factory=default_platform)
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
     y = layer_norm(dtype=self.dtype, name="norm_in")(x_BHWC)
     y = nn.Dense(self.width, dtype=self.dtype, name="down")(y)
     y = nn.Dense(self.width, dtype=self.dtype, name="point")(y)
-    y = gelu(DepthwiseConv2D(self.width, dtype=self.dtype, name="depth")(y))
+    y = gelu(_depthwise(self)(y))
     y = layer_norm(dtype=self.dtype, name="norm_out")(y)
     return x_BHWC + _zero_dense(x_BHWC.shape[-1], self.dtype)(y)
 
@@ -47,11 +49,12 @@ class CNNAdapter(nn.Module):
 
   width: int = 16
   dtype: DType = jnp.float32
+  platform: Platform = dataclasses.field(default_factory=default_platform)
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
     y = nn.Dense(self.width, dtype=self.dtype, name="down")(x_BHWC)
-    y = gelu(DepthwiseConv2D(self.width, dtype=self.dtype, name="depth")(y))
+    y = gelu(_depthwise(self)(y))
     return x_BHWC + _zero_dense(x_BHWC.shape[-1], self.dtype)(y)
 
 
@@ -87,6 +90,11 @@ class MaskAdapter(nn.Module):
     return _zero_dense(1, self.dtype)(fine)[..., 0].astype(jnp.float32)
 
 
+def _depthwise(adapter: DWConvAdapter | CNNAdapter) -> DepthwiseConv2D:
+  sizes: dict[str, Any] = {"dtype": adapter.dtype, "platform": adapter.platform}
+  return DepthwiseConv2D(adapter.width, **sizes, name="depth")
+
+
 def _zero_dense(features: int, dtype: DType) -> nn.Dense:
   return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name="up")
 
@@ -96,9 +104,10 @@ class AdapterConfig:
   """Which adapters exist, and their size.
 
   Subclasses put other modules into the same places (`after_attention = MyAdapter`):
-  `after_attention` and `after_convolution` are called as `(width, dtype=..., name="adapter")` and
-  map [B, H, W, C] to itself; `on_masks` as `(mask_width, dtype=...)`, see MaskAdapter. Such a
-  config works with everything that takes a `SAM2Config`, but no file can describe it.
+  `after_attention` and `after_convolution` are called as `(width, dtype=..., name="adapter")`, with
+  a `platform` too if they have such a field, and map [B, H, W, C] to itself; `on_masks` as
+  `(mask_width, dtype=...)`, see MaskAdapter. Such a config works with everything that takes a
+  `SAM2Config`, but no file can describe it.
   """
 
   __pydantic_config__ = STRICT
@@ -115,11 +124,18 @@ class AdapterConfig:
   after_convolution: ClassVar[Any] = CNNAdapter
   on_masks: ClassVar[Any] = MaskAdapter
 
-  def adapted(self, x_BHWC: Array, dtype: DType) -> Array:
+  def adapted(self, x_BHWC: Array, dtype: DType, platform: Platform) -> Array:
     """What attention gave, adapted if there are DWConvAdapters; to be called within a module."""
-    if not self.dwconv:
-      return x_BHWC
-    return self.after_attention(self.width, dtype=dtype, name="adapter")(x_BHWC)
+    return self._through(self.after_attention, x_BHWC, dtype, platform) if self.dwconv else x_BHWC
+
+  def convolved(self, x_BHWC: Array, dtype: DType, platform: Platform) -> Array:
+    """What a convolution of the neck gave, adapted if there are CNN-Adapters."""
+    return self._through(self.after_convolution, x_BHWC, dtype, platform) if self.cnn else x_BHWC
+
+  def _through(self, kind: Any, x_BHWC: Array, dtype: DType, platform: Platform) -> Array:
+    asks = "platform" in getattr(kind, "__dataclass_fields__", {})
+    told: dict[str, Any] = {"platform": platform} if asks else {}
+    return kind(self.width, dtype=dtype, **told, name="adapter")(x_BHWC)
 
   @property
   def own(self) -> bool:

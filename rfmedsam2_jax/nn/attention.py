@@ -1,5 +1,5 @@
-"""Scaled dot-product attention of all of SAM 2, in the form that suits the backend when it is
-traced, and SAM 2's rotary positions.
+"""Scaled dot-product attention of all of SAM 2, in the form that suits the platform that it is
+traced for, and SAM 2's rotary positions.
 """
 
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.row_bands import largest_divisor
 
 # Scores (batch x heads x queries x keys) that are computed at once: so many that on a CPU they stay
@@ -24,7 +25,8 @@ _LOW = -1e30  # score of a key that takes no part: finite, for blocks without an
 
 
 def dot_product_attention(
-  q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None = None
+  q_BNHD: Array, k_BMHD: Array, v_BMHV: Array, mask_BM: Array | None = None,
+  platform: Platform | None = None,
 ) -> Array:
   """softmax(q k' / sqrt(D)) v per head, [B, N, H, V] in the dtype of the queries [B, N, H, D]; the
   softmax is float32 whatever the inputs are.
@@ -33,17 +35,18 @@ def dot_product_attention(
     k_BMHD, v_BMHV: keys [B, M, H, D] and values [B, M, H, V]; cuDNN is used only where V = D.
     mask_BM: bool [B, M], False for keys that take no part. Where a row of the batch has no key
       left, the result is zero, and so are the gradients.
+    platform: what it is traced for; None is the default backend.
   """
+  platform = platform or default_platform()
   if mask_BM is not None:
     # A row without keys attends to all of them and its result is thrown away: no softmax ever
     # sees an empty row, so no NaN arises in the value or in the gradient.
     some_B = mask_BM.any(axis=-1)
     mask_BM = mask_BM | ~some_B[:, None]
-  if v_BMHV.shape[-1] == q_BNHD.shape[-1] and fits_cudnn(q_BNHD):
-    mask = None if mask_BM is None else mask_BM[:, None, None, :]
-    out = jax.nn.dot_product_attention(q_BNHD, k_BMHD, v_BMHV, mask=mask, implementation="cudnn")
+  if v_BMHV.shape[-1] == q_BNHD.shape[-1] and fits_cudnn(q_BNHD, k_BMHD, platform):
+    out = _cudnn_attention(q_BNHD, k_BMHD, v_BMHV, mask_BM)
   else:
-    out = _einsum_attention(q_BNHD, k_BMHD, v_BMHV, mask_BM)
+    out = _einsum_attention(q_BNHD, k_BMHD, v_BMHV, mask_BM, platform.is_cpu)
   if mask_BM is not None:
     out = jnp.where(some_B[:, None, None, None], out, 0)
   return out
@@ -58,19 +61,41 @@ def attention_weights(q_BNHD: Array, k_BMHD: Array, mask_BM: Array | None = None
   return weights if where is None else jnp.where(where, weights, 0)
 
 
-def fits_cudnn(q_BNHD: Array) -> bool:
-  """Whether cuDNN's fused attention takes these arrays: half precision, limited head width."""
-  if jax.default_backend() != "gpu" or q_BNHD.dtype not in (jnp.bfloat16, jnp.float16):
+def fits_cudnn(q_BNHD: Array, k_BMHD: Array, platform: Platform) -> bool:
+  """Whether cuDNN's fused attention takes these arrays, forward and backward: half precision on an
+  Ampere or later, limited head width, more than one score per head."""
+  capability, width = platform.capability, q_BNHD.shape[-1]
+  if capability is None or q_BNHD.dtype not in (jnp.bfloat16, jnp.float16):
     return False
-  major = int(str(getattr(jax.devices()[0], "compute_capability", "0.0")).split(".")[0])
-  width = q_BNHD.shape[-1]
-  return major >= 8 and width % 8 == 0 and width <= (256 if major == 9 else 128)
+  # Wider than 128 both ways on Hopper alone: Blackwell has the forward pass only.
+  widest = 256 if capability[0] == 9 else 128
+  scores = q_BNHD.shape[1] * k_BMHD.shape[1]
+  return capability[0] >= 8 and width % 8 == 0 and width <= widest and scores > 1
 
 
-def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Array:
+def _cudnn_attention(q: Array, k: Array, v: Array, mask_BM: Array | None) -> Array:
+  """cuDNN's fused attention, where `fits_cudnn`.
+
+  It takes a mask for every query, of all heads together: a bias [B, 1, N, M] in the dtype of the
+  queries, and as much again for the bias's gradient, which JAX asks for and nobody uses.
+  """
+  (batch, queries), keys = q.shape[:2], k.shape[1]
+  if mask_BM is None and keys % 2:
+    mask_BM = jnp.ones((batch, keys), bool)
+  # Gradients are refused where N or M is odd, as with a bias; jax 0.10.2 takes all for such.
+  q, k, v, mask = jax.tree.map(
+    lambda x: jnp.pad(x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2)),
+    (q, k, v, mask_BM)
+  )
+  if mask is not None:
+    mask = jnp.broadcast_to(mask[:, None, None, :], (batch, 1, q.shape[1], k.shape[1]))
+  out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+  return out[:, :queries]
+
+
+def _einsum_attention(q: Array, k: Array, v: Array, mask_BM: Array | None, cpu: bool) -> Array:
   """The plain computation, in parts where the scores would be large."""
   (batch, queries, heads, width), keys = q.shape, k.shape[1]
-  cpu = jax.default_backend() == "cpu"
   limit = _CPU_SCORES_PER_CHANNEL * width if cpu else _ACCELERATOR_SCORES
   scores = batch * heads * queries * keys
   q = q * (width**-0.5)

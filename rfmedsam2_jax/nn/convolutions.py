@@ -1,19 +1,20 @@
-"""Convolutions that are fast on every backend: 3D for the U-Net, depth-wise 2D for SAM 2.
+"""Convolutions that are fast on every platform: 3D for the U-Net, depth-wise 2D for SAM 2.
 
 Both modules keep the parameters of a native convolution, which GPU and TPU take. XLA:CPU has no
 fast 3D or grouped convolution, so there the same sum is formed from operations that it does well.
 Padding is PyTorch's (k // 2 on both sides whatever the stride; Flax's SAME differs at stride 2).
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
 from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.winograd import Triple, winograd_conv3d
 
 
@@ -58,10 +59,12 @@ def winograd_pays(x_BDHWC: Array, kernel: Array, stride: Triple) -> bool:
   return min(channels) >= 8 and math.prod(x_BDHWC.shape[:4]) >= 64 * max(channels)
 
 
-def conv3d(x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1)) -> Array:
-  """3D convolution, channels last, PyTorch's padding, in the form that suits the backend; kernel
-  [kd, kh, kw, Cin, Cout] of odd sizes."""
-  if jax.default_backend() != "cpu":
+def conv3d(
+  x_BDHWC: Array, kernel: Array, stride: Triple = (1, 1, 1), platform: Platform | None = None
+) -> Array:
+  """3D convolution, channels last, PyTorch's padding, in the form that suits the platform; kernel
+  [kd, kh, kw, Cin, Cout] of odd sizes. platform: None is the default backend."""
+  if not (platform or default_platform()).is_cpu:
     return native_conv3d(x_BDHWC, kernel, stride)
   if winograd_pays(x_BDHWC, kernel, stride):
     return winograd_conv3d(x_BDHWC, kernel)
@@ -89,6 +92,7 @@ class Conv3D(nn.Module):
   kernel: Triple
   stride: Triple
   dtype: jnp.dtype
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
@@ -96,7 +100,8 @@ class Conv3D(nn.Module):
     init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
     weight = self.param("kernel", init, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    y = conv3d(x_BDHWC.astype(self.dtype), weight.astype(self.dtype), self.stride)
+    y = conv3d(x_BDHWC.astype(self.dtype), weight.astype(self.dtype), self.stride,
+               self.platform)
     return y + bias.astype(self.dtype)
 
 
@@ -107,12 +112,12 @@ class DepthwiseConv2D(nn.Module):
   features: int
   kernel: tuple[int, int] = (3, 3)
   dtype: jnp.dtype = jnp.float32
+  platform: Platform = dataclasses.field(default_factory=default_platform)
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
     shape = (*self.kernel, 1, self.features)
     weight = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    cpu = jax.default_backend() == "cpu"
-    convolve = shifted_depthwise_conv2d if cpu else native_depthwise_conv2d
-    return convolve(x_BHWC.astype(self.dtype), weight.astype(self.dtype)) + bias.astype(self.dtype)
+    fast = shifted_depthwise_conv2d if self.platform.is_cpu else native_depthwise_conv2d
+    return fast(x_BHWC.astype(self.dtype), weight.astype(self.dtype)) + bias.astype(self.dtype)

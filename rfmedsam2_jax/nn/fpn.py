@@ -3,12 +3,15 @@ width at strides 4, 8, 16, which the mask decoder (the finer two) and memory att
 Follows sam2/modeling/backbones/image_encoder.py of sam2 1.1.0, with the same submodule names.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.hiera import Hiera
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d, upsample2
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 TOP_DOWN_LEVELS = (2, 3)  # which receive the upsampled coarser level; 0 is the finest
@@ -21,6 +24,7 @@ class FpnNeck(nn.Module):
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
   remat: Remat = "none"  # of a level
+  platform: Platform = dataclasses.field(default_factory=default_platform)
 
   @nn.compact
   def __call__(self, features: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -30,7 +34,8 @@ class FpnNeck(nn.Module):
     for i in reversed(range(len(features))):
       # Upstream counts the convolutions from the coarsest level.
       name = f"convs_{len(features) - 1 - i}"
-      lateral = lateral_of(self.d_model, self.adapters, self.dtype, name=name)(features[i])
+      parts = self.d_model, self.adapters, self.dtype, self.platform
+      lateral = lateral_of(*parts, name=name)(features[i])
       if levels and i in TOP_DOWN_LEVELS:
         lateral = lateral + upsample2(levels[-1])
       levels.append(lateral)
@@ -43,14 +48,12 @@ class Lateral(nn.Module):
   features: int
   adapters: AdapterConfig
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
     x = conv2d(self.features, 1, dtype=self.dtype, name="conv")(x_BHWC)
-    if self.adapters.cnn:
-      adapter = self.adapters.after_convolution
-      x = adapter(self.adapters.width, dtype=self.dtype, name="adapter")(x)
-    return x
+    return self.adapters.convolved(x, self.dtype, self.platform)
 
 
 class ImageEncoder(nn.Module):

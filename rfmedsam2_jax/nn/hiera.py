@@ -3,12 +3,15 @@ brings the feature maps of its stages to a common width. Follows
 sam2/modeling/backbones/hieradet.py of sam2 1.1.0, with the same submodule names.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.positions import hiera_positions
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 from rfmedsam2_jax.nn.row_bands import map_bands
@@ -30,6 +33,7 @@ class Hiera(nn.Module):
   adapters: AdapterConfig = AdapterConfig(dwconv=False, cnn=False)
   dtype: DType = jnp.float32
   remat: Remat = "none"  # of a block
+  platform: Platform = dataclasses.field(default_factory=default_platform)
 
   @nn.compact
   def __call__(self, images_BHW3: Array) -> tuple[Array, ...]:
@@ -50,7 +54,8 @@ class Hiera(nn.Module):
         window = 0 if block in self.global_att_blocks else self.window_spec[stage - opens_stage]
         pool = opens_stage and stage <= self.q_pool
         sizes = self.embed_dim * 2**stage, self.num_heads * 2**stage, window, pool
-        x = block_of(*sizes, self.adapters, self.dtype, name=f"blocks_{block}")(x)
+        layer = block_of(*sizes, self.adapters, self.dtype, self.platform, name=f"blocks_{block}")
+        x = layer(x)
         block += 1
       features.append(x)
     return tuple(features)
@@ -76,6 +81,7 @@ class Block(nn.Module):
   pool: bool  # queries and shortcut are max-pooled 2x2, so that the result has half the sides
   adapters: AdapterConfig
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
@@ -83,9 +89,10 @@ class Block(nn.Module):
     # Windows know nothing of each other, so a row of them can go for itself; where they do not
     # tile the image, or there are none, only whole images can.
     rows = self.window if self.window and height % self.window == 0 else height
-    x = map_bands(Block._attend, self, x_BHWC, rows, rows * width * 3 * self.features)
-    x = self.adapters.adapted(x, self.dtype)
-    return map_bands(Block._transform, self, x, 1, x.shape[2] * 4 * self.features)
+    widest, platform = rows * width * 3 * self.features, self.platform
+    x = map_bands(Block._attend, self, x_BHWC, rows, widest, platform)
+    x = self.adapters.adapted(x, self.dtype, platform)
+    return map_bands(Block._transform, self, x, 1, x.shape[2] * 4 * self.features, platform)
 
   def _attend(self, x_BHWC: Array) -> Array:
     """Attention with its shortcut."""
@@ -96,7 +103,7 @@ class Block(nn.Module):
       if self.pool:
         shortcut = max_pool2(shortcut)
     sizes = self.features, self.num_heads, self.window, self.pool
-    return shortcut + MultiScaleAttention(*sizes, self.dtype, name="attn")(x)
+    return shortcut + MultiScaleAttention(*sizes, self.dtype, self.platform, name="attn")(x)
 
   def _transform(self, x_BHWC: Array) -> Array:
     """The MLP with its shortcut."""
@@ -113,6 +120,7 @@ class MultiScaleAttention(nn.Module):
   window: int
   pool: bool
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
@@ -125,7 +133,7 @@ class MultiScaleAttention(nn.Module):
       q = max_pool2(q)
     shape, heads = q.shape, (self.num_heads, self.features // self.num_heads)
     q, k, v = (x.reshape(len(x), -1, *heads) for x in (q, k, v))
-    out = dot_product_attention(q, k, v).reshape(shape)
+    out = dot_product_attention(q, k, v, platform=self.platform).reshape(shape)
     if side:
       scale = 2 if self.pool else 1
       padded = ((height + padding[0]) // scale, (width + padding[1]) // scale)

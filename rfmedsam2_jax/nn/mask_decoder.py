@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
 from rfmedsam2_jax.nn.layers import MLP, Array, ConvTranspose2x2, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 NUM_MULTIMASK = 3  # masks of an ambiguous prompt; mask token 0 is for the unambiguous ones
@@ -43,6 +44,7 @@ class MaskDecoder(nn.Module):
   adapters: AdapterConfig
   dtype: DType
   remat: Remat  # of a layer and of the upscaling
+  platform: Platform
 
   def setup(self):
     masks, token = 1 + NUM_MULTIMASK, nn.initializers.normal(1.0)  # torch's Embedding
@@ -51,7 +53,7 @@ class MaskDecoder(nn.Module):
     self.iou_token = self.param("iou_token", token, (1, self.width))
     self.mask_tokens = self.param("mask_tokens", token, (masks, self.width))
     self.transformer = TwoWayTransformer(
-      self.depth, self.heads, self.mlp, self.adapters, self.dtype, self.remat
+      self.depth, self.heads, self.mlp, self.adapters, self.dtype, self.remat, self.platform
     )
     self.output_upscaling_0 = ConvTranspose2x2(self.width // 4, dtype=self.dtype)
     self.output_upscaling_1 = layer_norm(1e-6, dtype=self.dtype)
@@ -135,6 +137,7 @@ class TwoWayTransformer(nn.Module):
   adapters: AdapterConfig
   dtype: DType
   remat: Remat
+  platform: Platform
 
   @nn.compact
   def __call__(
@@ -146,10 +149,10 @@ class TwoWayTransformer(nn.Module):
     block_of = rematerialised(TwoWayAttentionBlock, self.remat, static=(6,))
     for i in range(self.depth):
       sizes = self.heads, self.mlp, i == 0
-      layer = block_of(*sizes, self.adapters, self.dtype, name=f"layers_{i}")
+      layer = block_of(*sizes, self.adapters, self.dtype, self.platform, name=f"layers_{i}")
       tokens, image = layer(tokens, image, tokens_NTC, positions, exists_NT, (height, width))
     name = "final_attn_token_to_image"
-    attention = TokenAttention(self.heads, channels // 2, self.dtype, name=name)
+    attention = TokenAttention(self.heads, channels // 2, self.dtype, self.platform, name=name)
     tokens = tokens + attention(tokens + tokens_NTC, image + positions, image)
     tokens = layer_norm(dtype=self.dtype, name="norm_final_attn")(tokens)
     return tokens, image.reshape(image_NGGC.shape)
@@ -163,6 +166,7 @@ class TwoWayAttentionBlock(nn.Module):
   first: bool  # its self-attention has neither positions nor a residual (transformer.py:161)
   adapters: AdapterConfig
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(
@@ -171,7 +175,9 @@ class TwoWayAttentionBlock(nn.Module):
   ) -> tuple[Array, Array]:
     tokens, image, width = tokens_NTC, image_NLC, tokens_NTC.shape[-1]
     norm = functools.partial(layer_norm, dtype=self.dtype)
-    attention = functools.partial(TokenAttention, self.heads, dtype=self.dtype)
+    attention = functools.partial(
+      TokenAttention, self.heads, dtype=self.dtype, platform=self.platform
+    )
     attend = attention(width, name="self_attn")
     if self.first:
       tokens = attend(tokens, tokens, tokens, exists_NT)
@@ -187,7 +193,7 @@ class TwoWayAttentionBlock(nn.Module):
     q, k = image + image_positions_1LC, tokens + token_positions_NTC
     attend = attention(width // 2, name="cross_attn_image_to_token")
     image = image + attend(q, k, tokens, exists_NT)
-    on_grid = self.adapters.adapted(image.reshape(-1, *grid, width), self.dtype)
+    on_grid = self.adapters.adapted(image.reshape(-1, *grid, width), self.dtype, self.platform)
     return tokens, norm(name="norm4")(on_grid.reshape(image.shape))
 
 
@@ -197,6 +203,7 @@ class TokenAttention(nn.Module):
   heads: int
   inner: int  # width of queries, keys and values together over all heads
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(
@@ -207,6 +214,6 @@ class TokenAttention(nn.Module):
       return x.reshape(*x.shape[:2], self.heads, -1)
 
     q, k, v = project("q_proj", q_NLC), project("k_proj", k_NMC), project("v_proj", v_NMC)
-    out = dot_product_attention(q, k, v, mask_NM)
+    out = dot_product_attention(q, k, v, mask_NM, self.platform)
     out = out.reshape(*out.shape[:2], self.inner)
     return nn.Dense(q_NLC.shape[-1], dtype=self.dtype, name="out_proj")(out)

@@ -19,6 +19,7 @@ from rfmedsam2_jax.nn.attention import (
   fits_cudnn,
 )
 from rfmedsam2_jax.nn.layers import Array, DType, layer_norm
+from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.nn.positions import sine_positions_2d
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
@@ -51,6 +52,7 @@ class MemoryAttention(nn.Module):
   adapters: AdapterConfig
   dtype: DType
   remat: Remat  # of a layer
+  platform: Platform
 
   @nn.compact
   def __call__(
@@ -74,7 +76,7 @@ class MemoryAttention(nn.Module):
     x = x + 0.1 * jnp.asarray(sine_positions_2d(height, width, channels), x.dtype)
     layer_of = rematerialised(MemoryAttentionLayer, self.remat, static=(5,))
     for i in range(self.layers):
-      layer = layer_of(self.ffn, self.adapters, self.dtype, name=f"layers_{i}")
+      layer = layer_of(self.ffn, self.adapters, self.dtype, self.platform, name=f"layers_{i}")
       x = layer(x, keys, memory, valid, spatial)
     return layer_norm(dtype=self.dtype, name="norm")(x)
 
@@ -110,6 +112,7 @@ class MemoryAttentionLayer(nn.Module):
   ffn: int
   adapters: AdapterConfig
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(
@@ -122,12 +125,13 @@ class MemoryAttentionLayer(nn.Module):
     dense = functools.partial(nn.Dense, dtype=self.dtype)
     x = x_NGGC.reshape(first, height * width, channels)
     y = norm(name="norm1")(x)
-    x = x + RoPEAttention(self.dtype, name="self_attn")(y, y, y, rope, height * width)
-    attention = RoPEAttention(self.dtype, name="cross_attn_image")
+    attention = functools.partial(RoPEAttention, self.dtype, self.platform)
+    x = x + attention(name="self_attn")(y, y, y, rope, height * width)
     y, n = norm(name="norm2")(x), len(keys_NTE)
     y = jnp.broadcast_to(y, (n, *y.shape[1:]))
-    x = x + attention(y, keys_NTE, memory_NTE, rope, spatial, valid_NT)
-    x = self.adapters.adapted(x.reshape(n, height, width, channels), self.dtype).reshape(x.shape)
+    x = x + attention(name="cross_attn_image")(y, keys_NTE, memory_NTE, rope, spatial, valid_NT)
+    on_grid = x.reshape(n, height, width, channels)
+    x = self.adapters.adapted(on_grid, self.dtype, self.platform).reshape(x.shape)
     y = nn.relu(dense(self.ffn, name="linear1")(norm(name="norm3")(x)))
     x = x + dense(channels, name="linear2")(y)
     return x.reshape(n, height, width, channels)
@@ -141,6 +145,7 @@ class RoPEAttention(nn.Module):
   """
 
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(
@@ -158,13 +163,13 @@ class RoPEAttention(nn.Module):
       k = jnp.concatenate([apply_rope(k[:, :rotated], rope), k[:, rotated:]], axis=1)
     if self.is_mutable_collection("intermediates"):
       self.sow("intermediates", "weights", attention_weights(q, k, valid_NT)[:, 0])
-    if v_NTE.shape[-1] < width and not fits_cudnn(q):
+    if v_NTE.shape[-1] < width and not fits_cudnn(q, k, self.platform):
       # The weights of a query sum to one, so that it makes no difference whether the values are
       # projected before they are averaged or after: memories are narrower before (64 channels to
       # 256), which saves a quarter of memory attention's operations.
-      mean = dot_product_attention(q, k, v_NTE[:, :, None], valid_NT)[:, :, 0]
+      mean = dot_product_attention(q, k, v_NTE[:, :, None], valid_NT, self.platform)[:, :, 0]
       out = project(name="v_proj")(mean)
     else:
       v = project(name="v_proj")(v_NTE)[:, :, None]
-      out = dot_product_attention(q, k, v, valid_NT)[:, :, 0]
+      out = dot_product_attention(q, k, v, valid_NT, self.platform)[:, :, 0]
     return project(name="out_proj")(out)

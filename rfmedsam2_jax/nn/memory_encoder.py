@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
 from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
 
@@ -19,6 +20,7 @@ class MemoryEncoder(nn.Module):
   fuser_layers: int  # ConvNeXt blocks
   dtype: DType
   remat: Remat  # of the mask's way down and of a block
+  platform: Platform
 
   @nn.compact
   def __call__(self, embedding_NGGC: Array, mask_NSS1: Array) -> Array:
@@ -26,7 +28,8 @@ class MemoryEncoder(nn.Module):
     down_of = rematerialised(MaskDownSampler, self.remat)
     down = down_of(self.width, self.mask_channels, self.dtype, name="mask_downsampler")
     x = conv2d(self.width, 1, dtype=self.dtype, name="pix_feat_proj")(embedding_NGGC)
-    x = Fuser(self.fuser_layers, self.dtype, self.remat, name="fuser")(x + down(mask_NSS1))
+    fuser = Fuser(self.fuser_layers, self.dtype, self.remat, self.platform, name="fuser")
+    x = fuser(x + down(mask_NSS1))
     return conv2d(self.out, 1, dtype=self.dtype, name="out_proj")(x)
 
 
@@ -51,12 +54,13 @@ class Fuser(nn.Module):
   layers: int
   dtype: DType
   remat: Remat
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_NGGC: Array) -> Array:
     block_of = rematerialised(CXBlock, self.remat)
     for i in range(self.layers):
-      x_NGGC = block_of(self.dtype, name=f"layers_{i}")(x_NGGC)
+      x_NGGC = block_of(self.dtype, self.platform, name=f"layers_{i}")(x_NGGC)
     return x_NGGC
 
 
@@ -64,11 +68,12 @@ class CXBlock(nn.Module):
   """ConvNeXt block: 7x7 depth-wise, norm, two dense layers, layer scale, residual."""
 
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_NGGC: Array) -> Array:
     width = x_NGGC.shape[-1]
-    y = DepthwiseConv2D(width, (7, 7), dtype=self.dtype, name="dwconv")(x_NGGC)
+    y = DepthwiseConv2D(width, (7, 7), self.dtype, self.platform, name="dwconv")(x_NGGC)
     y = layer_norm(1e-6, dtype=self.dtype, name="norm")(y)
     y = gelu(nn.Dense(4 * width, dtype=self.dtype, name="pwconv1")(y))
     y = nn.Dense(width, dtype=self.dtype, name="pwconv2")(y)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
-import jax
 from jax import checkpoint_policies as policies
+
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 
 Remat = Literal["none", "block", "dots"]
 T = TypeVar("T", bound=Callable[..., Any])
@@ -36,12 +37,13 @@ def rematerialised(block: T, remat: Remat, static: tuple[int, ...] = ()) -> T:
   return nn.remat(block, policy=policy, static_argnums=static)
 
 
-def compiler_options() -> dict[str, str]:
-  """Options of `jax.jit` for gradients, without which nothing is saved on a CPU.
+def compiler_options(platform: Platform | None = None) -> dict[str, str]:
+  """Options of `jax.jit` for gradients, without which nothing is saved on a CPU. platform: None is
+  the default backend.
 
   A barrier keeps XLA from computing a block again before the gradient of the next one is there.
   XLA:CPU removes the barriers before it orders the operations, and then does all of it at once, at
   the end of the forward pass. GPU and TPU remove them afterwards.
   """
-  on_cpu = jax.default_backend() == "cpu"
+  on_cpu = (platform or default_platform()).is_cpu
   return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}

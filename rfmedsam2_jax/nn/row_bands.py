@@ -9,9 +9,9 @@ and 102. On accelerators nothing is cut.
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 
 from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.platform import Platform
 
 # Elements of the widest array within a band: 4 MB, about the second-level caches of two cores.
 BAND = 2**20
@@ -22,7 +22,9 @@ def largest_divisor(count: int, most: int) -> int:
   return max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
 
 
-def map_bands(f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements: int) -> Array:
+def map_bands(
+  f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements: int, platform: Platform
+) -> Array:
   """f(module, x) for a function that works on bands of rows without looking beyond them.
 
   f calls submodules of `module`; [b, h, W, C] to [b, h', W', C'], any b, h = H or `rows`, which
@@ -31,7 +33,7 @@ def map_bands(f: Callable, module: nn.Module, x_BHWC: Array, rows: int, elements
   batch, height, width, channels = x_BHWC.shape
   bands = batch * height // rows
   size = largest_divisor(bands, BAND // elements)
-  if jax.default_backend() != "cpu" or size == bands or module.is_initializing():
+  if not platform.is_cpu or size == bands or module.is_initializing():
     return f(module, x_BHWC)
   mapped = nn.scan(
     lambda module, _, x: (None, f(module, x)), variable_broadcast="params",

@@ -25,6 +25,7 @@ from rfmedsam2_jax.nn.layers import MLP, Array, DType, Params, conv2d
 from rfmedsam2_jax.nn.mask_decoder import Decoded, MaskDecoder
 from rfmedsam2_jax.nn.memory_attention import MemoryAttention, MemorySlots
 from rfmedsam2_jax.nn.memory_encoder import MemoryEncoder
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.positions import sine_positions_1d
 from rfmedsam2_jax.nn.prompt_encoder import PromptEncoder, Prompts, box_prompts, no_prompts
 from rfmedsam2_jax.nn.remat import Remat
@@ -139,10 +140,12 @@ class SAM2(nn.Module):
   """SAM 2 of a given size, with RFMedSAM 2's adapters; `apply` runs its parts."""
 
   config: SAM2Config
+  platform: Platform | None = None  # what it is traced for; None: the default backend
 
   def setup(self):
     c, dtype = self.config, self.config.compute_dtype
-    parts: dict[str, Any] = {"adapters": c.adapters, "dtype": dtype, "remat": c.remat}
+    told: dict[str, Any] = {"remat": c.remat, "platform": self.platform or default_platform()}
+    parts = {"adapters": c.adapters, "dtype": dtype, **told}
     small = nn.initializers.truncated_normal(0.02)
     trunk = Hiera(
       c.embed_dim, c.trunk_heads, c.stages, c.global_att_blocks, c.window_spec,
@@ -155,7 +158,7 @@ class SAM2(nn.Module):
     )
     self.memory_attention = MemoryAttention(c.memory_layers, c.memory_ffn, **parts)
     self.memory_encoder = MemoryEncoder(
-      c.d_model, c.mem_dim, c.memory_mask_channels, c.fuser_layers, dtype, c.remat
+      c.d_model, c.mem_dim, c.memory_mask_channels, c.fuser_layers, dtype, **told
     )
     self.maskmem_tpos_enc = self.param("maskmem_tpos_enc", small, (c.num_maskmem, c.mem_dim))
     self.no_mem_embed = self.param("no_mem_embed", small, (c.d_model,))
@@ -279,8 +282,18 @@ class SAM2(nn.Module):
     return self.decode(conditioned, features.high_res, no_prompts(n))
 
 
-def apply(config: SAM2Config, params: Params, *inputs: Any, method: str, **options: Any) -> Any:
-  """Runs one part of SAM 2: a pure function that `jax.jit`, `vmap` and `grad` take. `inputs` and
-  `options` are of the method of `SAM2`: encode_image, remember, condition, unconditioned, decode or
-  gate."""
-  return SAM2(config).apply({"params": params}, *inputs, method=method, **options)
+def apply(
+  model: SAM2 | SAM2Config, params: Params, *inputs: Any, method: str, **options: Any
+) -> Any:
+  """Runs one part of SAM 2: a pure function that `jax.jit`, `vmap` and `grad` take.
+
+  In bfloat16 on an NVIDIA GPU `vmap` is for `SAM2(config, Platform("gpu"))`, which does without
+  cuDNN: JAX (0.10.2) cannot map cuDNN's attention over some of its inputs alone, nor with a mask.
+
+  Args:
+    model: a config for the default backend, or a SAM2 that says what it is traced for.
+    inputs, options: of the method of `SAM2`: encode_image, remember, condition, unconditioned,
+      decode or gate.
+  """
+  sam2 = model if isinstance(model, SAM2) else SAM2(model)
+  return sam2.apply({"params": params}, *inputs, method=method, **options)

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rfmedsam2_jax.nn.convolutions import Conv3D, Triple
 from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.remat import CONVOLUTION, Remat, rematerialised
 
 
@@ -89,10 +90,12 @@ class ConvBlock(nn.Module):
   kernel: Triple
   stride: Triple
   dtype: jnp.dtype
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
-    conv = Conv3D(self.features, self.kernel, self.stride, self.dtype, name="conv")
+    sizes = self.features, self.kernel, self.stride
+    conv = Conv3D(*sizes, self.dtype, self.platform, name="conv")
     y = checkpoint_name(conv(x_BDHWC), CONVOLUTION)
     return nn.leaky_relu(InstanceNorm(name="norm")(y), 0.01)
 
@@ -106,25 +109,28 @@ class Stage(nn.Module):
   convs: int
   dtype: jnp.dtype
   remat: Remat
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     block_of = rematerialised(ConvBlock, self.remat)
     for i in range(self.convs):
       sizes = self.features, self.kernel, (1, 1, 1) if i else self.stride
-      x_BDHWC = block_of(*sizes, self.dtype, name=f"convs_{i}")(x_BDHWC)
+      x_BDHWC = block_of(*sizes, self.dtype, self.platform, name=f"convs_{i}")(x_BDHWC)
     return x_BDHWC
 
 
 class Encoder(nn.Module):
   config: UNetConfig
+  platform: Platform
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> list[Array]:
     """Features of every stage, full resolution first."""
     c, skips = self.config, [x_BDHWC]
+    dtype, platform = jnp.dtype(c.dtype), self.platform
     for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, strict=True)):
-      stage = Stage(*sizes, c.convs_per_stage, jnp.dtype(c.dtype), c.remat, name=f"stages_{i}")
+      stage = Stage(*sizes, c.convs_per_stage, dtype, c.remat, platform, name=f"stages_{i}")
       skips.append(stage(skips[-1]))
     return skips[1:]
 
@@ -134,6 +140,7 @@ class Decoder(nn.Module):
 
   config: UNetConfig
   num_outputs: int
+  platform: Platform
 
   @nn.compact
   def __call__(self, skips: list[Array], deep_supervision: bool) -> tuple[Array, ...]:
@@ -143,7 +150,7 @@ class Decoder(nn.Module):
       up = TransposedConv3D(c.features[level], c.strides[level + 1], dtype, name=f"transpconvs_{i}")
       x = jnp.concatenate([up(x), skips[level]], axis=-1)
       sizes = c.features[level], c.kernels[level], (1, 1, 1), c.decoder_convs or c.convs_per_stage
-      x = Stage(*sizes, dtype, c.remat, name=f"stages_{i}")(x)
+      x = Stage(*sizes, dtype, c.remat, self.platform, name=f"stages_{i}")(x)
       # All heads are made at initialisation, so that the tree does not depend on the call.
       if deep_supervision or level == 0 or self.is_initializing():
         head = nn.Dense(self.num_outputs, dtype=jnp.float32, name=f"seg_layers_{i}")
@@ -156,6 +163,7 @@ class UNet(nn.Module):
 
   config: UNetConfig
   num_outputs: int  # logits per voxel: background and atoms, or one per region
+  platform: Platform | None = None  # what it is traced for; None: the default backend
 
   @nn.compact
   def __call__(self, x_BDHWC: Array, deep_supervision: bool = False) -> Array | tuple[Array, ...]:
@@ -167,7 +175,9 @@ class UNet(nn.Module):
       raise ValueError(f"patch {shape} is not divisible by {divisor}")
     axes = tuple(axis + 1 for axis in self.config.mirrored)
     x_BDHWC = jnp.flip(x_BDHWC, axes) if axes else x_BDHWC
-    skips = Encoder(self.config, name="encoder")(x_BDHWC.astype(self.config.dtype))
-    outputs = Decoder(self.config, self.num_outputs, name="decoder")(skips, deep_supervision)
+    platform = self.platform or default_platform()
+    skips = Encoder(self.config, platform, name="encoder")(x_BDHWC.astype(self.config.dtype))
+    decoder = Decoder(self.config, self.num_outputs, platform, name="decoder")
+    outputs = decoder(skips, deep_supervision)
     outputs = tuple(jnp.flip(y, axes) for y in outputs) if axes else outputs
     return outputs if deep_supervision else outputs[0]

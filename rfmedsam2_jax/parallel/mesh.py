@@ -15,6 +15,7 @@ from pydantic import Field
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.ranges import STRICT
+from rfmedsam2_jax.nn.platform import Platform, platform_of
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
@@ -56,6 +57,16 @@ def make_mesh(config: MeshConfig) -> Mesh:
                     "all have to be used, let one size be -1")
   types = (AxisType.Auto,) * len(AXES)
   return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices[:count])
+
+
+def mesh_platform(mesh: Mesh) -> Platform:
+  """What programs over a mesh are traced for: its devices, which this machine need not have.
+
+  Without cuDNN where the compiler is to divide widths over `model`: it cannot cut cuDNN's attention
+  within `over_mesh`.
+  """
+  platform = platform_of(mesh.devices.flat[0])
+  return platform if mesh.shape["model"] == 1 else Platform(platform.name)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -108,10 +108,12 @@ def over_mesh(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     def local(params: Any, batch: Any, key: jax.Array) -> Any:
       return loss(jax.tree.map(_gather, params, where), batch, key, BATCH_AXES)
 
+    # Axes of one device too: where any is left to the compiler, cuDNN's attention is refused.
+    axes = {axis for axis, size in mesh.shape.items() if axis in BATCH_AXES or size == 1}
     places = where, PartitionSpec(BATCH_AXES), PartitionSpec()
     # The networks' loops start from constants, which the check would want marked as varying.
     return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=PartitionSpec(),
-                         axis_names=set(BATCH_AXES), check_vma=False)(params, batch, key)
+                         axis_names=axes, check_vma=False)(params, batch, key)
 
   return spread
 

@@ -59,7 +59,7 @@ def refine_cells(
 ) -> Cells[Array]:
   """One stage over N cells, with features of their slices; without `memories`, each for itself."""
   if memories is None or slots is None:
-    conditioned = apply(model.config, params, features.embedding, method="unconditioned")
+    conditioned = apply(model, params, features.embedding, method="unconditioned")
     return decode_stage(model, params, stage, conditioned, features, cells)
   # A clamped index of an empty slot is masked out, whatever it points at.
   used = slots.valid if stage.pointers else slots.valid[:, :0]
@@ -69,7 +69,7 @@ def refine_cells(
     pointers=memories.pointers[slots.place[:, :width]],
     pointer_positions=slots.positions[:, :width], pointer_valid=used
   )
-  conditioned = apply(model.config, params, features.embedding, read, method="condition")
+  conditioned = apply(model, params, features.embedding, read, method="condition")
   return decode_stage(model, params, stage, conditioned, features, cells)
 
 
@@ -110,7 +110,7 @@ def bias_of(
     assert cells.nearby is not None
     # Without the mask as a prompt the adapter has the image alone.
     nearby = cells.nearby if stage.mask else jnp.zeros_like(cells.nearby)
-    mask = mask + apply(model.config, params, pixels, nearby, method="correct_masks")
+    mask = mask + apply(model, params, pixels, nearby, method="correct_masks")
   return Bias(mask, presence)
 
 
@@ -210,7 +210,7 @@ def masks_on_grid(
   Stages have to be `residual`. Every structure stays where the stage before saw it, and the
   predicted IoU is 0.
   """
-  pixels = apply(model.config, params, _normalised(slices), method="pixels")
+  pixels = apply(model, params, _normalised(slices), method="pixels")
   nothing = jnp.zeros(len(cells.presence))
 
   def run(stage: StageConfig, cells: CellPrompts[Array], runs: Runs, live: Array) -> Cells[Array]:

@@ -30,7 +30,7 @@ def _with_map(model, params, features, cells):
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _decode_prompted(model, params, features, prompts, slots, multimask, dynamic):
   method, read = ("condition", [slots]) if slots else ("unconditioned", [])
-  conditioned = apply(model.config, params, features.embedding, *read, method=method)
+  conditioned = apply(model, params, features.embedding, *read, method=method)
   cells = recurrence.decode_cells(
     model, params, conditioned, features.high_res, prompts, multimask, dynamic
   )

@@ -4,6 +4,7 @@ import jax
 
 from rfmedsam2_jax.nn import SAM2, Decoded, ImageFeatures, Prompts, apply
 from rfmedsam2_jax.nn.layers import AnyArray, Params
+from rfmedsam2_jax.nn.platform import default_platform
 
 
 def encode_images(
@@ -16,9 +17,9 @@ def encode_images(
       caches. 6 % faster than four at once (SAM 2.1 tiny at 512), with a quarter of the memory.
   """
   def encode(images):
-    return apply(model.config, params, images, method="encode_image")
+    return apply(model, params, images, method="encode_image")
 
-  if jax.default_backend() != "cpu" or not in_turn:
+  if not in_turn or not (model.platform or default_platform()).is_cpu:
     return encode(images_BSS3)
   return jax.tree.map(lambda x: x[:, 0], jax.lax.map(encode, images_BSS3[:, None]))
 
@@ -34,8 +35,8 @@ def predict_masks(
     multimask: three masks each, best for a single point; else one.
     dynamic_multimask: one mask each: the best of three where the single one is unstable.
   """
-  conditioned = apply(model.config, params, features.embedding, method="unconditioned")
+  conditioned = apply(model, params, features.embedding, method="unconditioned")
   return apply(
-    model.config, params, conditioned, features.high_res, prompts, method="decode",
+    model, params, conditioned, features.high_res, prompts, method="decode",
     multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
   )

@@ -50,7 +50,7 @@ def decode_cells(
     dynamic_multimask: without `multimask`, the same where the single mask is unstable.
   """
   decoded = apply(
-    model.config, params, conditioned, high_res, prompts, method="decode",
+    model, params, conditioned, high_res, prompts, method="decode",
     multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
   )
   if multimask:
@@ -60,7 +60,7 @@ def decode_cells(
   if bias is not None:
     masks = decoded.masks + bias.mask[:, None]
     decoded = decoded._replace(masks=masks, presence=decoded.presence + bias.presence)
-  pointer = apply(model.config, params, decoded, method="gate").pointer
+  pointer = apply(model, params, decoded, method="gate").pointer
   return Cells(decoded.masks[:, 0], decoded.ious[:, 0], decoded.presence, pointer)
 
 
@@ -72,7 +72,7 @@ def cells_of_masks(
   The pointer comes from the decoder on features without `no_mem_embed` (sam2_base.py:440).
   """
   count, side = masks_NSS.shape[0], 4 * model.config.grid
-  prompt = apply(model.config, params, masks_NSS, method="mask_prompt")
+  prompt = apply(model, params, masks_NSS, method="mask_prompt")
   prompts = no_prompts(count)._replace(mask=prompt)
   decoded = decode_cells(model, params, features.embedding, features.high_res, prompts)
   logits = _MASK_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
@@ -94,7 +94,7 @@ def remember_cells(
     binarize: SAM 2 does so on slices that a person prompted.
   """
   return apply(
-    model.config, params, embedding, gated_logits(logits, presence), presence > 0,
+    model, params, embedding, gated_logits(logits, presence), presence > 0,
     method="remember", binarize=binarize,
   )
 
@@ -145,7 +145,7 @@ def sweep(
 
     def advance(bank):
       slots = memory.read(bank, at, course.depth, course.reverse)
-      conditioned = apply(model.config, params, here.embedding, slots, method="condition")
+      conditioned = apply(model, params, here.embedding, slots, method="condition")
       tokens = no_prompts(tracks) if prompted is None else prompted
       cells = decode_cells(model, params, conditioned, here.high_res, tokens, multimask, bias=added)
       maps = remember_cells(model, params, embedding, cells.logits, cells.presence)
@@ -203,7 +203,7 @@ def track(
   config, start, which = model.config, jnp.asarray(inputs.start), jnp.arange(tracks)
   first = jax.tree.map(lambda x: x[start], features)
   prompts, bias = jax.tree.map(lambda x: x[which, start], (inputs.prompts, inputs.bias))
-  conditioned = apply(config, params, first.embedding, method="unconditioned")
+  conditioned = apply(model, params, first.embedding, method="unconditioned")
   begun = decode_cells(model, params, conditioned, first.high_res, prompts, bias=bias)
   maps = remember_cells(model, params, first.embedding, begun.logits, begun.presence)
   sizes = config.grid, config.mem_dim, config.d_model

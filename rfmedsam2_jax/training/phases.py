@@ -23,7 +23,8 @@ from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.model import Network, generator_network, init_generator
 from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.layers import Params
-from rfmedsam2_jax.parallel.mesh import check_batch
+from rfmedsam2_jax.nn.platform import Platform
+from rfmedsam2_jax.parallel.mesh import check_batch, mesh_platform
 from rfmedsam2_jax.parallel.rules import whole
 from rfmedsam2_jax.training import step as steps
 from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer, with_frozen_as
@@ -45,7 +46,7 @@ class Phase(NamedTuple):
   settings: GeneratorConfig | RefinerConfig
   init: Callable[[jax.Array], Params]  # random parameters from a key
   patterns: Sequence[str]  # of the paths that are trained
-  loss: steps.Loss
+  loss: Callable[[Platform], steps.Loss]  # traced for what it will run on
   batch: dict[str, jax.ShapeDtypeStruct]  # of a whole batch, see data.pipeline
   batches: Batches  # "case" of one numbers the cases
   samples: dict[str, int]  # what one step goes through, by name; volumes are crops of one each
@@ -60,8 +61,10 @@ class Phase(NamedTuple):
     return init_state(params, self.patterns, self.optimizer, key)
 
   def step(self, state: TrainState, mesh: Mesh) -> Any:
-    """The jitted step (state, batch) -> (state, metrics), see training.step.compile_step."""
-    step = steps.make_step(self.loss, self.optimizer, self.settings.optimizer, mesh,
+    """The jitted step (state, batch) -> (state, metrics), see training.step.compile_step, in the
+    form that suits the devices of the mesh."""
+    loss = self.loss(mesh_platform(mesh))
+    step = steps.make_step(loss, self.optimizer, self.settings.optimizer, mesh,
                            self.settings.microbatches)
     return steps.compile_step(step, state, mesh)
 
@@ -89,6 +92,10 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
   unet = generator_network(settings, plan)
   size = (settings.batch_size, *plan.patch_size)
 
+  def loss(platform: Platform) -> steps.Loss:
+    model = unet.clone(platform=platform)
+    return steps.generator_loss_fn(model, settings, labels.membership, labels.regions)
+
   def batches(run: Path, cases: Sequence[str], rows: Sequence[int], start: int) -> Any:
     return pipeline.generator_batches(
       pipeline.Cases(run / "preprocessed", cases, config.seed), plan.patch_size,
@@ -98,7 +105,7 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
   return Phase(
     "generator", "generator", settings,
     init=functools.partial(init_generator, unet, channels), patterns=("*",),
-    loss=steps.generator_loss_fn(unet, settings, labels.membership, labels.regions),
+    loss=loss,
     batch={"image": jax.ShapeDtypeStruct((*size, channels), jnp.float32),
            "target": jax.ShapeDtypeStruct(size, jnp.uint8)},
     batches=batches, samples={"volumes": settings.batch_size},
@@ -106,7 +113,8 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
       unet, channels, [[structure.name, structure.values] for structure in labels.structures])})
 
 
-def refiner_phase(config: Config, plan: Plan) -> Phase:
+def refiner_phase(config: Config, plan: Plan, masks_alone: bool = False) -> Phase:
+  """SAM 2 as the refiner. masks_alone: see `refiner_loss_fn`."""
   settings, sam2 = config.refiner, config.sam2
   structures = min(settings.structures, len(plan.labels.structures))
   runs, length, side = settings.batch_size, settings.slices, sam2.image_size
@@ -114,6 +122,10 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
   sample = pipeline.RunConfig(
     side, length, structures, config.data.sam_channels, config.data.sam_context,
     settings.oversample_foreground)
+
+  def loss(platform: Platform) -> steps.Loss:
+    model = SAM2(sam2, platform)
+    return steps.refiner_loss_fn(model, settings, config.refinement, masks_alone)
 
   def init(key: jax.Array) -> Params:
     return with_frozen_as(settings.frozen_dtype, init_params(sam2, key), settings.trainable)
@@ -125,8 +137,7 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
       pipeline.BatchConfig(runs, rows, start, config.data.loader))
 
   return Phase(
-    "refiner", "refiner", settings, init=init, patterns=settings.trainable,
-    loss=steps.refiner_loss_fn(SAM2(sam2), settings, config.refinement),
+    "refiner", "refiner", settings, init=init, patterns=settings.trainable, loss=loss,
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
       "masks": masks, "known": masks, "logits": masks,
@@ -144,9 +155,8 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
   settings = dataclasses.replace(
     config.refiner, trainable=("sam_mask_decoder/adapter/*",),
     **{field.name: getattr(alone, field.name) for field in dataclasses.fields(alone)})
-  phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan)
-  loss = steps.refiner_loss_fn(SAM2(config.sam2), settings, config.refinement, masks_alone=True)
-  return phase._replace(name="mask_adapter", loss=loss)
+  phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan, masks_alone=True)
+  return phase._replace(name="mask_adapter")
 
 
 PHASES: dict[PhaseName, Callable[[Config, Plan], Phase]] = {

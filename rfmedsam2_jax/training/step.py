@@ -17,6 +17,7 @@ from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.losses import CellTruth, generator_loss, refiner_loss
 from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
+from rfmedsam2_jax.parallel.mesh import mesh_platform
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.prompts import stage0_prompts
@@ -146,4 +147,4 @@ def refiner_loss_fn(
 def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
   """The step, to be compiled for states like `state` laid out by the rules; it is donated."""
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), None),
-                 compiler_options=compiler_options())
+                 compiler_options=compiler_options(mesh_platform(mesh)))
