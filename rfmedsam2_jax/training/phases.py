@@ -110,7 +110,9 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
   settings, sam2 = config.refiner, config.sam2
   structures = min(settings.structures, len(plan.labels.structures))
   runs, length, side = settings.batch_size, settings.slices, sam2.image_size
-  masks = jax.ShapeDtypeStruct((runs, structures, length, side // 4, side // 4), jnp.float32)
+  cells = runs, structures, length
+  masks = jax.ShapeDtypeStruct((*cells, side // 4, side // 4), jnp.float32)
+  facts = jax.ShapeDtypeStruct(cells, jnp.bool_)
   sample = pipeline.RunConfig(
     side, length, structures, config.data.sam_channels, config.data.sam_context,
     settings.oversample_foreground)
@@ -129,7 +131,7 @@ def refiner_phase(config: Config, plan: Plan) -> Phase:
     loss=steps.refiner_loss_fn(SAM2(sam2), settings, config.refinement),
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
-      "masks": masks, "known": masks, "logits": masks,
+      "masks": masks, "known": masks, "logits": masks, "present": facts, "absent": facts,
       "inside": jax.ShapeDtypeStruct((runs, length), jnp.bool_),
       "depth": jax.ShapeDtypeStruct((runs,), jnp.int32),
       "structures": jax.ShapeDtypeStruct((runs, structures), jnp.int32),
