@@ -133,7 +133,8 @@ def test_the_generator_learns_alike_from_microbatches():
   batch["target"][3] = 0
   sizes = (4, 4, 4), ((1, 1, 1), (1, 2, 2), (2, 2, 2)), ((1, 3, 3), (3, 3, 3), (1, 1, 1))
   unet = UNet(UNetConfig(*sizes, convs_per_stage=1), 3)
-  params = jax.jit(lambda key: unet.init(key, batch["image"][:1], True)["params"])(jax.random.key(0))
+  init = jax.jit(lambda key: unet.init(key, batch["image"][:1], True)["params"])
+  params = init(jax.random.key(0))
   membership = np.array([[0, 0], [1, 0], [0, 1]], bool)
   loss = generator_loss_fn(unet, GeneratorConfig(), membership, False)
   assert_same(step_of(loss, params, batch, 2), step_of(loss, params, batch, 1))

@@ -13,7 +13,6 @@ from rfmedsam2_jax.nn.positions import hiera_positions
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 from rfmedsam2_jax.nn.row_bands import map_bands
 
-
 _POSITIONS = settled(nn.initializers.normal(0.02))
 
 

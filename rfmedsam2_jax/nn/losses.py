@@ -164,7 +164,7 @@ def generator_sums(
   logits: Sequence[Array], target: Array, membership: Array, regions: bool = False,
   config: GeneratorLossConfig = GeneratorLossConfig(),
 ) -> list[SegmentationSums]:
-  """The sums of the deeply supervised loss of the prompt generator, at every resolution that counts.
+  """The sums of the prompt generator's deeply supervised loss, at every resolution that counts.
 
   `logits` are UNet's, full resolution first, and `target` has that too.
   """

@@ -136,7 +136,7 @@ def main() -> None:
     sizes, _, parts = label.partition("/")
     mesh = make_mesh(MeshConfig(*(int(n) for n in sizes.split("x"))))
     results[label] = run(params, loss, batch, mesh, int(parts or 1))
-  for label, result in results.items():
+  for result in results.values():
     if "1x1" in results:
       result["difference"] = difference(result["params"], results["1x1"]["params"])
   for result in results.values():
