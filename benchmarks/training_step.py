@@ -249,6 +249,8 @@ def batch_of(case: Case) -> Arrays:
     "images": rng.random((1, length, side, side, 3), np.float32),
     "masks": masks,
     "known": np.ones_like(masks),
+    "present": np.ones(masks.shape[:3], bool),
+    "absent": np.zeros(masks.shape[:3], bool),
     "logits": distance().clip(-32, 32),
     "inside": np.ones((1, length), bool),
     "depth": np.full(1, length, np.int32),

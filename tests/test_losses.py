@@ -1,5 +1,7 @@
 """Losses against PyTorch's functions, and their promises about what must not count."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,8 @@ def torch_dice(p, truth, valid, batch_dice):
 def test_softmax_loss_is_dice_and_torchs_cross_entropy_without_ignored_voxels(batch_dice):
   logits, target = patch(3, 4)
   config = losses.GeneratorLossConfig(batch_dice=batch_dice)
-  total, parts = losses.segmentation_loss(logits, target, MEMBERSHIP, False, config)
+  sums = losses.segmentation_sums(logits, target, MEMBERSHIP, False, config)
+  total, parts = losses.segmentation_loss(sums, config)
   classes = torch.tensor(np.where(target == 3, 0, target).astype(int))
   t = torch.tensor(logits)
   entropy = F.cross_entropy(t.movedim(-1, 1), classes, ignore_index=255)
@@ -46,7 +49,7 @@ def test_softmax_loss_is_dice_and_torchs_cross_entropy_without_ignored_voxels(ba
 
 def test_region_loss_is_dice_and_torchs_binary_cross_entropy_per_region():
   logits, target = patch(2, 3)
-  _, parts = losses.segmentation_loss(logits, target, REGIONS, True)
+  _, parts = losses.segmentation_loss(losses.segmentation_sums(logits, target, REGIONS, True))
   valid = target != 255
   truth = torch.tensor(REGIONS[np.where(valid, target, 0)]).float()
   t, keep = torch.tensor(logits), torch.tensor(valid)
@@ -54,6 +57,21 @@ def test_region_loss_is_dice_and_torchs_binary_cross_entropy_per_region():
   np.testing.assert_allclose(parts["cross_entropy"], entropy, rtol=1e-5)
   dice = torch_dice(t.sigmoid(), truth, keep, True)
   np.testing.assert_allclose(parts["dice"], dice, rtol=1e-5)
+
+
+@pytest.mark.parametrize("regions, batch_dice", [(False, True), (True, True), (True, False)])
+def test_sums_of_parts_of_a_batch_add_up_to_those_of_the_whole(regions, batch_dice):
+  logits, target = patch(2 if regions else 3, 3)
+  target[0, :2] = 255
+  config = losses.GeneratorLossConfig(batch_dice=batch_dice)
+  sums = functools.partial(losses.segmentation_sums, membership=REGIONS if regions else MEMBERSHIP,
+                           regions=regions, config=config)
+  rows = [sums(logits[i : i + 1], target[i : i + 1]) for i in range(2)]
+  both = jax.tree.map(jnp.add, *rows)
+  whole = losses.segmentation_loss(sums(logits, target), config)[0]
+  np.testing.assert_allclose(losses.segmentation_loss(both, config)[0], whole, rtol=1e-6)
+  apart = np.mean([losses.segmentation_loss(row, config)[0] for row in rows])
+  assert abs(apart - whole) > 1e-4 * whole
 
 
 def test_deep_supervision_halves_weights_and_takes_the_nearest_voxels():
@@ -66,10 +84,10 @@ def test_deep_supervision_halves_weights_and_takes_the_nearest_voxels():
   logits, target = patch(3, 4)
   levels = [logits, logits[:, 1::2, 1::2, 1::2], logits[:, :1, :1, :1]]
   expected = [
-    losses.segmentation_loss(x, t, MEMBERSHIP, False)[0]
+    losses.segmentation_loss(losses.segmentation_sums(x, t, MEMBERSHIP, False))[0]
     for x, t in ((logits, target), (levels[1], target[:, 1::2, 1::2, 1::2]))
   ]
-  total, parts = losses.generator_loss(levels, target, MEMBERSHIP)
+  total, parts = losses.generator_loss(losses.generator_sums(levels, target, MEMBERSHIP))
   np.testing.assert_allclose(total, (2 * expected[0] + expected[1]) / 3, rtol=1e-6)
   np.testing.assert_allclose(parts["dice"] + parts["cross_entropy"], expected[0], rtol=1e-6)
 
@@ -90,7 +108,7 @@ def cells(seed=0, soft=True):
 
 def loss_of(mask_logits, ious, presence, target, known, present, live):
   truth = losses.CellTruth(target, known, present)
-  return losses.refiner_loss(mask_logits, ious, presence, truth, live)
+  return losses.refiner_loss(losses.refiner_sums(mask_logits, ious, presence, truth, live))
 
 
 def test_refiner_loss_is_sam2s_on_hard_targets_over_cells_that_count():
@@ -163,6 +181,6 @@ def test_a_patch_without_any_label_gives_zero_gradient():
   logits, target = patch(3, 4)
   target[:] = 255
   value, gradient = jax.value_and_grad(
-    lambda x: losses.segmentation_loss(x, target, MEMBERSHIP, False)[0]
+    lambda x: losses.segmentation_loss(losses.segmentation_sums(x, target, MEMBERSHIP, False))[0]
   )(jnp.asarray(logits))
   assert np.isfinite(value) and not np.any(gradient)

@@ -49,6 +49,7 @@ def refiner():
   batch = {
     "images": shaped((1, 4, sam2.image_size, sam2.image_size, 3)),
     "logits": masks, "masks": masks, "known": masks,
+    "present": shaped((1, 2, 4), bool), "absent": shaped((1, 2, 4), bool),
     "inside": shaped((1, 4), bool), "depth": shaped((1,), jnp.int32),
   }
   return loss, params, batch, CONFIG.refiner

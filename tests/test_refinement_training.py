@@ -42,11 +42,14 @@ from rfmedsam2_jax.training.step import refiner_loss_fn
 def training_batch():
   prompts = volume_prompts(PRESENT)
   logits = prompts.logits.astype(np.float32)[None]
+  present = (logits > 1).any((3, 4))
   return {
     "images": images(DEPTH)[None],
     "logits": logits,
     "masks": (logits > 1).astype(np.float32),
     "known": np.ones_like(logits),
+    "present": present,
+    "absent": ~present,
     "inside": np.ones((1, DEPTH), bool),
     "depth": np.array([DEPTH], np.int32),
   }
@@ -63,10 +66,11 @@ def test_the_presence_gate_stays_out_of_the_loss_and_ignored_slices_too(monkeypa
   assert float(shown) > 0 and float(hidden) == pytest.approx(float(shown), rel=1e-6)
   # Nobody knows whether an organ is in a slice that is ignored: its presence is not judged.
   ignored = training_batch()
-  ignored["masks"][:, :, 4:] = ignored["known"][:, :, 4:] = 0
+  for name in ("masks", "known", "present", "absent"):
+    ignored[name][:, :, 4:] = 0
   kept = training_batch()
   kept["inside"][:, 4:] = False
-  kept["masks"][:, :, 4:] = 0
+  kept["masks"][:, :, 4:] = kept["present"][:, :, 4:] = 0
   found = [float(loss(drawn(), batch, key)[1]["stage1/presence"]) for batch in (ignored, kept)]
   assert found[0] == pytest.approx(found[1], rel=1e-5)
 

@@ -41,7 +41,7 @@ from rfmedsam2_jax.training.state import (
   partition,
   silenced_decoder,
 )
-from rfmedsam2_jax.training.step import make_step
+from rfmedsam2_jax.training.step import Loss, make_step
 from rfmedsam2_jax.training.telemetry import Telemetry
 from rfmedsam2_jax.training.validation import Ranking
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
@@ -72,10 +72,11 @@ def test_only_what_matches_is_trained_and_has_optimizer_state():
   moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
   assert len(moments) == 2 * 2  # AdamW: two moments of each
 
-  def loss(params, batch, key):
-    return sum(jnp.sum((x - batch) ** 2) for x in jax.tree.leaves(params)), {}
+  def sums(params, batch, keys):
+    return sum(jnp.sum((x - batch) ** 2) for x in jax.tree.leaves(params))
 
-  new, _ = make_step(loss, optimizer, OptimizerConfig())(state, jnp.float32(3.0))
+  loss = Loss(sums, lambda found: (found, {}))
+  new, _ = make_step(loss, optimizer, OptimizerConfig())(state, jnp.array([3.0]))
   for before, after in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(new.frozen), strict=True):
     assert before is after
   moved = [not np.array_equal(a, b) for a, b in

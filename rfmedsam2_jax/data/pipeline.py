@@ -194,6 +194,9 @@ class _RunSample:
     side = self.run.image_size // 4
     masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), side)
     known = np.broadcast_to(resize_area(annotated, side), masks.shape)
+    # Of the truth as it is: on the grid of masks thin structures fill no pixel by half.
+    present = truth.any(axis=(1, 2)).T[structures] & inside
+    absent = ~present & annotated.all(axis=(1, 2)) & inside
     expected = (truth.shape[-1], depth, side, side)
     if prompts is not None and prompts.shape != expected:
       raise UserError(
@@ -209,6 +212,7 @@ class _RunSample:
     return {
       "images": as_rgb(image), "masks": masks, "logits": logits,
       "known": known * inside[:, None, None].astype(np.float32),
+      "present": present, "absent": absent,
       "inside": np.ascontiguousarray(inside), "depth": np.int32(depth),
       "structures": structures.astype(np.int32), "case": np.array(number, np.int32)}
 
@@ -268,6 +272,8 @@ def refiner_batches(cases: Cases, run: RunConfig, membership: np.ndarray,
     a grain iterator, with T = min(run.structures, K), L = run.slices and m = S / 4, of
       "images": float32 [B, L, S, S, 3] in [0, 1].
       "masks", "known": float32 [B, T, L, m, m], occupancy by the truth, by voxels not ignored.
+      "present": bool [B, T, L], the structure has a voxel on the slice. "absent": bool [B, T, L],
+        it has none, and no voxel of the slice is ignored.
       "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32, with mistakes.
       "inside": bool [B, L], the slice lies in the volume. "depth": int32 [B], its slices.
       "structures": int32 [B, T]. "case": int32 [B], positions in `identifiers`.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.layers import Array, settled
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.winograd import Triple, winograd_conv3d
 
@@ -84,6 +84,10 @@ def shifted_depthwise_conv2d(x_BHWC: Array, kernel: Array) -> Array:
   return sum(taps[1:], taps[0])
 
 
+# As in nnU-Net.
+_HE_NORMAL = settled(nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
+
+
 class Conv3D(nn.Module):
   """3D convolution with PyTorch's padding; parameters, both float32: kernel [kd, kh, kw, Cin,
   features] of odd sizes, bias [features]."""
@@ -97,8 +101,7 @@ class Conv3D(nn.Module):
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     shape = (*self.kernel, x_BDHWC.shape[-1], self.features)
-    init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-    weight = self.param("kernel", init, shape, jnp.float32)
+    weight = self.param("kernel", _HE_NORMAL, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = conv3d(x_BDHWC.astype(self.dtype), weight.astype(self.dtype), self.stride,
                self.platform)

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
-from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm, settled
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.positions import hiera_positions
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 from rfmedsam2_jax.nn.row_bands import map_bands
+
+_POSITIONS = settled(nn.initializers.normal(0.02))
 
 
 class Hiera(nn.Module):
@@ -40,10 +42,9 @@ class Hiera(nn.Module):
     """Features of every stage, fine to coarse: [B, H/4, W/4, C], [B, H/8, W/8, 2C], ...; ValueError
     where the sides of the images are not divisible by 4 x the first window (32 officially)."""
     x = PatchEmbed(self.embed_dim, self.dtype, name="patch_embed")(images_BHW3)
-    init = nn.initializers.normal(0.02)
     side, grid = self.window_spec[0], self.window_pos_embed_bkg_spatial_size
-    background = self.param("pos_embed", init, (1, *grid, self.embed_dim))
-    tile = self.param("pos_embed_window", init, (1, side, side, self.embed_dim))
+    background = self.param("pos_embed", _POSITIONS, (1, *grid, self.embed_dim))
+    tile = self.param("pos_embed_window", _POSITIONS, (1, side, side, self.embed_dim))
     x = x + hiera_positions(background, tile, *x.shape[1:3]).astype(x.dtype)
     features, block = [], 0
     block_of = rematerialised(Block, self.remat)

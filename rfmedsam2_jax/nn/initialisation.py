@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rfmedsam2_jax.nn.layers import Array, Params
+from rfmedsam2_jax.nn.layers import AnyArray, Array, Params
 from rfmedsam2_jax.nn.sam2 import SAM2, SAM2Config
 
 # The deviation of a unit normal cut at +-2, by which the draws are widened again as in JAX.
@@ -36,17 +36,18 @@ def _linen_params(config: SAM2Config, key: Array) -> Params:
 def init_params(config: SAM2Config, key: Array) -> Params:
   """Fresh parameters, a nested dict of float32 arrays; the same for the same key.
 
-  Under a trace (`jax.eval_shape`, `jax.jit`) it is Linen's own initialisation, whose values differ
-  and whose tree, shapes and distributions do not.
+  So they are within `jax.jit`, too, whose program asks the host for them.
   """
-  if isinstance(key, jax.core.Tracer):
-    return _linen_params(config, key)
   data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-  rng = np.random.default_rng(np.asarray(data))
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: jnp.asarray(_draw(rng, [k.key for k in path], leaf.shape)),
-    param_shapes(config),
-  )
+  shapes = param_shapes(config)
+
+  def draw(data: AnyArray) -> Params:
+    rng = np.random.default_rng(np.asarray(data))
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: _draw(rng, [k.key for k in path], leaf.shape), shapes)
+
+  params = (jax.pure_callback(draw, shapes, data, vmap_method="sequential")
+            if isinstance(data, jax.core.Tracer) else jax.tree.map(jnp.asarray, draw(data)))
   if not config.adapters.own:
     return params
   # Only the modules know how theirs start. The compiler drops all draws that nobody asks for.

@@ -16,6 +16,15 @@ Params = dict[str, Any]  # nested, of arrays
 DType = Any
 
 
+def settled(init: Callable[..., Array]) -> Callable[..., Array]:
+  """An initializer (key, shape, dtype) whose values are the same with and without `jax.jit`.
+
+  In a compiled program XLA makes one factor of all that a draw is multiplied by, and rounds once
+  less than the operations do one by one; this is always such a program.
+  """
+  return jax.jit(init, static_argnums=(1, 2))
+
+
 def gelu(x: Array) -> Array:
   """The exact GELU; Flax's default is the tanh approximation, which official weights do not use.
 

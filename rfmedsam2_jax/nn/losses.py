@@ -1,12 +1,17 @@
 """Losses of the two training phases: pure functions of logits and truth, float32.
 
+A loss has two halves. `generator_sums` and `refiner_sums` see some rows of a batch and give sums:
+those of parts of a batch, on whatever devices and one after the other, add up to those of all of
+it. `generator_loss` and `refiner_loss` make the loss of the batch from its sums. So a batch has one
+loss and one gradient, however it is divided, also where cells count unevenly, and a Dice loss is
+over the whole batch.
+
 What must not count (ignored voxels, absent structures, dead cells) is a mask, and gives a zero
-gradient, never NaN, whatever stands under it. `axes` names the mesh axes that a batch is spread
-over where a function sees one device's share (jax.shard_map): sums are then over all of them.
+gradient, never NaN, whatever stands under it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
@@ -17,7 +22,6 @@ from pydantic import Field
 from rfmedsam2_jax.base.ranges import STRICT, Share, Weight
 from rfmedsam2_jax.nn.layers import Array
 
-Axes = tuple[str, ...]
 IGNORE = 255  # value of a voxel without a label in `target`
 
 
@@ -50,38 +54,60 @@ def binary_cross_entropy(logits: Array, target: Array) -> Array:
   return jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
 
-def _over_devices(totals: list[Array], axes: Axes) -> Array:
-  """The sums of what the devices along `axes` have summed."""
-  return jax.lax.psum(jnp.stack(totals), axes) if axes else jnp.stack(totals)
+class Mean(NamedTuple):
+  """A weighted mean as its sums, float32 [] each: `total` of weight times value, and `weight`."""
+
+  total: Array
+  weight: Array
+
+  @property
+  def value(self) -> Array:
+    """0 without any weight."""
+    return self.total / jnp.maximum(self.weight, 1e-6)
 
 
-def masked_mean(values: Array, mask: Array, axes: Axes) -> Array:
-  """Mean weighted by `mask` (broadcast to `values`); 0 where the mask is empty."""
+def weighted(values: Array, mask: Array) -> Mean:
+  """The mean of `values` where `mask` (broadcast to them) says, which may be in between, too."""
   mask = jnp.broadcast_to(mask, values.shape).astype(jnp.float32)
-  kept = jnp.where(mask > 0, values, 0.0)
-  total, weight = _over_devices([(kept * mask).sum(), mask.sum()], axes)
-  return total / jnp.maximum(weight, 1e-6)
+  return Mean((jnp.where(mask > 0, values, 0.0) * mask).sum(), mask.sum())
 
 
-def soft_dice(p: Array, truth: Array, valid: Array, batch_dice: bool, axes: Axes) -> Array:
-  """1 - mean soft Dice over channels, nnU-Net's form (smooth 1e-5); `batch_dice` sums over the
-  batch too. Probabilities and truth are [B, D, H, W, K], `valid` [B, D, H, W], 0 for ignored."""
+class Overlap(NamedTuple):
+  """What soft Dice is made of, float32 [..., K]: sums over voxels of p t, and of p + t."""
+
+  intersection: Array
+  total: Array
+
+  @property
+  def dice(self) -> Array:
+    """nnU-Net's form (smooth 1e-5), [..., K]."""
+    return (2.0 * self.intersection + 1e-5) / (self.total + 1e-5)
+
+
+def soft_overlap(p: Array, truth: Array, valid: Array, batch_dice: bool) -> Overlap | Mean:
+  """The sums of the soft Dice loss: `Overlap` [K] of all rows together, or the `Mean` over rows.
+
+  Probabilities and truth are [B, D, H, W, K], `valid` [B, D, H, W], 0 for ignored voxels.
+  """
   voxels = (0, 1, 2, 3) if batch_dice else (1, 2, 3)
   weight = valid[..., None]
-  intersection = (p * truth * weight).sum(voxels)
-  total = (p * weight).sum(voxels) + (truth * weight).sum(voxels)
-  if batch_dice:
-    intersection, total = _over_devices([intersection, total], axes)
-  dice = ((2.0 * intersection + 1e-5) / (total + 1e-5)).mean()
-  return 1.0 - (jax.lax.pmean(dice, axes) if axes and not batch_dice else dice)
+  sums = Overlap((p * truth * weight).sum(voxels),
+                 (p * weight).sum(voxels) + (truth * weight).sum(voxels))
+  return sums if batch_dice else weighted(1.0 - sums.dice, jnp.float32(1))
 
 
-def segmentation_loss(
+class SegmentationSums(NamedTuple):
+  """Of one resolution, see `segmentation_loss`."""
+
+  dice: Overlap | Mean
+  cross_entropy: Mean
+
+
+def segmentation_sums(
   logits: Array, target: Array, membership: Array, regions: bool,
-  config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
-) -> tuple[Array, dict[str, Array]]:
-  """Soft Dice and cross-entropy at one resolution: the weighted sum, and its unweighted parts
-  "dice" and "cross_entropy".
+  config: GeneratorLossConfig = GeneratorLossConfig(),
+) -> SegmentationSums:
+  """The sums of soft Dice and cross-entropy at one resolution.
 
   Args:
     logits: [B, D, H, W, K + 1] with background first (softmax); regions [B, D, H, W, K] (sigmoid).
@@ -102,10 +128,17 @@ def segmentation_loss(
     entropy = -(one_hot * log_probability).sum(-1)
     # As in nnU-Net the background has no Dice term: it would only reward what is easy.
     probability, truth = jnp.exp(log_probability[..., 1:]), one_hot[..., 1:]
-  parts = {
-    "dice": soft_dice(probability, truth, valid, config.batch_dice, axes),
-    "cross_entropy": masked_mean(entropy, valid, axes),
-  }
+  overlap = soft_overlap(probability, truth, valid, config.batch_dice)
+  return SegmentationSums(overlap, weighted(entropy, valid))
+
+
+def segmentation_loss(
+  sums: SegmentationSums, config: GeneratorLossConfig = GeneratorLossConfig()
+) -> tuple[Array, dict[str, Array]]:
+  """The weighted sum of 1 - mean soft Dice over channels and of the mean cross-entropy of voxels,
+  and these two unweighted, "dice" and "cross_entropy"."""
+  dice = sums.dice.value if isinstance(sums.dice, Mean) else 1.0 - sums.dice.dice.mean()
+  parts = {"dice": dice, "cross_entropy": sums.cross_entropy.value}
   total = config.dice * parts["dice"] + config.cross_entropy * parts["cross_entropy"]
   return total, parts
 
@@ -127,21 +160,28 @@ def downsample_target(target: Array, shape: Sequence[int]) -> Array:
   return target
 
 
-def generator_loss(
+def generator_sums(
   logits: Sequence[Array], target: Array, membership: Array, regions: bool = False,
-  config: GeneratorLossConfig = GeneratorLossConfig(), axes: Axes = (),
+  config: GeneratorLossConfig = GeneratorLossConfig(),
+) -> list[SegmentationSums]:
+  """The sums of the prompt generator's deeply supervised loss, at every resolution that counts.
+
+  `logits` are UNet's, full resolution first, and `target` has that too.
+  """
+  weights = deep_supervision_weights(len(logits))
+  return [
+    segmentation_sums(x, downsample_target(target, x.shape[1:4]), membership, regions, config)
+    for weight, x in zip(weights, logits, strict=True) if weight]
+
+
+def generator_loss(
+  sums: Sequence[SegmentationSums], config: GeneratorLossConfig = GeneratorLossConfig()
 ) -> tuple[Array, dict[str, Array]]:
-  """The deeply supervised loss of the prompt generator, and its parts at full resolution, see
-  `segmentation_loss`; `logits` are UNet's, full resolution first, and `target` has that too."""
-  total: Array = jnp.float32(0)
-  parts = []
-  for weight, x in zip(deep_supervision_weights(len(logits)), logits, strict=True):
-    if weight:
-      small = downsample_target(target, x.shape[1:4])
-      loss, its_parts = segmentation_loss(x, small, membership, regions, config, axes)
-      total = total + weight * loss
-      parts.append(its_parts)
-  return total, parts[0]
+  """The deeply supervised loss, and its parts at full resolution, see `segmentation_loss`."""
+  found = [segmentation_loss(x, config) for x in sums]
+  weights = deep_supervision_weights(len(sums) + 1)[:-1]  # the lowest resolution is left out
+  total = sum((w * loss for w, (loss, _) in zip(weights, found, strict=True)), jnp.float32(0))
+  return total, found[0][1]
 
 
 def focal_loss(
@@ -182,19 +222,19 @@ def mask_iou(logits: Array, target: Array, known: Array) -> Array:
 class CellTruth(NamedTuple):
   """What is true of cells; leading axes [...] are of any number. `masks`: [..., H, W], occupancy of
   the structure in [0, 1]. `known`: [..., H, W], share of the pixel that is labelled at all, in
-  [0, 1]. `present`: bool [...], the structure is on the slice: only then masks and IoU count."""
+  [0, 1]. `present`: bool [...], the structure has a voxel on the slice, be it smaller than a pixel
+  of the mask: only then masks and IoU count."""
 
   masks: Array
   known: Array
   present: Array
 
 
-def refiner_loss(
+def refiner_sums(
   mask_logits: Array, ious: Array, presence: Array, truth: CellTruth, live: Array,
-  config: RefinerLossConfig = RefinerLossConfig(), axes: Axes = (),
-) -> tuple[Array, dict[str, Array]]:
-  """Loss of one refinement stage over cells [...]: the weighted sum, and its unweighted parts
-  "focal", "dice", "iou", "presence" (each a mean over the cells that count, 0 where there is none).
+  config: RefinerLossConfig = RefinerLossConfig(),
+) -> dict[str, Mean]:
+  """The sums of the loss of one refinement stage over cells [...], see `refiner_loss`.
 
   Args:
     mask_logits: [..., H, W], before the presence gate.
@@ -208,14 +248,24 @@ def refiner_loss(
   presence = jnp.where(live, presence.astype(jnp.float32), 0.0)
   target, known = truth.masks.astype(jnp.float32), truth.known.astype(jnp.float32)
   shown = live & truth.present & (known.sum((-2, -1)) > 0)
+  # A structure that fills no pixel by half has no mask that could be right.
+  measured = shown & ((target > 0.5) & (known > 0.5)).any((-2, -1))
   error = ious - jax.lax.stop_gradient(mask_iou(logits, target, known))
   error = jnp.abs(error) if config.iou_form == "l1" else jnp.square(error)
   focal = focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma)
   entropy = binary_cross_entropy(presence, truth.present.astype(jnp.float32))
-  parts = {
-    "focal": masked_mean(focal, shown, axes),
-    "dice": masked_mean(mask_dice_loss(logits, target, known), shown, axes),
-    "iou": masked_mean(error, shown, axes),
-    "presence": masked_mean(entropy, live, axes),
+  return {
+    "focal": weighted(focal, shown),
+    "dice": weighted(mask_dice_loss(logits, target, known), shown),
+    "iou": weighted(error, measured),
+    "presence": weighted(entropy, live),
   }
+
+
+def refiner_loss(
+  sums: Mapping[str, Mean], config: RefinerLossConfig = RefinerLossConfig()
+) -> tuple[Array, dict[str, Array]]:
+  """The weighted sum of the parts of one stage's loss, and these unweighted: "focal", "dice",
+  "iou", "presence", each a mean over the cells that count, 0 where there is none."""
+  parts = {name: mean.value for name, mean in sums.items()}
   return sum((getattr(config, k) * v for k, v in parts.items()), jnp.float32(0)), parts

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from rfmedsam2_jax.nn.convolutions import Conv3D, Triple
-from rfmedsam2_jax.nn.layers import Array
+from rfmedsam2_jax.nn.layers import Array, settled
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.remat import CONVOLUTION, Remat, rematerialised
 
@@ -61,6 +61,10 @@ class InstanceNorm(nn.Module):
     return ((x - mean) * factor + bias).astype(x_BDHWC.dtype)
 
 
+_HE_NORMAL = settled(nn.initializers.variance_scaling(
+  2.0, "fan_in", "normal", in_axis=0, out_axis=-1, batch_axis=(1, 2, 3)))
+
+
 class TransposedConv3D(nn.Module):
   """torch.nn.ConvTranspose3d with kernel = stride: a dense layer and a depth-to-space; parameters:
   kernel [Cin, sd, sh, sw, features], bias [features]."""
@@ -73,10 +77,7 @@ class TransposedConv3D(nn.Module):
   def __call__(self, x_BDHWC: Array) -> Array:
     b, d, h, w, channels = x_BDHWC.shape
     sd, sh, sw = self.stride
-    init = nn.initializers.variance_scaling(
-      2.0, "fan_in", "normal", in_axis=0, out_axis=-1, batch_axis=(1, 2, 3)
-    )
-    kernel = self.param("kernel", init, (channels, sd, sh, sw, self.features), jnp.float32)
+    kernel = self.param("kernel", _HE_NORMAL, (channels, sd, sh, sw, self.features), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = x_BDHWC.astype(self.dtype) @ kernel.astype(self.dtype).reshape(channels, -1)
     y = y.reshape(b, d, h, w, sd, sh, sw, self.features).transpose(0, 1, 4, 2, 5, 3, 6, 7)

@@ -1,6 +1,7 @@
 """Where each array of a training state lies on the mesh, by its path, which optimizers repeat."""
 
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -85,35 +86,38 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 def whole(tree: Any, mesh: Mesh) -> Any:
   """The arrays of a tree, gathered: numpy, in every process."""
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  return jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=everywhere)(tree))
+  return jax.tree.map(np.asarray, _gathering(mesh)(tree))
 
 
-def over_mesh(loss: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-  """A loss (params, batch, key) of parameters that lie by the rules and a batch over the mesh.
+@functools.cache
+def _gathering(mesh: Mesh) -> Callable[[Any], Any]:
+  """One function of `jax.jit` for each mesh, which remembers what it has compiled."""
+  return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-  Every device computes the loss of its rows with whole parameters, which are gathered for it (their
-  gradients are summed and scattered again); activations never leave the device, but for the sums
-  over the batch that the loss takes over `axes`.
-  `loss` is (params, batch, key, axes) -> (scalar, metrics), the same on all devices of `axes`.
+
+def over_mesh(sums: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """Sums (params, batch, keys) of parameters that lie by the rules, and rows and keys on the mesh.
+
+  Every device sums over its rows with whole parameters, which are gathered for it (their gradients
+  are summed and scattered again); activations never leave the device, only the sums do.
   """
   if mesh.size == 1:
-    return lambda params, batch, key: loss(params, batch, key, ())
+    return sums
 
-  def spread(params: Any, batch: Any, key: jax.Array) -> Any:
+  def spread(params: Any, batch: Any, keys: jax.Array) -> Any:
     where = jax.tree.map(
       lambda spec: PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec)),
       specs(params, mesh))
 
-    def local(params: Any, batch: Any, key: jax.Array) -> Any:
-      return loss(jax.tree.map(_gather, params, where), batch, key, BATCH_AXES)
+    def local(params: Any, batch: Any, keys: jax.Array) -> Any:
+      return jax.lax.psum(sums(jax.tree.map(_gather, params, where), batch, keys), BATCH_AXES)
 
     # Axes of one device too: where any is left to the compiler, cuDNN's attention is refused.
     axes = {axis for axis, size in mesh.shape.items() if axis in BATCH_AXES or size == 1}
-    places = where, PartitionSpec(BATCH_AXES), PartitionSpec()
+    places = where, PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES)
     # The networks' loops start from constants, which the check would want marked as varying.
     return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=PartitionSpec(),
-                         axis_names=axes, check_vma=False)(params, batch, key)
+                         axis_names=axes, check_vma=False)(params, batch, keys)
 
   return spread
 

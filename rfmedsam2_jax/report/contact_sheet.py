@@ -33,6 +33,7 @@ class SheetCase:
     predictions: label map of each stage by its column's title, all cases alike.
     spacing: mm along the axes.
     window: intensities that become black and white; None: by those of the structures.
+    ignore: value of `truth` where nothing is known, which no score sees.
   """
 
   name: str
@@ -42,6 +43,7 @@ class SheetCase:
   spacing: tuple[float, float, float]
   window: tuple[float, float] | None = None
   slice_axis: int = 0
+  ignore: int | None = None
 
 
 def save_contact_sheet(
@@ -115,6 +117,7 @@ def _rows(
     "shape": (rows * spacing[0], columns * spacing[1]),
     "aspect": spacing[0] / spacing[1],
     "window": window,
+    "ignore": case.ignore,
   } for position in sorted({int(np.searchsorted(areas, share)) for share in shares})]
 
 
@@ -157,7 +160,8 @@ def _panel(axes, row: dict[str, Any], name: str, named: list[tuple[Structure, An
     if truth is not None and name != "reference":
       true_mask = np.isin(truth, structure.values)
       _contour(axes, true_mask, colors="white", linewidths=0.6, linestyles=":")
-      scores.append(dice(mask, true_mask))
+      known = True if row["ignore"] is None else truth != row["ignore"]
+      scores.append(dice(mask & known, true_mask & known))
   # The Dice of what is seen here, not of the volume: it tells where to look.
   if scores and not np.isnan(scores).all():
     axes.text(

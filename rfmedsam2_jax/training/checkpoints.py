@@ -13,6 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.training.state import TrainState
+from rfmedsam2_jax.weights.orbax import file_errors, read_whole
 
 
 class _Best(NamedTuple):
@@ -54,15 +55,28 @@ class Checkpoints:
     self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state))))
 
   def restore(self, step: int, state: TrainState) -> TrainState:
-    """The state at a step, laid out as `state` is."""
+    """The state at a step, laid out as `state` is.
+
+    Raises:
+      UserError: it is damaged, it cannot be read at present, or it is of another training.
+    """
     wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(state))
+    path = self._folder / str(step)
+    damaged = "is damaged ({}); remove this checkpoint to go on from the one before"
     try:
       restored = self._manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
-    except Exception as error:  # Orbax raises many kinds
+    except Exception as error:
+      with file_errors(path, damaged):
+        # By these kinds what was asked of it may be wrong instead, if its files can be read.
+        if type(error) not in (ValueError, TypeError, AttributeError):
+          raise
+        read_whole(path.absolute() / "state")
+      if type(error) is not ValueError:
+        raise
       raise UserError(
-        f"{self._folder / str(step)}: cannot be restored ({first_line(error)}); remove this "
-        "checkpoint to go on from the one before") from error
+        f"{path}: is not of this training ({first_line(error)}); resume it with the config and the "
+        "version that it was made with") from error
     key = jax.random.wrap_key_data(restored["state"]["key"])
     return TrainState(**restored["state"] | {"key": key})
 

@@ -28,7 +28,7 @@ from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
 from rfmedsam2_jax.training.phases import CONFIG_KEYS, Phase
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.telemetry import Telemetry
-from rfmedsam2_jax.training.validation import Ranking, score_stages
+from rfmedsam2_jax.training.validation import RANKED_BY, Ranking, score_stages
 
 
 class Training(NamedTuple):
@@ -73,13 +73,15 @@ def train_phase(
       stack.callback(log.telemetry.close)
       steps = log.steps(state, compiled, cases)
       for step, state in steps:
-        score = None
-        if training.held_out and loop.validate_every and step % loop.validate_every == 0:
+        score, every = None, loop.validate_every
+        validates = bool(training.held_out and every) and step % every == 0
+        if validates:
           log.check(step)
-          networks: Any = {phase.network: phase.final(state, training.mesh)}
-          score = log.validation(step, dataclasses.replace(segmenter, **networks))
+          with log.apart():
+            networks: Any = {phase.network: phase.final(state, training.mesh)}
+            score = log.validation(step, dataclasses.replace(segmenter, **networks))
         asked, last = stop_after(step), step == loop.steps
-        if asked or last or score is not None or step % loop.checkpoint_every == 0:
+        if asked or last or validates or step % loop.checkpoint_every == 0:
           log.check(step)
           checkpoints.save(step, state, score)
         if asked and not last:
@@ -128,7 +130,7 @@ class _Log:
     self._training, self._phase, self._ranking = training, phase, ranking
     self._progress = Progress(f"{phase.name}: step", training.report)
     self._progress(start, self.stop)
-    self._began = time.monotonic()
+    self._began, self._apart = time.monotonic(), 0.0
     self._kept: list[dict[str, jax.Array]] = []  # metrics, from one line of the log to the next
     # Steps whose loss may not be finite: number, metrics, the cases that they come from.
     self._unchecked: list[tuple[int, dict[str, jax.Array], list[str]]] = []
@@ -155,15 +157,26 @@ class _Log:
         self._line(step)
       yield step, state
 
+  @contextlib.contextmanager
+  def apart(self) -> Iterator[None]:
+    """For what is no training: it does not count in the steps per second, nor in what is of them.
+
+    To be entered when no step is under way, see `check`.
+    """
+    began = time.monotonic()
+    yield
+    self._apart += time.monotonic() - began
+
   def _line(self, step: int) -> None:
     """Tells the means over the steps since the last line."""
     self.check(step)
-    rate = (step - self.start) / max(time.monotonic() - self._began, 1e-6)
+    done, seconds = step - self.start, time.monotonic() - self._began
+    rate = done / max(seconds - self._apart, 1e-6)
     fetched, self._kept = jax.device_get(self._kept), []
     means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
     values = means | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
     self._write(step, values)
-    left = duration((self.stop - step) / max(rate, 1e-6))
+    left = duration((self.stop - step) * seconds / done)  # with as much validation as so far
     self._training.report(f"{self._phase.name}: step {step}/{self.stop}  loss "
                           f"{values['loss']:.4f}  {rate:.2f} steps/s  {left} left")
 
@@ -182,20 +195,28 @@ class _Log:
         f"look at these cases or lower {CONFIG_KEYS[name]}.optimizer.learning_rate, and resume it "
         f"(last good checkpoint: {last or 'none'})")
 
-  def validation(self, step: int, segmenter: Segmenter) -> float:
-    """Tells the mean Dice of every stage and returns the last one's, which ranks checkpoints."""
+  def validation(self, step: int, segmenter: Segmenter) -> float | None:
+    """Tells the mean Dice of every stage, and which of them ranks checkpoints; returns that one.
+
+    As in `evaluate` there is none where no case and no prediction has a structure.
+    """
     run, some = self._training.run, self._phase.settings.loop.validation_cases
     stages, shown = score_stages(segmenter, self._training.held_out[:some], self._training.report)
     dice = {f"stage{n} Dice": self._ranking.dice(scores) for n, scores in enumerate(stages)}
-    self._write(step, {f"validation/{name}": x for name, x in dice.items()}, self._ranking.note)
+    *_, ranks = dice
+    self._write(step, {f"validation/{name}": x for name, x in dice.items()},
+                self._ranking.note | {RANKED_BY: f"validation/{ranks}"})
     if run.writes and shown is not None:
       path = run / "pictures" / f"{self._phase.name}-{step:06d}.png"
       save_contact_sheet(path, [shown], segmenter.plan.labels.structures)
       self.telemetry.picture(step, "validation", path)
-    told = "  ".join(f"{name} {value:.4f}" for name, value in dice.items())
-    self._training.report(f"{self._phase.name}: validation at step {step}: {told}")
-    return [*dice.values()][-1]
+    told = "  ".join(f"{name} {'-' if x is None else f'{x:.4f}'}" for name, x in dice.items())
+    self._training.report(
+      f"{self._phase.name}: validation at step {step}: {told}; {ranks} ranks checkpoints")
+    return dice[ranks]
 
-  def _write(self, step: int, values: dict[str, float], note: Mapping[str, str] = {}) -> None:
+  def _write(
+    self, step: int, values: Mapping[str, float | None], note: Mapping[str, str] = {}
+  ) -> None:
     self._training.run.log(self._phase.name, step, {**values, **note})
-    self.telemetry.scalars(step, values)
+    self.telemetry.scalars(step, {name: x for name, x in values.items() if x is not None})

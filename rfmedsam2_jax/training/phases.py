@@ -118,7 +118,9 @@ def refiner_phase(config: Config, plan: Plan, masks_alone: bool = False) -> Phas
   settings, sam2 = config.refiner, config.sam2
   structures = min(settings.structures, len(plan.labels.structures))
   runs, length, side = settings.batch_size, settings.slices, sam2.image_size
-  masks = jax.ShapeDtypeStruct((runs, structures, length, side // 4, side // 4), jnp.float32)
+  cells = runs, structures, length
+  masks = jax.ShapeDtypeStruct((*cells, side // 4, side // 4), jnp.float32)
+  facts = jax.ShapeDtypeStruct(cells, jnp.bool_)
   sample = pipeline.RunConfig(
     side, length, structures, config.data.sam_channels, config.data.sam_context,
     settings.oversample_foreground)
@@ -140,7 +142,7 @@ def refiner_phase(config: Config, plan: Plan, masks_alone: bool = False) -> Phas
     "refiner", "refiner", settings, init=init, patterns=settings.trainable, loss=loss,
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
-      "masks": masks, "known": masks, "logits": masks,
+      "masks": masks, "known": masks, "logits": masks, "present": facts, "absent": facts,
       "inside": jax.ShapeDtypeStruct((runs, length), jnp.bool_),
       "depth": jax.ShapeDtypeStruct((runs,), jnp.int32),
       "structures": jax.ShapeDtypeStruct((runs, structures), jnp.int32),

@@ -4,6 +4,7 @@ Every process scores its share of the cases; all have the result.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def score_stages(
       stages = {f"stage {stage}": guess for stage, guess in enumerate(maps)}
       shown = SheetCase(
         name, volume.array[0], truth, stages, geometry.spacing,
-        slice_axis=segmenter.plan.slice_axis)
+        slice_axis=segmenter.plan.slice_axis, ignore=labels.ignore)
 
   hosts.each(cases, score, Progress("validation, cases", report, compiles=True))
   names = [case.identifier for case in cases]
@@ -53,27 +54,34 @@ def score_stages(
           for stage in range(segmenter.stages)], shown
 
 
+RANKED_BY = "ranked_by"  # in a line of the log: which of its scores ranks checkpoints
+
+
 class Ranking:
   """The scores that a phase's checkpoints are ranked by: the last stage's mean Dice.
 
   It is `Scores.mean`, which `note` says in lines of the log. Lines without it are of a run that was
-  begun with the mean over all pairs of a case and a structure, and goes on with that one. known: by
-  step, of what the log has up to step `start`.
+  begun with the mean over all pairs of a case and a structure, and goes on with that one. Older
+  lines do not name their score either, which is the last one. known: by step, of what the log has
+  up to step `start`.
   """
 
   def __init__(self, run: RunFolder, phase: str, start: int):
     lines = [x for x in run.logged()
              if x["phase"] == phase and x["step"] <= start and "validation/stage0 Dice" in x]
-    self.known = {
-      x["step"]: [value for name, value in x.items() if name.startswith("validation/")][-1]
-      for x in lines}
+    named = (x.get(RANKED_BY, [name for name in x if name.startswith("validation/")][-1])
+             for x in lines)
+    scores = {x["step"]: x[name] for x, name in zip(lines, named, strict=True)}
+    self.known = {step: x for step, x in scores.items() if x is not None and not math.isnan(x)}
     self._of_pairs = not all("mean" in x for x in lines)
     self.note = {} if self._of_pairs else {"mean": "of structures"}
 
-  def dice(self, scores: Scores) -> float:
+  def dice(self, scores: Scores) -> float | None:
+    """None where no score makes a statement."""
+    mean = scores.mean
     if self._of_pairs:
-      return mean_score([x for case in scores.cases.values() for x in case.values()]).dice
-    return scores.mean.dice
+      mean = mean_score([x for case in scores.cases.values() for x in case.values()])
+    return None if math.isnan(mean.dice) else mean.dice
 
 
 def validate_run(

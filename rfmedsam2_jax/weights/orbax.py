@@ -4,7 +4,9 @@
 versions). Writing is atomic: a folder that exists is complete.
 """
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,42 @@ from flax.traverse_util import flatten_dict
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.nn.layers import Params
+
+# What Orbax and TensorStore raise of files that are cut off, changed or gone.
+_DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, RuntimeError,
+           FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# Beginnings of errors that are of these kinds too, but of disks, networks and memory.
+_ELSEWHERE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED",
+              "CANCELLED", "ABORTED")
+
+
+@contextlib.contextmanager
+def file_errors(folder: Path, damaged: str) -> Iterator[None]:
+  """UserErrors for what goes wrong while a checkpoint is read.
+
+  Damage is said as `damaged`, with the error in place of its {}. A disk, an access or a device's
+  memory that fails is said as such, and all else (the host's memory, an interruption) stays what it
+  is: none of that makes a checkpoint worth removing.
+  """
+  try:
+    yield
+  except Exception as error:
+    elsewhere = str(error).startswith(_ELSEWHERE)
+    if isinstance(error, _DAMAGE) and not elsewhere:
+      raise UserError(f"{folder}: {damaged.format(first_line(error))}") from error
+    if not elsewhere and not isinstance(error, OSError):
+      raise
+    what = getattr(error, "strerror", None) or first_line(error)
+    raise UserError(f"{folder}: cannot be read at present ({what}); see to that, and do it again"
+                    ) from error
+
+
+def read_whole(folder: Path) -> None:
+  """Reads all arrays of a saved tree, whatever they are for; raises where that fails."""
+  handler = ocp.PyTreeCheckpointHandler()
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                          handler.metadata(folder).tree)
+  handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
@@ -46,7 +84,9 @@ def load_params(folder: str | Path, like: Params) -> Params:
   folder = Path(folder).absolute()
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
-  try:
+  damaged = ("cannot be read as a checkpoint of this network ({}); check that the run is complete "
+             "and was made with this config")
+  with file_errors(folder, damaged):
     found = _restore(folder, params=ocp.args.StandardRestore(abstract),
                      about=ocp.args.JsonRestore())
     for (path, x), wanted in zip(jax.tree_util.tree_leaves_with_path(found["params"]),
@@ -55,11 +95,6 @@ def load_params(folder: str | Path, like: Params) -> Params:
         raise ValueError(f"{_name(path)} has shape {x.shape}, the network {wanted.shape}")
     if found["about"].get("checksum", "") not in ("", checksum(found["params"])):
       raise ValueError("its parameters do not have their checksum")
-  # Orbax raises many kinds for a damaged folder (ValueError, FileNotFoundError, its own, ...).
-  except Exception as error:
-    raise UserError(
-      f"{folder}: cannot be read as a checkpoint of this network ({first_line(error)}); "
-      "check that the run is complete and was made with this config") from error
   for path, x in jax.tree_util.tree_leaves_with_path(found["params"]):
     if bad := not_finite(x):
       raise UserError(f"{folder}: {_name(path)} has {bad} of {x.size} values that are NaN or "
@@ -82,10 +117,8 @@ def not_finite(x: Any) -> int:
 
 def read_about(folder: str | Path) -> dict[str, Any]:
   """What a checkpoint says of itself; UserError if it is damaged."""
-  try:
+  with file_errors(Path(folder), "is damaged ({}); copy or make it anew"):
     return _restore(Path(folder).absolute(), about=ocp.args.JsonRestore())["about"]
-  except Exception as error:  # as above
-    raise UserError(f"{folder}: is damaged ({first_line(error)}); copy or make it anew") from error
 
 
 def _restore(folder: Path, **wanted: Any) -> Any:

@@ -78,11 +78,15 @@ def refiner():
   logits[::3, 0] = -16
   inside = np.ones((BATCH, length), bool)
   inside[1, 2:] = False
+  masks = (logits > 1).astype(np.float32)
+  present = masks.any((3, 4))
   batch = {
     "images": rng.random((BATCH, length, SIDE, SIDE, 3), np.float32),
     "logits": logits,
-    "masks": (logits > 1).astype(np.float32),
+    "masks": masks,
     "known": np.ones_like(logits),
+    "present": present,
+    "absent": ~present,
     "inside": inside,
     "depth": np.arange(5, 5 + BATCH, dtype=np.int32),
   }
@@ -132,11 +136,9 @@ def main() -> None:
     sizes, _, parts = label.partition("/")
     mesh = make_mesh(MeshConfig(*(int(n) for n in sizes.split("x"))))
     results[label] = run(params, loss, batch, mesh, int(parts or 1))
-  for label, result in results.items():
-    # In microbatches the means are others: those are compared among themselves.
-    alike = "1x1/" + label.split("/")[1] if "/" in label else "1x1"
-    if alike in results:
-      result["difference"] = difference(result["params"], results[alike]["params"])
+  for result in results.values():
+    if "1x1" in results:
+      result["difference"] = difference(result["params"], results["1x1"]["params"])
   for result in results.values():
     result["moved"] = difference(result["params"], params)
     result["checksum"] = [float(np.abs(x).sum()) for x in jax.tree.leaves(result.pop("params"))]
