@@ -15,7 +15,14 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import Stored, read_json
 from rfmedsam2_jax.data.itk import is_series
-from rfmedsam2_jax.data.volumes import ENDINGS, Volume, is_volume_name, load_image, load_label_map
+from rfmedsam2_jax.data.volumes import (
+  ENDINGS,
+  Volume,
+  is_volume_name,
+  load_image,
+  load_label_map,
+  not_a_volume,
+)
 
 IGNORED = 255  # the atom of voxels that no loss and no score may see
 
@@ -176,11 +183,9 @@ def find_inputs(paths: Sequence[str | Path], channels: int = 1) -> list[Case]:
       files = sorted(file for file in path.iterdir()
                      if (is_series if file.is_dir() else is_volume_name)(file))
       if not files:
-        raise UserError(f"{path}: has no volumes (files that end in {', '.join(ENDINGS)}, or "
-                        f"folders with a DICOM series); give a folder that has some")
+        raise not_a_volume(path)
     elif not path.is_dir() and not path.name.endswith(ENDINGS):
-      raise UserError(f"{path}: is not a volume; give files that end in {', '.join(ENDINGS)}, "
-                      f"or folders")
+      raise not_a_volume(path)
     for case in (_input_case(file, channels) for file in files):
       cases[case.images[0].resolve()] = case
   if not cases:

@@ -13,7 +13,6 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
-from rfmedsam2_jax.data.measures import voxel_ml
 from rfmedsam2_jax.data.volumes import ENDINGS, NIFTI_ENDINGS, Geometry, load_image, load_label_map
 from rfmedsam2_jax.evaluation.metrics import Score, known_mean
 from rfmedsam2_jax.evaluation.scores import evaluate_arrays, structures_of
@@ -116,8 +115,8 @@ def report_case(
         scores[number] = scores[LAST] if number == final else evaluate_arrays(
           found, truth, geometry.spacing, structures, ignore
         )
-    voxel = voxel_ml(geometry.spacing)
-    volumes = {s.name: float(np.isin(guess, s.values).sum()) * voxel for s in structures}
+    volumes = {s.name: float(np.isin(guess, s.values).sum()) * geometry.voxel_ml
+               for s in structures}
     if voxels:
       names = labels.value_names if labels else {v: s.name for s in structures for v in s.values}
       pixels = None if image is None else _read_image(image, geometry, problems)
