@@ -31,10 +31,11 @@ from rfmedsam2_jax.data.itk import (
 from rfmedsam2_jax.data.slices import Slice, stack
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_RESCALE = ("RescaleSlope", "RescaleIntercept")
 _TAGS = [
   *_PIXELS, "SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Rows", "Columns",
   "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "PixelSpacing", "ImagePositionPatient",
-  "ImageOrientationPatient", "PhotometricInterpretation", "RescaleSlope", "ModalityLUTSequence"]
+  "ImageOrientationPatient", "PhotometricInterpretation", *_RESCALE, "ModalityLUTSequence"]
 _LONG = 1024  # bytes, above which a value is left in its file
 _AGAIN = "copy the series again"
 _CONVERT = "convert it to NIfTI, for example by dcm2niix"
@@ -163,6 +164,10 @@ def _check_values(path: Path, header: Any) -> None:
   """UserError if pixels are missing, or not to be had by a slope and an intercept."""
   if "ModalityLUTSequence" in header:
     raise UserError(f"{path}: its intensities are given by a table (Modality LUT); {_CONVERT}")
+  given = [name for name in _RESCALE if name in header]
+  if len(given) == 1:
+    raise UserError(f"{path}: has {given[0]} alone, so its intensities are not known; correct the "
+                    "file")
   slope = header.get("RescaleSlope")
   if slope is not None and not abs(float(slope)) > 0:
     raise UserError(f"{path}: its RescaleSlope is {slope}; correct the file")

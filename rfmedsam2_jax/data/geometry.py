@@ -16,7 +16,7 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.grids import GRID_TOLERANCE, SINGULAR, TILT_TOLERANCE, displacement, lean
 from rfmedsam2_jax.data.itk import size
 from rfmedsam2_jax.data.measures import voxel_ml
-from rfmedsam2_jax.data.nifti import header_of, millimetres
+from rfmedsam2_jax.data.nifti import header_of, millimetres, placement
 
 LARGEST = 1e15  # squares of what is larger overflow float32; no scanner gives it
 
@@ -99,16 +99,19 @@ class Geometry:
     return tuple(slice(None, None, -1 if flip else 1) for flip in self.flipped)
 
 
-def geometry_of(path: Path, shape: tuple[int, ...], affine: np.ndarray,
-                header: nib.Nifti1Header | None = None, remarks: tuple[str, ...] = ()) -> Geometry:
+def geometry_of(path: Path, shape: tuple[int, ...], place: np.ndarray | nib.Nifti1Header,
+                remarks: tuple[str, ...] = ()) -> Geometry:
   """The geometry of a file's voxels; UserError for less than three axes and what is no grid.
 
   Args:
-    shape: native. affine: see `Geometry`. header: of a NIfTI file; None: a new one.
+    shape: native. place: the affine in RAS+, mm, or the header of a NIfTI file.
   """
   if len(shape) < 3 or 0 in shape:
     raise UserError(f"{path}: has the size {size(shape)}; a volume with three axes is expected")
-  affine = np.asarray(affine, np.float64)
+  if isinstance(place, nib.Nifti1Header):
+    affine, header, remarks = placement(place, (shape[0], shape[1], shape[2]))
+  else:
+    affine, header = np.asarray(place, np.float64), None
   finite = bool((np.abs(affine) < LARGEST).all())  # NaN compares as False
   sizes = np.linalg.norm(affine[:3, :3], axis=0) if finite else np.zeros(3)
   if not (sizes > 0).all():
@@ -123,7 +126,7 @@ def geometry_of(path: Path, shape: tuple[int, ...], affine: np.ndarray,
                     "tilted gantry?), which makes distances wrong; resample it to a grid with "
                     "right angles, or convert its DICOM series by dcm2niix, which does")
   i, j, k = shape[:3]
-  header = header_of(affine) if header is None else header.copy()
+  header = header_of(affine) if header is None else header
   return Geometry(path, header, affine, (i, j, k), *_orientation(directions), remarks)
 
 

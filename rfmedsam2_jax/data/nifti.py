@@ -42,7 +42,7 @@ def placement(header: nib.Nifti1Header, shape: tuple[int, int, int]
     float64 [4, 4], voxel index (i, j, k) to world (RAS+), in the file's units; may be no affine.
     The header; sentences. ValueError: a qform that counts is no rotation.
   """
-  usual = np.asarray(header.get_best_affine(), np.float64)
+  header, usual = header.copy(), np.asarray(header.get_best_affine(), np.float64)
   chosen, code = _as_itk(header)
   if code == 0:
     return chosen, header, (
@@ -51,17 +51,16 @@ def placement(header: nib.Nifti1Header, shape: tuple[int, int, int]
   distance = displacement(chosen, usual, shape)
   if not distance > _ROUNDING * np.linalg.norm(chosen[:3, :3], axis=0).min():  # or NaN
     return usual, header, ()
-  header = header.copy()
   header.set_qform(chosen, code)
   header.set_sform(chosen, code)
   return chosen, header, (
-    f"its {_contradiction(header, chosen, usual)} contradict each other by up to "
+    f"its {_contradiction(chosen, usual)} contradict each other by up to "
     f"{distance * millimetres(header):.4g} mm; it is taken where ITK and 3D Slicer see it, not "
     "where nibabel does; correct its header if that is wrong",)
 
 
-def _contradiction(header: nib.Nifti1Header, chosen: np.ndarray, usual: np.ndarray) -> str:
-  """Of the sform (`usual`): qform, or voxel sizes alone."""
+def _contradiction(chosen: np.ndarray, usual: np.ndarray) -> str:
+  """What is contradicted: the sform, `usual`, by the qform or by the voxel sizes alone."""
   turned = [affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (chosen, usual)]
   alone = np.allclose(*turned, atol=_ORTHONORMAL) and np.allclose(chosen[:, 3], usual[:, 3])
   return "sform and voxel sizes (pixdim)" if alone else "qform and sform"

@@ -17,6 +17,7 @@ from rfmedsam2_jax.data.grids import GRID_TOLERANCE, TILT_TOLERANCE
 # What two distances of neighbours may differ in, as a part of the usual one. Rounded positions stay
 # below, a missing slice far above.
 SPACING_TOLERANCE = 0.05
+_TURNED = 1.0  # degrees, of which no rounding speaks
 _SAME_PLACE = 0.01  # pixels between slices that do not differ in place
 _MEND = "give a folder with one volume, or convert it to NIfTI, for example by dcm2niix"
 
@@ -93,6 +94,12 @@ def _aligned(one: Slice, like: Slice) -> Slice:
 
 def _check_plane(one: Slice, like: Slice) -> None:
   """UserError unless an aligned slice has the pixels of `like`, wherever it lies."""
+  cosines = (one.steps * like.steps).sum(axis=0) / (_lengths(one) * _lengths(like))
+  degrees = np.degrees(np.arccos(np.clip(cosines, -1, 1))).max()
+  turned = (f"{one.path}: is turned by {degrees:.3g} degrees against {like.path.name}, as the "
+            f"slices of a localizer are; {_MEND}")
+  if degrees > _TURNED:
+    raise UserError(turned)
   if one.shape != like.shape:
     raise UserError(f"{one.path}: has {_product(one.shape)} pixels, {like.path.name} has "
                     f"{_product(like.shape)}; {_MEND}")
@@ -103,10 +110,7 @@ def _check_plane(one: Slice, like: Slice) -> None:
   if 2 * longer.max() > apart.max():
     raise UserError(f"{one.path}: its pixels are {_product(_lengths(one))} mm, those of "
                     f"{like.path.name} {_product(_lengths(like))} mm; {_MEND}")
-  cosines = (one.steps * like.steps).sum(axis=0) / (_lengths(one) * _lengths(like))
-  degrees = np.degrees(np.arccos(np.clip(cosines, -1, 1))).max()
-  raise UserError(f"{one.path}: is turned by {degrees:.3g} degrees against {like.path.name}, as "
-                  f"the slices of a localizer are; {_MEND}")
+  raise UserError(turned)
 
 
 def _product(numbers: Sequence[float] | np.ndarray) -> str:

@@ -14,7 +14,6 @@ from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.data import dicom, itk
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.geometry import LARGEST, Geometry, check_grid, geometry_of
-from rfmedsam2_jax.data.nifti import placement
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
@@ -146,7 +145,7 @@ def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
       native, affine, remarks = dicom.read_series(path)
     else:
       native, affine = itk.read_file(path)
-    geometry = geometry_of(path, native.shape, affine, remarks=remarks)
+    geometry = geometry_of(path, native.shape, affine, remarks)
     with np.errstate(all="ignore"):  # as below
       return native if kind is None else native.astype(kind, copy=False), geometry
   if not path.is_file() or not path.name.endswith(NIFTI_ENDINGS):
@@ -169,7 +168,7 @@ def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   if image.get_data_dtype().kind not in "buif":
     raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
                     f"convert the file to whole or real numbers")
-  geometry = geometry_of(path, image.shape, *placement(image.header, image.shape[:3]))
+  geometry = geometry_of(path, image.shape, image.header)
   packed = path.name.endswith(".gz")
   itk.check_claim(path, image.shape, image.get_data_dtype().itemsize, packed)
   with gzip.open(path) if packed else contextlib.nullcontext() as stream:
