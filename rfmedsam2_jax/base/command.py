@@ -18,6 +18,7 @@ _LEVELS = {
   "asyncio": logging.CRITICAL,
   # Of a damaged header nibabel writes to standard error what it then raises.
   "nibabel.global": logging.CRITICAL + 1,
+  "pydicom": logging.CRITICAL + 1,  # likewise
 }
 
 

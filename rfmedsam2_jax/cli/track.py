@@ -43,6 +43,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
   console.line(Passing(f"reading {options.image}"))
   volume = load_image(options.image)
+  for said in volume.geometry.remarks:
+    console.warning(f"{options.image}: {said}")
 
   from rfmedsam2_jax.cli.prompt_options import prompts_of
   from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked

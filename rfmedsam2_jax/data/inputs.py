@@ -20,6 +20,7 @@ from rfmedsam2_jax.data.names import (
   stem_of,
   volumes_by_name,
 )
+from rfmedsam2_jax.data.volumes import not_a_volume
 
 
 def find_inputs(
@@ -66,8 +67,7 @@ def _files(path: Path, leave_out: Callable[[LeftOut], None]) -> Iterator[Path]:
   if not path.exists():
     raise UserError(f"{path}: no such file or folder; check the path")
   if not path.is_dir() and not ending_of(path):
-    raise UserError(f"{path}: is not a volume; give files that end in {', '.join(ENDINGS)}, "
-                    "or folders")
+    raise not_a_volume(path)
   if not path.is_dir() or _is_series(path):
     yield path
     return
@@ -75,9 +75,7 @@ def _files(path: Path, leave_out: Callable[[LeftOut], None]) -> Iterator[Path]:
   left_out = listing.left_out()
   found = sorted([*listing.files, *listing.series])
   if not found:
-    raise UserError(
-      f"{path}: has no volumes (files that end in {', '.join(ENDINGS)}, or folders with a DICOM "
-      f"series){''.join(f'; {what.message}' for what in left_out)}; give a folder that has some")
+    raise not_a_volume(path, *(what.message for what in left_out))
   for what in left_out:
     leave_out(what)
   yield from found

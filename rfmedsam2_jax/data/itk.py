@@ -1,6 +1,7 @@
-"""Volumes in the formats of ITK (NRRD, MetaImage, DICOM series), read through SimpleITK, an extra.
+"""Volumes in the formats of ITK (NRRD, MetaImage), read through SimpleITK, an extra.
 
-They come as voxels by native index and an affine in RAS+, as NIfTI does.
+They come as voxels by native index and an affine in RAS+, as NIfTI does. Also, which files are
+DICOM; data.dicom reads them.
 """
 
 import math
@@ -17,6 +18,7 @@ from rfmedsam2_jax.base.command import native_errors
 from rfmedsam2_jax.base.errors import UserError
 
 ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+_NO_DICOM = (*ENDINGS, ".nii", ".nii.gz", ".json", ".txt", ".png")
 WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
 _META = (".mha", ".mhd")
 _DEFLATE = 1032  # the most that Deflate makes smaller; a header that claims more is wrong
@@ -25,12 +27,7 @@ _HEAD, _BLOCK = 2**16, 2**20  # bytes
 _COMPRESSED = {".nrrd": (rb"encoding: *gz", rb"\r?\n\r?\n"),
                ".mha": (rb"CompressedData *= *True", rb"ElementDataFile *= *LOCAL\r?\n")}
 
-# What two slices of a series may differ in, as a part of their distance, and by how much its axis
-# may lean. Rounded positions stay below; a missing slice and a tilted gantry stay above.
-SPACING_TOLERANCE = 0.05
-TILT_TOLERANCE = 0.5  # degrees
-
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
 def simpleitk(path: str | Path) -> Any:
@@ -50,17 +47,46 @@ def size(shape: Sequence[int]) -> str:
 
 
 def is_series(folder: Path) -> bool:
-  """Whether a folder has a file of DICOM's file format (`DICM` after 128 bytes)."""
+  """Whether a folder has a DICOM file besides a DICOMDIR, the index of a medium."""
   with os.scandir(folder) as entries:
-    return any(entry.is_file() and _is_dicom(entry.path) for entry in entries)
+    return any(entry.is_file() and not is_dicomdir(entry.name) and is_dicom(entry.path)
+               for entry in entries)
 
 
-def _is_dicom(path: str | Path) -> bool:
+def is_dicomdir(name: str) -> bool:
+  """Whether a file has the name that DICOM gives to the index of a medium (PS3.10, 8.6)."""
+  return name.upper() == "DICOMDIR"
+
+
+def is_dicom(path: str | Path) -> bool:
+  """Whether a file begins as DICOM's file format does, or is read by GDCM without that."""
   try:
     with open(path, "rb") as file:
-      return file.read(132)[128:] == b"DICM"
+      if file.read(132)[128:] == b"DICM":
+        return True
   except OSError:
     return False
+  if os.fspath(path).endswith(_NO_DICOM):  # many of them lie in one folder
+    return False
+  try:
+    import SimpleITK
+  except ImportError:
+    return False
+  try:
+    with native_errors():
+      dicom_reader(SimpleITK, path).ReadImageInformation()
+  except RuntimeError:
+    return False
+  return True
+
+
+def dicom_reader(sitk: Any, path: str | Path) -> Any:
+  """SimpleITK's reader of one file, through GDCM, whatever its name is."""
+  sitk.ProcessObject.GlobalWarningDisplayOff()
+  reader = sitk.ImageFileReader()
+  reader.SetImageIO("GDCMImageIO")
+  reader.SetFileName(os.fspath(path))
+  return reader
 
 
 def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +103,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
       native, affine = _as_native(sitk, reader.Execute())
     _check_stream(path, native.nbytes)
   except (RuntimeError, zlib.error) as error:
-    raise _unreadable(path, error) from None
+    raise unreadable(path, error) from None
   return native, affine
 
 
@@ -90,7 +116,7 @@ def header_fields(path: Path) -> dict[str, str]:
       reader.ReadImageInformation()
       return {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
   except (RuntimeError, UnicodeError) as error:
-    raise _unreadable(path, error) from None
+    raise unreadable(path, error) from None
 
 
 def _file_reader(sitk: Any, path: Path) -> Any:
@@ -130,39 +156,15 @@ def _check_stream(path: Path, expected: int) -> None:
                      "otherwise")
 
 
-def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-  """Reads the DICOM series of a folder, as `read_file`; intensities are rescaled as it says.
-
-  UserError: no series or several; one slice; several frames in a file; slices that are missing,
-  doubled or unevenly spaced; a tilted gantry; colour.
-  """
-  sitk = simpleitk(folder)
-  if not is_series(folder):
-    raise UserError(f"{folder}: is a folder without DICOM files; give a volume or a folder with "
-                    f"one DICOM series")
-  reader = sitk.ImageSeriesReader()
-  with native_errors():
-    names = reader.GetGDCMSeriesIDs(str(folder))
-  if not names:
-    raise UserError(f"{folder}: has DICOM files but no series of images; copy the series again")
-  files = [reader.GetGDCMSeriesFileNames(str(folder), name) for name in names]
-  if len(files) > 1:
-    raise UserError(f"{folder}: has {len(files)} series (of {', '.join(map(str, map(len, files)))} "
-                    f"files); move the one that is meant into a folder of its own")
-  try:
-    with native_errors():
-      _check_slices(sitk, folder, files[0])
-      reader.SetFileNames(files[0])
-      return _as_native(sitk, reader.Execute())
-  except RuntimeError as error:
-    raise _unreadable(folder, error) from None
-
-
 def claimed_voxels(path: Path) -> int:
   """How many voxels the headers of a file or of a series' files claim; 0 if they are unreadable."""
-  reader, voxels = simpleitk(path).ImageFileReader(), 0
-  for file in filter(_is_dicom, path.iterdir()) if path.is_dir() else [path]:
-    reader.SetFileName(str(file))
+  sitk, voxels = simpleitk(path), 0
+  if path.is_dir():
+    readers = [dicom_reader(sitk, file) for file in filter(is_dicom, path.iterdir())]
+  else:
+    readers = [sitk.ImageFileReader()]
+    readers[0].SetFileName(str(path))
+  for reader in readers:
     try:
       reader.ReadImageInformation()
     except RuntimeError:
@@ -190,57 +192,21 @@ def check_claim(path: Path, shape: Sequence[int], itemsize: int, packed: bool) -
                     "bytes; it is truncated or damaged, copy or convert it again")
 
 
-def _check_slices(sitk: Any, folder: Path, files: Sequence[str]) -> None:
-  """UserError unless the files are the evenly spaced slices of one volume."""
-  convert = "to NIfTI, for example by dcm2niix"
-  if len(files) == 1:
-    raise UserError(
-      f"{folder}: its series has one file, a single slice or several frames; convert it {convert}")
-  positions, normals = [], []
-  reader = sitk.ImageFileReader()
-  for file in files:
-    reader.SetFileName(file)
-    reader.ReadImageInformation()
-    if reader.GetSize()[2:] not in ((), (1,)):
-      raise UserError(f"{file}: has {reader.GetSize()[2]} frames; convert the series {convert}")
-    if reader.GetNumberOfComponents() != 1:
-      raise UserError(f"{file}: is a colour image; give a series of one intensity per voxel")
-    positions.append(reader.GetOrigin())
-    normals.append(np.asarray(reader.GetDirection()).reshape(3, 3)[:, 2])
-  normal, steps = normals[0], np.diff(np.asarray(positions), axis=0)
-  if not np.allclose(normals, normal, atol=1e-3):
-    raise UserError(f"{folder}: its slices are turned against each other, as those of a localizer "
-                    f"are; give a series of parallel slices")
-  distances = steps @ normal
-  usual = float(np.median(distances))
-  if abs(usual) < 1e-4:
-    raise UserError(f"{folder}: several slices have the same position (phases, echoes?); give a "
-                    f"folder with one volume")
-  odd = int(np.abs(distances / usual - 1).argmax())
-  if abs(distances[odd] / usual - 1) > SPACING_TOLERANCE:
-    raise UserError(f"{folder}: slices {odd + 1} and {odd + 2} are {abs(distances[odd]):.4g} mm "
-                    f"apart, others {abs(usual):.4g} mm; add what is missing or resample it")
-  whole = steps.sum(axis=0)
-  tilt = float(np.degrees(np.arccos(min(1.0, abs(whole @ normal) / np.linalg.norm(whole)))))
-  if tilt > TILT_TOLERANCE:
-    raise UserError(f"{folder}: its slices are tilted by {tilt:.1f} degrees against their stack "
-                    f"(gantry tilt); correct it, for example by dcm2niix")
-
-
 def _as_native(sitk: Any, image: Any) -> tuple[np.ndarray, np.ndarray]:
   channels = image.GetNumberOfComponentsPerPixel() > 1
   array = sitk.GetArrayFromImage(image)  # [(t,) z, y, x (, C)]
   native = array.transpose(2, 1, 0, 3) if channels and array.ndim == 4 else array.T
   direction = np.asarray(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3]
   affine = np.eye(4)
-  affine[:3, :3] = _LPS_TO_RAS @ direction @ np.diag(image.GetSpacing()[:3])
-  affine[:3, 3] = _LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])
+  affine[:3, :3] = LPS_TO_RAS @ direction @ np.diag(image.GetSpacing()[:3])
+  affine[:3, 3] = LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])
   return native, affine
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def unreadable(path: Path, error: Exception) -> UserError:
   """What ITK said, without its file names and line numbers."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   reason = lines[-1].removeprefix("sitk::ERROR: ") if lines else "no reason given"
+  reason = re.sub(r"\w+\(0x[0-9a-f]+\): ", "", reason)
   return UserError(f"{path}: cannot be read, perhaps truncated ({reason[:200]}); "
                    f"copy or convert the file again")

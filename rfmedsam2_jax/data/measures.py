@@ -6,14 +6,14 @@ _CHUNK = 2**22  # voxels that are counted at once; bincount takes eight bytes fo
 
 
 def voxel_ml(spacing: tuple[float, ...]) -> float:
-  """The volume of one voxel in ml; spacing in mm, in any order."""
+  """The volume of one voxel with right angles in ml; spacing in mm, in any order."""
   return float(np.prod(spacing)) / 1000
 
 
-def volumes_ml(labels: np.ndarray, spacing: tuple[float, float, float]) -> dict[int, float]:
-  """ml of every value of uint8 or uint16 labels but background's 0; spacing in mm, in any order."""
+def volumes_ml(labels: np.ndarray, voxel: float) -> dict[int, float]:
+  """ml of every value of uint8 or uint16 labels but background's 0; `voxel`: ml of one."""
   counts = joint_counts([labels], int(labels.max(initial=0)) + 1)
-  return {int(value): float(counts[value]) * voxel_ml(spacing)
+  return {int(value): float(counts[value]) * voxel
           for value in np.flatnonzero(counts) if value}
 
 

@@ -1,13 +1,8 @@
-"""Volumes in and label maps out: any axis order and flip comes in, the same grid goes out.
-
-Everything behind works in one orientation, LPS+ with axes (z, y, x), which is SimpleITK's array
-order; `Geometry` remembers how to go back.
-"""
+"""Volumes in and label maps out: any axis order and flip comes in, the same grid goes out."""
 
 import contextlib
 import dataclasses
 import gzip
-import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,100 +10,21 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from numpy.typing import ArrayLike
 
 from rfmedsam2_jax.base.errors import UserError, first_line
-from rfmedsam2_jax.data import itk
+from rfmedsam2_jax.data import dicom, itk
 from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.data.geometry import (
+  LARGEST,
+  Geometry,
+  check_grid,
+  check_right_angles,
+  geometry_of,
+)
 from rfmedsam2_jax.data.names import ENDINGS, NIFTI_ENDINGS, ending_of
 
-# Largest distance of the same corner voxel in image and label, in units of the smallest spacing.
-# Rounded headers stay far below; a shift by a voxel stays far above.
-GRID_TOLERANCE = 0.25
-LARGEST = 1e15  # squares of what is larger overflow float32; no scanner gives it
 _BLOCK = 2**20  # bytes
 _FINEST = 1 / 16  # the largest slope that can say whole numbers without being one
-_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Geometry:
-  """Where a volume's voxels lie, and what is needed to write another volume onto its grid."""
-
-  path: Path  #: the file it was read from, for messages
-  #: Units, qform and sform with their codes, of the NIfTI file; of another format: mm, both forms.
-  header: nib.Nifti1Header
-  #: float64 [4, 4], native voxel index (i, j, k) to world (RAS+), in the file's units.
-  affine: np.ndarray
-  shape: tuple[int, int, int]  #: native (i, j, k)
-  axes: tuple[int, int, int]  #: the native axis that runs along canonical z, y and x
-  flipped: tuple[bool, bool, bool]  #: whether it runs against canonical z, y and x
-
-  @property
-  def canonical_shape(self) -> tuple[int, int, int]:
-    """(z, y, x)."""
-    z, y, x = (self.shape[axis] for axis in self.axes)
-    return z, y, x
-
-  @property
-  def canonical_affine(self) -> np.ndarray:
-    """float64 [4, 4], canonical voxel index (z, y, x) to world (RAS+), in the file's units."""
-    to_native = np.diag([0.0, 0.0, 0.0, 1.0])
-    for canonical, (native, flip) in enumerate(zip(self.axes, self.flipped, strict=True)):
-      to_native[native, [canonical, 3]] = (-1, self.shape[native] - 1) if flip else (1, 0)
-    return self.affine @ to_native
-
-  @property
-  def affine_mm(self) -> np.ndarray:
-    """`affine` in mm, whatever the file's units."""
-    return self._to_mm @ self.affine
-
-  @property
-  def canonical_affine_mm(self) -> np.ndarray:
-    """`canonical_affine` in mm, whatever the file's units."""
-    return self._to_mm @ self.canonical_affine
-
-  @property
-  def _to_mm(self) -> np.ndarray:
-    return np.diag([*[_MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)] * 3, 1.0])
-
-  @property
-  def spacing(self) -> tuple[float, float, float]:
-    """Voxel size in mm along canonical (z, y, x), to the six digits that float32 headers carry."""
-    sizes = np.linalg.norm(self.affine_mm[:3, :3], axis=0)
-    z, y, x = (float(f"{sizes[axis]:.6g}") for axis in self.axes)
-    return z, y, x
-
-  @property
-  def voxel_steps(self) -> np.ndarray:
-    """float64 [3, 3], mm; columns are the steps from a voxel to the next along canonical z, y, x.
-
-    They are as long as `spacing` says; their angles are the affine's.
-    """
-    steps = self.canonical_affine_mm[:3, :3]
-    return steps / np.linalg.norm(steps, axis=0) * self.spacing
-
-  def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:
-    """Real [n, 3], (i, j, k) of the file or, `world`, RAS+ in its units, as canonical (z, y, x)."""
-    points = np.asarray(points, np.float64)
-    if world:
-      inverse = np.linalg.inv(self.canonical_affine)
-      # The way through the affine leaves rounding errors of its size behind.
-      return np.round(points @ inverse[:3, :3].T + inverse[:3, 3], 4)
-    ours = points[:, list(self.axes)]
-    return np.where(self.flipped, np.array(self.canonical_shape) - 1 - ours, ours)
-
-  def to_canonical(self, native: np.ndarray) -> np.ndarray:
-    """[i, j, k] as a contiguous [z, y, x]."""
-    return np.ascontiguousarray(native.transpose(self.axes)[self._flips])
-
-  def to_native(self, canonical: np.ndarray) -> np.ndarray:
-    """[z, y, x] as a view [i, j, k]; the inverse of `to_canonical`."""
-    return canonical[self._flips].transpose(np.argsort(self.axes))
-
-  @property
-  def _flips(self) -> tuple[slice, ...]:
-    return tuple(slice(None, None, -1 if flip else 1) for flip in self.flipped)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +41,7 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
 
   Its fourth axis is the channels (Medical Segmentation Decathlon). A folder is a DICOM series.
   UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or infinite
-  voxels, an affine without a meaning, channels on different grids.
+  voxels, an affine without a meaning or right angles, channels on different grids.
   """
   files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
   if len(files) not in (1, channels):
@@ -136,8 +52,9 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
   expected = channels if len(files) == 1 else 1
   for path in files:
     native, current = _read(path, np.float32)
+    check_right_angles(current)
     geometries.append(current)
-    _check_grid(current, geometries[0], "channels")
+    check_grid(current, geometries[0], "channels")
     native = native[..., None] if native.ndim == 3 else native
     if native.ndim != 4 or native.shape[3] != expected:
       wanted = "a 3D image" if expected == 1 else f"a 4D image with {expected} channels"
@@ -147,7 +64,9 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
     check_intensities(path, native)
     planes.extend(current.to_canonical(native[..., c]) for c in range(expected))
   array = np.stack(planes) if channels > 1 else planes[0][None]
-  return Volume(array, geometries[0].spacing, geometries[0])
+  remarks = tuple(dict.fromkeys(said for found in geometries for said in found.remarks))
+  geometry = dataclasses.replace(geometries[0], remarks=remarks)
+  return Volume(array, geometry.spacing, geometry)
 
 
 def check_intensities(path: str | Path, array: np.ndarray) -> None:
@@ -192,7 +111,7 @@ def load_layers(path: str | Path, like: Geometry) -> list[np.ndarray]:
     native = whole
   if native.size and not np.abs(native.astype(np.float64)).max() < 2**31:
     raise UserError(f"{path}: holds values beyond 32 bits; a label map has small whole numbers")
-  _check_grid(geometry, like, "image and label")
+  check_grid(geometry, like, "image and label")
   return [geometry.to_canonical(native[..., layer]).astype(np.int32)
           for layer in range(native.shape[3])]
 
@@ -240,19 +159,31 @@ def write_on_grid(path: str | Path, canonical: np.ndarray, geometry: Geometry, s
     nib.save(image, temporary)
 
 
+def not_a_volume(path: Path, *left_out: str) -> UserError:
+  """About a file or folder that is none, and has none, by its name; left_out: what it has."""
+  known = f"files that end in {', '.join(ENDINGS)}, or folders with a DICOM series"
+  said = dicom.instead(path) or (
+    f"has no volumes ({'; '.join([known, *left_out])}); give a folder that has some"
+    if path.is_dir() else f"is not a volume; give {known}")
+  return UserError(f"{path}: {said}")
+
+
 def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   """The voxels in native order, cast to `kind` if given, and the geometry of three axes."""
   if not path.exists():
     raise UserError(f"{path}: does not exist; check the path")
   ending = ending_of(path).lower()
   if path.is_dir() or ending in itk.ENDINGS:
-    native, affine = itk.read_series(path) if path.is_dir() else itk.read_file(path)
-    geometry = _geometry(path, native.shape, affine)
+    remarks: tuple[str, ...] = ()
+    if path.is_dir():
+      native, affine, remarks = dicom.read_series(path)
+    else:
+      native, affine = itk.read_file(path)
+    geometry = geometry_of(path, native.shape, affine, remarks)
     with np.errstate(all="ignore"):  # as below
       return native if kind is None else native.astype(kind, copy=False), geometry
   if not path.is_file() or not ending:
-    raise UserError(f"{path}: is not a volume; give a file that ends in {', '.join(ENDINGS)}, "
-                    f"or a folder with a DICOM series")
+    raise not_a_volume(path)
   try:
     with np.errstate(all="ignore"):  # what overflows is found by check_intensities
       return _read_nifti(path, kind)
@@ -285,7 +216,7 @@ def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   if image.get_data_dtype().kind not in "buif":
     raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
                     f"convert the file to whole or real numbers")
-  geometry = _geometry(path, image.shape, image.affine, image.header)
+  geometry = geometry_of(path, image.shape, image.header)
   packed = path.name.lower().endswith(".gz")
   itk.check_claim(path, image.shape, image.get_data_dtype().itemsize, packed)
   with gzip.open(path) if packed else contextlib.nullcontext() as stream:
@@ -295,58 +226,5 @@ def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
               else image.get_fdata(caching="unchanged", dtype=kind))
     while stream is not None and stream.read(_BLOCK):
       pass  # its checksum stands at its end
-  return native, geometry
-
-
-def _geometry(path: Path, shape: tuple[int, ...], affine: np.ndarray,
-              header: nib.Nifti1Header | None = None) -> Geometry:
-  if len(shape) < 3 or 0 in shape:
-    raise UserError(f"{path}: has the size {itk.size(shape)}; a volume with three axes is expected")
-  affine = np.asarray(affine, np.float64)
-  finite = bool((np.abs(affine) < LARGEST).all())  # NaN compares as False
-  sizes = np.linalg.norm(affine[:3, :3], axis=0) if finite else np.zeros(3)
-  if not (sizes > 0).all():
-    raise UserError(f"{path}: its affine is not finite or has an axis without length; "
-                    f"correct the file's header")
-  directions = affine[:3, :3] / sizes
-  if abs(np.linalg.det(directions)) < 1e-3:
-    raise UserError(f"{path}: its affine is singular (axes that coincide); correct the file's "
-                    f"header")
-  i, j, k = shape[:3]
-  if header is None:  # of another format: mm, both forms in the scanner's coordinates
-    header = nib.Nifti1Header()
-    header.set_xyzt_units("mm")
-    header.set_qform(affine, code=1)
-    header.set_sform(affine, code=1)
-  return Geometry(path, header.copy(), affine, (i, j, k), *_orientation(directions))
-
-
-def _orientation(directions: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-  """Native axes nearest to canonical z, y, x, and which run the other way, of unit RAS+ columns."""
-  def closeness(axes: tuple[int, ...]) -> tuple[float, float]:
-    columns = directions[:, axes[::-1]]  # along world x, y, z
-    # The second number decides at 45 degrees. It must not depend on the order or sign of the
-    # native axes, else two orders of one volume would become two canonical volumes.
-    return (round(float((np.diag(columns) ** 2).sum()), 6),
-            float((np.diag(columns) * np.diag(np.roll(columns, -1, axis=0))).sum()))
-
-  z, y, x = max(itertools.permutations(range(3)), key=closeness)
-  # Canonical z runs to Superior (+), y to Posterior (-), x to Left (-).
-  flipped = (bool(directions[2, z] < 0), bool(directions[1, y] > 0), bool(directions[0, x] > 0))
-  return (z, y, x), flipped
-
-
-def _check_grid(geometry: Geometry, like: Geometry, what: str) -> None:
-  """UserError unless both canonical grids agree in shape and world space."""
-  ours, theirs = geometry.canonical_shape, like.canonical_shape
-  advice = "resample one onto the other's grid or correct its affine"
-  if ours != theirs:
-    raise UserError(f"{geometry.path}: {what} of different space: its grid (z, y, x) is {ours}, "
-                    f"that of {like.path} is {theirs}; {advice}")
-  corners = np.array([(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in ours))])
-  offsets = corners @ (geometry.canonical_affine - like.canonical_affine).T
-  distance = float(np.linalg.norm(offsets[:, :3], axis=1).max())
-  smallest = float(np.linalg.norm(like.affine[:3, :3], axis=0).min())
-  if distance > GRID_TOLERANCE * smallest:
-    raise UserError(f"{geometry.path}: {what} of different space: its corners lie {distance:.4g} "
-                    f"from those of {like.path} (voxels of {smallest:.4g}); {advice}")
+  # Of NIfTI's axes one is time and the next is components: channels are one or the other.
+  return native.reshape(*native.shape[:3], *(n for n in native.shape[3:] if n != 1)), geometry

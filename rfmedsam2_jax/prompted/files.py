@@ -113,7 +113,7 @@ def result_paths(out: str | Path, image: Path, overwrite: bool, format: Format) 
 
 def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
   """Per structure: volume, and on every slice where it is, presence and predicted IoU."""
-  ml = volumes_ml(found.labels, volume.spacing)
+  ml = volumes_ml(found.labels, volume.geometry.voxel_ml)
   flipped = volume.geometry.flipped[found.slice_axis]
   last = found.labels.shape[found.slice_axis] - 1
   presence, iou, result = found.presence, found.iou, {}

@@ -13,7 +13,6 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure, load_labels
-from rfmedsam2_jax.data.measures import voxel_ml
 from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of, is_volume_name, stem_of
 from rfmedsam2_jax.data.volumes import Geometry, load_grid, load_image, load_label_map, open_nifti
 from rfmedsam2_jax.evaluation.metrics import Score, known_mean
@@ -117,8 +116,8 @@ def report_case(
         scores[number] = scores[LAST] if number == final else evaluate_arrays(
           found, truth, geometry.voxel_steps, structures, ignore
         )
-    voxel = voxel_ml(geometry.spacing)
-    volumes = {s.name: float(np.isin(guess, s.values).sum()) * voxel for s in structures}
+    volumes = {s.name: float(np.isin(guess, s.values).sum()) * geometry.voxel_ml
+               for s in structures}
     if voxels:
       names = labels.value_names if labels else {v: s.name for s in structures for v in s.values}
       pixels = None if image is None else _read_image(image, geometry, problems)

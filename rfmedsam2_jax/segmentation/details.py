@@ -100,8 +100,9 @@ def details_of(
   last = fused(segmentations, stages - 1, watches[-1])
   maps.append(last.labels)
   structures = structure_details(segmentations, maps, last, volume.geometry)
-  notices = [notice for found in segmentations
-             for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)]
+  notices = [Notice("file", said) for said in volume.geometry.remarks]
+  notices += [notice for found in segmentations
+              for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)]
   notices += stage_notices(structures, first.inference.warnings)
   # Runs that were trained on the same cases say the same.
   warnings = tuple(dict.fromkeys(notices))

@@ -28,7 +28,7 @@ _WIDTH = _SHARES[-1] - _SHARES[0]
 class Notice:
   """kind: of what it warns. message: one sentence for a person."""
 
-  kind: Literal["stages", "spacing", "extent", "intensities"]
+  kind: Literal["stages", "spacing", "extent", "intensities", "file"]
   message: str
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rfmedsam2_jax.data.measures import joint_counts, voxel_ml
+from rfmedsam2_jax.data.measures import joint_counts
 from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.nn.boxes import boxes_from_square
 from rfmedsam2_jax.refinement import Fused, StageResult
@@ -85,7 +85,7 @@ def structure_details(
   planes = (np.bincount(ranks.ravel(), weights.ravel(), minlength=len(values))
             for ranks, weights in zip(final, last.winning, strict=True))
   probability = member @ sum(planes, np.zeros(len(values)))
-  size = voxel_ml(geometry.spacing)
+  size = geometry.voxel_ml
   result = {}
   for organ, (name, mine) in enumerate(zip(labels.names, member, strict=True)):
     stages = []

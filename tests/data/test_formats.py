@@ -170,7 +170,7 @@ def _bad_series(tmp_path, what):
 
 @pytest.mark.parametrize(("what", "says"), [
   ("two", "has 2 series"), ("gap", "mm apart, others"), ("tilt", "gantry tilt"),
-  ("one", "has one file"), ("same", "apart, others"),
+  ("one", "is a single slice"), ("same", "has the same position"),
 ])
 def test_series_that_are_no_volume_are_refused(tmp_path, what, says):
   folder = _bad_series(tmp_path, what)

@@ -3,6 +3,7 @@
 # ruff: noqa: F401, I001 - what is imported registers its kinds
 import volumes
 import geometry
+import series
 import voxels
 import names
 import labelmaps

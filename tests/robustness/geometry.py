@@ -81,6 +81,24 @@ def affines():
       path.write_bytes(content)
       return predict(stage, path, folder)
     yield f"qform {name}", qform
+  moved, mirrored, wider = affine(), affine() @ np.diag([-1, 1, 1, 1]), affine()
+  moved[2, 3] += 100
+  wider[:3, 0] *= 1.5
+  tilted = affine()
+  tilted[1, 2] = 3
+  for name, form in {"moved": moved, "mirrored": mirrored, "wider": wider,
+                     "tilted": tilted}.items():
+    for qcode, scode in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 4), (3, 3)):
+      def both(folder, rng, stage, form=form, codes=(qcode, scode)):
+        path = folder / "scan.nii"
+        image = nib.Nifti1Image(stage.voxels(), None)
+        image.header.set_qform(affine(), 1)
+        image.header.set_sform(form, 1)
+        image.header["qform_code"], image.header["sform_code"] = codes
+        image.header.set_xyzt_units("mm")
+        nib.save(nib.Nifti1Image(stage.voxels(), None, image.header), path)
+        return predict(stage, path, folder, must_read=form is not tilted)
+      yield f"codes {qcode} {scode} sform {name}", both
   for name in ("raw.nrrd", "raw.mha"):
     for value in ("0", "nan", "-6", "1e300", "x"):
       def other(folder, rng, stage, name=name, value=value):

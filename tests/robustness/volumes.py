@@ -43,14 +43,13 @@ def is_right(stage, path: Path, out: Path) -> str:
   image = nib.load(written[0])
   if image.shape != tuple(seen.shape):
     return f"the label map has shape {image.shape}, the file {seen.shape}"
-  scale = max(1.0, float(np.abs(seen.affine).max()))
-  if not np.allclose(image.affine, seen.affine, rtol=0, atol=1e-4 * scale):
-    return f"the label map has the affine {image.affine.tolist()}, the file {seen.affine.tolist()}"
+  scale, found = max(1.0, float(np.abs(seen.affine).max())), witnesses.read(written[0])
+  if not np.allclose(found.affine, seen.affine, rtol=0, atol=1e-4 * scale):
+    return f"the label map has the affine {found.affine.tolist()}, the file {seen.affine.tolist()}"
   spacing = tuple(float(f"{size:.6g}") for size in seen.spacing)  # as headers carry it
   expected = rfmedsam2_jax.segment(stage.model, array, spacing)
-  found = witnesses.read(written[0]).array
-  different = int((found != expected).sum())
-  return f"{different} of {found.size} voxels differ from the witness's" if different else ""
+  different = int((found.array != expected).sum())
+  return f"{different} of {expected.size} voxels differ from the witness's" if different else ""
 
 
 def save(path: Path, array, matrix=None, **fields) -> Path:

@@ -131,11 +131,11 @@ def tracked():
         path, out = save(folder / "scan.nii", array, matrix), folder / "out"
 
         def on_its_grid() -> str:
-          seen, found = witnesses.read(path), nib.load(out / "scan.nii.gz")
+          seen, found = witnesses.read(path), witnesses.read(out / "scan.nii.gz")
           values = {0, *map(int, json.loads((out / "scan.json").read_text("utf-8"))["structures"])}
-          if found.shape != tuple(seen.shape) or not np.array_equal(found.affine, seen.affine):
+          if found.shape != seen.shape or not np.array_equal(found.affine, seen.affine):
             return "the label map is not on the file's grid"
-          return "" if set(np.unique(found.dataobj)) <= values else "values nobody prompted"
+          return "" if set(np.unique(found.array)) <= values else "values nobody prompted"
         return Attempt(
           lambda: main(["track", str(path), "--checkpoint", str(stage.checkpoint), "--out",
                         str(out), "--plane", plane, "--point", "1:0,0,0,+"]),

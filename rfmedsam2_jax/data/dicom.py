@@ -1,0 +1,245 @@
+"""DICOM series: the files of a folder that are slices of one volume, and their voxels.
+
+Headers are read by pydicom, pixels by GDCM (in SimpleITK), which knows every compression. GDCM
+alone would not do: what a file does not say of its place it takes as zero and one without a word,
+it leaves pixels that are missing as they are in memory, and turns MONOCHROME1 round.
+"""
+
+import contextlib
+import itertools
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfmedsam2_jax.base.command import native_errors
+from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.data.grids import TILT_TOLERANCE
+from rfmedsam2_jax.data.itk import (
+  LPS_TO_RAS,
+  dicom_reader,
+  is_dicom,
+  is_dicomdir,
+  is_series,
+  simpleitk,
+  unreadable,
+)
+from rfmedsam2_jax.data.slices import Slice, stack
+
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_RESCALE = ("RescaleSlope", "RescaleIntercept")
+_TAGS = [
+  *_PIXELS, "SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Rows", "Columns",
+  "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "PixelSpacing", "ImagePositionPatient",
+  "ImageOrientationPatient", "PhotometricInterpretation", *_RESCALE, "ModalityLUTSequence"]
+_LONG = 1024  # bytes, above which a value is left in its file
+_AGAIN = "copy the series again"
+_CONVERT = "convert it to NIfTI, for example by dcm2niix"
+_NAMED, _SEARCHED = 3, 1000  # files or folders that a line names; folders that are looked into
+
+
+def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  """The voxels [i, j, k] of a folder's series, each slice rescaled as its own file says.
+
+  UserError: no series or several; one slice; several frames in a file; colour; slices that are
+  missing, doubled, unevenly spaced, or not on one grid; a tilted gantry; files that are damaged.
+
+  Returns:
+    The voxels; the affine, float64 [4, 4], to RAS+ in mm; a sentence if files were left out.
+  """
+  sitk = simpleitk(folder)
+  if not is_series(folder):
+    raise UserError(f"{folder}: " + (instead(folder) or "is a folder without DICOM files; give a "
+                                     "volume or a folder with one DICOM series"))
+  headers, others = _headers(folder)
+  by_series: dict[str, list[Any]] = {}
+  for path, header in headers.items():
+    by_series.setdefault(str(header.get("SeriesInstanceUID")), []).append(path)
+  if not by_series:
+    raise UserError(f"{folder}: has DICOM files but no images; {'; '.join(_left_out(others))}, "
+                    f"{_AGAIN}")
+  if len(by_series) > 1:
+    sizes = ", ".join(str(len(files)) for files in by_series.values())
+    raise UserError(f"{folder}: has {len(by_series)} series (of {sizes} files); move the one that "
+                    "is meant into a folder of its own")
+  slices = [_slice_of(path, header) for path, header in headers.items()]
+  if len(slices) == 1:
+    raise UserError(f"{folder}: its series is a single slice; give all of its files in one folder")
+  _check_frame(headers)
+  placed, lps = stack(folder, slices)
+  inverted = {path for path, header in headers.items()
+              if header.get("PhotometricInterpretation") == "MONOCHROME1"}
+  planes = [one.turn(_pixels(sitk, one.path, one.path in inverted)) for one in placed]
+  native = np.stack(planes, axis=-1)  # of a type that holds those of all slices
+  affine = np.eye(4)
+  affine[:3] = LPS_TO_RAS @ lps[:3]
+  return native, affine, _left_out(others)
+
+
+def _left_out(others: Sequence[str]) -> tuple[str, ...]:
+  more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+  return (f"left out {', '.join(others[:_NAMED])}{more}",) if others else ()
+
+
+def _headers(folder: Path) -> tuple[dict[Path, Any], list[str]]:
+  """By file, what is said of every image of a folder; and what else lies there.
+
+  UserError for DICOM that is damaged.
+  """
+  pydicom = _pydicom(folder)
+  found, others = {}, []
+  for path in sorted(folder.iterdir()):
+    if path.name.startswith(".") or is_dicomdir(path.name) or not path.is_file():
+      continue
+    if not is_dicom(path):
+      others.append(f"{path.name} (no DICOM)")
+      continue
+    with _reading(path):
+      header = pydicom.dcmread(path, force=True, defer_size=_LONG, specific_tags=_TAGS)
+      kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+      name = pydicom.uid.UID(kind or "").name
+    if any(pixels in header for pixels in _PIXELS):
+      found[path] = header
+    elif not kind or "Image Storage" in name:
+      raise UserError(f"{path}: is a DICOM file without an image, it is damaged or cut; {_AGAIN}")
+    else:
+      others.append(f"{path.name} ({name}, no image)")
+  return found, others
+
+
+def _pydicom(path: Path) -> Any:
+  try:
+    import pydicom
+  except ImportError:
+    raise UserError(f"{path}: needs pydicom; install it: pip install 'rfmedsam2-jax[dicom]'"
+                    ) from None
+  return pydicom
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+  """Makes a UserError of whatever pydicom raises of damaged bytes: errors of many kinds."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of values that are not as the standard wants them
+      yield
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(f"{path}: cannot be read as DICOM ({first_line(error, 120)}); {_AGAIN}"
+                    ) from None
+
+
+def _slice_of(path: Path, header: Any) -> Slice:
+  """Where an image lies (PS3.3, C.7.6.2); UserError if it does not say, or is more than a slice."""
+  with _reading(path):  # values are converted when they are asked for
+    frames, samples = (int(header.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
+    if frames > 1:
+      raise UserError(f"{path}: has {frames} frames in one file; {_CONVERT}")
+    if samples != 1:
+      raise UserError(f"{path}: is a colour image; give a series of one intensity per voxel")
+    _check_values(path, header)
+    rows, columns = int(header.Rows), int(header.Columns)
+    down, along = _numbers(path, header, "PixelSpacing", 2)
+    cosines = _numbers(path, header, "ImageOrientationPatient", 6).reshape(2, 3)
+    origin = _numbers(path, header, "ImagePositionPatient", 3)
+  if not (down > 0 and along > 0 and rows > 0 and columns > 0):
+    raise UserError(f"{path}: has pixels without a size; correct its PixelSpacing")
+  lengths = np.linalg.norm(cosines, axis=1)
+  miss = np.degrees(np.arcsin(min(1.0, abs(cosines[0] @ cosines[1]))))
+  if np.abs(lengths - 1).max() > 0.01 or miss > TILT_TOLERANCE:
+    raise UserError(f"{path}: its ImageOrientationPatient is not two directions at right angles; "
+                    "correct the file")
+  row = cosines[0] / lengths[0]
+  column = cosines[1] - (cosines[1] @ row) * row  # rounding
+  steps = np.column_stack([row * along, column / np.linalg.norm(column) * down])
+  return Slice(path, (columns, rows), origin, steps)
+
+
+def _check_values(path: Path, header: Any) -> None:
+  """UserError if pixels are missing, or not to be had by a slope and an intercept."""
+  if "ModalityLUTSequence" in header:
+    raise UserError(f"{path}: its intensities are given by a table (Modality LUT); {_CONVERT}")
+  given = [name for name in _RESCALE if name in header]
+  if len(given) == 1:
+    raise UserError(f"{path}: has {given[0]} alone, so its intensities are not known; correct the "
+                    "file")
+  slope = header.get("RescaleSlope")
+  if slope is not None and not abs(float(slope)) > 0:
+    raise UserError(f"{path}: its RescaleSlope is {slope}; correct the file")
+  stored = header.get_item("PixelData", keep_deferred=True)
+  expected = int(header.Rows) * int(header.Columns) * int(header.BitsAllocated) // 8
+  length = getattr(stored, "length", 0xFFFFFFFF)  # which stands for any, of what is compressed
+  if length < expected:
+    raise UserError(f"{path}: has {length} bytes of pixels where its header says {expected}; it is "
+                    f"damaged, {_AGAIN}")
+
+
+def _numbers(path: Path, header: Any, name: str, count: int) -> np.ndarray:
+  value = header.get(name)
+  if value is None or value == "":
+    raise UserError(f"{path}: has no {name}, so where it lies is not known; {_CONVERT}")
+  numbers = np.array(value, np.float64).reshape(-1)
+  if len(numbers) != count or not np.isfinite(numbers).all():
+    raise UserError(f"{path}: its {name} is {value}, not {count} numbers; correct the file")
+  return numbers
+
+
+def _check_frame(headers: Mapping[Path, Any]) -> None:
+  """UserError if places are said in different frames of reference."""
+  first: tuple[Path, Any] | None = None
+  for path, header in headers.items():
+    frame = header.get("FrameOfReferenceUID")
+    first = first or ((path, frame) if frame else None)
+    if first and frame and frame != first[1]:
+      raise UserError(f"{path}: has another frame of reference than {first[0].name}, so their "
+                      "places cannot be compared; give a folder with one volume")
+
+
+def _pixels(sitk: Any, path: Path, inverted: bool) -> np.ndarray:
+  """[rows, columns] of one file, rescaled."""
+  with contextlib.ExitStack() as stack:
+    source = path
+    if inverted:  # GDCM would take every stored value from the largest one
+      source = Path(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
+      with _reading(path):
+        dataset = _pydicom(path).dcmread(path, force=True)
+        dataset.PhotometricInterpretation = "MONOCHROME2"
+        dataset.save_as(source)
+    stack.enter_context(native_errors())
+    try:
+      return sitk.GetArrayFromImage(dicom_reader(sitk, source).Execute())[0]
+    except RuntimeError as error:
+      raise unreadable(path, error) from None
+
+
+def instead(path: Path) -> str | None:
+  """What a file or folder is that is no volume, if it is DICOM, and which folders to give."""
+  folder = path if path.is_dir() else path.parent
+  below = [str(place) for place in _series_below(folder)]
+  if not path.is_dir() and is_series(folder):
+    below.insert(0, str(folder))
+  more = f" and {len(below) - _NAMED} more" if len(below) > _NAMED else ""
+  give = f"give a folder with a series: {', '.join(below[:_NAMED])}{more}"
+  if is_dicomdir(path.name) and path.is_file():
+    what = "is a DICOMDIR, the index of a medium"
+  elif path.is_dir() and any(is_dicomdir(file.name) for file in path.iterdir()):
+    what = "has a DICOMDIR, the index of a medium, but no volume itself"
+  elif path.is_dir():
+    return f"has no volume itself; {give}" if below else None
+  else:
+    return f"is one file of DICOM; give its folder, {folder}" if is_dicom(path) else None
+  return f"{what}; {give if below else 'the files that it names are missing, copy all of it'}"
+
+
+def _series_below(folder: Path) -> Iterator[Path]:
+  """Folders below one that hold a series."""
+  for place, folders, _ in itertools.islice(os.walk(folder), _SEARCHED):
+    folders.sort()
+    with contextlib.suppress(OSError):
+      if Path(place) != folder and is_series(Path(place)):
+        yield Path(place)
