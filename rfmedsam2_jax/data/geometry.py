@@ -139,9 +139,10 @@ def check_right_angles(geometry: Geometry) -> None:
   """UserError for a sheared grid: an image is resampled and segmented by its spacing alone."""
   directions = geometry.affine[:3, :3] / np.linalg.norm(geometry.affine[:3, :3], axis=0)
   if (degrees := lean(directions)) > TILT_TOLERANCE:
-    raise UserError(f"{geometry.path}: its axes are sheared, {degrees:.1f} degrees from right angles "
-                    "(a tilted gantry?), which makes distances wrong; resample it to a grid with "
-                    "right angles, or convert its DICOM series by dcm2niix, which does")
+    raise UserError(
+      f"{geometry.path}: its axes are sheared, {degrees:.1f} degrees from right angles (a tilted "
+      "gantry?), which makes distances wrong; resample it to a grid with right angles, or convert "
+      "its DICOM series by dcm2niix, which does")
 
 
 def check_grid(geometry: Geometry, like: Geometry, what: str) -> None:
