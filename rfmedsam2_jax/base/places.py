@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 
-# `Path` makes one slash of two, and none of those at the end. One letter before the colon is a drive
-# of Windows.
+# `Path` makes one slash of two, and none at the end. One letter before the colon is a drive of
+# Windows.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?:/+(.*)|$)", re.DOTALL)
 
 
