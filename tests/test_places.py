@@ -33,7 +33,7 @@ PATHS = [(name, action.dest) for name, command in commands().items()
 
 def test_every_command_has_paths():
   assert {name for name, _ in PATHS} == set(commands())
-  assert len(PATHS) >= 30
+  assert len(PATHS) >= 25
 
 
 @pytest.mark.parametrize(("name", "dest"), PATHS)

@@ -343,7 +343,7 @@ def one_more(path):
                                    data / "imagesTr" / f"{cases[1]}_0000.nii.gz"),
    "case {1} holds something else"),
   (lambda data, cases: rewrite(data, '"liver": 1', '"liver": 2', '"spleen": 2', '"spleen": 1'),
-   "dataset.json: has label liver=[2], the run was made with [1]"),
+   "dataset.json: has label liver: 2, the run was made with 1"),
   (lambda data, cases: rewrite(data, '"0": "CT"', '"0": "MRI"'),
    "dataset.json: has the channels MRI, the run was made with CT"),
 ])

@@ -70,8 +70,8 @@ def check_description(
   if dataset.labels != labels:
     now, then = _described(dataset.labels), _described(labels)
     what = next(name for name in now | then if now.get(name) != then.get(name))
-    raise UserError(f"{source}: has label {what}={now.get(what)}, the run was made with "
-                    f"{then.get(what)}; {advice}")
+    raise UserError(f"{source}: has {what} {now.get(what, 'none')}, the run was made with "
+                    f"{then.get(what, 'none')}; {advice}")
 
 
 def check_case(case: Case, now: CaseContent, before: CaseContent | None) -> None:
@@ -83,12 +83,15 @@ def check_case(case: Case, now: CaseContent, before: CaseContent | None) -> None
 
 
 def _described(labels: Labels) -> dict[str, str]:
-  """Labels by name, as a person reads them."""
-  values = {structure.name: str(list(structure.values)) for structure in labels.structures}
+  """Labels as a person reads them, by what is said."""
+  values = {f"label {structure.name}:": ", ".join(map(str, structure.values))
+            for structure in labels.structures}
+  others = ", ".join(map(str, labels.others))
   return values | {
-    "ignore": str(labels.ignore), "regions": str(labels.regions),
-    "regions_class_order": str(labels.output_values), "(of no structure)": str(labels.others),
-    "(their order)": ", ".join(labels.names)}
+    "ignore label": "none" if labels.ignore is None else str(labels.ignore),
+    "labels in the order": ", ".join(labels.names),
+    "regions_class_order": ", ".join(map(str, labels.output_values)),
+    "regions:": str(labels.regions), "values of no structure:": others or "none"}
 
 
 def _state(file: Path) -> FileState:

@@ -169,9 +169,8 @@ def _of_slicer(path: Path) -> list[Segment]:
 
 def _of_nifti(path: Path) -> list[Segment]:
   tables: Sequence[bytes] = [
-    content for extension in open_nifti(path).header.extensions
-    if extension.get_code() in _TABLE_CODES
-    and isinstance(content := extension.get_content(), bytes) and b"<LabelTable" in content]
+    extension.content for extension in open_nifti(path).header.extensions
+    if extension.get_code() in _TABLE_CODES and b"<LabelTable" in extension.content]
   found = []
   for key, verbatim, text in (match for table in tables for match in _LABEL.findall(table)):
     name = text.decode("utf-8", errors="replace").strip()

@@ -91,12 +91,13 @@ def evaluate_folders(
   if missing != "worst" and not (math.isnan(missing) or 0 <= missing < math.inf):
     raise UserError(f"missing {missing} mm: is no distance; give 0 or more, nan or worst")
   pairs = _pairs(Path(predictions), Path(references), partial, warn)
-  if labels is None:
-    _warn_of_names(pairs.values(), warn)
   found: dict[str, dict[str, Score]] = {}
+  named: list[Path] = []  # files that name their values, where the one beside does not
   progress(0, len(pairs))
   for identifier, (prediction, reference) in pairs.items():
     truth, guess, geometry = _read_pair(prediction, reference, labels)
+    if labels is None and (says := names_values(prediction)) != names_values(reference):
+      named.append(prediction if says else reference)
     for path, values in ((prediction, guess), (reference, truth)):
       unknown = sorted(set(np.unique(values).tolist()) - labels.known_values) if labels else []
       if unknown:
@@ -107,6 +108,10 @@ def evaluate_folders(
       labels.ignore if labels else None, tolerance, missing,
     )
     progress(len(found), len(pairs))
+  if named:
+    warn(f"{named[0]}: names its values and the file beside it does not, so numbers were compared"
+         f"{f' (so in {len(named)} cases)' if len(named) > 1 else ''}; give the labels that name "
+         "them")
   occurring = {name for case in found.values() for name in case}
   return gathered(found, labels.names if labels else sorted(occurring, key=int), tolerance,
                   missing)
@@ -123,18 +128,6 @@ def _read_pair(prediction: Path, reference: Path, labels: Labels | None
     truth = load_by_name(reference, geometry, named)
     guess = load_by_name(prediction, geometry, named)
   return truth, guess, geometry
-
-
-def _warn_of_names(
-  pairs: Iterable[tuple[Path, Path]], warn: Callable[[str], None]
-) -> None:
-  """Says that numbers are compared, where one side of a pair names its values and one does not."""
-  named = [one if by_name else other for one, other in pairs
-           if (by_name := names_values(one)) != names_values(other)]
-  if named:
-    warn(f"{named[0]}: names its values and the file beside it does not, so numbers are compared"
-         f"{f' (so in {len(named)} cases)' if len(named) > 1 else ''}; give the labels that name "
-         "them")
 
 
 def gathered(

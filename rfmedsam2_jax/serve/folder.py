@@ -11,8 +11,8 @@ from pathlib import Path
 import nibabel as nib
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.itk import WITH_VOXELS, claimed_voxels, is_series
-from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of
+from rfmedsam2_jax.data.itk import WITH_VOXELS, claimed_voxels
+from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of, is_series_folder
 from rfmedsam2_jax.data.volumes import open_nifti
 
 # .nhdr and .mhd name their voxels' file: these are left to the other commands.
@@ -62,7 +62,7 @@ def _inside(folder: Path, name: str) -> Path | None:
       return None
     if path.is_dir():  # a DICOM series, no file of which is a link that leaves the folder
       links = (entry for entry in path.iterdir() if entry.is_symlink())
-      known = is_series(path) and all(e.resolve().is_relative_to(folder) for e in links)
+      known = is_series_folder(path) and all(e.resolve().is_relative_to(folder) for e in links)
     else:
       known = path.is_file() and is_volume_name(name)
     return path if known else None

@@ -72,10 +72,10 @@ def test_voxels_beside_a_header_belong_to_what_a_case_holds(tmp_path, ending):
 
 
 @pytest.mark.parametrize(("old", "new", "says"), [
-  ('"b": 2', '"b": 7', r"has label b=\[7\], the run was made with \[2\]"),
-  ('"c": 3', '"d": 3', r"has label d=\[3\], the run was made with None"),
-  ('"a": 1, "b": 2', '"b": 2, "a": 1', "the run was made with a, b, c"),
-  ('"c": 3', '"c": 3, "ignore": 4', "has label ignore=4, the run was made with None"),
+  ('"b": 2', '"b": 7', "has label b: 7, the run was made with 2"),
+  ('"c": 3', '"d": 3', "has label d: 3, the run was made with none"),
+  ('"a": 1, "b": 2', '"b": 2, "a": 1', "in the order b, a, c, the run was made with a, b, c"),
+  ('"c": 3', '"c": 3, "ignore": 4', "has ignore label 4, the run was made with none"),
   ('"0": "T1", "1": "T2"', '"0": "T2", "1": "T1"', "has the channels T2, T1, the run was made"),
 ])
 def test_another_description_is_refused_with_what_differs(dataset, old, new, says):
