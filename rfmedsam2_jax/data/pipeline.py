@@ -188,7 +188,7 @@ class _RunSample:
 
     assert case.atoms is not None
     atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
-    annotated = ~np.isin(atoms, IGNORED)
+    annotated: np.ndarray = ~np.isin(atoms, IGNORED)
     truth = self.membership[np.where(annotated, atoms, 0)] & annotated[..., None]
     structures = self._structures(rng, truth, None if found is None else found[0])
     side = self.run.image_size // 4
