@@ -62,7 +62,8 @@ def placement(header: nib.Nifti1Header, shape: tuple[int, int, int]
 def _contradiction(chosen: np.ndarray, usual: np.ndarray) -> str:
   """What is contradicted: the sform, `usual`, by the qform or by the voxel sizes alone."""
   turned = [affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (chosen, usual)]
-  alone = np.allclose(turned[0], turned[1], atol=_ORTHONORMAL) and np.allclose(chosen[:, 3], usual[:, 3])
+  alike = np.allclose(turned[0], turned[1], atol=_ORTHONORMAL)
+  alone = alike and np.allclose(chosen[:, 3], usual[:, 3])
   return "sform and voxel sizes (pixdim)" if alone else "qform and sform"
 
 
