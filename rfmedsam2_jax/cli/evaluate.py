@@ -25,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.data.datasets import Labels, read_dataset
   from rfmedsam2_jax.data.plan import load_plan
+  from rfmedsam2_jax.evaluation.metrics import Missing
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
   # What can be seen to be wrong, before any volume is read.
   for path in (options.predictions, options.references, options.labels):
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
       raise UserError(f"{path}: no such file or folder; check the path")
   folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
   try:
-    missing = "worst" if options.missing == "worst" else float(options.missing)
+    missing: Missing = "worst" if options.missing == "worst" else float(options.missing)
   except ValueError:
     raise UserError(f"--missing {options.missing}: is neither nan nor worst nor a number of mm; "
                     "give one of them") from None
