@@ -109,6 +109,7 @@ class Pages:
     return JSONResponse({
       "volume": key, "name": name, "plane": plane, "slices": depth, "rows": height,
       "columns": width, "row_mm": sides[0], "column_mm": sides[1],
+      "warnings": list(opened.volume.geometry.remarks),
     })
 
   async def image(self, request: Request) -> Response:

@@ -173,6 +173,8 @@ def _preprocess(
     if case.identifier in stored:
       return
     volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
+    for said in volume.geometry.remarks:
+      report(f"warning: {case.identifier}: {said}")
     assert atoms is not None, "training cases have labels"
     prepared = preprocess(volume, plan)
     save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),

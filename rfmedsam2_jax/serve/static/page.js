@@ -85,7 +85,8 @@ async function open() {
   $("slice").max = volume.slices - 1;
   list();
   await go(Math.floor(volume.slices / 2));
-  say(`${volume.name}: draw a box around a structure, or click points; then track`);
+  const next = "draw a box around a structure, or click points; then track";
+  say(`${volume.name}: ${[...volume.warnings, next].join("; ")}`);
   $("view").focus();
 }
 
