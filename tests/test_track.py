@@ -53,6 +53,19 @@ def track(capsys, scan, checkpoint, out, *arguments):
   return run(capsys, "track", scan, "--checkpoint", checkpoint, "--out", out, *arguments)
 
 
+def test_a_file_with_two_geometries_is_named_before_it_is_tracked(
+  scan, checkpoint, tmp_path, capsys
+):
+  image = nib.load(scan)
+  image.set_qform(image.affine, 1)
+  image.set_sform(image.affine + np.pad([[100.0]], ((2, 1), (3, 0))), 4)
+  nib.save(image, tmp_path / "two.nii.gz")
+  status, _, error = track(capsys, tmp_path / "two.nii.gz", checkpoint, tmp_path / "out", "--world",
+                           "--point", "1:107,-20,15,+")  # the sform's place, not the qform's
+  assert status == 2 and "lies outside of two.nii.gz" in error
+  assert "two.nii.gz: its qform and sform contradict each other by up to 100 mm" in error
+
+
 BOXES = ("--box", "2:5,4,6,11,13", "--box", "7:8,16,12,25,21")
 
 
