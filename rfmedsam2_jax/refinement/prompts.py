@@ -120,10 +120,10 @@ def stage0_prompts(logits: A, side: int, margin: float) -> CellPrompts[A]:
   """
   xp: Any = logits.__array_namespace__()
   boxes, present = scaled_boxes(logits > 0, side, margin)
-  cells = logits.shape[:-2]
   return CellPrompts(
     logits, present.astype(xp.float32), boxes, has_box=present, has_mask=present,
-    points=xp.zeros((*cells, 0, 2), xp.float32), point_labels=xp.zeros((*cells, 0), xp.int32),
+    points=xp.zeros((*logits.shape[:-2], 0, 2), xp.float32),
+    point_labels=xp.zeros((*logits.shape[:-2], 0), xp.int32),
   )
 
 
