@@ -184,3 +184,21 @@ def test_a_patch_without_any_label_gives_zero_gradient():
     lambda x: losses.segmentation_loss(losses.segmentation_sums(x, target, MEMBERSHIP, False))[0]
   )(jnp.asarray(logits))
   assert np.isfinite(value) and not np.any(gradient)
+
+
+def test_a_structure_thinner_than_a_pixel_is_learnt_as_present():
+  """As official code has it at full resolution; its mask counts, but no IoU can be told of it."""
+  c = cells(soft=False)
+  c["target"][:] = 0
+  c["target"][0, 3, 4] = 0.25
+
+  def part(name):
+    def loss(logits, ious, presence):
+      rest = {k: v for k, v in c.items() if k not in ("mask_logits", "ious", "presence")}
+      rest["present"] = np.array([1, 0, 0, 0, 0], bool)
+      return loss_of(logits, ious, presence, **rest)[1][name]
+    return jax.grad(loss, (0, 1, 2))(c["mask_logits"] - 8, c["ious"], c["presence"])
+
+  assert part("presence")[2][0] < 0 and (part("presence")[2][[1, 2, 4]] > 0).all()
+  assert part("focal")[0][0, 3, 4] < 0 and part("dice")[0][0, 3, 4] < 0
+  assert not part("iou")[1].any()

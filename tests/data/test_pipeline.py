@@ -329,6 +329,28 @@ def test_slices_beyond_a_short_volume_and_ignored_voxels_are_not_known(store):
   assert (batch["images"][0, 3:] == 0).all() and (batch["images"][0, :3] == 1).all()
 
 
+def test_presence_is_that_of_single_voxels_and_absence_of_a_slice_without_ignored_ones(store):
+  """A structure of 2 x 2 voxels fills a quarter of a pixel of the mask grid at most."""
+  folder = store / "thin"
+  atoms = np.zeros((6, 128, 128))
+  atoms[1, 40:42, 60:62] = 1
+  atoms[2, 70:72, 3:5] = 2
+  atoms[3, 5, 5] = 255
+  store_case(folder, "thin", np.zeros((1, 6, 128, 128)), atoms)
+  run = dataclasses.replace(RUN, image_size=128, slices=7)
+  flipped = dataclasses.replace(NO_AUGMENTATION, flips=(2,))
+  for batch in itertools.islice(
+    runs(folder, flipped, cases=["thin"], prompts=None, run=run, batch_size=1), 2
+  ):
+    for track, structure in enumerate(batch["structures"][0]):
+      found = [bool(np.isin(z, np.flatnonzero(LABELS.membership[:, structure])).any()) for z in atoms]
+      assert sum(found) == 1 + structure  # the whole has both
+      assert batch["masks"][0, track].max() <= 0.25 + 1e-6
+      np.testing.assert_array_equal(batch["present"][0, track], [*found, False])
+      absent = [not here and z != 3 for z, here in enumerate(found)]
+      np.testing.assert_array_equal(batch["absent"][0, track], [*absent, False])
+
+
 def test_prompts_of_another_plan_or_missing_ones_are_named(store, tmp_path):
   with pytest.raises(UserError, match="case0.npy: cannot be read.*predict the prompts again"):
     next(runs(store, prompts=tmp_path, cases=["case0"]))
