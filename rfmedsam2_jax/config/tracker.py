@@ -57,6 +57,6 @@ class TrackerConfig:
 
   def __post_init__(self):
     if self.box + self.point > 1:
-      raise ValueError(f"box {self.box} and point {self.point} are more than all objects; lower one")
+      raise ValueError(f"box {self.box} and point {self.point} are more than 1 together; lower one")
     if not any(source.weight for source in self.data):
       raise ValueError("data: all weights are 0; give one source a weight")

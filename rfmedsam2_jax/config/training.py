@@ -86,8 +86,8 @@ class GeneratorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class UnvalidatedLoopConfig:
-  """As LoopConfig; nothing is validated between: what the MaskAdapter and the tracker are worth, only
-  other parts say."""
+  """As LoopConfig; nothing is validated between: what MaskAdapter and tracker are worth shows in
+  other parts."""
 
   __pydantic_config__ = STRICT
 

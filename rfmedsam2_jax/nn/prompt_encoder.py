@@ -74,9 +74,9 @@ def no_prompts(n: int) -> Prompts:
 def drawn(prompts: Prompts, side: int) -> Prompts:
   """Prompts whose boxes and points stand in the mask prompt [N, side, side], too.
 
-  The mask prompt is the mask that a cell has already (previous logits), else the filled box at +-10,
-  in between where the box's edge cuts a pixel, else 0. Discs of points overwrite it, +10 and -10,
-  later points earlier ones. A cell without any of it has none. No gradient reaches a prompt's place.
+  The mask prompt is the mask that a cell has already (previous logits), else the filled box at
+  +-10, in between where the box's edge cuts a pixel, else 0. Discs of points overwrite it, +10 and
+  -10, later points earlier ones. A cell without any of it has none.
   """
   points, labels, cells = prompts.points.astype(jnp.float32), prompts.labels, len(prompts.labels)
   start = 4.0 * jnp.arange(side)  # first pixel of the image under a pixel of the mask

@@ -78,8 +78,8 @@ class SAM2Config:
   # pointers are told apart by their signed distance.
 
   drawn_prompts: bool = False
-  # Boxes and points are drawn into the mask prompt, too (nn.prompt_encoder.drawn): learned many times
-  # sooner than tokens are. Official weights do not know it; a network trained so wants it.
+  # Boxes and points are drawn into the mask prompt, too (nn.prompt_encoder.drawn), which is learned
+  # many times sooner than tokens are. Official weights do not know it; who was trained so wants it.
 
   adapters: AdapterConfig = AdapterConfig()
   dtype: Precision = "float32"  # of the computation; parameters stay float32

@@ -44,12 +44,13 @@ class Training(NamedTuple):
 
 
 def train_phase(
-  training: Training, phase: Phase, segmenter: Segmenter, cases: Sequence[str], state: TrainState
+  training: Training, phase: Phase, segmenter: Segmenter | None, cases: Sequence[str],
+  state: TrainState,
 ) -> TrainState:
   """Trains until the phase has had its steps, from its newest checkpoint where there is one.
 
-  segmenter: with what is trained already, for validation. cases: that batches are made of. state:
-  before the first step, laid out on the mesh.
+  segmenter: with what is trained already, for validation; None for none. cases: that batches are
+  made of. state: before the first step, laid out on the mesh.
 
   Raises:
     UserError: the loss is not finite.
@@ -74,7 +75,8 @@ def train_phase(
       steps = log.steps(state, compiled, cases)
       for step, state in steps:
         score = None
-        if training.held_out and loop.validate_every and step % loop.validate_every == 0:
+        due = training.held_out and loop.validate_every and step % loop.validate_every == 0
+        if due and segmenter is not None:
           log.check(step)
           networks: Any = {phase.network: phase.final(state, training.mesh)}
           score = log.validation(step, dataclasses.replace(segmenter, **networks))

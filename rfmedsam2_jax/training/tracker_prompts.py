@@ -100,8 +100,8 @@ def draw_plan(truth: Array, has: Array, keys: Array, shared: Array, config: Trac
 
 
 def _noisy_boxes(masks: Array, keys: Array) -> Array:
-  """Boxes [..., 4] of masks bool [..., S, S], each edge moved by up to a tenth of the box's size, 20
-  pixels at most, inside the image (sam2_utils.sample_box_points). keys: [...]."""
+  """Boxes [..., 4] of masks bool [..., S, S], each edge moved by up to a tenth of the box's size,
+  20 pixels at most, inside the image (sam2_utils.sample_box_points). keys: [...]."""
   side = masks.shape[-1]
   boxes, _ = scaled_boxes(masks, side, 0.0)
   most = jnp.minimum((boxes[..., 2:] - boxes[..., :2]) * _BOX_NOISE, _BOX_NOISE_BOUND)

@@ -1,10 +1,11 @@
-"""The tracker's loss: runs of slices, prompted, corrected by clicks and followed, as SAM 2 is trained.
+"""The tracker's loss: runs of slices are prompted, corrected and followed, as SAM 2 is trained.
 
-Slices are encoded once; all tracks step through them together, one `lax.scan` over slices and within
-it one over rounds of clicks. Follows training/model/sam2.py of sam2 1.1.0 (`forward_tracking`),
-which differs from prediction: no mask is binarised for memory and no memory rounded, a given mask is
-remembered at the image's resolution, pointers of prompted slices ahead are read, and every slice that
-was corrected is remembered as a prompted one (add_all_frames_to_correct_as_cond).
+Slices are encoded once; all tracks step through them together, one `lax.scan` over slices and
+within it one over rounds of clicks. Follows training/model/sam2.py of sam2 1.1.0
+(`forward_tracking`), which differs from prediction: no mask is binarised for memory and no memory
+rounded, a given mask is remembered at the image's resolution, pointers of prompted slices ahead are
+read, the mask of the round before is a prompt with its gradient and without a limit, and every
+slice that was corrected is remembered as a prompted one (add_all_frames_to_correct_as_cond).
 """
 
 import functools
