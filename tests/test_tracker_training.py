@@ -1,9 +1,9 @@
-"""Training SAM 2 on prompts: against the official classes, what is drawn, and the phase of a run."""
+"""Training SAM 2 on prompts: against the official classes, what is drawn, the phase of a run."""
 
 import dataclasses
 import functools
-import itertools
 import json
+import sys
 import types
 
 import jax
@@ -186,7 +186,7 @@ def stream(monkeypatch):
     return types.SimpleNamespace(images=objects.any(0).astype(np.float32), objects=objects)
 
   module.SyntheticConfig, module.synthetic_run = types.SimpleNamespace, synthetic_run
-  monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
+  monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 def written(path, tree):
@@ -224,4 +224,5 @@ def test_a_tracker_is_trained_without_any_data_set_and_resumed_bit_for_bit(
   lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
   told = {"loss", "focal", "dice", "iou", "presence", "mask_iou", "gradient_norm"}
   assert [x["step"] for x in lines] == [2, 4] and told <= lines[0].keys()
-  assert main(["predict", "nowhere.nii.gz", "--run", str(tmp_path / "run"), "--out", "x"]) == 2
+  assert main(["predict", str(tmp_path / "run"), "x.nii.gz", "--out", str(tmp_path / "x")]) == 2
+  assert "trained a tracker alone" in capsys.readouterr().err

@@ -38,7 +38,7 @@ Sample = Callable[[int], dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticRuns:
-  """Runs of data.synthetic; with `run.context` the slices beside are colours, where there are any."""
+  """Runs of data.synthetic; with `run.context` the slices beside are colours, the ends repeated."""
 
   seed: int
   run: RunConfig

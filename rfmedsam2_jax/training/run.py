@@ -1,7 +1,8 @@
 """A whole run: from a config to two trained networks and their scores, or to a tracker.
 
 Fingerprint and plan, preprocessing, the generator, its prompts for the refiner's cases, the
-tracker, the refiner, validation; or the tracker alone. What an interrupted attempt has finished is skipped.
+tracker, the refiner, validation; or the tracker alone. What an interrupted attempt has finished is
+skipped.
 """
 
 import contextlib

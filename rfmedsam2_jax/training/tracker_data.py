@@ -34,7 +34,7 @@ def read_sources(config: Config) -> list[Dataset | None]:
 def prepare_sources(
   run: RunFolder, config: Config, datasets: Sequence[Dataset | None], report: Report
 ) -> None:
-  """Plans and preprocesses the further data sets in `tracker/data` of the run; done ones are not."""
+  """Plans and preprocesses further data sets in `tracker/data` of the run, as far as not done."""
   for source, dataset in zip(config.tracker.data, datasets, strict=True):
     if dataset is None:
       continue
