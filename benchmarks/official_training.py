@@ -2,7 +2,7 @@
 
 The official training code (its top-level `training`) trains another task: a video with clicks,
 slice after slice, as our tracker is (tests/test_tracker_training.py compares the two). So the
-refiner's stages are put together here from the official modules as they are. Every cell gets exactly
+refiner's stages are put together here from the official modules as they are. Every cell gets just
 the memories that it has: cells with equally many go through memory attention together, nothing is
 padded. benchmarks/training_step.py compares it with ours.
 """

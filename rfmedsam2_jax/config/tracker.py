@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rfmedsam2_jax.base.ranges import STRICT, Count, Precision, Share, Weight
+from rfmedsam2_jax.base.ranges import STRICT, Count, Share, Weight
 from rfmedsam2_jax.config.training import RefinerOptimizerConfig, UnvalidatedLoopConfig
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
 from rfmedsam2_jax.nn.losses import RefinerLossConfig
@@ -37,7 +37,6 @@ class TrackerConfig:
   # As refiner.init_from.
   trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
   # Patterns (fnmatch) of parameter paths, as refiner.trainable; ("*adapter*",) for adapters alone.
-  frozen_dtype: Precision = "float32"  # in which frozen weights are held, as refiner.frozen_dtype
   data: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(),)
   batch_size: Count = 1  # runs
   microbatches: Count = 1  # parts of a batch, one after the other; memory falls, time rises

@@ -119,15 +119,12 @@ def tracker_phase(config: Config, plan: Plan | None = None) -> Phase:
   runs, objects, length, side = (
     settings.batch_size, settings.objects, settings.slices, sam2.image_size)
 
-  def init(key: jax.Array) -> Params:
-    return with_frozen_as(settings.frozen_dtype, init_params(sam2, key), settings.trainable)
-
   def batches(run: Path, cases: Sequence[str], rows: Sequence[int], start: int) -> Any:
     return tracker_data.batches(run, config, rows, start)
 
   return Phase(
-    "tracker", "refiner", settings, init=init, patterns=settings.trainable,
-    loss=tracker_loss_fn(SAM2(sam2), settings),
+    "tracker", "refiner", settings, init=functools.partial(init_params, sam2),
+    patterns=settings.trainable, loss=tracker_loss_fn(SAM2(sam2), settings),
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
       "objects": jax.ShapeDtypeStruct((runs, objects, length, side, side), jnp.bool_),

@@ -91,7 +91,6 @@ def train_tracker(
       training.report(f"tracker: starts from {settings.init_from}")
     else:
       params = init_params(config, init_key)
-    params = with_frozen_as(settings.frozen_dtype, params, settings.trainable)
   return _trained(training, phase, None, cases, params, key)
 
 
