@@ -188,6 +188,18 @@ def test_tracks_are_prompted_where_their_object_is():
   inside = truth[np.arange(tracks), plan.slices[:, 0]]
   x, y = plan.points[:, 0].astype(int).T
   assert inside[np.arange(tracks), y, x][pointed & plan.used].all()
+  # As images: wherever the object is, and never by masks.
+  images = jax.tree.map(np.asarray, jax.jit(functools.partial(
+    sampling.draw_plan, config=dataclasses.replace(settings, every=1.0)))(
+      truth, has, keys, jax.random.key(0)))
+  there = np.take_along_axis(present, images.slices, 1)[images.used]
+  np.testing.assert_array_equal(images.prompted[images.used], there)
+  asked = images.has_box | (images.labels == 1)
+  np.testing.assert_array_equal(asked[images.used], there)
+  x0, y0, x1, y1 = np.moveaxis(images.boxes, -1, 0)
+  shown = np.take_along_axis(truth, images.slices[..., None, None], 1)
+  area = (x1 - x0 + 1) * (y1 - y0 + 1)
+  assert (area >= 0.6 * shown.sum((2, 3)))[images.has_box].all()
 
 
 # --- the phase of a run ---------------------------------------------------------------------------

@@ -48,6 +48,9 @@ class TrackerConfig:
   corrections: Annotated[int, Field(ge=0, le=100)] = 7  # clicks on a slice that is corrected
   box: Share = 0.5  # share of objects whose first prompt is a box
   point: Share = 0.25  # share of those whose first prompt is a point; the others have a mask
+  every: Share = 0.0
+  # Share of objects that are prompted on every slice, by boxes or points: those train on images, as
+  # SAM 2 does before it follows anything, and from scratch that comes first.
   loop: UnvalidatedLoopConfig = UnvalidatedLoopConfig(steps=0)
   optimizer: RefinerOptimizerConfig = RefinerOptimizerConfig(clip_norm=1.0)
   loss: RefinerLossConfig = RefinerLossConfig()
@@ -57,5 +60,7 @@ class TrackerConfig:
   def __post_init__(self):
     if self.box + self.point > 1:
       raise ValueError(f"box {self.box} and point {self.point} are more than 1 together; lower one")
+    if self.every and not self.box + self.point:
+      raise ValueError("every is given, but box and point are 0; give one of them a share")
     if not any(source.weight for source in self.data):
       raise ValueError("data: all weights are 0; give one source a weight")

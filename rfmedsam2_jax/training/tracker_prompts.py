@@ -16,7 +16,7 @@ from rfmedsam2_jax.nn.layers import Array
 from rfmedsam2_jax.nn.prompt_encoder import ABSENT
 from rfmedsam2_jax.refinement.prompts import scaled_boxes
 
-PROMPTED = 2  # slices of a track that may be prompted first; they come first in its order
+PROMPTED = 2  # slices that come first in a track's order, where they are prompted
 
 _BOX_NOISE, _BOX_NOISE_BOUND = 0.1, 20.0  # share of the size, and pixels (sam2_utils.py:155)
 _FROM_TRUTH = 0.1  # share of clicks anywhere in the object (prob_to_sample_from_gt_for_train)
@@ -27,11 +27,11 @@ class Plan(NamedTuple):
 
   slices: int32 [N, L], in the order in which they are run: prompted ones first.
   places: int32 [N, L], of these slices on the way: 0 where it begins, whatever the direction.
-  prompted: bool [N, L], steps whose slice has a first prompt.
+  prompted: bool [N, L], steps whose slice has a first prompt: one or two, or all with the object.
   corrected: bool [N, L], steps whose slice gets clicks; it is then remembered as a prompted one.
-  takes_mask: bool [N], the first prompts are masks.
-  boxes: float32 [N, 2, 4], has_box: bool [N, 2]; points: float32 [N, 2, 2], labels: int32 [N, 2],
-    ABSENT where there is none; of the first two steps.
+  takes_mask: bool [N], the first prompts are masks, of the first two steps at most.
+  boxes: float32 [N, L, 4], has_box: bool [N, L]; points: float32 [N, L, 2], labels: int32 [N, L],
+    ABSENT where there is none.
   used: bool [N], tracks that there are.
   """
 
@@ -57,8 +57,8 @@ def draw_plan(truth: Array, has: Array, keys: Array, shared: Array, config: Trac
   """
   count, length = truth.shape[:2]
   present = jnp.any(truth, axis=(2, 3))
-  of_way, of_second, of_kind, of_box, of_point = (
-    jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i in range(5)
+  of_way, of_second, of_kind, of_box, of_point, of_every = (
+    jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i in range(6)
   )
   uniform = jax.vmap(jax.random.uniform)
   # A way begins where the object is; where both ends have it, either will do.
@@ -76,9 +76,12 @@ def draw_plan(truth: Array, has: Array, keys: Array, shared: Array, config: Trac
   places = jnp.where(along == second, -1, along).at[:, 0].set(-2)
   places = jnp.argsort(places, axis=1).astype(jnp.int32)
   slices = jnp.take_along_axis(ways, places, axis=1)
+  every = uniform(of_every) < config.every
   prompted = (along == 0) | ((along == 1) & (second > 0))
+  prompted |= every[:, None] & jnp.take_along_axis(present, slices, axis=1)
 
   kind = uniform(of_kind)
+  kind = jnp.where(every, kind * (config.box + config.point), kind)  # no masks
   takes_mask = kind >= config.box + config.point
   # With one prompted slice, half of the time one more gets clicks (num_frames_to_correct).
   at = jnp.where(jax.random.bernoulli(further), jax.random.randint(later, (), 1, length), 0)
@@ -86,16 +89,16 @@ def draw_plan(truth: Array, has: Array, keys: Array, shared: Array, config: Trac
   # A given mask is the output, and there is nothing to correct.
   corrected = jnp.broadcast_to(corrected, (count, length)) & ~takes_mask[:, None]
 
-  first = jnp.take_along_axis(truth, slices[:, :PROMPTED, None, None], axis=1)
-  of_slice = jax.vmap(lambda key: jax.random.split(key, PROMPTED))
-  boxes = _noisy_boxes(first, of_slice(of_box))
-  points, labels = clicks(first.reshape(-1, *first.shape[2:]), None, of_slice(of_point).reshape(-1))
-  asked, boxed = prompted[:, :PROMPTED], (kind < config.box)[:, None]
-  has_point = asked & ~boxed & ~takes_mask[:, None]
+  shown = jnp.take_along_axis(truth, slices[..., None, None], axis=1)
+  of_slice = jax.vmap(lambda key: jax.random.split(key, length))
+  boxes = _noisy_boxes(shown, of_slice(of_box))
+  points, labels = clicks(shown.reshape(-1, *shown.shape[2:]), None, of_slice(of_point).reshape(-1))
+  boxed = (kind < config.box)[:, None]
+  has_point = prompted & ~boxed & ~takes_mask[:, None]
   return Plan(
-    slices, places, prompted, corrected, takes_mask, boxes, asked & boxed,
-    points.reshape(count, PROMPTED, 2),
-    jnp.where(has_point, labels.reshape(count, PROMPTED), ABSENT), has & (forward | backward),
+    slices, places, prompted, corrected, takes_mask, boxes, prompted & boxed,
+    points.reshape(count, length, 2), jnp.where(has_point, labels.reshape(count, length), ABSENT),
+    has & (forward | backward),
   )
 
 

@@ -180,16 +180,11 @@ def follow(
   given = call(first.reshape(-1, side, side), method="mask_prompt")
   given = given.reshape(count, PROMPTED, *given.shape[1:])
 
-  def by_step(x: Array, fill: int = 0) -> Array:
-    """[N, L or 2, ...] to [L, N, ...]."""
-    rest = [(0, 0)] * (x.ndim - 2)
-    padded = jnp.pad(x, [(0, 0), (0, length - x.shape[1]), *rest], constant_values=fill)
-    return jnp.swapaxes(padded, 0, 1)
-
+  given = jnp.pad(given, [(0, 0), (0, length - PROMPTED), (0, 0), (0, 0)])
+  by_step = functools.partial(jnp.swapaxes, axis1=0, axis2=1)
   inputs = (
     jnp.arange(length, dtype=jnp.int32),
     *map(by_step, (plan.slices, plan.places, plan.prompted, plan.corrected, plan.boxes,
-                   plan.has_box, plan.points)),
-    by_step(plan.labels, ABSENT), by_step(given),
+                   plan.has_box, plan.points, plan.labels, given)),
   )
   return jax.lax.scan(step, bank, inputs)[1]
