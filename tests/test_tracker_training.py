@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import sys
@@ -15,13 +16,22 @@ import yaml
 from flax.traverse_util import flatten_dict
 from tiny_config import TINY
 
+from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.progress import silent
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.config import parse_config
 from rfmedsam2_jax.config.tracker import TrackerConfig
-from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.data.run_folder import RunFolder
+from rfmedsam2_jax.model import untrained
+from rfmedsam2_jax.nn import SAM2, init_params
 from rfmedsam2_jax.nn.prompt_encoder import ABSENT
+from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh
 from rfmedsam2_jax.refinement.stages import encode_slices
+from rfmedsam2_jax.training import shard, tracker_data, tracker_step
 from rfmedsam2_jax.training import tracker_prompts as sampling
-from rfmedsam2_jax.training import tracker_step
+from rfmedsam2_jax.training import train_networks as networks
+from rfmedsam2_jax.training.loop import Training
+from rfmedsam2_jax.training.phases import PHASES, tracker_phase
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.names import from_official
 
@@ -263,3 +273,37 @@ def test_a_tracker_is_trained_without_any_data_set_and_resumed_bit_for_bit(
   assert [x["step"] for x in lines] == [2, 4] and told <= lines[0].keys()
   assert main(["predict", str(tmp_path / "run"), "x.nii.gz", "--out", str(tmp_path / "x")]) == 2
   assert "trained a tracker alone" in capsys.readouterr().err
+
+
+def test_data_sets_are_prepared_and_mixed_with_the_stream(tmp_path, stream, phantoms, capsys):
+  data = [{"source": str(phantoms)}, {"source": "synthetic", "weight": 2}]
+  tree = TRACKER | {"tracker": TRACKER["tracker"] | {"data": data, "batch_size": 2}}
+  config = parse_config(tree)
+  run = RunFolder(tmp_path / "run")
+  run.path.mkdir()
+  tracker_data.prepare_sources(run, config, tracker_data.read_sources(config), silent)
+  names = tracker_data.case_names(run.path, config)
+  assert len(names) == 5 and names[-1] == "of the synthetic stream"
+  batches = list(itertools.islice(tracker_data.batches(run.path, config, [0, 1], 0), 8))
+  for name, wanted in tracker_phase(config).batch.items():
+    assert batches[0][name].shape == wanted.shape and batches[0][name].dtype == wanted.dtype
+  drawn = np.concatenate([batch["case"] for batch in batches])
+  assert {4} < set(drawn) and np.concatenate([batch["has"] for batch in batches]).any(1).all()
+  nowhere = written(tmp_path / "c.yaml", tree | {"tracker": {"data": [{"source": "nowhere"}],
+                                                           "loop": {"steps": 1}}})
+  assert main(["train", nowhere, "--out", str(tmp_path / "other")]) == 2
+  assert "nowhere: is not a folder" in capsys.readouterr().err
+
+
+def test_the_refiner_starts_from_the_tracker_as_it_is(tmp_path):
+  """Not silenced, although its stages are residual."""
+  config = parse_config(TINY | {"refiner": TINY["refiner"] | {"loop": {"steps": 0}}})
+  plan = shard._plan_of_shapes(config.plan, 1, 2)
+  training = Training(RunFolder(tmp_path), make_mesh(MeshConfig()), 0, [], {}, silent, False)
+  tracker = init_params(config.sam2, jax.random.key(7))
+  trained = networks.train_refiner(
+    training, None, PHASES["refiner"](config, plan), untrained(config, plan), ["a"], tracker)
+  for found, given in zip(*map(jax.tree.leaves, (trained.refiner, tracker)), strict=True):
+    np.testing.assert_array_equal(found, given)
+  with pytest.raises(UserError, match=r"give tracker\.init_from instead"):
+    parse_config(TINY | {"tracker": {"loop": {"steps": 1}}, "refiner": {"init_from": "x"}})

@@ -36,6 +36,11 @@ _CUT_STEP = 8  # pixels, so that few sizes have to be resized
 Sample = Callable[[int], dict[str, np.ndarray]]
 
 
+def _sample(image: np.ndarray, objects: np.ndarray, case: int) -> dict[str, np.ndarray]:
+  has = np.array([mask.any() for mask in objects])
+  return {"images": as_rgb(image), "objects": objects, "has": has, "case": np.array(case, np.int32)}
+
+
 @dataclasses.dataclass(frozen=True)
 class SyntheticRuns:
   """Runs of data.synthetic; with `run.context` the slices beside are colours, the ends repeated."""
@@ -54,8 +59,7 @@ class SyntheticRuns:
       slices = np.arange(run.slices)
       images = np.stack([found.images[np.clip(slices + step, 0, run.slices - 1)]
                          for step in (-1, 0, 1)])
-    return {"images": as_rgb(images), "objects": found.objects,
-            "has": found.objects.any(axis=(1, 2, 3)), "case": np.array(0, np.int32)}
+    return _sample(images, found.objects, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +97,7 @@ class CaseRuns:
     if known:
       for slot, mask in enumerate(self._objects(rng, cut(truth), found)):
         objects[slot] = mask
-    return {"images": as_rgb(image), "objects": objects, "has": objects.any(axis=(1, 2, 3)),
-            "case": np.array(number, np.int32)}
+    return _sample(image, objects, number)
 
   def _cut(self, rng: np.random.Generator, truth: np.ndarray, first: int | None
            ) -> Callable[[np.ndarray], np.ndarray]:
@@ -114,9 +117,9 @@ class CaseRuns:
 
     def cut(slices: np.ndarray) -> np.ndarray:
       size = np.array(slices.shape[-2:])
-      inner = [slice(*np.clip([c, c + side], 0, n)) for c, n in zip(corner, size, strict=True)]
+      (y0, x0), (y1, x1) = np.clip([corner, corner + side], 0, size)
       around = [(max(-c, 0), max(c + side - n, 0)) for c, n in zip(corner, size, strict=True)]
-      return np.pad(slices[(..., *inner)], [(0, 0)] * (slices.ndim - 2) + around)
+      return np.pad(slices[..., y0:y1, x0:x1], [(0, 0)] * (slices.ndim - 2) + around)
 
     return cut
 
