@@ -43,7 +43,7 @@ def prepare_sources(
     with hosts.together():
       if run.writes and not (folder / "plan.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        progress = Progress(f"{dataset.folder}: fingerprint, cases", report)
+        progress = Progress(f"{dataset.name}: fingerprint, cases", report)
         fingerprint = make_fingerprint(dataset, cases, progress=progress)
         save_json(folder / "fingerprint.json", fingerprint)
         save_plan(folder / "plan.json", make_plan(fingerprint, PlanConfig()))
