@@ -1,9 +1,10 @@
 """A training step of the refiner, written with the modules of the official SAM 2 (sam2 1.1.0).
 
-The official training code is no part of that package and trains another task (a video, slice after
-slice, with clicks), so the refiner's stages are put together here from the official modules as they
-are. Every cell gets exactly the memories that it has: cells with equally many go through memory
-attention together, nothing is padded. benchmarks/training_step.py compares it with ours.
+The official training code (its top-level `training`) trains another task: a video with clicks,
+slice after slice, as our tracker is (tests/test_tracker_training.py compares the two). So the
+refiner's stages are put together here from the official modules as they are. Every cell gets just
+the memories that it has: cells with equally many go through memory attention together, nothing is
+padded. benchmarks/training_step.py compares it with ours.
 """
 
 import contextlib

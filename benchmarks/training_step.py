@@ -14,9 +14,9 @@ clipping by the global norm; AdamW. Reading data is no part of it.
   also averages the weights. Compilation is timed apart, with an empty cache.
 - Theirs are the modules of sam2 1.1.0 (benchmarks/official_training.py), eager, under
   `torch.autocast` where --dtype is bfloat16, in eval mode (without dropout, which ours lacks). The
-  package has no training code; the official one trains another task. Its decoder always computes
-  four masks per cell, ours the one that is used. Ours has room for seven memories in every cell and
-  masks those that do not exist; theirs gets those that exist.
+  package's own training code trains another task. Its decoder always computes four masks per cell,
+  ours the one that is used. Ours has room for seven memories in every cell and masks those that do
+  not exist; theirs gets those that exist.
 - What is trained: `all` parameters; `heads`, the mask decoder and memory attention with the rest
   frozen; `adapters`, with all of SAM 2 frozen. The official classes have no adapters, so that there
   only ours is measured; `heads` is the comparison for a frozen encoder.

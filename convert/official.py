@@ -30,7 +30,7 @@ _VIDEO: dict[str, Any] = dict(
 )
 
 
-def build(config: SAM2Config, video: bool = False, **options: Any) -> Any:
+def build(config: SAM2Config, video: bool = False, kind: Any = None, **options: Any) -> Any:
   """The official model of a config, in eval mode, on the CPU, with weights as its class draws them.
 
   The official classes fix the decoder's depth, heads and hidden widths; a config of other ones has
@@ -39,12 +39,13 @@ def build(config: SAM2Config, video: bool = False, **options: Any) -> Any:
   Args:
     video: build SAM2VideoPredictor instead of SAM2Base, with the overrides of
       `build_sam2_video_predictor`.
+    kind: a class of one's own that derives from SAM2Base, instead of it.
     options: further arguments of the class.
   """
   from sam2.modeling.sam2_base import SAM2Base
   from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-  c, kind = config, SAM2VideoPredictor if video else SAM2Base
+  c, kind = config, kind or (SAM2VideoPredictor if video else SAM2Base)
   arguments = dict(
     image_encoder=_image_encoder(c), memory_attention=_memory_attention(c),
     memory_encoder=_memory_encoder(c), image_size=c.image_size, num_maskmem=c.num_maskmem,

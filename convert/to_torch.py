@@ -18,12 +18,15 @@ def to_torch(folder: Path, out: Path, report: Report, progress: Report = silent)
   """Writes {"model": state dict} to the file `out`, which is replaced; returns what was done.
 
   Raises:
-    UserError: no checkpoint, adapters that have learned something, a full disk.
+    UserError: no checkpoint, adapters that have learned something, drawn prompts, a full disk.
   """
   import torch
 
   progress(Passing(f"reading {folder}"))
-  params = load_checkpoint(folder).params
+  config, params, _ = load_checkpoint(folder)
+  if config.drawn_prompts:
+    raise UserError(f"{folder}: was trained with sam2.drawn_prompts, which the official class does "
+                    "not do; it would compute another thing")
   adapters = _adapters(params)
   if learned := [name for name, fresh in adapters.items() if not fresh]:
     raise UserError(

@@ -37,6 +37,9 @@ def load(path: str | Path) -> Segmenter:
   if not run.config.exists():
     raise UserError(f"{path}: is no run (it has no config.yaml); give a folder made by train")
   config = load_config(run.config, trained=True)
+  if config.tracker_alone:
+    raise UserError(f"{path}: trained a tracker alone, which segments by prompts; give "
+                    f"{run.params('tracker')} to track, serve or refiner.init_from")
   for network in NETWORKS:
     if not run.params(network).is_dir():
       raise UserError(f"{path}: its {network} is not trained yet; resume its training")

@@ -124,6 +124,7 @@ class Places:
 # What a path that a command reads stands for, first match first. Paths lie below the folder that
 # the command runs in; /data and the like are moved there.
 STAND_INS: dict[str, Callable[[Places, Path], None]] = {
+  "runs/tracker/tracker/params": Places.checkpoint,
   "runs/*": Places.run,
   "*Task04_Hippocampus": Places.dataset,
   "*nnUNet_raw/Dataset*": Places.dataset,
@@ -169,6 +170,10 @@ def small(words: list[str]) -> list[str]:
   if nnunet:
     del tree["generator"]
     tree |= {"plan": {"spacing": [10, 6, 6]}, "inference": {"mirror_axes": []}}
+  if any(word.endswith("tracker.yaml") for word in words):
+    loop = {"steps": 2, "log_every": 1, "checkpoint_every": 2}
+    sizes = {"slices": 3, "objects": 2, "corrections": 1}
+    tree = {"sam2": TINY["sam2"], "tracker": sizes | {"loop": loop}}
   before = [f"{key}={{}}" for key in tree if key != "data" and not (nnunet and key == "plan")]
   first = 2 if words[0] == "train" else 1  # behind the config
   return [*words[:first], *before, *words[first:], *_leaves(tree)]

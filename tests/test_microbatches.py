@@ -56,7 +56,7 @@ def cells_loss(live_of):
   """Two numbers and a map as the network, the loss of the refiner, and cells that it calls live."""
 
   def sums(params, batch, keys):
-    noise = jax.vmap(lambda key: jax.random.normal(key, (CELLS,)))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (CELLS,)))(keys.rows)
     presence = params["presence"] * batch["feature"] + 0.1 * noise
     return losses.refiner_sums(
       params["scale"] * batch["x"] + params["map"], jax.nn.sigmoid(presence), presence,

@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("config", type=Path, help="YAML file, see configs/")
   add("overrides", nargs="*", help="values by path, mesh.fsdp=8")
   add("--devices", type=int, required=True, help="number of devices of the mesh")
-  add("--phase", choices=("generator", "mask_adapter", "refiner"),
+  add("--phase", choices=("generator", "tracker", "mask_adapter", "refiner"),
       help="one phase (all that have steps)")
   add("--channels", type=int, default=1, help="of the images (1)")
   add("--structures", type=int, default=15, help="to be segmented (15)")

@@ -1,4 +1,4 @@
-"""`rfmedsam2 train`: train generator and refiner on a data set."""
+"""`rfmedsam2 train`: train generator and refiner on a data set, or SAM 2 as a tracker."""
 
 import argparse
 from pathlib import Path
@@ -28,9 +28,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.config import load_config
   from rfmedsam2_jax.data.datasets import read_dataset
   config = load_config(options.config, options.overrides)
-  if not config.data.dataset:
-    raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
-  read_dataset(config.data.dataset, config.data.structures)
+  if config.needs_dataset:
+    if not config.data.dataset:
+      raise UserError(f"{options.config}: data.dataset is empty; name the folder of the data set")
+    read_dataset(config.data.dataset, config.data.structures)
   from rfmedsam2_jax.parallel import hosts
   from rfmedsam2_jax.training.run import train
   hosts.initialise(options.distributed)

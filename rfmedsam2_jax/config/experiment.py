@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rfmedsam2_jax.base.ranges import STRICT, Place
+from rfmedsam2_jax.config.tracker import TrackerConfig
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import PlanConfig
@@ -47,6 +48,7 @@ class Config:
   plan: PlanConfig = PlanConfig()
   generator: GeneratorConfig = GeneratorConfig()
   sam2: SAM2Config = PRESETS["nano"]
+  tracker: TrackerConfig = TrackerConfig()
   refinement: RefinementConfig = RefinementConfig()
   refiner: RefinerConfig = RefinerConfig()
   inference: InferenceConfig = InferenceConfig()
@@ -60,6 +62,9 @@ class Config:
       raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
     if self.data.sam_context and len(self.data.sam_channels) == 3:
       raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
+    if self.tracker.loop.steps and self.refiner.init_from:
+      raise ValueError("refiner.init_from is given, but the refiner starts from the tracker, which "
+                       "has steps; give tracker.init_from instead")
     if self.refiner.mask_adapter.loop.steps:
       given = "refiner.mask_adapter.loop.steps is given, but"
       if not self.sam2.adapters.mask:
@@ -67,3 +72,15 @@ class Config:
       if not all(stage.residual for stage in self.refinement.stages):
         raise ValueError(f"{given} a stage is not residual: without the mask before it there is "
                          "nothing to correct; make all residual")
+
+  @property
+  def tracker_alone(self) -> bool:
+    """Whether SAM 2 is trained as a tracker and nothing else: no generator, and no refiner."""
+    others = self.generator.loop.steps or self.generator.init_from or self.refiner.loop.steps
+    return bool(self.tracker.loop.steps and not others)
+
+  @property
+  def needs_dataset(self) -> bool:
+    """Whether `data.dataset` is read at all."""
+    of_tracker = self.tracker.data if self.tracker.loop.steps else ()
+    return not self.tracker_alone or any(source.source == "own" for source in of_tracker)

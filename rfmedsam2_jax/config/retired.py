@@ -32,7 +32,7 @@ RETIRED: dict[str, Any] = dict(_constants(Config()))
 RETIRED |= {f"{phase}.augmentation.intensity": 1.0 for phase in ("generator", "refiner")}
 
 # What only training reads: of no consequence for networks that are trained.
-_OF_TRAINING = ("data.", "plan.", "generator.", "refiner.")
+_OF_TRAINING = ("data.", "plan.", "generator.", "tracker.", "refiner.")
 _OF_NO_CONSEQUENCE = {"data.loader.prefetch": None}  # for what is computed
 
 

@@ -85,8 +85,9 @@ class GeneratorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskAdapterLoopConfig:
-  """As LoopConfig; nothing is validated between, since the refiner that follows is."""
+class UnvalidatedLoopConfig:
+  """As LoopConfig; nothing is validated between: what MaskAdapter and tracker are worth shows in
+  other parts."""
 
   __pydantic_config__ = STRICT
 
@@ -125,7 +126,7 @@ class MaskAdapterConfig:
   __pydantic_config__ = STRICT
 
   batch_size: Count = 2  # runs
-  loop: MaskAdapterLoopConfig = MaskAdapterLoopConfig(steps=0)
+  loop: UnvalidatedLoopConfig = UnvalidatedLoopConfig(steps=0)
   optimizer: MaskAdapterOptimizerConfig = MaskAdapterOptimizerConfig(
     learning_rate=4e-3, clip_norm=1.0)
   microbatches: ClassVar[int] = 1  # without SAM 2 beside it, a batch is small

@@ -87,8 +87,8 @@ class Cases:
     return number, case, prompts, np.random.default_rng([self.seed, stream, 1, index])
 
 
-def _foreground(case: PreparedCase, rng: np.random.Generator, index: int, share: float
-                ) -> tuple[int, np.ndarray] | None:
+def foreground(case: PreparedCase, rng: np.random.Generator, index: int, share: float
+               ) -> tuple[int, np.ndarray] | None:
   """A structure that the case has, drawn uniformly, and one of its voxels [3]; None if empty.
 
   None for samples outside the share, which is spread evenly so that small batches get theirs too.
@@ -107,7 +107,8 @@ def _row(sample: Callable[[int], Any], batches: BatchConfig, rows: Sequence[int]
   return sample((batches.start + batch) * batches.size + int(rows[row]))
 
 
-def _batches(sample: Callable[[int], Any], batches: BatchConfig):
+def batches_of(sample: Callable[[int], Any], batches: BatchConfig):
+  """A grain iterator over endless batches of `sample(0)`, `sample(1)` and so on."""
   import grain  # takes a second, and prediction does without
 
   rows = range(batches.size) if batches.rows is None else batches.rows
@@ -136,7 +137,7 @@ class _PatchSample:
     number, case, _, rng = self.cases.draw(index, stream=0)
     assert case.atoms is not None
     shape, size = np.array(case.image.shape[1:]), np.array(self.patch_size)
-    found = _foreground(case, rng, index, self.oversample_foreground)
+    found = foreground(case, rng, index, self.oversample_foreground)
     # The patch stays inside the volume, or the volume inside the patch.
     spare = np.maximum(shape - size, 0)
     start = (rng.integers(0, spare + 1) if found is None
@@ -162,7 +163,26 @@ def generator_batches(cases: Cases, patch_size: Triple, augmentation: Augmentati
   `patch_size` is slices, rows, columns; smaller volumes are padded with 0 (the mean intensity).
   `oversample_foreground` is the share of patches that are centred on a voxel of some structure.
   """
-  return _batches(_PatchSample(cases, patch_size, augmentation, oversample_foreground), batches)
+  return batches_of(_PatchSample(cases, patch_size, augmentation, oversample_foreground), batches)
+
+
+def seen_image(
+  rng: np.random.Generator, run: RunConfig, augmentation: AugmentationConfig, case: PreparedCase,
+  rows: np.ndarray, matrix: np.ndarray | None,
+  cut: Callable[[np.ndarray], np.ndarray] = lambda slices: slices,
+) -> np.ndarray:
+  """What SAM sees of slices, float32 [1 or 3, L, S, S].
+
+  rows: with `context` the slices before and behind the run, too. matrix: of the augmentation.
+  cut: takes a part of slices [..., H, W].
+  """
+  flat = is_anisotropic(case.spacing)
+  image = augment.augment_intensity(rng, case.image[:, rows], augmentation, flat)
+  image = window_slices(image, case.window, run.channels)
+  image = resize_linear(cut(transform_slices(image, matrix, order=1, fill=0)), run.image_size)
+  if run.context:
+    image = np.concatenate([image[:, :-2], image[:, 1:-1], image[:, 2:]])
+  return image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +196,13 @@ class _RunSample:
   def __call__(self, index: int) -> dict[str, np.ndarray]:
     number, case, prompts, rng = self.cases.draw(index, stream=1)
     depth, height, width = case.image.shape[1:]
-    found = _foreground(case, rng, index, self.run.oversample_foreground)
+    found = foreground(case, rng, index, self.run.oversample_foreground)
     seen = self._seen(rng, depth, found)
     matrix = augment.draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
     if matrix is not None and matrix[0, 0] < 0:
       seen = seen[::-1]
-    image = self._image(rng, case, np.clip(seen, 0, depth - 1), matrix)
+    image = seen_image(
+      rng, self.run, self.augmentation, case, np.clip(seen, 0, depth - 1), matrix)
     rows = seen[1:-1] if self.run.context else seen
     inside = rows < depth
     rows = np.clip(rows, 0, depth - 1)
@@ -226,17 +247,6 @@ class _RunSample:
       first = min(max(int(found[1][0]) - int(rng.integers(length)), 0), last)
     beside = int(self.run.context)
     return np.arange(first - beside, first + length + beside)
-
-  def _image(self, rng: np.random.Generator, case: PreparedCase, rows: np.ndarray,
-             matrix: np.ndarray | None) -> np.ndarray:
-    """What SAM sees of slices, float32 [1 or 3, L, S, S]."""
-    flat = is_anisotropic(case.spacing)
-    image = augment.augment_intensity(rng, case.image[:, rows], self.augmentation, flat)
-    image = window_slices(image, case.window, self.run.channels)
-    image = resize_linear(transform_slices(image, matrix, order=1, fill=0), self.run.image_size)
-    if self.run.context:
-      image = np.concatenate([image[:, :-2], image[:, 1:-1], image[:, 2:]])
-    return image
 
   def _structures(self, rng: np.random.Generator, truth: np.ndarray, first: int | None
                   ) -> np.ndarray:
@@ -283,4 +293,4 @@ def refiner_batches(cases: Cases, run: RunConfig, membership: np.ndarray,
   if run.context and len(run.channels) != 1:
     raise UserError(f"channels {run.channels}: with context SAM sees one channel; name one")
   sample = _RunSample(cases, run, np.asarray(membership, bool), augmentation, corruption)
-  return _batches(sample, batches)
+  return batches_of(sample, batches)

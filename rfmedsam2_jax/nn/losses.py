@@ -269,3 +269,44 @@ def refiner_loss(
   "iou", "presence", each a mean over the cells that count, 0 where there is none."""
   parts = {name: mean.value for name, mean in sums.items()}
   return sum((getattr(config, k) * v for k, v in parts.items()), jnp.float32(0)), parts
+
+
+def prompted_loss(
+  mask_logits: Array, ious: Array, presence: Array, truth: Array, config: RefinerLossConfig
+) -> tuple[dict[str, Array], Array]:
+  """SAM 2's losses of N cells with M masks each (training/loss_fns.py, MultiStepMultiMasksAndIous).
+
+  Of the masks the one with the least focal and Dice loss counts, of the predicted IoUs their mean
+  (supervise_all_iou). Where the object is absent all but the presence is 0. The masks are those
+  before the presence gate: the original takes them behind it, and a mask that is there but was
+  thought absent has no gradient then, and a loss of thousands.
+
+  Args:
+    mask_logits: [N, M, h, w], compared at the truth's resolution. ious: [N, M]. presence: [N].
+    truth: bool [N, H, W].
+
+  Returns:
+    "focal", "dice", "iou", "presence", unweighted, and the true IoU of the mask that counts; [N].
+  """
+  cells, masks = ious.shape
+  target, known = truth[:, None].astype(jnp.float32), jnp.ones((1, 1, *truth.shape[1:]))
+  shape = cells, masks, *truth.shape[1:]
+  # Torch's bilinear without antialias, as sam2_base.py:382 does it.
+  logits = jax.image.resize(mask_logits.astype(jnp.float32), shape, "linear", antialias=False)
+  focal = focal_loss(logits, target, known, config.focal_alpha, config.focal_gamma)
+  dice = mask_dice_loss(logits, target, known)
+  true = jax.lax.stop_gradient(mask_iou(logits, target, known))
+  error = ious.astype(jnp.float32) - true
+  error = jnp.abs(error) if config.iou_form == "l1" else jnp.square(error)
+  best = jnp.argmin(config.focal * focal + config.dice * dice, axis=1)[:, None]
+  present = jnp.any(truth, axis=(1, 2))
+
+  def of_best(x: Array) -> Array:
+    return jnp.where(present, jnp.take_along_axis(x, best, axis=1)[:, 0], 0.0)
+
+  parts = {
+    "focal": of_best(focal), "dice": of_best(dice),
+    "iou": jnp.where(present, error.mean(axis=1), 0.0),
+    "presence": binary_cross_entropy(presence.astype(jnp.float32), present.astype(jnp.float32)),
+  }
+  return parts, of_best(true)

@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
@@ -68,14 +69,16 @@ class MaskDecoder(nn.Module):
 
   def __call__(
     self, embedding_NGGC: Array, positions_GGC: Array, prompts_NQC: Array, exists_NQ: Array,
-    high_res: tuple[Array, Array], multimask: bool = False, dynamic_multimask: bool = False,
+    high_res: tuple[Array, Array], multimask: bool | Array = False,
+    dynamic_multimask: bool = False,
   ) -> Decoded:
     """Decodes cells; `pointer` is the chosen mask token, not yet projected.
 
     Args:
       embedding_NGGC: with the dense prompt added.
       exists_NQ: bool, False for prompt tokens that no attention may see.
-      multimask: masks of tokens 1 to 3 instead of token 0.
+      multimask: masks of tokens 1 to 3 instead of token 0. As bool [N] it says so of every cell,
+        and all have three masks: for the others that of token 0 stands three times.
       dynamic_multimask: where the mask of token 0 is unstable, the best of tokens 1 to 3.
     """
     n = prompts_NQC.shape[0]
@@ -89,15 +92,27 @@ class MaskDecoder(nn.Module):
     ious = self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32)
     presence = self.pred_obj_score_head(tokens[:, 0])[:, 0].astype(jnp.float32)
 
-    def masks_of(which: range) -> Array:
-      """Logits float32 [N, len(which), 4G, 4G] of some of the mask tokens."""
+    def kernels_of(which: range) -> Array:
       mlps = self.output_hypernetworks_mlps
-      kernels = jnp.stack([mlps[i](mask_tokens[:, i]) for i in which], axis=1)
+      return jnp.stack([mlps[i](mask_tokens[:, i]) for i in which], axis=1)
+
+    def masks_by(kernels: Array) -> Array:
+      """Logits float32 [N, M, 4G, 4G] of kernels [N, M, C/8]."""
       return jnp.einsum("nmc,nhwc->nmhw", kernels, image, preferred_element_type=jnp.float32)
+
+    def masks_of(which: range) -> Array:
+      return masks_by(kernels_of(which))
 
     several = range(1, 1 + NUM_MULTIMASK)
     if self.is_initializing():
       masks_of(several)  # or the hypernetworks of tokens 1 to 3 would have no parameters
+    if isinstance(multimask, jax.Array):
+      ambiguous, kernels = multimask[:, None], kernels_of(range(1 + NUM_MULTIMASK))
+      kernels = jnp.where(ambiguous[..., None], kernels[:, 1:], kernels[:, :1])
+      best = _take(mask_tokens[:, 1:], ious[:, 1:].argmax(axis=-1))[:, 0]
+      pointer = jnp.where(ambiguous, best, mask_tokens[:, 0])
+      ious = jnp.where(ambiguous, ious[:, 1:], ious[:, :1])
+      return Decoded(masks_by(kernels), ious, presence, pointer)
     if multimask:
       # The pointer follows the mask that a caller would choose.
       best = _take(mask_tokens[:, 1:], ious[:, 1:].argmax(axis=-1))[:, 0]

@@ -172,13 +172,16 @@ def add_recent(
   return MemoryBank(kept, add(bank.pointers, POINTER_SLOTS, pointers))
 
 
-def read(bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | bool) -> MemorySlots:
+def read(
+  bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | bool,
+  pointers_ahead: bool = False,
+) -> MemorySlots:
   """What the tracks read at a slice: conditioning slices anywhere, recent ones behind them.
 
   A + 6 maps and A + 15 pointers. Pointers of conditioning slices that lie ahead are left out
-  (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval). `slices`: int32 [N], the slice at hand.
-  `depth`: true depth of the volume. `reverse`: direction of travel, may be traced; "behind" means
-  larger slice numbers when it is set.
+  (sam2_base.py:595, only_obj_ptrs_in_the_past_for_eval) but in training, `pointers_ahead`.
+  `slices`: int32 [N], the slice at hand. `depth`: true depth of the volume. `reverse`: direction of
+  travel, may be traced; "behind" means larger slice numbers when it is set.
   """
   backward = jnp.asarray(reverse, jnp.int32)
 
@@ -201,5 +204,5 @@ def read(bank: MemoryBank, slices: Array, depth: Array | int, reverse: Array | b
   pointers, pointer_behind, _, pointer_valid = look(bank.pointers, POINTER_SLOTS)
   return MemorySlots(
     maps, rows.astype(jnp.int32), valid, pointers, pointer_positions(pointer_behind, depth),
-    pointer_valid & (pointer_behind >= 0)
+    pointer_valid if pointers_ahead else pointer_valid & (pointer_behind >= 0)
   )

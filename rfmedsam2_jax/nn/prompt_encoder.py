@@ -13,6 +13,8 @@ from rfmedsam2_jax.nn.positions import random_fourier, random_fourier_grid
 
 # Labels of points. 0 and 1 are SAM's; a token that says "no point" is not the same as no token.
 ABSENT, NOT_A_POINT, BOX_START, BOX_END = -2, -1, 2, 3
+# Of prompts that are drawn into the mask prompt: the logit, and the radius of a point in pixels.
+DRAWN_LOGIT, DISC = 10.0, 5.0
 
 
 class Prompts(NamedTuple):
@@ -67,6 +69,40 @@ def box_prompts(
 def no_prompts(n: int) -> Prompts:
   """Prompts of `n` tracked cells that nobody prompted: two not-a-point tokens."""
   return Prompts(jnp.zeros((n, 2, 2), jnp.float32), jnp.full((n, 2), NOT_A_POINT, jnp.int32))
+
+
+def drawn(prompts: Prompts, side: int) -> Prompts:
+  """Prompts whose boxes and points stand in the mask prompt [N, side, side], too.
+
+  The mask prompt is the mask that a cell has already (previous logits), else the filled box at
+  +-10, in between where the box's edge cuts a pixel, else 0. Discs of points overwrite it, +10 and
+  -10, later points earlier ones. A cell without any of it has none.
+  """
+  points, labels, cells = prompts.points.astype(jnp.float32), prompts.labels, len(prompts.labels)
+  start = 4.0 * jnp.arange(side)  # first pixel of the image under a pixel of the mask
+
+  def corner(label: int) -> Array:
+    return jnp.sum(jnp.where((labels == label)[..., None], points, 0.0), axis=1)
+
+  first, last = corner(BOX_START)[..., None], corner(BOX_END)[..., None]  # [N, 2, 1]
+  covered = (jnp.minimum(last + 1, start + 4) - jnp.maximum(first, start)).clip(0, 4) / 4
+  box = DRAWN_LOGIT * (2 * covered[:, 0, None, :] * covered[:, 1, :, None] - 1)
+  boxed = jnp.any(labels == BOX_START, axis=1)
+  mask = jnp.where(boxed[:, None, None], box, 0.0)
+  has_mask = jnp.zeros(cells, bool)
+  if prompts.mask is not None:
+    has_mask = jnp.ones(cells, bool) if prompts.has_mask is None else jnp.asarray(prompts.has_mask)
+    mask = jnp.where(has_mask[:, None, None], prompts.mask, mask)
+
+  clicked = (labels == 0) | (labels == 1)
+  away = jnp.square(start + 1.5 - points[..., None])  # [N, Q, 2, side]
+  inside = away[:, :, 0, None, :] + away[:, :, 1, :, None] <= DISC**2
+  turn = 2 * (1 + jnp.arange(labels.shape[1])) + labels  # odd: of the object
+  top = jnp.max(jnp.where(inside & clicked[..., None, None], turn[..., None, None], 0), axis=1)
+  disc = jnp.where(top % 2 == 1, DRAWN_LOGIT, -DRAWN_LOGIT)
+  return prompts._replace(
+    mask=jnp.where(top > 0, disc, mask), has_mask=has_mask | boxed | jnp.any(clicked, axis=1)
+  )
 
 
 class RandomPositions(nn.Module):

@@ -27,7 +27,13 @@ from rfmedsam2_jax.nn.memory_attention import MemoryAttention, MemorySlots
 from rfmedsam2_jax.nn.memory_encoder import MemoryEncoder
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.positions import sine_positions_1d
-from rfmedsam2_jax.nn.prompt_encoder import PromptEncoder, Prompts, box_prompts, no_prompts
+from rfmedsam2_jax.nn.prompt_encoder import (
+  PromptEncoder,
+  Prompts,
+  box_prompts,
+  drawn,
+  no_prompts,
+)
 from rfmedsam2_jax.nn.remat import Remat
 
 # The mask logit of an object that is not there (sam2_base.NO_OBJ_SCORE).
@@ -71,6 +77,10 @@ class SAM2Config:
   absent_embedding: bool = True
   # What SAM 2.1 added to 2.0: the memories of slices without the object are marked, and object
   # pointers are told apart by their signed distance.
+
+  drawn_prompts: bool = False
+  # Boxes and points are drawn into the mask prompt, too (nn.prompt_encoder.drawn), which is learned
+  # many times sooner than tokens are. Official weights do not know it; who was trained so wants it.
 
   adapters: AdapterConfig = AdapterConfig()
   dtype: Precision = "float32"  # of the computation; parameters stay float32
@@ -227,16 +237,19 @@ class SAM2(nn.Module):
 
   def decode(
     self, embedding_NGGC: Array, high_res: tuple[Array, Array], prompts: Prompts,
-    multimask: bool = False, dynamic_multimask: bool = False,
+    multimask: bool | Array = False, dynamic_multimask: bool = False,
   ) -> Decoded:
     """Masks of cells. Logits are raw: the presence gate is `gate`, apart.
 
     Args:
       embedding_NGGC: from `condition` or `unconditioned`; `high_res` of the same cells.
-      multimask: three masks instead of one; the pointer is that of the highest predicted IoU.
+      multimask: three masks instead of one; the pointer is that of the highest predicted IoU. As
+        bool [N], of every cell: all have three then, equal ones where it is False.
       dynamic_multimask: where the single mask is unstable, take the best of three; the pointer
         stays that of the single mask (mask_decoder.py:150).
     """
+    if self.config.drawn_prompts:
+      prompts = drawn(prompts, 4 * self.config.grid)
     tokens, exists, dense = self.sam_prompt_encoder(prompts)
     decoded = self.sam_mask_decoder(
       embedding_NGGC + dense, self.sam_prompt_encoder.grid_positions(), tokens, exists, high_res,

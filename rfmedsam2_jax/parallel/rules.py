@@ -104,12 +104,12 @@ def over_mesh(sums: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   if mesh.size == 1:
     return sums
 
-  def spread(params: Any, batch: Any, keys: jax.Array) -> Any:
+  def spread(params: Any, batch: Any, keys: Any) -> Any:
     where = jax.tree.map(
       lambda spec: PartitionSpec(*(axis if axis == "fsdp" else None for axis in spec)),
       specs(params, mesh))
 
-    def local(params: Any, batch: Any, keys: jax.Array) -> Any:
+    def local(params: Any, batch: Any, keys: Any) -> Any:
       return jax.lax.psum(sums(jax.tree.map(_gather, params, where), batch, keys), BATCH_AXES)
 
     # Axes of one device too: where any is left to the compiler, cuDNN's attention is refused.

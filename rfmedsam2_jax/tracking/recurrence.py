@@ -11,11 +11,19 @@ from typing import Generic, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn import ABSENT_LOGIT, SAM2, ImageFeatures, Prompts, apply, no_prompts
+from rfmedsam2_jax.nn import (
+  ABSENT_LOGIT,
+  SAM2,
+  Decoded,
+  ImageFeatures,
+  Prompts,
+  apply,
+  no_prompts,
+)
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn.layers import A, AnyArray, Array, Params
 
-_MASK_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
+MASK_LOGIT = 10.0  # a given mask is an output of +-10 (sam2_base.py:_use_mask_as_output)
 
 
 class Cells(NamedTuple, Generic[A]):
@@ -54,14 +62,19 @@ def decode_cells(
     multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
   )
   if multimask:
-    best = jnp.argmax(decoded.ious, axis=1)[:, None]
-    masks = jnp.take_along_axis(decoded.masks, best[..., None, None], axis=1)
-    decoded = decoded._replace(masks=masks, ious=jnp.take_along_axis(decoded.ious, best, axis=1))
+    decoded = best_mask(decoded)
   if bias is not None:
     masks = decoded.masks + bias.mask[:, None]
     decoded = decoded._replace(masks=masks, presence=decoded.presence + bias.presence)
   pointer = apply(model, params, decoded, method="gate").pointer
   return Cells(decoded.masks[:, 0], decoded.ious[:, 0], decoded.presence, pointer)
+
+
+def best_mask(decoded: Decoded) -> Decoded:
+  """Of several masks of each cell the one with the highest predicted IoU."""
+  best = jnp.argmax(decoded.ious, axis=1)[:, None]
+  masks = jnp.take_along_axis(decoded.masks, best[..., None, None], axis=1)
+  return decoded._replace(masks=masks, ious=jnp.take_along_axis(decoded.ious, best, axis=1))
 
 
 def cells_of_masks(
@@ -75,12 +88,12 @@ def cells_of_masks(
   prompt = apply(model, params, masks_NSS, method="mask_prompt")
   prompts = no_prompts(count)._replace(mask=prompt)
   decoded = decode_cells(model, params, features.embedding, features.high_res, prompts)
-  logits = _MASK_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
+  logits = MASK_LOGIT * (2 * masks_NSS.astype(jnp.float32) - 1)
   logits = jax.image.resize(logits, (count, side, side), "linear", antialias=True)
   present = jnp.any(masks_NSS > 0, axis=(1, 2))
   absent = params["no_obj_ptr"].reshape(1, -1).astype(decoded.pointer.dtype)
   pointer = jnp.where(present[:, None], decoded.pointer, absent)
-  return Cells(logits, jnp.ones(count), jnp.where(present, _MASK_LOGIT, -_MASK_LOGIT), pointer)
+  return Cells(logits, jnp.ones(count), jnp.where(present, MASK_LOGIT, -MASK_LOGIT), pointer)
 
 
 def remember_cells(

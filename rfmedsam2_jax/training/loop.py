@@ -44,12 +44,13 @@ class Training(NamedTuple):
 
 
 def train_phase(
-  training: Training, phase: Phase, segmenter: Segmenter, cases: Sequence[str], state: TrainState
+  training: Training, phase: Phase, segmenter: Segmenter | None, cases: Sequence[str],
+  state: TrainState,
 ) -> TrainState:
   """Trains until the phase has had its steps, from its newest checkpoint where there is one.
 
-  segmenter: with what is trained already, for validation. cases: that batches are made of. state:
-  before the first step, laid out on the mesh.
+  segmenter: with what is trained already, for validation; None for none. cases: that batches are
+  made of. state: before the first step, laid out on the mesh.
 
   Raises:
     UserError: the loss is not finite.
@@ -75,7 +76,7 @@ def train_phase(
       for step, state in steps:
         score, every = None, loop.validate_every
         validates = bool(training.held_out and every) and step % every == 0
-        if validates:
+        if validates and segmenter is not None:
           log.check(step)
           with log.apart():
             networks: Any = {phase.network: phase.final(state, training.mesh)}

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from rfmedsam2_jax.config import Config
+from rfmedsam2_jax.config.tracker import TrackerConfig
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data import pipeline
 from rfmedsam2_jax.data.plan import Plan
@@ -27,13 +28,16 @@ from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.parallel.mesh import check_batch, mesh_platform
 from rfmedsam2_jax.parallel.rules import whole
 from rfmedsam2_jax.training import step as steps
+from rfmedsam2_jax.training import tracker_data
 from rfmedsam2_jax.training.state import TrainState, init_state, make_optimizer, with_frozen_as
+from rfmedsam2_jax.training.tracker_step import tracker_loss_fn
 from rfmedsam2_jax.weights.checkpoint import config_json
 from rfmedsam2_jax.weights.generator import generator_json
 
-PhaseName = Literal["generator", "mask_adapter", "refiner"]
+PhaseName = Literal["generator", "tracker", "mask_adapter", "refiner"]
 CONFIG_KEYS: dict[PhaseName, str] = {
-  "generator": "generator", "mask_adapter": "refiner.mask_adapter", "refiner": "refiner"}
+  "generator": "generator", "tracker": "tracker", "mask_adapter": "refiner.mask_adapter",
+  "refiner": "refiner"}
 # (folder of the run, cases, rows, start): some rows of batch `start` and of those after it.
 Batches = Callable[[Path, Sequence[str], Sequence[int], int], Iterator[dict[str, np.ndarray]]]
 
@@ -43,7 +47,7 @@ class Phase(NamedTuple):
 
   name: PhaseName
   network: Network  # whose parameters it trains
-  settings: GeneratorConfig | RefinerConfig
+  settings: GeneratorConfig | TrackerConfig | RefinerConfig
   init: Callable[[jax.Array], Params]  # random parameters from a key
   patterns: Sequence[str]  # of the paths that are trained
   loss: Callable[[Platform], steps.Loss]  # traced for what it will run on
@@ -75,7 +79,10 @@ class Phase(NamedTuple):
 
 
 def phase_names(config: Config) -> list[PhaseName]:
-  """What a run goes through, in this order: a refiner always, the others where they have steps."""
+  """What a run goes through, in this order: a refiner always, unless the tracker is trained alone,
+  the others where they have steps."""
+  if config.tracker_alone:
+    return ["tracker"]
   return [name for name, key in CONFIG_KEYS.items()
           if name == "refiner" or operator.attrgetter(key)(config).loop.steps]
 
@@ -111,6 +118,31 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
     batches=batches, samples={"volumes": settings.batch_size},
     about={"generator": generator_json(
       unet, channels, [[structure.name, structure.values] for structure in labels.structures])})
+
+
+def tracker_phase(config: Config, plan: Plan | None = None) -> Phase:
+  """SAM 2 on prompts; it knows no structures and needs no plan."""
+  settings, sam2 = config.tracker, config.sam2
+  runs, objects, length, side = (
+    settings.batch_size, settings.objects, settings.slices, sam2.image_size)
+
+  def batches(run: Path, cases: Sequence[str], rows: Sequence[int], start: int) -> Any:
+    return tracker_data.batches(run, config, rows, start)
+
+  def loss(platform: Platform) -> steps.Loss:
+    return tracker_loss_fn(SAM2(sam2, platform), settings)
+
+  return Phase(
+    "tracker", "refiner", settings, init=functools.partial(init_params, sam2),
+    patterns=settings.trainable, loss=loss,
+    batch={
+      "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
+      "objects": jax.ShapeDtypeStruct((runs, objects, length, side, side), jnp.bool_),
+      "has": jax.ShapeDtypeStruct((runs, objects), jnp.bool_),
+    },
+    batches=batches, about={"sam2": config_json(sam2)},
+    samples={"volumes": runs, "slices": runs * length,
+             "cells": runs * objects * settings.promptings * length})
 
 
 def refiner_phase(config: Config, plan: Plan, masks_alone: bool = False) -> Phase:
@@ -162,4 +194,5 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
 
 
 PHASES: dict[PhaseName, Callable[[Config, Plan], Phase]] = {
-  "generator": generator_phase, "mask_adapter": mask_adapter_phase, "refiner": refiner_phase}
+  "generator": generator_phase, "tracker": tracker_phase, "mask_adapter": mask_adapter_phase,
+  "refiner": refiner_phase}

@@ -1,7 +1,8 @@
-"""A whole run: from a config to two trained networks and their scores.
+"""A whole run: from a config to two trained networks and their scores, or to a tracker.
 
-Fingerprint and plan, preprocessing, the generator, its prompts for the refiner's cases, the
-refiner, validation. What an interrupted attempt has finished is skipped.
+The data set's plan and preprocessing (own_data), the generator, its prompts for the refiner's
+cases, the tracker, the refiner, validation; or the tracker alone. What an interrupted attempt has
+finished is skipped.
 """
 
 import contextlib
@@ -16,32 +17,30 @@ from typing import Any
 import jax
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.progress import PRINTED, Progress, Report, duration, silent
+from rfmedsam2_jax.base.progress import PRINTED, Report, duration, silent
 from rfmedsam2_jax.config import Config, config_tree, config_yaml, load_config
-from rfmedsam2_jax.data.contents import (
-  CaseContent,
-  Contents,
-  case_content,
-  check_case,
-  check_description,
-)
-from rfmedsam2_jax.data.datasets import Dataset, read_case, read_dataset
-from rfmedsam2_jax.data.files import load_json, save_json
-from rfmedsam2_jax.data.fingerprint import Fingerprint, make_fingerprint
-from rfmedsam2_jax.data.layouts import Case
-from rfmedsam2_jax.data.plan import Plan, PlanConfig, load_plan, make_plan, save_plan
-from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess, save_case, stored_cases
+from rfmedsam2_jax.data.datasets import Dataset
+from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.run_folder import RunFolder, versions
-from rfmedsam2_jax.data.splits import Split, SplitConfig, divide, load_split, make_split, save_split
+from rfmedsam2_jax.data.splits import divide
 from rfmedsam2_jax.model import untrained
+from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import make_mesh
 from rfmedsam2_jax.report.curves import save_curves
+from rfmedsam2_jax.training import own_data, tracker_data
 from rfmedsam2_jax.training import train_networks as networks
 from rfmedsam2_jax.training.lock import open_run
 from rfmedsam2_jax.training.loop import Training
-from rfmedsam2_jax.training.phases import PHASES, check_batches, phase_names
+from rfmedsam2_jax.training.own_data import OwnData
+from rfmedsam2_jax.training.phases import (
+  PHASES,
+  PhaseName,
+  check_batches,
+  phase_names,
+  tracker_phase,
+)
 from rfmedsam2_jax.training.validation import validate_run
 from rfmedsam2_jax.weights.checkpoint import check_starting_point, load_checkpoint
 
@@ -54,87 +53,109 @@ def train(
   config: Config, out: str | Path, resume: bool = False, overwrite: bool = False,
   report: Report = PRINTED, profile: bool = False, warn: Callable[[str], None] = _log_warning,
 ) -> dict[str, Any]:
-  """Trains generator and refiner and scores the held-out cases.
+  """Trains generator and refiner and scores the held-out cases; or the tracker alone.
 
   Several processes that train one run call it within `parallel.hosts.watching`. profile: leave a
   trace of a few steps of each phase in `profile/`. warn: told in a line what of the data set's
   folders is no case.
 
   Returns:
-    The content of validation.json; empty without validation cases.
+    The content of validation.json; empty without validation cases and for a tracker alone.
 
   Raises:
     UserError: a folder in use or not to be overwritten, unreadable data, a loss that is not finite.
   """
   # What can be known to fail does so now, not after the generator.
-  dataset = read_dataset(config.data.dataset, config.data.structures)
-  split = _split(Path(out), dataset, config.data.split, resume)
-  for_generator, for_refiner = divide(
-    split.train, config.refiner.held_back, config.seed, config.data.split.group)
+  own = own_data.read_own(config, Path(out), resume)
+  of_tracker = tracker_data.read_sources(config) if config.tracker.loop.steps else []
+  if own is not None:
+    _divided(config, own)
   if not divide_cpu(config.mesh.cpu_devices):
     report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
            f"{jax.local_device_count()}: they stay")
   mesh = make_mesh(config.mesh)
   check_batches(config, phase_names(config), mesh)
-  if (source := config.refiner.init_from) and not resume:
-    check_starting_point(source, config.sam2)
-    load_checkpoint(source)  # whole and finite
-    if Path(source).absolute().is_relative_to(Path(out).absolute()):
-      raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
+  if not resume:
+    _check_starting_points(config, out)
   with _open_run(out, resume, overwrite) as run:
     if not run.writes:
       report = silent
-    if config.data.split.file and (spare := _unused(dataset, split)):
-      report(f"{config.data.split.file}: {len(spare)} of {len(dataset.cases)} cases neither train "
-             f"nor validate: {', '.join(spare[:5])}{' and more' if len(spare) > 5 else ''}")
-    for line in dataset.left_out if run.writes else ():
-      warn(str(line))
+    if own is not None and run.writes:
+      own_data.say_unused(own, config.data.split, report, warn)
     if resume:
       _check_same_config(run, config)
     else:
       run.write("config.yaml", config_yaml(config))
       run.write("versions.json", json.dumps(versions(), indent=1) + "\n")
     began = time.monotonic()
-    _check_contents(run, dataset, split, config.data.dataset, report)
-    plan = _plan(run, dataset, split, config.plan, report)
-    segmenter = untrained(config, plan)
-    phases = {name: PHASES[name](config, plan) for name in ("generator", *phase_names(config))}
-    networks.check_generator(run, phases["generator"])
-    cases = {case.identifier: case for case in dataset.cases}
-    _preprocess(run, [cases[name] for name in split.train], dataset, plan, config.seed, report)
-    held_out = [cases[name] for name in split.validation]
-    report(f"prepared {len(split.train)} training cases, {duration(time.monotonic() - began)}")
-    about = {"config": config_tree(config), "labels": dataclasses.asdict(plan.labels),
-             "versions": versions()}
+    about = {"config": config_tree(config), "versions": versions()}
+    plan, result = None, {}
+    if own is not None:
+      own_data.check_contents(run, own, config.data.dataset, report)
+      plan = own_data.plan_of(run, own, config.plan, report)
+      about["labels"] = dataclasses.asdict(plan.labels)
     about = json.loads(json.dumps(about))
-    training = Training(run, mesh, config.seed, held_out, about, report, profile)
-    segmenter = networks.train_generator(training, phases["generator"], segmenter, for_generator)
-    networks.write_prompts(run, segmenter, for_refiner, report)
-    segmenter = networks.train_refiner(
-      training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner)
-    if run.writes:
-      save_curves(run.path / "log.jsonl", run.path / "curves.png")
-    result = validate_run(run, segmenter, held_out, report)
+    training = Training(run, mesh, config.seed, [], about, report, profile)
+    if plan is not None and own is not None and not config.tracker_alone:
+      result = _train_all(config, training, plan, own, of_tracker)
+    else:
+      if plan is not None and own is not None:
+        own_data.prepare(run, plan, own, config.seed, report)
+      _train_tracker(config, training, of_tracker)
+      _save_curves(run)
     report(f"done after {duration(time.monotonic() - began)}: {run.path}")
     return result
 
 
-def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Split:
-  """The split that a run to be resumed has, or a new one."""
-  identifiers = [case.identifier for case in dataset.cases]
-  path = out / "splits.json"
-  if not (resume and path.exists()):
-    return make_split(identifiers, config)
-  split = load_split(path)
-  if gone := sorted({*split.train, *split.validation} - set(identifiers)):
-    raise UserError(f"{path}: case {gone[0]} is no longer in the data set; put it back or train "
-                    "into another folder")
-  return split
+def _divided(config: Config, own: OwnData) -> tuple[list[str], list[str]]:
+  """The training cases of the generator and of the refiner."""
+  return divide(
+    own.split.train, config.refiner.held_back, config.seed, config.data.split.group)
 
 
-def _unused(dataset: Dataset, split: Split) -> list[str]:
-  used = {*split.train, *split.validation}
-  return [case.identifier for case in dataset.cases if case.identifier not in used]
+def _check_starting_points(config: Config, out: str | Path) -> None:
+  for source in filter(None, (config.tracker.init_from, config.refiner.init_from)):
+    check_starting_point(source, config.sam2)
+    load_checkpoint(source)  # whole and finite
+    if Path(source).absolute().is_relative_to(Path(out).absolute()):
+      raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
+
+
+def _train_all(
+  config: Config, training: Training, plan: Plan, own: OwnData,
+  of_tracker: Sequence[Dataset | None],
+) -> dict[str, Any]:
+  """All phases of a run; gives the scores of its held-out cases."""
+  run, report = training.run, training.report
+  for_generator, for_refiner = _divided(config, own)
+  segmenter = untrained(config, plan)
+  names: list[PhaseName] = ["generator", *phase_names(config)]
+  phases = {name: PHASES[name](config, plan) for name in names}
+  networks.check_generator(run, phases["generator"])
+  own_data.prepare(run, plan, own, config.seed, report)
+  held_out = own.cases(own.split.validation)
+  training = training._replace(held_out=held_out)
+  segmenter = networks.train_generator(training, phases["generator"], segmenter, for_generator)
+  networks.write_prompts(run, segmenter, for_refiner, report)
+  tracker = _train_tracker(config, training, of_tracker) if "tracker" in phases else None
+  segmenter = networks.train_refiner(
+    training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner, tracker)
+  _save_curves(run)
+  return validate_run(run, segmenter, held_out, report)
+
+
+def _train_tracker(
+  config: Config, training: Training, datasets: Sequence[Dataset | None]
+) -> Params:
+  run = training.run
+  tracker_data.prepare_sources(run, config, datasets, training.report)
+  names = tracker_data.case_names(run.path, config)
+  return networks.train_tracker(training, tracker_phase(config), config.sam2, names)
+
+
+def _save_curves(run: RunFolder) -> None:
+  if run.writes:
+    save_curves(run.path / "log.jsonl", run.path / "curves.png")
 
 
 @contextlib.contextmanager
@@ -163,79 +184,9 @@ def _check_same_config(run: RunFolder, config: Config) -> None:
                     "it with the config that it has, or train into another folder")
 
 
-def _check_contents(
-  run: RunFolder, dataset: Dataset, split: Split, source: str, report: Report
-) -> None:
-  """Keeps what the cases hold in cases.json; of a run that has it, they must hold it still."""
-  path, begun = run / "cases.json", run / "fingerprint.json"
-  known: Contents | Fingerprint | None = None
-  if path.exists():
-    known = load_json(path, Contents)
-  elif begun.exists():
-    known = load_json(begun, Fingerprint)
-    report(f"{run.path}: was begun without digests of its cases; only channels and labels are "
-           "compared")
-  if known is not None:
-    check_description(dataset, known.channels, known.labels, Path(source) / "dataset.json")
-  before = known.cases if isinstance(known, Contents) else {}
-  found: dict[str, CaseContent] = {}
-
-  def read(case: Case) -> None:
-    now = case_content(case, before.get(case.identifier))
-    check_case(case, now, before.get(case.identifier))
-    found[case.identifier] = now
-
-  mine = {*split.train, *split.validation}
-  cases = [case for case in dataset.cases if case.identifier in mine]
-  hosts.each(cases, read, Progress("contents, cases", report))
-  contents = {name: content for part in hosts.gather(found) for name, content in part.items()}
-  if run.writes and contents != before:
-    save_json(path, Contents(dataset.channels, dataset.labels, contents))
-
-
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   if isinstance(tree, dict):
     return {k: v for key, item in tree.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
   if isinstance(tree, list | tuple) and any(isinstance(item, dict) for item in tree):
     return _flat(dict(enumerate(tree)), prefix)
   return {prefix[:-1]: tree}
-
-
-def _plan(
-  run: RunFolder, dataset: Dataset, split: Split, config: PlanConfig, report: Report
-) -> Plan:
-  """Writes split, fingerprint (of the training cases alone) and plan where they are missing."""
-  with hosts.together():
-    if run.writes and not (run / "splits.json").exists():
-      save_split(run / "splits.json", split)
-    if run.writes and not (run / "plan.json").exists():
-      train_cases = [case for case in dataset.cases if case.identifier in set(split.train)]
-      fingerprint = make_fingerprint(
-        dataset, train_cases, progress=Progress("fingerprint, cases", report))
-      save_json(run / "fingerprint.json", fingerprint)
-      save_plan(run / "plan.json", make_plan(fingerprint, config))
-  plan = load_plan(run / "plan.json")
-  size = " x ".join(map(str, plan.patch_size))
-  report(f"plan: {plan.name}, spacing {plan.spacing} mm, patch {size}, "
-         f"{len(plan.labels.structures)} structures")
-  return plan
-
-
-def _preprocess(
-  run: RunFolder, cases: Sequence[Case], dataset: Dataset, plan: Plan, seed: int, report: Report
-) -> None:
-  folder = run / "preprocessed"
-  stored = set(stored_cases(folder)) if folder.is_dir() else set()
-
-  def store(case: Case) -> None:
-    if case.identifier in stored:
-      return
-    volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
-    for said in volume.geometry.remarks:
-      report(f"warning: {case.identifier}: {said}")
-    assert atoms is not None, "training cases have labels"
-    prepared = preprocess(volume, plan)
-    save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
-              plan.labels, seed)
-
-  hosts.each(cases, store, Progress("preprocessing, cases", report))

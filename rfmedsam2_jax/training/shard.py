@@ -22,7 +22,13 @@ from rfmedsam2_jax.data.plan import ChannelRule, Plan, PlanConfig, pooling
 from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import batch_shapes, batch_shards, make_mesh
 from rfmedsam2_jax.parallel.rules import path_of, placements, shardings, specs
-from rfmedsam2_jax.training.phases import PHASES, Phase, PhaseName, check_batches
+from rfmedsam2_jax.training.phases import (
+  PHASES,
+  Phase,
+  PhaseName,
+  check_batches,
+  tracker_phase,
+)
 
 GIB = 2**30
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -64,10 +70,14 @@ def shard(
     UserError: a mesh that these devices do not make, a batch that does not spread over it.
   """
   mesh = make_mesh(config.mesh)
-  plan = _plan_of_shapes(config.plan, channels, structures)
   check_batches(config, phases, mesh)
   key = jax.random.key(0)
-  for phase in [PHASES[name](config, plan) for name in phases]:
+  if list(phases) == ["tracker"]:
+    made = [tracker_phase(config)]
+  else:
+    plan = _plan_of_shapes(config.plan, channels, structures)
+    made = [PHASES[name](config, plan) for name in phases]
+  for phase in made:
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
     state = jax.eval_shape(lambda key, phase=phase: phase.start(phase.init(key), key), key)
     _report_step(phase, state, mesh, report, compiles)

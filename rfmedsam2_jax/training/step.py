@@ -9,7 +9,7 @@ each; then every part adds its gradient.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,16 @@ from rfmedsam2_jax.training.state import TrainState, ema_update, merge
 Batch = dict[str, Array]
 
 
+class Keys(NamedTuple):
+  """Random keys of the rows of a batch, [B] each.
+
+  rows: one for each row. whole: the same in all of them, of what is drawn for the batch.
+  """
+
+  rows: Array
+  whole: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
   """A loss in two halves, as in nn.losses.
@@ -41,7 +51,7 @@ class Loss:
   value: the loss and its metrics, of the sums over a whole batch.
   """
 
-  sums: Callable[[Params, Batch, Array], Any]
+  sums: Callable[[Params, Batch, Keys], Any]
   value: Callable[[Any], tuple[Array, dict[str, Array]]]
 
   def __call__(self, params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
@@ -54,10 +64,11 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 _JITTER_BOUND = 20 / 1024  # of the image's side: SAM 2's noise_bound, pixels of its 1024
 
 
-def row_keys(key: Array, batch: Batch) -> Array:
-  """Random keys of the rows [B] of a batch."""
+def row_keys(key: Array, batch: Batch) -> Keys:
+  """Random keys of the rows of a batch."""
   rows = jnp.arange(len(jax.tree.leaves(batch)[0]))
-  return jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+  of_rows = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+  return Keys(of_rows, jnp.broadcast_to(key, of_rows.shape))
 
 
 def make_step(
@@ -73,7 +84,7 @@ def make_step(
   spread = loss.sums if mesh is None else over_mesh(loss.sums, mesh)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    def sums(trained: Params, part: tuple[Batch, Array]) -> Any:
+    def sums(trained: Params, part: tuple[Batch, Keys]) -> Any:
       return spread(merge(trained, state.frozen), *part)
 
     whole = batch, row_keys(jax.random.fold_in(state.key, state.step), batch)
@@ -117,7 +128,7 @@ def generator_loss_fn(
   """Deeply supervised loss of a batch of patches, see data.pipeline.generator_batches."""
   member = jnp.asarray(membership)
 
-  def sums(params: Params, batch: Batch, keys: Array) -> Any:
+  def sums(params: Params, batch: Batch, keys: Keys) -> Any:
     logits: Any = model.apply({"params": params}, batch["image"], deep_supervision=True)
     return losses.generator_sums(logits, batch["target"], member, regions, config.loss)
 
@@ -151,12 +162,12 @@ def refiner_loss_fn(
     all_stages, weights = masks_on_grid, dataclasses.replace(weights, iou=0.0, presence=0.0)
     told = ("focal", "dice")
 
-  def sums(params: Params, batch: Batch, keys: Array) -> list[dict[str, losses.Mean]]:
+  def sums(params: Params, batch: Batch, keys: Keys) -> list[dict[str, losses.Mean]]:
     runs, tracks, length, height, width = batch["logits"].shape
     side = model.config.image_size
     logits = batch["logits"].reshape(-1, height, width)
     cells = stage0_prompts(logits, side, refinement.box_margin)
-    cells = cells._replace(boxes=_jittered(cells.boxes, config.box_jitter, side, keys))
+    cells = cells._replace(boxes=_jittered(cells.boxes, config.box_jitter, side, keys.rows))
     slices = batch["images"].reshape(runs * length, side, side, 3)
     results = all_stages(model, params, refinement, slices, cells, batch["inside"], batch["depth"])
     target = batch["masks"].reshape(-1, height, width)

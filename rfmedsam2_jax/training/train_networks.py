@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report
+from rfmedsam2_jax.config.tracker import TrackerConfig
 from rfmedsam2_jax.config.training import RefinerConfig
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.preprocessing import Prepared, load_case
 from rfmedsam2_jax.data.run_folder import RunFolder
-from rfmedsam2_jax.model import shapes
-from rfmedsam2_jax.nn import init_params
+from rfmedsam2_jax.nn import SAM2Config, init_params
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.rules import place
@@ -76,11 +77,33 @@ def train_generator(
   return dataclasses.replace(segmenter, generator=params)
 
 
+def train_tracker(
+  training: Training, phase: Phase, config: SAM2Config, cases: Sequence[str]
+) -> Params:
+  """Trains SAM 2 on prompts, or loads it where it is trained already."""
+  run, settings = training.run, phase.settings
+  assert isinstance(settings, TrackerConfig)
+  params: Params = {}
+  init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), 3))
+  if not run.params(phase.name).is_dir():
+    if settings.init_from and not _begun(run, phase.name):
+      params = starting_params(settings.init_from, config, init_key)
+      about = json.dumps(read_config(settings.init_from)[1], indent=1)
+      run.write("tracker_init_from.json", about + "\n")
+      training.report(f"tracker: starts from {settings.init_from}")
+    else:
+      params = init_params(config, init_key)
+  return _trained(training, phase, None, cases, params, key)
+
+
 def train_refiner(
   training: Training, mask_adapter: Phase | None, refiner: Phase, segmenter: Segmenter,
-  cases: Sequence[str],
+  cases: Sequence[str], tracker: Params | None = None,
 ) -> Segmenter:
-  """Trains SAM 2 as the refiner, its MaskAdapter first, or loads it where it is trained already."""
+  """Trains SAM 2 as the refiner, its MaskAdapter first, or loads it where it is trained already.
+
+  tracker: the parameters that it starts from, if there are any.
+  """
   run, sam2, settings = training.run, segmenter.sam2.config, refiner.settings
   assert isinstance(settings, RefinerConfig)
   params: Params = {}
@@ -92,6 +115,8 @@ def train_refiner(
       about = read_config(settings.init_from)[1]
       run.write("init_from.json", json.dumps(about, indent=1) + "\n")
       training.report(f"refiner: starts from {settings.init_from}")
+    elif tracker is not None:
+      params = tracker
     else:
       params = init_params(sam2, init_key)
       if not settings.init_from and any(x.residual for x in segmenter.refinement.stages):
@@ -105,8 +130,8 @@ def train_refiner(
 
 
 def _trained(
-  training: Training, phase: Phase, segmenter: Segmenter, cases: Sequence[str], params: Params,
-  key: jax.Array,
+  training: Training, phase: Phase, segmenter: Segmenter | None, cases: Sequence[str],
+  params: Params, key: jax.Array,
 ) -> Params:
   """The parameters at the end of a phase, which starts from `params` if it has not ended yet."""
   folder = training.run.params(phase.name)
@@ -116,7 +141,10 @@ def _trained(
                     "trained")
     state = train_phase(training, phase, segmenter, cases, state)
     _save(training, phase, phase.final(state, training.mesh))
-  return load_params(folder, shapes(segmenter, phase.network))
+  # Frozen parameters that are held in half precision are kept as float32.
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.eval_shape(phase.init, key))
+  return load_params(folder, like)
 
 
 def _save(training: Training, phase: Phase, params: Params) -> None:

@@ -1,7 +1,7 @@
-"""Trains both networks for a few steps on several meshes of 8 simulated devices; prints JSON.
+"""Trains a network for a few steps on several meshes of 8 simulated devices; prints JSON.
 
 A process of its own, because the number of devices is fixed when JAX starts.
-python tests/parallel/mesh_worker.py generator|refiner MESH...
+python tests/parallel/mesh_worker.py generator|refiner|tracker MESH...
 
 With DISTRIBUTED=HOST:PORT,PROCESSES,INDEX, or "auto" and PROCESSES, the devices are those of
 several processes.
@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 from small_sam2 import MODEL, SIDE, drawn
 
+from rfmedsam2_jax.config.tracker import TrackerConfig
 from rfmedsam2_jax.config.training import GeneratorConfig, OptimizerConfig, RefinerConfig
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.parallel import hosts, rules
@@ -44,6 +45,7 @@ from rfmedsam2_jax.training.step import (
   make_step,
   refiner_loss_fn,
 )
+from rfmedsam2_jax.training.tracker_step import tracker_loss_fn
 
 BEGAN = time.time()
 STEPS, BATCH = 5, 8
@@ -93,6 +95,21 @@ def refiner():
   return drawn(), refiner_loss_fn(MODEL, config, refinement), batch
 
 
+def tracker():
+  """Runs that differ in how many objects they have, and where."""
+  config = TrackerConfig(slices=3, objects=2, corrections=1, optimizer=OPTIMIZER)
+  rng = np.random.default_rng(0)
+  y, x = np.mgrid[:SIDE, :SIDE]
+  cy, cx = rng.uniform(0.3, 0.7, (2, BATCH, 2, 3, 1, 1)) * SIDE
+  objects = np.hypot(y - cy, x - cx) < rng.uniform(0.1, 0.3, (BATCH, 2, 3, 1, 1)) * SIDE
+  objects[1, 0, 1:] = objects[2, 1] = False
+  batch = {
+    "images": rng.random((BATCH, 3, SIDE, SIDE, 3), np.float32),
+    "objects": objects, "has": objects.any((2, 3, 4)),
+  }
+  return drawn(), tracker_loss_fn(MODEL, config), batch
+
+
 def run(params, loss, batch, mesh: Mesh, microbatches: int = 1) -> dict:
   optimizer = make_optimizer(OPTIMIZER, STEPS)
   whole = init_state(params, ("*",), optimizer, jax.random.key(1))
@@ -129,7 +146,7 @@ def difference(a, b) -> float:
 def main() -> None:
   hosts.initialise(DISTRIBUTED)
   phase, *labels = sys.argv[1:]
-  params, loss, batch = {"generator": generator, "refiner": refiner}[phase]()
+  params, loss, batch = {"generator": generator, "refiner": refiner, "tracker": tracker}[phase]()
   results = {}
   for label in labels:
     print(label, round(time.time() - BEGAN), file=sys.stderr, flush=True)

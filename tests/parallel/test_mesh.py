@@ -127,6 +127,12 @@ def test_the_refiner_is_trained_alike_on_a_mesh():
   assert_equal_and_spread(on_meshes("refiner", ["2x4"]))
 
 
+@pytest.mark.slow
+def test_the_tracker_is_trained_alike_on_a_mesh():
+  """Prompts are drawn for tracks by their number, and so are clicks."""
+  assert_equal_and_spread(on_meshes("tracker", ["2x4"]))
+
+
 @pytest.mark.full
 def test_the_refiner_with_two_stages_is_trained_alike_on_every_mesh():
   assert_equal_and_spread(on_meshes("refiner", ALL, STAGES="2"))
