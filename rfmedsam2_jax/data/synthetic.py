@@ -1,0 +1,119 @@
+"""An endless stream of synthetic runs of slices with objects to prompt, for the training of the tracker.
+
+Run i of a seed is a function of (config, seed, i) alone: nothing is read, written or kept, and the
+number of workers changes nothing. Labels first, then intensities drawn for them, as in SynthSeg
+(Billot et al., Medical Image Analysis 2023) and SynthMorph (Hoffmann et al., TMI 2022): what is
+learned from it cannot depend on one scanner or one organ.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from rfmedsam2_jax.base.ranges import STRICT, Share
+from rfmedsam2_jax.data.sam_slices import resize_linear
+from rfmedsam2_jax.data.synthetic_bodies import body, neighbours, tissues
+from rfmedsam2_jax.data.synthetic_scanner import Palette, acquire
+from rfmedsam2_jax.data.synthetic_scene import Scene
+from rfmedsam2_jax.data.synthetic_shapes import Space, log_uniform
+
+_STREAM = 2  # of a seed; data.pipeline has 0 and 1
+_LEAST = 12  # pixels of an object on its largest slice
+_FOCUS = 6.0  # times as often as others is the organ drawn that the picture is made around
+_NO_ORDER = 0.12  # share of runs whose tissues may have any intensity
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+  __pydantic_config__ = STRICT
+
+  ct: Share = 0.5  # of the runs with an order of tissues; the others are like MRI
+  cut: Share = 0.6  # share of runs that show one object large, as tracking cuts around a prompt
+
+
+class SyntheticRun(NamedTuple):
+  """Consecutive slices of a volume, and what may be prompted in them.
+
+  Attributes:
+    images: float32 [L, S, S] in [0, 1].
+    objects: bool [T, L, S, S], which may touch, nest or share voxels; empty where there are fewer.
+    kinds: the family of each object, "" of an empty one.
+  """
+
+  images: np.ndarray
+  objects: np.ndarray
+  kinds: tuple[str, ...]
+
+
+def synthetic_run(config: SyntheticConfig, seed: int, index: int, side: int, length: int = 8,
+                  tracks: int = 3) -> SyntheticRun:
+  """Run `index` of the stream `seed`: `length` slices of `side` pixels, up to `tracks` objects."""
+  rng = np.random.default_rng([seed, _STREAM, index])
+  cut = rng.random() < config.cut
+  space = _space(rng, cut, side, length)
+  modality = "any" if rng.random() < _NO_ORDER else "ct" if rng.random() < config.ct else "mr"
+  palette = Palette(rng, modality)
+  scene = Scene(rng, space, palette)
+  radius = rng.uniform(0.12, 0.42) if cut else log_uniform(rng, 0.03, 0.42)
+  reach = space.shape[0] * space.spacing[0] / 2 + 0.6 * radius
+  centre = np.array([rng.uniform(-reach, reach),
+                     *(rng.normal(0, 0.05, 2) if cut else rng.uniform(-0.28, 0.28, 2))])
+  if rng.random() < 0.65:
+    # In the middle where all of the body is seen; else somewhere around the organ.
+    size = radius / log_uniform(rng, 0.12, 0.6) if cut else rng.uniform(0.3, 0.48)
+    place = np.array([0, *rng.normal(0, 0.03, 2)])
+    if cut:
+      place = centre - size * np.array([rng.normal(0, 0.3), *rng.uniform(-0.55, 0.55, 2)])
+    body(scene, place, size)
+  else:
+    tissues(scene)
+  neighbours(scene, centre, radius)
+  image = acquire(rng, scene.image, palette)
+  kinds, objects = _drawn(rng, scene, tracks)
+  if rng.random() < 0.25:
+    beyond = _beyond(rng, image)
+    image[beyond], objects[:, *beyond] = 0, False
+  rows, columns = (((np.arange(side) + 0.5) * (n / side)).astype(int) for n in image.shape[1:])
+  return SyntheticRun(resize_linear(image, side), objects[:, :, rows[:, None], columns], kinds)
+
+
+def _space(rng: np.random.Generator, cut: bool, side: int, length: int) -> Space:
+  """How a run is cut from the world: pixels of a scanner, coarse where a small part is shown large."""
+  least = min(24 if cut else 80, side)
+  columns = side if rng.random() < 0.35 else round(log_uniform(rng, least, side))
+  aspect = 1.0 if rng.random() < 0.5 else float(np.exp(rng.uniform(-0.35, 0.35)))
+  rows = min(max(round(columns * aspect), 16), side)
+  step = log_uniform(rng, 0.004, 0.09)
+  # Planes that a slice is the mean of; one where it is no thicker than a pixel, or one of many.
+  planes = int(np.searchsorted([1.5, 5.0], step * columns)) + 1 if rng.random() < 0.85 else 1
+  shifts = np.zeros((length, 2))
+  if rng.random() < 0.15:
+    shifts = rng.normal(0, rng.uniform(0.002, 0.012), (length, 2))
+  return Space(rng, (length * planes, rows, columns), planes,
+               (step / planes, aspect / rows, 1 / columns), rng.uniform(0.005, 0.035),
+               np.repeat(shifts, planes, axis=0))
+
+
+def _drawn(rng: np.random.Generator, scene: Scene, tracks: int) -> tuple[tuple[str, ...], np.ndarray]:
+  """Names and masks [T, L, H, W] of some of the candidates, neither specks nor nearly everything."""
+  depth, *plane = scene.owner.shape
+  place = scene.owner + 256 * np.arange(depth)[:, None, None]
+  counts = np.bincount(place.ravel(), minlength=256 * depth).reshape(depth, 256)
+  usable = [c for c in scene.candidates
+            if _LEAST <= counts[:, list(c.parts)].sum(axis=1).max() < 0.85 * plane[0] * plane[1]]
+  weights = np.array([_FOCUS if c.focus else 1.0 for c in usable])
+  count = min(len(usable), tracks)
+  picked = rng.choice(len(usable), count, replace=False, p=weights / weights.sum()) if count else []
+  masks = np.zeros((tracks, *scene.owner.shape), bool)
+  for mask, pick in zip(masks, picks := [usable[i] for i in picked], strict=False):
+    mask[:] = np.isin(np.arange(256), pick.parts)[scene.owner]
+  return tuple(p.kind for p in picks) + ("",) * (tracks - count), masks
+
+
+def _beyond(rng: np.random.Generator, image: np.ndarray) -> tuple[slice, ...]:
+  """A border strip of slices [L, H, W] that lies outside of the volume."""
+  axis = int(rng.integers(1, 3))
+  width = int(image.shape[axis] * rng.uniform(0.05, 0.3))
+  strip = slice(0, width) if rng.random() < 0.5 else slice(image.shape[axis] - width, None)
+  return (slice(None), strip) if axis == 1 else (slice(None), slice(None), strip)
