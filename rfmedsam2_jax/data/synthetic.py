@@ -1,4 +1,4 @@
-"""An endless stream of synthetic runs of slices with objects to prompt, for the training of the tracker.
+"""An endless stream of synthetic runs of slices with objects to prompt, to train the tracker on.
 
 Run i of a seed is a function of (config, seed, i) alone: nothing is read, written or kept, and the
 number of workers changes nothing. Labels first, then intensities drawn for them, as in SynthSeg
@@ -20,7 +20,10 @@ from rfmedsam2_jax.data.synthetic_shapes import Space, log_uniform
 
 _STREAM = 2  # of a seed; data.pipeline has 0 and 1
 _LEAST = 12  # pixels of an object on its largest slice
-_FOCUS = 6.0  # times as often as others is the organ drawn that the picture is made around
+# How often a candidate is drawn: of the organ that the picture is made around, of what fills the
+# space behind organs, others.
+_FOCUS, _REGION, _OTHER = 6.0, 0.3, 1.0
+_ATTEMPTS = 8  # at a run with an object in sight; nearly all succeed at once
 _NO_ORDER = 0.12  # share of runs whose tissues may have any intensity
 
 
@@ -49,27 +52,36 @@ class SyntheticRun(NamedTuple):
 def synthetic_run(config: SyntheticConfig, seed: int, index: int, side: int, length: int = 8,
                   tracks: int = 3) -> SyntheticRun:
   """Run `index` of the stream `seed`: `length` slices of `side` pixels, up to `tracks` objects."""
-  rng = np.random.default_rng([seed, _STREAM, index])
+  for attempt in range(_ATTEMPTS):
+    rng = np.random.default_rng([seed, _STREAM, index, attempt])
+    run = _attempt(rng, config, side, length, tracks)
+    if run.kinds[0]:
+      break
+  return run
+
+
+def _attempt(rng: np.random.Generator, config: SyntheticConfig, side: int, length: int, tracks: int
+             ) -> SyntheticRun:
   cut = rng.random() < config.cut
   space = _space(rng, cut, side, length)
   modality = "any" if rng.random() < _NO_ORDER else "ct" if rng.random() < config.ct else "mr"
-  palette = Palette(rng, modality)
-  scene = Scene(rng, space, palette)
-  radius = rng.uniform(0.12, 0.42) if cut else log_uniform(rng, 0.03, 0.42)
-  reach = space.shape[0] * space.spacing[0] / 2 + 0.6 * radius
-  centre = np.array([rng.uniform(-reach, reach),
-                     *(rng.normal(0, 0.05, 2) if cut else rng.uniform(-0.28, 0.28, 2))])
+  scene = Scene(rng, space, Palette(rng, modality))
+  reach = space.shape[0] * space.spacing[0] / 2
+  if cut:
+    radius, place = rng.uniform(0.12, 0.42), rng.normal(0, 0.05, 2)
+  else:
+    radius, place = log_uniform(rng, 0.03, 0.35), rng.uniform(-0.25, 0.25, 2)
+  centre = np.array([rng.uniform(-1, 1) * (reach + 0.5 * radius), *place])
   if rng.random() < 0.65:
     # In the middle where all of the body is seen; else somewhere around the organ.
     size = radius / log_uniform(rng, 0.12, 0.6) if cut else rng.uniform(0.3, 0.48)
-    place = np.array([0, *rng.normal(0, 0.03, 2)])
-    if cut:
-      place = centre - size * np.array([rng.normal(0, 0.3), *rng.uniform(-0.55, 0.55, 2)])
-    body(scene, place, size)
+    away = (size * np.array([rng.normal(0, 0.3), *rng.uniform(-0.55, 0.55, 2)]) if cut
+            else centre * (1, 0.9, 0.9))
+    body(scene, centre - away, size)
   else:
     tissues(scene)
   neighbours(scene, centre, radius)
-  image = acquire(rng, scene.image, palette)
+  image = acquire(rng, scene.image, scene.palette)
   kinds, objects = _drawn(rng, scene, tracks)
   if rng.random() < 0.25:
     beyond = _beyond(rng, image)
@@ -79,8 +91,8 @@ def synthetic_run(config: SyntheticConfig, seed: int, index: int, side: int, len
 
 
 def _space(rng: np.random.Generator, cut: bool, side: int, length: int) -> Space:
-  """How a run is cut from the world: pixels of a scanner, coarse where a small part is shown large."""
-  least = min(24 if cut else 80, side)
+  """A scanner's pixels and slices: coarse pixels where a small part of a volume is shown large."""
+  least = min(16 if cut else 80, side)
   columns = side if rng.random() < 0.35 else round(log_uniform(rng, least, side))
   aspect = 1.0 if rng.random() < 0.5 else float(np.exp(rng.uniform(-0.35, 0.35)))
   rows = min(max(round(columns * aspect), 16), side)
@@ -95,14 +107,16 @@ def _space(rng: np.random.Generator, cut: bool, side: int, length: int) -> Space
                np.repeat(shifts, planes, axis=0))
 
 
-def _drawn(rng: np.random.Generator, scene: Scene, tracks: int) -> tuple[tuple[str, ...], np.ndarray]:
-  """Names and masks [T, L, H, W] of some of the candidates, neither specks nor nearly everything."""
+def _drawn(rng: np.random.Generator, scene: Scene, tracks: int
+           ) -> tuple[tuple[str, ...], np.ndarray]:
+  """Names and masks [T, L, H, W] of some candidates, neither specks nor nearly everything."""
   depth, *plane = scene.owner.shape
   place = scene.owner + 256 * np.arange(depth)[:, None, None]
   counts = np.bincount(place.ravel(), minlength=256 * depth).reshape(depth, 256)
   usable = [c for c in scene.candidates
             if _LEAST <= counts[:, list(c.parts)].sum(axis=1).max() < 0.85 * plane[0] * plane[1]]
-  weights = np.array([_FOCUS if c.focus else 1.0 for c in usable])
+  weights = np.array([_FOCUS if c.focus else _REGION if c.kind == "region" else _OTHER
+                      for c in usable])
   count = min(len(usable), tracks)
   picked = rng.choice(len(usable), count, replace=False, p=weights / weights.sum()) if count else []
   masks = np.zeros((tracks, *scene.owner.shape), bool)

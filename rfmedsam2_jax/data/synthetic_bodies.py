@@ -1,4 +1,4 @@
-"""Where synthetic organs lie: a body in air, or tissue that fills the picture; neighbours around one organ."""
+"""Where synthetic organs lie: a body in air or tissue that fills the picture, among neighbours."""
 
 import numpy as np
 
@@ -14,7 +14,8 @@ _INNER = (solid, solid, kidney, hollow, hollow, lung, heart)
 def body(scene: Scene, centre: np.ndarray, size: float) -> None:
   """Air, perhaps a table and arms; skin, fat, muscle and what is inside; ribs and a spine.
 
-  `size` is half of the body's width, in widths of the picture; mostly it is cut across.
+  `size` is half of the body's width, in widths of the picture; mostly it is cut across. Most bodies
+  limit what is painted later.
   """
   rng, space, palette = scene.rng, scene.space, scene.palette
   scene.image[:] = palette.tissue("air").value
@@ -28,8 +29,8 @@ def body(scene: Scene, centre: np.ndarray, size: float) -> None:
                               size * np.array([9, 1.6, 2.2]), frame)
       scene.paint(table and table.skin(size * rng.uniform(0.008, 0.024)), flesh)
   for side in (-1, 1) if rng.random() < 0.35 else ():
-    at = centre + frame[2] * size * side * rng.uniform(1.15, 1.35) + frame[1] * deep * rng.normal(0, 0.2)
-    arm = space.ellipsoid(at, size * np.array([9, 0.2, 0.22]), frame)
+    at = frame[2] * size * side * rng.uniform(1.15, 1.35) + frame[1] * deep * rng.normal(0, 0.2)
+    arm = space.ellipsoid(centre + at, size * np.array([9, 0.2, 0.22]), frame)
     if arm is not None:
       scene.paint(arm, fat)
       scene.paint(scene.rough(arm + 0.04 * size, 0.2 * size, 0.02 * size), flesh)
@@ -47,6 +48,10 @@ def body(scene: Scene, centre: np.ndarray, size: float) -> None:
   inside = wall + rng.uniform(0.05, 0.14) * size
   filling = str(rng.choice(["fat", "organ", "muscle", "lung"], p=[0.55, 0.2, 0.15, 0.1]))
   scene.paint(inside, palette.tissue(filling))
+  if rng.random() < 0.85:
+    scene.limit = wall
+  if rng.random() < 0.4:
+    packed(scene)
   strands(scene, inside)
   ribs(scene, centre, frame, deep - layer - 0.06 * size, size - layer - 0.06 * size)
   vertebra(scene, centre + frame[1] * deep * rng.uniform(0.4, 0.6), size * rng.uniform(0.2, 0.3),
@@ -80,12 +85,12 @@ def strands(scene: Scene, level: Level) -> None:
     size = log_uniform(rng, 0.03, 0.3)
     lines = np.maximum(np.abs(scene.bump(level, size)), np.abs(scene.bump(level, size)))
     lines -= np.float32(rng.uniform(0.08, 0.3))
-    scene.paint(level.cut(lines * np.float32(size * 0.5)),
-                scene.palette.tissue(str(rng.choice(["blood", "blood", "organ", "muscle"]))))
+    tissue = str(rng.choice(["blood", "blood", "organ", "muscle"]))
+    scene.paint(level.cut(lines * np.float32(size * 0.5)), scene.palette.tissue(tissue), None)
 
 
 def tissues(scene: Scene) -> None:
-  """The inside of a body: one tissue, some with islands of others, or organs that fill all space."""
+  """The inside of a body: one tissue, islands of others in it, or organs that fill all space."""
   rng, palette, space = scene.rng, scene.palette, scene.space
   names = ["fat", "organ", "muscle", "organ", "fluid", "blood"]
   level = Level(space.whole(), np.full(space.shape, -9, np.float32))
@@ -94,15 +99,15 @@ def tissues(scene: Scene) -> None:
     packed(scene)
   else:
     for _ in range(int(rng.integers(0, 4))):
-      size, part = log_uniform(rng, 0.1, 0.6), scene.new_part()
-      islands = (np.float32(rng.uniform(-0.2, 0.8)) - scene.bump(level, size)) * np.float32(size * 0.4)
-      scene.paint(level.cut(islands), palette.tissue(str(rng.choice(names))), part)
+      size, part, tissue = log_uniform(rng, 0.1, 0.6), scene.new_part(), str(rng.choice(names))
+      islands = np.float32(rng.uniform(-0.2, 0.8)) - scene.bump(level, size)
+      scene.paint(level.cut(islands * np.float32(size * 0.4)), palette.tissue(tissue), part)
       scene.ask("region", [part])
   strands(scene, level)
 
 
 def packed(scene: Scene) -> None:
-  """Organs that press against each other: cells of a power diagram, bent, with or without fat between."""
+  """Organs that press against each other: bent cells of a power diagram, perhaps fat between."""
   rng, space, palette = scene.rng, scene.space, scene.palette
   count, reach = int(rng.integers(3, 9)), space.shape[0] * space.spacing[0] / 2 + 0.2
   size = 1 / np.sqrt(count)
@@ -112,7 +117,7 @@ def packed(scene: Scene) -> None:
   for cell in range(count):
     at = np.array([rng.uniform(-reach, reach), *rng.uniform(-0.6, 0.6, 2)])
     # Squared distance to the seed, less that to the origin, which all cells have.
-    power = scene.bump(level, size) * np.float32(size**2 * rng.uniform(0, 0.25))
+    power = scene.bump(level, size) * np.float32(size**2 * rng.uniform(0, 0.9))
     for c, p in zip(at, space.points, strict=True):
       power -= np.float32(2 * c) * p
     power += np.float32(at @ at + rng.normal(0, 0.3) * size**2)
@@ -122,9 +127,9 @@ def packed(scene: Scene) -> None:
     best = np.minimum(best, power)
   border = (best - second) / np.float32(2 * size)
   for cell in range(count):
-    part = scene.new_part()
+    part, tissue = scene.new_part(), "organ" if rng.random() < 0.7 else "muscle"
     own = np.where(owner == cell, border, -border)
-    scene.paint(Level(level.box, own), palette.tissue("organ" if rng.random() < 0.7 else "muscle"), part)
+    scene.paint(Level(level.box, own), palette.tissue(tissue), part)
     scene.ask("region", [part])
   if rng.random() < 0.6:
     gap = space.pixel * rng.uniform(0.3, 2.5)
@@ -133,7 +138,7 @@ def packed(scene: Scene) -> None:
 
 
 def neighbours(scene: Scene, centre: np.ndarray, radius: float) -> None:
-  """The organ that a picture is made around, others beside it and elsewhere, some of them over it."""
+  """The organ that a picture is made around, others beside it and elsewhere, some over it."""
   rng = scene.rng
   families, weights = list(FAMILIES), np.array(list(FAMILIES.values()))
   plan: list[tuple[np.ndarray, float]] = []

@@ -8,7 +8,15 @@ from collections.abc import Callable
 import numpy as np
 
 from rfmedsam2_jax.data.synthetic_organs import (
-  brain, coat, divided, heart, hollow, kidney, lung, solid)
+  brain,
+  coat,
+  divided,
+  heart,
+  hollow,
+  kidney,
+  lung,
+  solid,
+)
 from rfmedsam2_jax.data.synthetic_scene import Scene, direction
 from rfmedsam2_jax.data.synthetic_shapes import Level, curve, joined, rotation, tree
 
@@ -45,9 +53,10 @@ def vessel(scene: Scene, centre: np.ndarray, radius: float) -> None:
 def branching(scene: Scene, centre: np.ndarray, radius: float) -> None:
   """A tree of vessels or airways."""
   rng, way = scene.rng, direction(scene.rng)
-  level = scene.space.tube(tree(
-    rng, centre - way * radius, way, radius * rng.uniform(0.7, 1.1), radius * rng.uniform(0.06, 0.25),
-    int(rng.integers(2, 5))), 3 * scene.space.pixel)
+  length, thick = radius * rng.uniform(0.7, 1.1), radius * rng.uniform(0.06, 0.25)
+  level = scene.space.tube(
+    tree(rng, centre - way * radius, way, length, thick, int(rng.integers(2, 5))),
+    3 * scene.space.pixel)
   if level is None:
     return
   part, tissue = scene.new_part(), str(rng.choice(["blood", "blood", "blood", "gas", "fluid"]))
@@ -88,14 +97,15 @@ def vertebra(scene: Scene, centre: np.ndarray, radius: float, frame: np.ndarray,
              ) -> None:
   """A body, an arch with its processes, and the canal between; `height` is the body's, in radii."""
   rng, space = scene.rng, scene.space
-  level = space.ellipsoid(centre, radius * np.array([height, 0.6, 0.75]), frame, True, 4 * space.pixel)
+  spare = 4 * space.pixel
+  level = space.ellipsoid(centre, radius * np.array([height, 0.6, 0.75]), frame, True, spare)
   # Ends of the bars of the arch, along the frame, in radii.
   left, right = np.array([0, 0.5, 0.5]), np.array([0, 0.5, -0.5])
   back, spine = np.array([0, 1.35, 0]), np.array([0.3, 2.0, 0])
   bars = [(left, back), (right, back), (back, spine), (left, left * 2.2), (right, right * 2.2)]
   arch = space.tube(np.array([
     [*(centre + radius * a @ frame), *(centre + radius * b @ frame), 0.17 * radius, 0.13 * radius]
-    for a, b in bars]), 4 * space.pixel)
+    for a, b in bars]), spare)
   marrow(scene, joined(level, arch), radius)
   canal = space.ellipsoid(centre + radius * np.array([0, 0.9, 0]) @ frame,
                           radius * np.array([9.0, *rng.uniform(0.2, 0.3, 2)]), frame)

@@ -1,4 +1,4 @@
-"""Families of synthetic organs, each of sizes, shapes and tissues at random, and what may be asked of it.
+"""Families of synthetic organs, of sizes, shapes and tissues at random, and what may be asked.
 
 Nothing here is an atlas. A family paints itself into a scene around a centre [3], in widths of the
 picture, with a radius of about the given one, and says which of its parts are objects.
@@ -11,7 +11,7 @@ from rfmedsam2_jax.data.synthetic_shapes import Level, curve, joined, rotation, 
 
 
 def coat(scene: Scene, level: Level, radius: float) -> None:
-  """Fat around an organ, thick here and missing there, so that it touches some of its neighbours."""
+  """Fat around an organ, thick here and missing there, so that some neighbours touch it."""
   rng = scene.rng
   if rng.random() < 0.55:
     thickness = min(radius * 0.25, scene.space.pixel * rng.uniform(0.5, 5.0))
@@ -80,7 +80,7 @@ def kidney(scene: Scene, centre: np.ndarray, radius: float) -> None:
 
 
 def hollow(scene: Scene, centre: np.ndarray, radius: float) -> None:
-  """Stomach, bowel or bladder: a wall with folds around fluid, food and gas, which floats on top."""
+  """Stomach, bowel or bladder: a wall with folds around fluid, food, and gas on top."""
   rng, palette, pixel = scene.rng, scene.palette, scene.space.pixel
   if rng.random() < 0.55:
     level = scene.blob(centre, radius)
@@ -184,7 +184,8 @@ def brain(scene: Scene, centre: np.ndarray, radius: float) -> None:
   surface = level + np.float32(radius * rng.uniform(0.1, 0.35)) * furrow
   cortex, white = scene.new_part(), scene.new_part()
   scene.paint(surface, grey, cortex)
-  scene.paint(surface + radius * rng.uniform(0.05, 0.14), palette.tissue("organ", grey.value), white)
+  thickness = radius * rng.uniform(0.05, 0.14)
+  scene.paint(surface + thickness, palette.tissue("organ", grey.value), white)
   whole = [cortex, white]
   for _ in range(int(rng.integers(1, 6))):
     inner = scene.blob(centre + direction(rng) * radius * rng.uniform(0.05, 0.5),

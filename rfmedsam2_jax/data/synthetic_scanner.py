@@ -1,8 +1,8 @@
 """How synthetic anatomy looks: intensities of its tissues, and what a scanner adds to them.
 
-Intensities are those that are shown, 0 to 1, and leave that range until the very end. A palette is of
-one picture: CT in Hounsfield units through some window, MRI in which any tissue may be bright or dark,
-or no order at all (the domain randomisation of SynthSeg, Billot et al. 2023).
+Intensities are those that are shown, 0 to 1, and may leave that range until the very end. A palette
+is of one picture: CT in Hounsfield units through some window, MRI in which any tissue may be bright
+or dark, or no order at all (the domain randomisation of SynthSeg, Billot et al. 2023).
 """
 
 import dataclasses
@@ -11,18 +11,18 @@ from typing import Literal
 import numpy as np
 from scipy import ndimage
 
-from rfmedsam2_jax.data.synthetic_shapes import smooth_field
+from rfmedsam2_jax.data.synthetic_shapes import log_uniform, smooth_field
 
 Modality = Literal["ct", "mr", "any"]
 
 # Hounsfield units: the lowest and highest mean of a tissue, and the deviation of its texture.
 _HOUNSFIELD = {
-  "air": (-1000, -1000, 0), "gas": (-1000, -850, 8), "lung": (-880, -600, 50), "fat": (-120, -70, 10),
-  "fluid": (-5, 25, 3), "muscle": (35, 75, 9), "organ": (20, 120, 7), "blood": (60, 380, 7),
-  "wall": (20, 110, 8), "marrow": (80, 380, 60), "cortex": (350, 1500, 120), "food": (0, 110, 40),
-  "skin": (0, 60, 10),
+  "air": (-1000, -1000, 0), "gas": (-1000, -850, 8), "lung": (-880, -600, 50),
+  "fat": (-120, -70, 10), "fluid": (-5, 25, 3), "muscle": (35, 75, 9), "organ": (20, 120, 7),
+  "blood": (60, 380, 7), "wall": (20, 110, 8), "marrow": (80, 380, 60), "cortex": (350, 1500, 120),
+  "food": (0, 110, 40), "skin": (0, 60, 10),
 }
-# The same of MRI, where blood and fluid, fat and marrow are bright in one sequence, dark in another.
+# The same of MRI, where blood, fluid, fat and marrow are bright in some sequences, dark in others.
 _BRIGHTNESS = {
   "air": (0, 0, 0), "gas": (0, 0.04, 0.01), "lung": (0.02, 0.16, 0.03), "fat": (0.1, 1.0, 0.05),
   "fluid": (0.05, 1.0, 0.03), "muscle": (0.1, 0.5, 0.03), "organ": (0.1, 0.8, 0.03),
@@ -48,6 +48,7 @@ class Palette:
 
   Attributes:
     window: the Hounsfield units that CT shows as 0 and 1.
+    noise: standard deviation of what the scanner will add.
   """
 
   GRAINS = 5
@@ -56,6 +57,11 @@ class Palette:
     self.rng, self.modality, self.window = rng, modality, (0.0, 1.0)
     if modality == "ct":
       self.window = _window(rng)
+    if modality == "mr":
+      self.noise = log_uniform(rng, 0.004, 0.06)
+    else:
+      width = self.window[1] - self.window[0] if modality == "ct" else 700
+      self.noise = min(log_uniform(rng, 3, 30) / width, 0.12)
     self._roughness = float(np.exp(rng.normal(0.1, 0.5)))
     # Mean, spread and texture of every tissue.
     self._tissues: dict[str, tuple[float, float, float]] = {}
@@ -76,7 +82,9 @@ class Palette:
     low, high = self.window
     mean, spread, texture = self._tissues[name]
     values = (mean + spread * rng.uniform(-1, 1, _DRAWS) - low) / (high - low)
-    least = rng.uniform(0.03, 0.15) * (rng.random() < 0.88)
+    least = rng.uniform(0.03, 0.12) + rng.uniform(0, 1.5) * self.noise
+    if rng.random() < 0.1:
+      least = 0.0
     away = np.abs(np.clip(values, 0, 1) - (9 if apart_from is None else np.clip(apart_from, 0, 1)))
     chosen = int(np.argmax(away >= least if (away >= least).any() else away))
     return Tissue(
@@ -88,7 +96,7 @@ class Palette:
 def _window(rng: np.random.Generator) -> tuple[float, float]:
   kind = rng.random()
   if kind < 0.5:  # a radiologist's
-    centre, width = rng.uniform(30, 110), np.exp(rng.uniform(np.log(250), np.log(700)))
+    centre, width = rng.uniform(30, 110), log_uniform(rng, 250, 700)
     return centre - width / 2, centre + width / 2
   if kind < 0.75:  # percentiles of a volume with its air
     return -1000.0, rng.uniform(200, 900)
@@ -98,10 +106,9 @@ def _window(rng: np.random.Generator) -> tuple[float, float]:
 def acquire(rng: np.random.Generator, image: np.ndarray, palette: Palette) -> np.ndarray:
   """What a scanner makes of slices [L, H, W]: blur, artefacts, noise; float32 cut to [0, 1]."""
   if palette.modality == "ct" or (palette.modality == "any" and rng.random() < 0.4):
-    low, high = palette.window if palette.modality == "ct" else (-500, 500)
-    image = _tomography(rng, image, high - low)
+    image = _tomography(rng, image, palette.noise)
   else:
-    image = _resonance(rng, image)
+    image = _resonance(rng, image, palette.noise)
   if rng.random() < 0.15:  # another window
     image = image * np.float32(rng.uniform(0.7, 1.3)) + np.float32(rng.uniform(-0.1, 0.1))
   image = np.clip(image, 0, 1)
@@ -114,12 +121,11 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
   return ndimage.gaussian_filter(image, (0, sigma, sigma), truncate=2.5) if sigma > 0.25 else image
 
 
-def _tomography(rng: np.random.Generator, image: np.ndarray, width: float) -> np.ndarray:
+def _tomography(rng: np.random.Generator, image: np.ndarray, deviation: float) -> np.ndarray:
   """Point spread, edges that a sharp kernel exaggerates, noise with a grain, streaks."""
   image = _blur(image, rng.uniform(0, 0.9))
   if rng.random() < 0.25:
     image = image + np.float32(rng.uniform(0.2, 0.9)) * (image - _blur(image, 1.0))
-  deviation = min(np.exp(rng.uniform(np.log(3), np.log(35))) / width, 0.15)
   grain = rng.uniform(0, 1.1)
   noise = _blur(rng.standard_normal(image.shape, dtype=np.float32), grain)
   # What blurring took of the deviation, roughly.
@@ -142,7 +148,7 @@ def _streaks(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
   return out / np.float32(np.sqrt(directions))
 
 
-def _resonance(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+def _resonance(rng: np.random.Generator, image: np.ndarray, deviation: float) -> np.ndarray:
   """Bias of the coil, gain per slice, ringing of a finite k-space, ghosts, Rician noise."""
   image, shape = np.maximum(image, 0), image.shape
   if rng.random() < 0.8:
@@ -160,13 +166,13 @@ def _resonance(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     axis = int(rng.integers(1, 3))
     moved = np.roll(image, int(shape[axis] * rng.uniform(0.1, 0.5)), axis)
     image = image + np.float32(rng.uniform(0.02, 0.12)) * moved
-  deviation = np.float32(np.exp(rng.uniform(np.log(0.004), np.log(0.07))))
-  real, imaginary = deviation * rng.standard_normal((2, *shape), dtype=np.float32)
+  real, imaginary = np.float32(deviation) * rng.standard_normal((2, *shape), dtype=np.float32)
   real += image
   real *= real
   imaginary *= imaginary
   real += imaginary
   image = np.sqrt(real)
   if rng.random() < 0.7:  # the window's upper end is a percentile
-    image /= max(np.float32(np.percentile(image[:, ::2, ::2], rng.uniform(97, 100))), np.float32(0.2))
+    top = np.percentile(image[:, ::2, ::2], rng.uniform(97, 100))
+    image /= max(np.float32(top), np.float32(0.2))
   return image

@@ -1,4 +1,4 @@
-"""The picture that synthetic anatomy is painted into: intensities, owners of voxels, what may be asked.
+"""The picture that synthetic anatomy is painted into: intensities, owners, what may be asked.
 
 Used by synthetic_organs and synthetic_bodies, which say what is painted.
 """
@@ -33,6 +33,7 @@ class Scene:
     owner: uint8 [L, H, W], to which part a voxel belongs, 0 none.
     candidates: what may be asked for.
     focus: whether what is painted now is what the picture is made around.
+    limit: where parts end, as organs do at the wall of a body.
     lower: float32 [1, H, W], how far down a voxel lies, in widths: fluid sinks.
     gravity: y and x of the way down.
   """
@@ -45,6 +46,7 @@ class Scene:
     self.owner = np.zeros(shape, np.uint8)
     self.candidates: list[Candidate] = []
     self.focus = False
+    self.limit: Level | None = None
     self._parts = 0
     step = space.parts * space.spacing[0] / space.pixel  # of slices, in pixels
     fine, middle, coarse = (smooth_field(rng, shape, (w / step, w, w)) for w in _GRAINS)
@@ -62,8 +64,13 @@ class Scene:
   def ask(self, kind: str, parts: Iterable[int]) -> None:
     self.candidates.append(Candidate(kind, tuple(parts), self.focus))
 
-  def paint(self, level: Level | None, tissue: Tissue, part: int = 0) -> None:
-    """Paints what lies inside of a level; of voxels at its surface the share that is inside."""
+  def paint(self, level: Level | None, tissue: Tissue, part: int | None = 0) -> None:
+    """Paints what lies inside of a level; of voxels at its surface the share that is inside.
+
+    `part` owns what is painted from now on; None: who had it.
+    """
+    if level is not None and self.limit is not None:
+      level = level.within(self.limit)
     if level is None:
       return
     planes = self.space.parts
@@ -80,7 +87,8 @@ class Scene:
       change += np.float32(tissue.texture) * grain[box]
     change *= share
     picture += change
-    self.owner[box][share > 0.5] = part
+    if part is not None:
+      self.owner[box][share > 0.5] = part
 
   def around(self, level: Level | None) -> float | None:
     """Mean intensity just outside of a shape that is not painted yet, of every second pixel."""
@@ -109,7 +117,7 @@ class Scene:
     return level + np.float32(amount) * self.bump(level, size)
 
   def blob(self, centre: np.ndarray, radius: float, stretch: float = 0.5) -> Level | None:
-    """A closed shape of one to three lobes, perhaps with a hollow; None where it is out of sight."""
+    """A closed shape of one to three lobes, perhaps hollowed; None where it is out of sight."""
     rng = self.rng
     radii = radius * np.exp(rng.uniform(-stretch, 0.6 * stretch, 3))
     spare = 0.25 * radius + 4 * self.space.pixel

@@ -1,8 +1,8 @@
 """Shapes of synthetic anatomy as level functions on the voxels of a run, negative inside.
 
-Space is measured in widths of the picture: x from -0.5 to 0.5, y and z to the same scale, axes in the
-order z, y, x. Its points are displaced by a smooth random field, so that whatever is drawn in it is
-bent. A level is only computed within the box of its shape, which is what makes a scene quick.
+Space is measured in widths of the picture: x from -0.5 to 0.5, y and z to the same scale; axes are
+z, y, x. Its points are displaced by a smooth random field, so that whatever is drawn in it is bent.
+A level is only computed within the box of its shape, which is what makes a scene quick.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _SPLINE_DEVIATION = 0.692
 
 
 class Level(NamedTuple):
-  """Distance to a surface within a box of the space, float32, in widths; outside of it: far away."""
+  """Distance to a surface within a box of the space, float32, in widths; outside of it: far."""
 
   box: Box
   values: np.ndarray
@@ -67,7 +67,7 @@ def _relative(box: Box, outer: Box) -> Box:
 
 
 def _spline(rng: np.random.Generator, size: int, wavelength: float) -> scipy.sparse.csr_array:
-  """Cubic B-splines, float32 [size, knots], knots `wavelength` samples apart from a random start."""
+  """Cubic B-splines, float32 [size, knots], `wavelength` samples apart, from a random start."""
   at = rng.random() + np.arange(size) / wavelength
   low = at.astype(np.int32)
   t = at - low
@@ -158,7 +158,7 @@ class Space:
     return tuple(slice(0, n) for n in self.shape)  # type: ignore[return-value]
 
   def bump(self, box: Box, wavelength: float, flips: tuple[int, ...] = (1, 1, 1)) -> np.ndarray:
-    """The field of `bumps` whose knots are nearest to `wavelength`, seen from one of eight sides."""
+    """The field of `bumps` with knots nearest to `wavelength`, seen from one of eight sides."""
     nearest = int(np.argmin(np.abs(np.log(np.array(self.WAVELENGTHS) / wavelength))))
     field = self.bumps[nearest][tuple(slice(None, None, f) for f in flips)]
     return field[box]
