@@ -14,7 +14,7 @@ import numpy as np
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.synthetic import SyntheticConfig, synthetic_run
 
-_COLUMNS, _ROWS, _SIDE = 8, 5, 144  # of the picture
+_COLUMNS, _ROWS, _SIDE = 8, 5, 136  # of the picture
 _GAP = 2
 
 
@@ -39,7 +39,7 @@ def picture(seed: int, path: str) -> None:
     row, column = (step * n for n in divmod(index, _COLUMNS))
     sheet[row : row + _SIDE, column : column + _SIDE] = outlined(run.images[z], run.objects[:, z])
   # A palette keeps the file small.
-  Image.fromarray(sheet).quantize(64).save(path, optimize=True)
+  Image.fromarray(sheet).quantize(56).save(path, optimize=True)
 
 
 def main() -> None:

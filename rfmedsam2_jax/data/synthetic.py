@@ -14,15 +14,17 @@ import numpy as np
 from rfmedsam2_jax.base.ranges import STRICT, Share
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.synthetic_bodies import body, neighbours, tissues
-from rfmedsam2_jax.data.synthetic_scanner import Palette, acquire
+from rfmedsam2_jax.data.synthetic_scanner import Modality, Palette, acquire
 from rfmedsam2_jax.data.synthetic_scene import Scene
 from rfmedsam2_jax.data.synthetic_shapes import Space, log_uniform
 
 _STREAM = 2  # of a seed; data.pipeline has 0 and 1
 _LEAST = 12  # pixels of an object on its largest slice
-# How often a candidate is drawn: of the organ that the picture is made around, of what fills the
-# space behind organs, others.
-_FOCUS, _REGION, _OTHER = 6.0, 0.3, 1.0
+# How often candidates are drawn, others once. Rarer is what has the box of something more likely
+# and what hardly looks like an object.
+_WEIGHTS = {"region": 0.1, "wall": 0.3, "cortex": 0.3, "white": 0.5, "tree": 0.5, "islands": 0.5,
+            "sheet": 0.4, "cluster": 0.4, "canal": 0.5}
+_FOCUS = 3.0  # times as often what belongs to the organ that the picture is made around
 _ATTEMPTS = 8  # at a run with an object in sight; nearly all succeed at once
 _NO_ORDER = 0.12  # share of runs whose tissues may have any intensity
 
@@ -41,6 +43,7 @@ class SyntheticRun(NamedTuple):
   Attributes:
     images: float32 [L, S, S] in [0, 1].
     objects: bool [T, L, S, S], which may touch, nest or share voxels; empty where there are fewer.
+      The first is of the organ that the picture is made around, if that is in sight.
     kinds: the family of each object, "" of an empty one.
   """
 
@@ -64,7 +67,9 @@ def _attempt(rng: np.random.Generator, config: SyntheticConfig, side: int, lengt
              ) -> SyntheticRun:
   cut = rng.random() < config.cut
   space = _space(rng, cut, side, length)
-  modality = "any" if rng.random() < _NO_ORDER else "ct" if rng.random() < config.ct else "mr"
+  modality: Modality = "ct" if rng.random() < config.ct else "mr"
+  if rng.random() < _NO_ORDER:
+    modality = "any"
   scene = Scene(rng, space, Palette(rng, modality))
   reach = space.shape[0] * space.spacing[0] / 2
   if cut:
@@ -103,7 +108,7 @@ def _space(rng: np.random.Generator, cut: bool, side: int, length: int) -> Space
   if rng.random() < 0.15:
     shifts = rng.normal(0, rng.uniform(0.002, 0.012), (length, 2))
   return Space(rng, (length * planes, rows, columns), planes,
-               (step / planes, aspect / rows, 1 / columns), rng.uniform(0.005, 0.035),
+               (step / planes, aspect / rows, 1 / columns), rng.uniform(0.005, 0.045),
                np.repeat(shifts, planes, axis=0))
 
 
@@ -115,14 +120,16 @@ def _drawn(rng: np.random.Generator, scene: Scene, tracks: int
   counts = np.bincount(place.ravel(), minlength=256 * depth).reshape(depth, 256)
   usable = [c for c in scene.candidates
             if _LEAST <= counts[:, list(c.parts)].sum(axis=1).max() < 0.85 * plane[0] * plane[1]]
-  weights = np.array([_FOCUS if c.focus else _REGION if c.kind == "region" else _OTHER
-                      for c in usable])
-  count = min(len(usable), tracks)
-  picked = rng.choice(len(usable), count, replace=False, p=weights / weights.sum()) if count else []
-  masks = np.zeros((tracks, *scene.owner.shape), bool)
-  for mask, pick in zip(masks, picks := [usable[i] for i in picked], strict=False):
-    mask[:] = np.isin(np.arange(256), pick.parts)[scene.owner]
-  return tuple(p.kind for p in picks) + ("",) * (tracks - count), masks
+  weights = [_WEIGHTS.get(c.kind, 1.0) * (_FOCUS if c.focus else 1) for c in usable]
+  masks, kinds = np.zeros((tracks, *scene.owner.shape), bool), [""] * tracks
+  for track in range(min(tracks, len(usable))):
+    odds = np.array(weights)
+    if track == 0 and any(c.focus for c in usable):
+      odds = np.where([c.focus for c in usable], odds, 0)
+    pick = int(rng.choice(len(usable), p=odds / odds.sum()))
+    masks[track] = np.isin(np.arange(256), usable[pick].parts)[scene.owner]
+    kinds[track], weights[pick] = usable[pick].kind, 0.0
+  return tuple(kinds), masks
 
 
 def _beyond(rng: np.random.Generator, image: np.ndarray) -> tuple[slice, ...]:

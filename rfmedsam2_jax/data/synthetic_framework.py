@@ -119,7 +119,7 @@ def vertebra(scene: Scene, centre: np.ndarray, radius: float, frame: np.ndarray,
 def muscles(scene: Scene, centre: np.ndarray, radius: float) -> None:
   """A bundle of long muscles that touch, or nearly."""
   rng, frame = scene.rng, rotation(scene.rng)
-  fat, flesh = scene.palette.tissue("fat"), scene.palette.tissue("muscle")
+  fat, flesh = scene.palette.tissue("fat"), None
   for _ in range(int(rng.integers(2, 6))):
     aside = (frame[1] * rng.normal(0, 0.6) + frame[2] * rng.normal(0, 0.6)) * radius
     level = scene.space.ellipsoid(
@@ -127,9 +127,10 @@ def muscles(scene: Scene, centre: np.ndarray, radius: float) -> None:
       rng.random() < 0.4, 0.1 * radius + 4 * scene.space.pixel)
     if level is not None:
       level = scene.rough(level, radius * 0.7, radius * rng.uniform(0, 0.08))
-      part = scene.new_part()
+      part, own = scene.new_part(), scene.tissue("muscle", level)
+      flesh = flesh or own
       scene.paint(level + -scene.space.pixel * rng.uniform(0, 1.5), fat)
-      scene.paint(level, flesh if rng.random() < 0.7 else scene.palette.tissue("muscle"), part)
+      scene.paint(level, flesh if rng.random() < 0.7 else own, part)
       scene.ask("muscle", [part])
 
 

@@ -155,7 +155,7 @@ def heart(scene: Scene, centre: np.ndarray, radius: float) -> None:
   scene.ask("cavity", [cavity])
   scene.ask("ring", [muscle])
   scene.ask("crescent", [right])
-  scene.ask("heart", [muscle, cavity] if rng.random() < 0.5 else [muscle, cavity, right, thin])
+  scene.ask("heart", [muscle, cavity, right, thin])
 
 
 def lung(scene: Scene, centre: np.ndarray, radius: float) -> None:

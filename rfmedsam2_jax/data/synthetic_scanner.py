@@ -40,7 +40,7 @@ class Tissue:
   value: float
   texture: float = 0.0  # standard deviation of what varies inside
   grain: int = 0  # which of the scene's textures
-  flips: tuple[int, int, int] = (1, 1, 1)  # from which side it is seen
+  flips: tuple[int, ...] = (1, 1, 1)  # from which side it is seen
 
 
 class Palette:

@@ -9,7 +9,14 @@ from collections.abc import Iterable
 import numpy as np
 
 from rfmedsam2_jax.data.synthetic_scanner import Palette, Tissue
-from rfmedsam2_jax.data.synthetic_shapes import Level, Space, joined, rotation, smooth_field
+from rfmedsam2_jax.data.synthetic_shapes import (
+  Level,
+  Space,
+  joined,
+  log_uniform,
+  rotation,
+  smooth_field,
+)
 
 _PARTS = 255  # that a uint8 can tell apart; what comes later shares the last
 # Knots of the textures, in pixels: fine, middle, coarse; two more are mixtures of these.
@@ -128,11 +135,13 @@ class Scene:
         aside, radii * rng.uniform(0.4, 0.9, 3), rotation(rng), spare=spare))
     if level is None:
       return None
-    if rng.random() < 0.4:
-      aside = centre + direction(rng) * radius * rng.uniform(0.7, 1.3)
+    if rng.random() < 0.5:
+      # From a notch to a crescent around something else.
+      hollow = radius * log_uniform(rng, 0.25, 1.3)
+      aside = centre + direction(rng) * (radius * rng.uniform(0.3, 0.8) + 0.6 * hollow)
       level = level.without(self.space.ellipsoid(
-        aside, radius * rng.uniform(0.25, 0.8, 3), rotation(rng), spare=spare))
-    level = self.rough(level, radius * 1.2, radius * rng.uniform(0, 0.16))
+        aside, hollow * rng.uniform(0.6, 1.2, 3), rotation(rng), spare=spare))
+    level = self.rough(level, radius * 1.2, radius * rng.uniform(0, 0.2))
     return self.rough(level, radius * 0.4, radius * rng.uniform(0, 0.05))
 
 

@@ -5,7 +5,7 @@ z, y, x. Its points are displaced by a smooth random field, so that whatever is 
 A level is only computed within the box of its shape, which is what makes a scene quick.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 import scipy.sparse
@@ -18,7 +18,8 @@ FAR = np.float32(9)  # a level that is surely outside
 _SPLINE_DEVIATION = 0.692
 
 
-class Level(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Level:
   """Distance to a surface within a box of the space, float32, in widths; outside of it: far."""
 
   box: Box
@@ -56,14 +57,14 @@ class Level(NamedTuple):
 
 
 def _meet(one: Box, other: Box) -> Box | None:
-  box = tuple(slice(max(a.start, b.start), min(a.stop, b.stop))
-              for a, b in zip(one, other, strict=True))
-  return None if any(s.stop <= s.start for s in box) else box  # type: ignore[return-value]
+  z, y, x = (slice(max(a.start, b.start), min(a.stop, b.stop))
+             for a, b in zip(one, other, strict=True))
+  return None if any(s.stop <= s.start for s in (z, y, x)) else (z, y, x)
 
 
 def _relative(box: Box, outer: Box) -> Box:
-  return tuple(slice(a.start - b.start, a.stop - b.start)  # type: ignore[return-value]
-               for a, b in zip(box, outer, strict=True))
+  z, y, x = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer, strict=True))
+  return z, y, x
 
 
 def _spline(rng: np.random.Generator, size: int, wavelength: float) -> scipy.sparse.csr_array:
@@ -152,10 +153,12 @@ class Space:
       if stop <= start:
         return None
       found.append(slice(start, stop))
-    return tuple(found)  # type: ignore[return-value]
+    z, y, x = found
+    return z, y, x
 
   def whole(self) -> Box:
-    return tuple(slice(0, n) for n in self.shape)  # type: ignore[return-value]
+    z, y, x = (slice(0, n) for n in self.shape)
+    return z, y, x
 
   def bump(self, box: Box, wavelength: float, flips: tuple[int, ...] = (1, 1, 1)) -> np.ndarray:
     """The field of `bumps` with knots nearest to `wavelength`, seen from one of eight sides."""
@@ -225,13 +228,14 @@ def joined(one: Level | None, other: Level | None) -> Level | None:
   """What any of two has."""
   if one is None or other is None:
     return one or other
-  box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop))
-              for a, b in zip(one.box, other.box, strict=True))
+  z, y, x = (slice(min(a.start, b.start), max(a.stop, b.stop))
+             for a, b in zip(one.box, other.box, strict=True))
+  box = (z, y, x)
   values = np.full([s.stop - s.start for s in box], FAR)
   for level in (one, other):
-    part = values[_relative(level.box, box)]  # type: ignore[arg-type]
+    part = values[_relative(level.box, box)]
     np.minimum(part, level.values, out=part)
-  return Level(box, values)  # type: ignore[arg-type]
+  return Level(box, values)
 
 
 def curve(rng: np.random.Generator, start: np.ndarray, direction: np.ndarray, length: float,

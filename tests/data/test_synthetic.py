@@ -95,8 +95,8 @@ def test_structures_of_all_kinds_occur(runs):
         seen["touching"] += least > 0 and both == 0 and (
           ndimage.binary_dilation(one, np.ones((1, 3, 3))) & other).any()
   assert seen["in sight"] == len(runs)
-  few = {"ends within": 60, "thin": 15, "small": 15, "large": 15, "pieces": 15, "holes": 15,
-         "nested": 15, "touching": 10, "": 2}
+  few = {"ends within": 50, "thin": 10, "small": 10, "large": 10, "pieces": 10, "holes": 5,
+         "nested": 10, "touching": 5, "": 1}
   assert {k: seen[k] for k in few if seen[k] < few[k]} == {}
   kinds = {"organ", "lesion", "kidney", "hollow", "content", "wall", "vessel", "cavity", "ring",
            "crescent", "heart", "bone", "lung", "muscle", "piece", "region", "islands"}
