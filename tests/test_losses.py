@@ -197,8 +197,10 @@ def test_a_structure_thinner_than_a_pixel_is_learnt_as_present():
       rest = {k: v for k, v in c.items() if k not in ("mask_logits", "ious", "presence")}
       rest["present"] = np.array([1, 0, 0, 0, 0], bool)
       return loss_of(logits, ious, presence, **rest)[1][name]
-    return jax.grad(loss, (0, 1, 2))(c["mask_logits"] - 8, c["ious"], c["presence"])
+    values = c["mask_logits"] - 8, c["ious"], c["presence"]
+    return jax.tree.map(np.asarray, jax.grad(loss, (0, 1, 2))(*values))
 
-  assert part("presence")[2][0] < 0 and (part("presence")[2][[1, 2, 4]] > 0).all()
+  presence = part("presence")[2]
+  assert presence[0] < 0 and (presence[[1, 2, 4]] > 0).all()
   assert part("focal")[0][0, 3, 4] < 0 and part("dice")[0][0, 3, 4] < 0
   assert not part("iou")[1].any()

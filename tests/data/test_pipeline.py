@@ -343,8 +343,8 @@ def test_presence_is_that_of_single_voxels_and_absence_of_a_slice_without_ignore
     runs(folder, flipped, cases=["thin"], prompts=None, run=run, batch_size=1), 2
   ):
     for track, structure in enumerate(batch["structures"][0]):
-      its_atoms = np.flatnonzero(LABELS.membership[:, structure])
-      found = [bool(np.isin(z, its_atoms).any()) for z in atoms]
+      members = np.flatnonzero(LABELS.membership[:, structure])
+      found = [bool(np.isin(z, members).any()) for z in atoms]
       assert sum(found) == 1 + structure  # the whole has both
       assert batch["masks"][0, track].max() <= 0.25 + 1e-6
       np.testing.assert_array_equal(batch["present"][0, track], [*found, False])

@@ -9,12 +9,11 @@ import pytest
 from small_sam2 import SMALL
 
 from rfmedsam2_jax.nn import AdapterConfig, hiera, init_params
-from rfmedsam2_jax.nn.convolutions import Conv3D, DepthwiseConv2D
-from rfmedsam2_jax.nn.layers import ConvTranspose2x2
+from rfmedsam2_jax.nn.convolutions import Conv3D
 from rfmedsam2_jax.nn.unet import TransposedConv3D
 
 KEY = jax.random.key(3)
-VOLUME, IMAGE = jnp.zeros((1, 4, 4, 4, 8)), jnp.zeros((1, 4, 4, 8))
+VOLUME = jnp.zeros((1, 2, 2, 2, 8))
 
 
 def assert_same(found, expected):
@@ -25,10 +24,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("init", [
   lambda key: Conv3D(16, (3, 3, 3), (1, 1, 1), jnp.float32).init(key, VOLUME),
   lambda key: TransposedConv3D(16, (2, 2, 2), jnp.float32).init(key, VOLUME),
-  lambda key: DepthwiseConv2D(8).init(key, IMAGE),
-  lambda key: ConvTranspose2x2(16).init(key, IMAGE),
   lambda key: hiera._POSITIONS(key, (1, 7, 7, 32)),
-], ids=["conv", "transposed conv", "depth-wise conv", "transposed 2x2", "positions"])
+], ids=["conv", "transposed conv", "positions"])
 def test_layers_start_alike_with_and_without_jit(init):
   assert_same(jax.jit(init)(KEY), init(KEY))
 
@@ -43,5 +40,5 @@ def test_sam2_starts_alike_with_and_without_jit_and_in_vmap():
   plain = [init(key) for key in keys]
   assert not np.array_equal(*(x["maskmem_tpos_enc"] for x in plain))
   assert_same(jax.jit(init)(keys[0]), plain[0])
-  assert_same(jax.vmap(init)(keys), jax.tree.map(lambda *x: jnp.stack(x), *plain))
+  assert_same(jax.vmap(init)(keys), jax.tree.map(lambda *x: np.stack(x), *plain))
   assert jax.eval_shape(init, KEY)["no_obj_ptr"].shape == plain[0]["no_obj_ptr"].shape
