@@ -105,7 +105,9 @@ def load_layers(path: str | Path, like: Geometry) -> list[np.ndarray]:
                     "map is expected; give one volume of whole numbers")
   if native.dtype.kind == "f":
     whole = np.rint(native)
-    if not (np.abs(native - whole) <= _rounding(path, whole)).all():  # NaN compares as False
+    with np.errstate(invalid="ignore"):  # infinity minus itself is NaN, which compares as False
+      near = np.abs(native - whole) <= _rounding(path, whole)
+    if not near.all():
       raise UserError(f"{path}: holds values that are not whole numbers (or NaN); "
                       f"is it an image instead of a label map?")
     native = whole
