@@ -62,6 +62,7 @@ def train(
   """
   # What can be known to fail does so now, not after the generator.
   own = _own_data(config, Path(out), resume)
+  parts = divide(own[1].train, config.refiner.held_back, config.seed) if own else None
   of_tracker = tracker_data.read_sources(config) if config.tracker.loop.steps else []
   if not divide_cpu(config.mesh.cpu_devices):
     report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
@@ -91,8 +92,8 @@ def train(
     about = json.loads(json.dumps(about))
     training = Training(run, mesh, config.seed, [], about, report, profile)
     result = {}
-    if plan is not None and own is not None and not config.tracker_alone:
-      result = _train_all(config, training, plan, own, of_tracker)
+    if plan and own and parts and not config.tracker_alone:
+      result = _train_all(config, training, plan, own, parts, of_tracker)
     else:
       _prepare(run, plan, own, config, report)
       _train_tracker(config, training, of_tracker)
@@ -111,11 +112,12 @@ def _own_data(config: Config, out: Path, resume: bool) -> tuple[Dataset, Split] 
 
 def _train_all(
   config: Config, training: Training, plan: Plan, own: tuple[Dataset, Split],
-  of_tracker: Sequence[Dataset | None],
+  parts: tuple[Sequence[str], Sequence[str]], of_tracker: Sequence[Dataset | None],
 ) -> dict[str, Any]:
-  """All phases of a run; gives the scores of its held-out cases."""
+  """All phases of a run, on these parts of its cases for generator and refiner; gives the scores of
+  its held-out cases."""
   run, report, (dataset, split) = training.run, training.report, own
-  for_generator, for_refiner = divide(split.train, config.refiner.held_back, config.seed)
+  for_generator, for_refiner = parts
   segmenter = untrained(config, plan)
   names: list[PhaseName] = ["generator", *phase_names(config)]
   phases = {name: PHASES[name](config, plan) for name in names}
