@@ -86,10 +86,6 @@ def test_loss_and_gradient_are_those_of_the_official_training():
     kinds = plan.has_box, plan.labels != ABSENT, plan.takes_mask
     return all(kind.any() for kind in kinds)
 
-  def with_presence(bias):
-    theirs.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(bias)
-    params["sam_mask_decoder"]["pred_obj_score_head"]["layers_2"]["bias"] = np.float32([bias])
-
   def compare(plan, truth):
     (value, _), gradient = ours(params, plan, truth)
     theirs.zero_grad()
@@ -100,7 +96,7 @@ def test_loss_and_gradient_are_those_of_the_official_training():
       losses = official.losses_of(theirs, images, truth[track], plan, track, clicked)
       total += losses["core_loss"] / tracks
     total.backward()
-    assert float(value) == pytest.approx(total.item(), rel=2e-6)
+    assert float(value) == pytest.approx(total.item(), rel=5e-6)
     grads = {name: np.zeros(x.shape, np.float32) for name, x in theirs.state_dict().items()} | {
       name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
     expected = flatten_dict(from_official(grads, config))
@@ -108,7 +104,7 @@ def test_loss_and_gradient_are_those_of_the_official_training():
     norm, ours_norm = (
       np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in tree.values()))
       for tree in (expected, found))
-    assert ours_norm == pytest.approx(norm, rel=2e-6)
+    assert ours_norm == pytest.approx(norm, rel=5e-6)
     for path, x in expected.items():
       np.testing.assert_allclose(found[path], x, atol=1e-5 * norm, err_msg=str(path))
 
@@ -120,24 +116,32 @@ def test_loss_and_gradient_are_those_of_the_official_training():
   truth[0, on_two.slices[0, -1]] = False
   compare(on_two, truth)
   # An object that is not seen although it is there has another loss here: it is taken away where it
-  # is not seen, until there is none such.
+  # is not seen, until there is none such. As drawn, the presence hardly varies.
   further = next(p for p in plans if p.prompted.sum() == tracks and p.corrected.sum(1).max() == 2)
   rows, truth = np.arange(tracks)[:, None], whole.copy()
+  theirs_head = theirs.sam_mask_decoder.pred_obj_score_head.layers[-1]
+  head = params["sam_mask_decoder"]["pred_obj_score_head"]["layers_2"]
+  theirs_head.weight.data.mul_(100)
+  head["kernel"] = 100 * head["kernel"]
+
+  def with_bias(bias):
+    theirs_head.bias.data.fill_(bias)
+    head["bias"] = np.float32([bias])
+
+  def entropies():
+    """Of the presence, float [T, L], by step: the largest of the rounds that count."""
+    told = ours(params, further, truth)[0][1]
+    return np.where(told.counts, told.parts["presence"], 0).max(1).T
 
   def unseen():
-    """bool [T, L], by step: objects that are there and are not seen in some round."""
-    told = ours(params, further, truth)[0][1]
-    doubted = (np.asarray(told.parts["presence"]) > np.log(2)) & np.asarray(told.counts)
-    return doubted.any(1).T & truth[rows, further.slices].any((2, 3))
+    return (entropies() > np.log(2)) & truth[rows, further.slices].any((2, 3))
 
-  for bias in np.arange(3, -3, -0.1):
-    with_presence(bias)
-    if unseen().any():
-      break
+  with_bias(-1000)
+  with_bias(np.quantile(entropies(), 0.6) - 1000)  # entropies are minus the logits there
   while (gone := unseen()).any():
     truth[rows, further.slices] &= ~gone[..., None, None]
   here = truth.any((2, 3))
-  assert not here.all() and here[~further.takes_mask].any()
+  assert not here.all() and here[~further.takes_mask].sum() > 2, here
   compare(further, truth)
 
 
