@@ -16,15 +16,16 @@ from rfmedsam2_jax.data.synthetic import SyntheticConfig, synthetic_run
 
 _COLUMNS, _ROWS, _SIDE = 8, 5, 136  # of the picture
 _GAP = 2
+_GREYS = 48
 
 
 def outlined(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
-  """A slice [S, S] in grey with the outlines of masks [T, S, S] in colours: uint8 [S, S, 3]."""
-  shown = np.repeat((image * 255).astype(np.uint8)[..., None], 3, axis=2)
+  """A slice [S, S] in greys with outlines of masks [T, S, S]: indices of the picture's palette."""
+  shown = (image * (_GREYS - 1)).astype(np.uint8)
   for number, mask in enumerate(masks):
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    shown[mask & ~inner] = colour(number)
+    shown[mask & ~inner] = _GREYS + number
   return shown
 
 
@@ -32,14 +33,17 @@ def picture(seed: int, path: str) -> None:
   from PIL import Image
 
   step = _SIDE + _GAP
-  sheet = np.full((_ROWS * step - _GAP, _COLUMNS * step - _GAP, 3), 255, np.uint8)
+  sheet = np.full((_ROWS * step - _GAP, _COLUMNS * step - _GAP), _GREYS - 1, np.uint8)
   for index in range(_ROWS * _COLUMNS):
     run = synthetic_run(SyntheticConfig(), seed, index, _SIDE)
     z = int(run.objects.sum(axis=(0, 2, 3)).argmax())
     row, column = (step * n for n in divmod(index, _COLUMNS))
     sheet[row : row + _SIDE, column : column + _SIDE] = outlined(run.images[z], run.objects[:, z])
-  # A palette keeps the file small.
-  Image.fromarray(sheet).quantize(56).save(path, optimize=True)
+  greys = np.linspace(0, 255, _GREYS).astype(int)
+  colours = [*((grey,) * 3 for grey in greys), *map(colour, range(3))]
+  image = Image.fromarray(sheet)
+  image.putpalette([int(value) for entry in colours for value in entry])
+  image.save(path, optimize=True)
 
 
 def main() -> None:

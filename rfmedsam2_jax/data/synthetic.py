@@ -44,7 +44,7 @@ class SyntheticRun(NamedTuple):
     images: float32 [L, S, S] in [0, 1].
     objects: bool [T, L, S, S], which may touch, nest or share voxels; empty where there are fewer.
       The first is of the organ that the picture is made around, if that is in sight.
-    kinds: the family of each object, "" of an empty one.
+    kinds: the family of each object, "" where there are fewer.
   """
 
   images: np.ndarray
@@ -58,7 +58,7 @@ def synthetic_run(config: SyntheticConfig, seed: int, index: int, side: int, len
   for attempt in range(_ATTEMPTS):
     rng = np.random.default_rng([seed, _STREAM, index, attempt])
     run = _attempt(rng, config, side, length, tracks)
-    if run.kinds[0]:
+    if run.objects[:1].any():
       break
   return run
 
