@@ -199,7 +199,7 @@ def test_cases_that_a_file_of_splits_leaves_out_are_said(
   def enough(*_):
     raise UserError("enough")
 
-  monkeypatch.setattr("rfmedsam2_jax.training.run._plan", enough)
+  monkeypatch.setattr("rfmedsam2_jax.training.own_data.plan_of", enough)
   names = sorted(path.name.removesuffix(".nii.gz") for path in (phantoms / "labelsTr").iterdir())
   path = tmp_path / "splits_final.json"
   for train, said in ((names[1:], False), (names[2:], True)):
@@ -351,7 +351,7 @@ def one_more(path):
 def test_a_run_goes_on_with_the_data_that_it_began_with_wherever_it_lies(
   tiny_run, tiny_config, phantoms, tmp_path, monkeypatch, capsys, change, says, older
 ):
-  monkeypatch.setattr("rfmedsam2_jax.training.run._plan", went_on)
+  monkeypatch.setattr("rfmedsam2_jax.training.own_data.plan_of", went_on)
   run, data = shutil.copytree(tiny_run, tmp_path / "run"), tmp_path / "moved"
   shutil.copytree(phantoms, data)
   cases = load_split(run / "splits.json")
@@ -380,7 +380,7 @@ def rewrite(folder, *changes):
 def test_what_is_no_case_of_a_data_set_is_said(
   tiny_config, phantoms, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr("rfmedsam2_jax.training.run._plan", went_on)
+  monkeypatch.setattr("rfmedsam2_jax.training.own_data.plan_of", went_on)
   data = shutil.copytree(phantoms, tmp_path / "data")
   (data / "imagesTr" / "._x_0000.nii.gz").write_bytes(b"")
   with pytest.raises(_WentOn):
