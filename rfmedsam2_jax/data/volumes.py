@@ -14,6 +14,7 @@ from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.data import dicom, itk
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.geometry import LARGEST, Geometry, check_grid, geometry_of
+from rfmedsam2_jax.data.nifti import check_sizes
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
@@ -168,6 +169,7 @@ def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   if image.get_data_dtype().kind not in "buif":
     raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
                     f"convert the file to whole or real numbers")
+  check_sizes(path, image)
   geometry = geometry_of(path, image.shape, image.header)
   packed = path.name.endswith(".gz")
   itk.check_claim(path, image.shape, image.get_data_dtype().itemsize, packed)
