@@ -91,12 +91,14 @@ def _headers(folder: Path) -> tuple[dict[Path, Any], list[str]]:
   UserError for DICOM that is damaged.
   """
   pydicom = _pydicom(folder)
-  found, others = {}, []
+  found: dict[Path, Any] = {}
+  others: list[str] = []
+  strange: list[Path] = []
   for path in sorted(folder.iterdir()):
     if path.name.startswith(".") or is_dicomdir(path.name) or not path.is_file():
       continue
     if not is_dicom(path):
-      others.append(f"{path.name} (no DICOM)")
+      strange.append(path)
       continue
     with _reading(path):
       header = pydicom.dcmread(path, force=True, defer_size=_LONG, specific_tags=_TAGS)
@@ -104,11 +106,16 @@ def _headers(folder: Path) -> tuple[dict[Path, Any], list[str]]:
       name = pydicom.uid.UID(kind or "").name
     if any(pixels in header for pixels in _PIXELS):
       found[path] = header
-    elif not kind or "Image Storage" in name:
+    elif not kind or name == kind or "Image Storage" in name:  # an unknown one is its own name
       raise UserError(f"{path}: is a DICOM file without an image, it is damaged or cut; {_AGAIN}")
     else:
       others.append(f"{path.name} ({name}, no image)")
-  return found, others
+  endings = {path.suffix.lower() for path in found} - {""}
+  for path in strange:
+    if path.suffix.lower() in endings:
+      raise UserError(f"{path}: is named as the slices are but is no DICOM, it is damaged; "
+                      f"{_AGAIN}, or move it away")
+  return found, [*(f"{path.name} (no DICOM)" for path in strange), *others]
 
 
 def _pydicom(path: Path) -> Any:
@@ -140,8 +147,10 @@ def _slice_of(path: Path, header: Any) -> Slice:
     frames, samples = (int(header.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
     if frames > 1:
       raise UserError(f"{path}: has {frames} frames in one file; {_CONVERT}")
-    if samples != 1:
-      raise UserError(f"{path}: is a colour image; give a series of one intensity per voxel")
+    kind = header.get("PhotometricInterpretation")
+    if samples != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+      raise UserError(f"{path}: has {kind} pixels of {samples} samples; give a series of one "
+                      "intensity per voxel (MONOCHROME)")
     _check_values(path, header)
     rows, columns = int(header.Rows), int(header.Columns)
     down, along = _numbers(path, header, "PixelSpacing", 2)

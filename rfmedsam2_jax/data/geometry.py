@@ -117,10 +117,11 @@ def geometry_of(path: Path, shape: tuple[int, ...], place: np.ndarray | nib.Nift
   """
   if len(shape) < 3 or 0 in shape:
     raise UserError(f"{path}: has the size {size(shape)}; a volume with three axes is expected")
+  header: nib.Nifti1Header | None = None
   if isinstance(place, nib.Nifti1Header):
-    affine, header, remarks = placement(place, (shape[0], shape[1], shape[2]))
+    affine, header, remarks = placement(path, place, (shape[0], shape[1], shape[2]))
   else:
-    affine, header = np.asarray(place, np.float64), None
+    affine = np.asarray(place, np.float64)
   finite = bool((np.abs(affine) < LARGEST).all())  # NaN compares as False
   sizes = np.linalg.norm(affine[:3, :3], axis=0) if finite else np.zeros(3)
   if not (sizes > 0).all():

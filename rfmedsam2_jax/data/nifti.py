@@ -4,9 +4,12 @@ A file may have two, qform and sform, each with a code that says what it leads t
 (`pixdim`) that need not be those of the sform.
 """
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.grids import SINGULAR, TILT_TOLERANCE, displacement, lean
 
 _MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres
@@ -32,42 +35,61 @@ def header_of(affine: np.ndarray) -> nib.Nifti1Header:
   return header
 
 
-def placement(header: nib.Nifti1Header, shape: tuple[int, int, int]
+def placement(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int]
               ) -> tuple[np.ndarray, nib.Nifti1Header, tuple[str, ...]]:
   """Where voxels lie, the header of what is written there, and what a person should know of it.
 
   Where the transforms contradict each other, both of the header become the one that counts.
+  UserError: ITK's choice is chance. ValueError: a qform that counts is no rotation.
 
   Returns:
     float64 [4, 4], voxel index (i, j, k) to world (RAS+), in the file's units; may be no affine.
-    The header; sentences. ValueError: a qform that counts is no rotation.
+    The header; sentences.
   """
-  header, usual = header.copy(), np.asarray(header.get_best_affine(), np.float64)
-  chosen, code = _as_itk(header)
+  chosen, code = _as_itk(path, header)
   if code == 0:
-    return chosen, header, (
+    return chosen, header.copy(), (
       "has neither qform nor sform, so nothing says which side is left; its axes are taken to "
       "run to left, back and head (LPS+), as ITK and 3D Slicer do; check the result",)
-  distance = displacement(chosen, usual, shape)
-  if not distance > _ROUNDING * np.linalg.norm(chosen[:3, :3], axis=0).min():  # or NaN
-    return usual, header, ()
+  forms = _forms(header)
+  with np.errstate(all="ignore"):
+    apart = {name: displacement(chosen, form, shape) for name, form in forms.items()}
+    smallest = np.linalg.norm(chosen[:3, :3], axis=0).min()
+  wrong = [name for name, distance in apart.items() if not distance <= _ROUNDING * smallest]
+  if not wrong or not np.isfinite(chosen).all():
+    return np.asarray(header.get_best_affine(), np.float64), header.copy(), ()
+  header = header.copy()
   header.set_qform(chosen, code)
   header.set_sform(chosen, code)
+  far = max(apart.values()) * millimetres(header)
   return chosen, header, (
-    f"its {_contradiction(chosen, usual)} contradict each other by up to "
-    f"{distance * millimetres(header):.4g} mm; it is taken where ITK and 3D Slicer see it, not "
-    "where nibabel does; correct its header if that is wrong",)
+    f"its {_contradiction(chosen, forms)} contradict each other"
+    + (f" by up to {far:.4g} mm" if np.isfinite(far) else "")
+    + "; it is taken where ITK and 3D Slicer see it; correct its header if that is wrong",)
 
 
-def _contradiction(chosen: np.ndarray, usual: np.ndarray) -> str:
-  """What is contradicted: the sform, `usual`, by the qform or by the voxel sizes alone."""
-  turned = [affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (chosen, usual)]
-  alike = np.allclose(turned[0], turned[1], atol=_ORTHONORMAL)
-  alone = alike and np.allclose(chosen[:, 3], usual[:, 3])
-  return "sform and voxel sizes (pixdim)" if alone else "qform and sform"
+def _forms(header: nib.Nifti1Header) -> dict[str, np.ndarray]:
+  """Those that the codes say are there; one that is no transform is NaN."""
+  forms = {}
+  if header["sform_code"] > 0:
+    forms["sform"] = header.get_sform()
+  if header["qform_code"] > 0:
+    try:
+      forms["qform"] = header.get_qform()
+    except ValueError:  # a quaternion that is too long
+      forms["qform"] = np.full((4, 4), np.nan)
+  return forms
 
 
-def _as_itk(header: nib.Nifti1Header) -> tuple[np.ndarray, int]:
+def _contradiction(chosen: np.ndarray, forms: dict[str, np.ndarray]) -> str:
+  sform, qform = forms.get("sform", chosen), forms.get("qform", chosen)
+  directions = [_directions(form)[0] for form in (chosen, sform)]
+  sizes = (np.allclose(*directions, rtol=0, atol=_ORTHONORMAL)
+           and np.allclose(chosen[:, 3], sform[:, 3]) and np.allclose(chosen, qform))
+  return "sform and voxel sizes (pixdim)" if sizes else "qform and sform"
+
+
+def _as_itk(path: Path, header: nib.Nifti1Header) -> tuple[np.ndarray, int]:
   """The affine as ITK 5.4 chooses it (`SetImageIOOrientationFromNIfTI`), and its code.
 
   The sform gives directions and origin, if its axes are perpendicular and its code is "scanner",
@@ -80,24 +102,47 @@ def _as_itk(header: nib.Nifti1Header) -> tuple[np.ndarray, int]:
   qcode = int(header["qform_code"])
   if sform is None and qcode == 0:
     return np.diag([-sizes[0], -sizes[1], sizes[2], 1.0]), 0
-  if sform is not None:
-    directions, straight, sheared = _directions(sform)
-    scaled = sform.copy()
-    scaled[:3, :3] = directions * sizes
-    if straight and (scode == _SCANNER or qcode == 0):
-      return scaled, int(scode)
-    if qcode == 0 or (scode == _SCANNER and sheared):
-      return sform, int(scode)
-  qform = header.get_qform()
-  if sform is not None and straight and np.allclose(sform, qform, rtol=0, atol=_SAME):
+  if sform is None:
+    return header.get_qform(), qcode
+  directions, straight, sheared = _directions(sform)
+  scaled = sform.copy()
+  scaled[:3, :3] = directions * sizes
+  if straight and (scode == _SCANNER or qcode == 0):
     return scaled, int(scode)
-  return qform, qcode
+  if qcode == 0 or (scode == _SCANNER and sheared):
+    return sform, int(scode)
+  qform = header.get_qform()
+  # ITK compares singular vectors, which do not tell an axis from its reverse.
+  signs = np.sign((sform * qform)[:3].sum(axis=0))
+  signs[3] = 1
+  if not straight or not np.allclose(sform, qform * signs, rtol=0, atol=_SAME):
+    return qform, qcode
+  along = np.abs(directions).max(axis=0).min() > 1 - _SAME  # the patient's axes
+  if (signs > 0).all() or along:
+    return scaled, int(scode)
+  raise UserError(f"{path}: its qform and sform are mirror images of each other, and ITK takes "
+                  "either by chance; correct its header")
 
 
 def _directions(affine: np.ndarray) -> tuple[np.ndarray, bool, bool]:
-  """Unit columns of an affine; whether they are perpendicular; whether they lean too much."""
+  """Unit columns of an affine; whether ITK finds them perpendicular; whether they lean too much."""
   with np.errstate(all="ignore"):  # a column may be zero, or no number
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     straight = np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=_ORTHONORMAL)
     regular = abs(np.linalg.det(directions)) > SINGULAR  # NaN compares as False
+  if straight:  # ITK inverts the whole affine
+    values = np.linalg.svd(affine, compute_uv=False)
+    straight = bool(values[-1] > np.finfo(np.float64).eps * values[0])
   return directions, straight, bool(regular) and lean(directions) > TILT_TOLERANCE
+
+
+def check_sizes(path: Path, image: nib.Nifti1Image) -> None:
+  """UserError unless voxel sizes are above 0, which nibabel makes of them without a word.
+
+  ITK takes a negative size as a mirrored axis.
+  """
+  with image.file_map["image"].get_prepare_fileobj("rb") as file:
+    stored = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+  if not (stored > 0).all():  # NaN compares as False
+    raise UserError(f"{path}: its voxel sizes (pixdim) are {' x '.join(f'{s:g}' for s in stored)}, "
+                    "not above 0; correct its header")

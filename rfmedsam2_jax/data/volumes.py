@@ -22,6 +22,7 @@ from rfmedsam2_jax.data.geometry import (
   geometry_of,
 )
 from rfmedsam2_jax.data.names import ENDINGS, NIFTI_ENDINGS, ending_of
+from rfmedsam2_jax.data.nifti import check_sizes
 
 _BLOCK = 2**20  # bytes
 _FINEST = 1 / 16  # the largest slope that can say whole numbers without being one
@@ -218,6 +219,7 @@ def _read_nifti(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
   if image.get_data_dtype().kind not in "buif":
     raise UserError(f"{path}: voxels are of type {image.header.get_value_label('datatype')}; "
                     f"convert the file to whole or real numbers")
+  check_sizes(path, image)
   geometry = geometry_of(path, image.shape, image.header)
   packed = path.name.lower().endswith(".gz")
   itk.check_claim(path, image.shape, image.get_data_dtype().itemsize, packed)

@@ -313,7 +313,8 @@ def _cut(z, one):
   (_set(RescaleSlope=0), "its RescaleSlope is 0"),
   (_set(Rows=9), "has 192 bytes of pixels where its header says 216"),
   (_without("RescaleIntercept"), "has RescaleSlope alone"),
-  (_table, "by a table (Modality LUT)"), (_colour, "is a colour image"),
+  (_set(PhotometricInterpretation="PALETTE COLOR"), "has PALETTE COLOR pixels"),
+  (_table, "by a table (Modality LUT)"), (_colour, "has RGB pixels of 3 samples"),
   (_frames, "has 2 frames"), (_cut, "is a DICOM file without an image"),
 ])
 def test_what_is_not_on_one_grid_is_refused_with_the_first_file_that_differs(
@@ -360,6 +361,14 @@ def test_what_lies_beside_the_slices_is_named_as_left_out(tmp_path):
   (folder / "notes.txt").write_text("CT")
   (said,) = load_image(folder).geometry.remarks
   assert said == "left out notes.txt (no DICOM), rs.dcm (RT Structure Set Storage, no image)"
+
+
+def test_a_slice_that_is_damaged_beyond_knowing_is_not_left_out(tmp_path):
+  folder = save(slices(), tmp_path / "series")
+  last = max(folder.iterdir(), key=lambda file: pydicom.dcmread(file).InstanceNumber)
+  last.write_bytes(b"damaged " * 60)
+  with pytest.raises(UserError, match=f"{last.name}: is named as the slices are but is no DICOM"):
+    load_image(folder)
 
 
 def test_a_dicomdir_is_named_with_the_folders_of_its_series(tmp_path):

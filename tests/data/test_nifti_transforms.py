@@ -25,23 +25,20 @@ def affine_of(angles=(10, 20, 30), sizes=(1, 2, 3), origin=(5, 6, 7)):
 QFORM = affine_of()
 SFORMS = {
   "the same": QFORM, "100 mm away": affine_of(origin=(5, 6, 107)),
-  "turned": affine_of((-40, 3, 60)), "mirrored": affine_of(sizes=(-1, 2, 3)),
+  "turned": affine_of((-40, 3, 60)), "mirrored": affine_of(sizes=(-1, 2, 3), origin=(5, 6, 8)),
   "other sizes": affine_of(sizes=(1.5, 2, 3)), "empty": np.zeros((4, 4)),
   "sheared": QFORM @ np.array([[1, 0.3, 0, 0], [0, 1, 0.3, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
 }
 
 
-def save(path, qform=QFORM, qcode=0, sform=None, scode=0, pixdim=(1, 2, 3), qfac=None, units="mm",
-         shape=()):
+def save(path, qform=QFORM, qcode=0, sform=None, scode=0, units="mm", shape=()):
   array = VOXELS.reshape(*VOXELS.shape, *shape)
   header = nib.Nifti1Image(array, None).header
   header.set_qform(qform, 1)
   if sform is not None:
     header.set_sform(sform, 1)
   header["qform_code"], header["sform_code"] = qcode, scode
-  header["pixdim"][1:4] = pixdim
-  if qfac is not None:
-    header["pixdim"][0] = qfac
+  header["pixdim"][1:4] = 1, 2, 3
   header.set_xyzt_units(units)
   nib.save(nib.Nifti1Image(array, None, header), path)
   return path
@@ -68,7 +65,8 @@ def test_all_pairs_of_codes_lie_where_simpleitk_sees_them(tmp_path, name):
     expected, volume = itk_affine(path), load_image(path)
     np.testing.assert_allclose(volume.geometry.affine, expected, atol=1e-4)
     before = nib.load(path)
-    contradict = not np.allclose(before.affine, expected, atol=1e-3)
+    forms = [before.affine, *([QFORM] if qcode else []), *([SFORMS[name]] if scode else [])]
+    contradict = not all(np.allclose(form, expected, atol=1e-3) for form in forms)
     assert len(volume.geometry.remarks) == contradict, (qcode, scode)
     write_label_map(tmp_path / "out.nii", (volume.array[0] > 450).astype(np.uint8), volume.geometry)
     np.testing.assert_allclose(itk_affine(tmp_path / "out.nii"), expected, atol=1e-4)
@@ -109,15 +107,47 @@ def test_world_coordinates_and_grids_are_in_millimetres(tmp_path, units):
                                 volume.array[0])
 
 
-@pytest.mark.parametrize("options", [
-  {"qfac": 0}, {"qfac": -1}, {"pixdim": (-1, 2, 3)}, {"pixdim": (0, 2, 3)}])
+@pytest.mark.parametrize("origin", [(5, 6, 7), (5, 6, 107)])
+def test_forms_along_the_patients_axes_lie_where_simpleitk_sees_them(tmp_path, origin):
+  """ITK does not tell an axis from its reverse, if both forms have one origin."""
+  qform = np.diag([-1.0, -2, 3, 1])
+  qform[:3, 3] = 5, 6, 7
+  for order in itertools.permutations(range(3)):
+    for signs in itertools.product((1, -1), repeat=3):
+      sform = np.eye(4)
+      sform[:3, :3] = np.eye(3)[:, order] @ np.diag(signs) @ np.diag([1, 2, 3])
+      sform[:3, 3] = origin
+      path = save(tmp_path / "scan.nii", qform, 1, sform, 2)
+      geometry = load_image(path).geometry
+      np.testing.assert_allclose(geometry.affine, itk_affine(path), atol=1e-4)
+      assert bool(geometry.remarks) == (not np.allclose(qform, sform))
+  save(tmp_path / "scan.nii", QFORM, 1, affine_of(sizes=(-1, 2, 3)), 2)
+  with pytest.raises(UserError, match="mirror images of each other"):
+    load_image(tmp_path / "scan.nii")
+
+
+@pytest.mark.parametrize("qfac", [0, -1, 1])
+def test_the_sign_of_the_third_axis_is_taken_as_simpleitk_takes_it(tmp_path, qfac):
+  path = save(tmp_path / "scan.nii", qcode=1)
+  _patch(path, 76, qfac)
+  np.testing.assert_allclose(load_image(path).geometry.affine, itk_affine(path), atol=1e-4)
+
+
+def _patch(path, at, value):
+  """float32 at a byte of a header; nibabel would mend what it writes."""
+  content = bytearray(path.read_bytes())
+  content[at:at + 4] = np.float32(value).tobytes()
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize("size", [0, -1, np.nan])
 @pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
-def test_odd_voxel_sizes_are_taken_as_simpleitk_takes_them(tmp_path, codes, options):
-  path = save(tmp_path / "scan.nii", qcode=codes[0], sform=QFORM, scode=codes[1], **options)
-  volume = load_image(path)
-  np.testing.assert_allclose(volume.geometry.affine, itk_affine(path), atol=1e-4)
-  oriented = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
-  np.testing.assert_array_equal(volume.array[0], sitk.GetArrayFromImage(oriented))
+def test_voxel_sizes_that_are_not_above_0_are_refused(tmp_path, codes, size):
+  """nibabel makes them positive, ITK mirrors the axis."""
+  path = save(tmp_path / "scan.nii", qcode=codes[0], sform=QFORM, scode=codes[1])
+  _patch(path, 80, size)
+  with pytest.raises(UserError, match=f"pixdim. are {size:g} x 2 x 3, not above 0"):
+    load_image(path)
 
 
 def test_a_file_without_a_transform_says_that_no_side_is_known(tmp_path):
