@@ -83,8 +83,8 @@ def _forms(header: nib.Nifti1Header) -> dict[str, np.ndarray]:
 
 def _contradiction(chosen: np.ndarray, forms: dict[str, np.ndarray]) -> str:
   sform, qform = forms.get("sform", chosen), forms.get("qform", chosen)
-  directions = [_directions(form)[0] for form in (chosen, sform)]
-  sizes = (np.allclose(*directions, rtol=0, atol=_ORTHONORMAL)
+  turned = np.abs(_directions(chosen)[0] - _directions(sform)[0])
+  sizes = (bool((turned <= _ORTHONORMAL).all())
            and np.allclose(chosen[:, 3], sform[:, 3]) and np.allclose(chosen, qform))
   return "sform and voxel sizes (pixdim)" if sizes else "qform and sform"
 

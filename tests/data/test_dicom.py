@@ -11,7 +11,7 @@ from pydicom.fileset import FileSet
 from pydicom.pixels import apply_rescale
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.datasets import find_inputs
+from rfmedsam2_jax.data.inputs import find_inputs
 from rfmedsam2_jax.data.itk import is_series
 from rfmedsam2_jax.data.volumes import load_image
 
