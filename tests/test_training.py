@@ -180,7 +180,6 @@ def test_cases_held_back_go_to_the_refiner_alone(tiny_config, tmp_path, monkeypa
 
   def untrained(training, phase, segmenter, cases, state):
     seen[phase.name] = set(cases)
-    (training.run.path / "log.jsonl").touch()
     return state
 
   monkeypatch.setattr(networks, "train_phase", untrained)

@@ -154,8 +154,8 @@ def _train_tracker(
 
 
 def _save_curves(run: RunFolder) -> None:
-  if run.writes:
-    save_curves(run.path / "log.jsonl", run.path / "curves.png")
+  if run.writes and run.logged():  # nothing where nothing had steps
+    save_curves(run / "log.jsonl", run / "curves.png")
 
 
 @contextlib.contextmanager
