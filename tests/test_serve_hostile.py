@@ -31,7 +31,9 @@ from starlette.testclient import TestClient  # noqa: E402
 from rfmedsam2_jax.serve.app import Pages, make_app  # noqa: E402
 from rfmedsam2_jax.serve.studio import Studio  # noqa: E402
 
-AFFINE = np.array([[0, -2.0, 0.1, 5], [2.5, 0, 0, -7], [0, 0, 4.0, 9], [0, 0, 0, 1]])
+COS, SIN = np.cos(0.025), np.sin(0.025)
+AFFINE = np.array(
+  [[0, -2 * COS, 4 * SIN, 5], [2.5, 0, 0, -7], [0, 2 * SIN, 4 * COS, 9], [0, 0, 0, 1]])
 BOX = {"label": 2, "box": [[5, 6, 4], [5, 13, 11]]}
 
 
