@@ -36,7 +36,7 @@ from rfmedsam2_jax.refinement.prompts import next_prompts
 from rfmedsam2_jax.segmentation import segmenter
 from rfmedsam2_jax.training import step, train_networks
 from rfmedsam2_jax.training.state import silenced_decoder
-from rfmedsam2_jax.training.step import refiner_loss_fn
+from rfmedsam2_jax.training.step import refiner_loss_fn, row_keys
 
 
 def training_batch():
@@ -149,11 +149,14 @@ def test_boxes_are_jittered_as_in_sam_2_within_its_bound(monkeypatch, first_cell
   monkeypatch.setattr(RefinerConfig, "box_jitter", 0.0)
   still = first_cells(batch, key)
   there = still.has_box
-  drawn = np.asarray(jax.random.uniform(key, (len(there), 4), minval=-1.0, maxval=1.0))[there]
+  rows = row_keys(key, batch).rows
+  draws = [jax.random.uniform(row, (len(there) // len(rows), 4), minval=-1.0, maxval=1.0)
+           for row in rows]
+  draws = np.concatenate(draws)[there]
   x0, y0, x1, y1 = still.boxes[there].T[:, :, None, None]
   y, x = np.mgrid[:SIDE, :SIDE]
   masks = torch.from_numpy((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1))[:, None]
-  monkeypatch.setattr(torch, "rand", lambda *_, device: torch.from_numpy(drawn[:, None] + 1) / 2)
+  monkeypatch.setattr(torch, "rand", lambda *_, device: torch.from_numpy(draws[:, None] + 1) / 2)
   official, _ = utils.sample_box_points(masks, noise=0.1, noise_bound=20 * SIDE / 1024)
   np.testing.assert_allclose(moved.boxes[there], official.reshape(-1, 4), atol=1e-5)
   size = still.boxes[there][:, 2:] - still.boxes[there][:, :2]
