@@ -115,33 +115,11 @@ def test_loss_and_gradient_are_those_of_the_official_training():
   truth = whole.copy()
   truth[0, on_two.slices[0, -1]] = False
   compare(on_two, truth)
-  # An object that is not seen although it is there has another loss here: it is taken away where it
-  # is not seen, until there is none such. As drawn, the presence hardly varies.
+  # A slice that is corrected further on. All objects are seen: one that is there and is not has
+  # another loss here, see prompted_loss.
   further = next(p for p in plans if p.prompted.sum() == tracks and p.corrected.sum(1).max() == 2)
-  rows, truth = np.arange(tracks)[:, None], whole.copy()
-  theirs_head = theirs.sam_mask_decoder.pred_obj_score_head.layers[-1]
-  head = params["sam_mask_decoder"]["pred_obj_score_head"]["layers_2"]
-  theirs_head.weight.data.mul_(100)
-  head["kernel"] = 100 * head["kernel"]
-
-  def with_bias(bias):
-    theirs_head.bias.data.fill_(bias)
-    head["bias"] = np.float32([bias])
-
-  def entropies():
-    """Of the presence, float [T, L], by step: the largest of the rounds that count."""
-    told = ours(params, further, truth)[0][1]
-    return np.where(told.counts, told.parts["presence"], 0).max(1).T
-
-  def unseen():
-    return (entropies() > np.log(2)) & truth[rows, further.slices].any((2, 3))
-
-  with_bias(-1000)
-  with_bias(np.quantile(entropies(), 0.6) - 1000)  # entropies are minus the logits there
-  while (gone := unseen()).any():
-    truth[rows, further.slices] &= ~gone[..., None, None]
-  here = truth.any((2, 3))
-  assert not here.all() and here[~further.takes_mask].sum() > 2, here
+  truth = whole.copy()
+  truth[1, further.slices[1, 1]] = False
   compare(further, truth)
 
 
