@@ -10,6 +10,7 @@ from small_sam2 import SMALL
 
 from rfmedsam2_jax.nn import AdapterConfig, hiera, init_params
 from rfmedsam2_jax.nn.convolutions import Conv3D
+from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.nn.unet import TransposedConv3D
 
 KEY = jax.random.key(3)
@@ -22,7 +23,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("init", [
-  lambda key: Conv3D(16, (3, 3, 3), (1, 1, 1), jnp.float32).init(key, VOLUME),
+  lambda key: Conv3D(16, (3, 3, 3), (1, 1, 1), jnp.float32, Platform("cpu")).init(key, VOLUME),
   lambda key: TransposedConv3D(16, (2, 2, 2), jnp.float32).init(key, VOLUME),
   lambda key: hiera._POSITIONS(key, (1, 7, 7, 32)),
 ], ids=["conv", "transposed conv", "positions"])
