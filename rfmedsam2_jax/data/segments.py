@@ -139,6 +139,8 @@ def _target(
     return int(numbered[1])
   if exclusive and not _says_nothing(name) and value in values.values():
     owner = next(known for known, mine in values.items() if mine == value)
+    if _says_nothing(owner):  # `label 6` may be anything
+      return value
     raise UserError(f"{path}: calls value {value} '{name}', and in the data set it is '{owner}'; "
                     "name the segment as there, or correct its value")
   return value

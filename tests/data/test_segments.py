@@ -110,6 +110,12 @@ def test_names_that_say_nothing_leave_values_as_they_are(tmp_path, voxels):
   np.testing.assert_array_equal(load_by_name(path, load_grid(path), VALUES), in_lps(path))
 
 
+def test_a_data_set_that_only_numbers_a_value_does_not_contradict_its_name(tmp_path, voxels):
+  path = slicer(tmp_path / "a.seg.nrrd", [voxels], named(("spleen", 1, 0)))
+  found = load_by_name(path, load_grid(path), {"label 1": 1})
+  np.testing.assert_array_equal(found == 1, in_lps(path) == 1)
+
+
 def test_overlaps_are_refused_where_a_voxel_has_one_structure_and_are_regions_else(tmp_path):
   whole, core = np.zeros((2, 5, 4, 3), np.uint8)
   whole[1:4], core[2] = 1, 1

@@ -20,6 +20,7 @@ from rfmedsam2_jax.nn import (
   MemorySlots,
   box_prompts,
   init_params,
+  initialisation,
 )
 from rfmedsam2_jax.weights.checkpoint import with_adapters
 
@@ -204,7 +205,8 @@ def test_initialisation_has_the_distributions_of_the_modules(quickly):
   """numpy's draws against Linen's own, tensor by tensor."""
   config = dataclasses.replace(TINY, adapters=AdapterConfig())
   ours = flatten_dict(init_params(config, jax.random.key(0)))
-  theirs = flatten_dict(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
+  theirs = flatten_dict(
+    jax.jit(lambda key: initialisation._linen_params(config, key))(jax.random.key(0)))
   assert ours.keys() == theirs.keys()
   for path, x in theirs.items():
     y = np.asarray(ours[path])
