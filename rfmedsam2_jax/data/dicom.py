@@ -28,6 +28,7 @@ from rfmedsam2_jax.data.itk import (
   simpleitk,
   unreadable,
 )
+from rfmedsam2_jax.data.names import some
 from rfmedsam2_jax.data.slices import Slice, stack
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -39,7 +40,7 @@ _TAGS = [
 _LONG = 1024  # bytes, above which a value is left in its file
 _AGAIN = "copy the series again"
 _CONVERT = "convert it to NIfTI, for example by dcm2niix"
-_NAMED, _SEARCHED = 3, 1000  # files or folders that a line names; folders that are looked into
+_SEARCHED = 1000  # folders that are looked into
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -81,8 +82,7 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 
 
 def _left_out(others: Sequence[str]) -> tuple[str, ...]:
-  more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-  return (f"left out {', '.join(others[:_NAMED])}{more}",) if others else ()
+  return (f"left out {some(others)}",) if others else ()
 
 
 def _headers(folder: Path) -> tuple[dict[Path, Any], list[str]]:
@@ -232,8 +232,7 @@ def instead(path: Path) -> str | None:
   below = [str(place) for place in _series_below(folder)]
   if not path.is_dir() and is_series(folder):
     below.insert(0, str(folder))
-  more = f" and {len(below) - _NAMED} more" if len(below) > _NAMED else ""
-  give = f"give a folder with a series: {', '.join(below[:_NAMED])}{more}"
+  give = f"give a folder with a series: {some(below)}"
   if is_dicomdir(path.name) and path.is_file():
     what = "is a DICOMDIR, the index of a medium"
   elif path.is_dir() and any(is_dicomdir(file.name) for file in path.iterdir()):

@@ -80,10 +80,14 @@ class Geometry:
     return steps / np.linalg.norm(steps, axis=0) * self.spacing
 
   @property
+  def directions(self) -> np.ndarray:
+    """float64 [3, 3], unit columns: where the native axes run in RAS+."""
+    return self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+
+  @property
   def voxel_ml(self) -> float:
     """Volume of a voxel in ml: less than the product of its sides where axes lean."""
-    directions = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
-    return voxel_ml(self.spacing) * round(float(abs(np.linalg.det(directions))), 6)
+    return voxel_ml(self.spacing) * round(float(abs(np.linalg.det(self.directions))), 6)
 
   def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:
     """Real [n, 3], (i, j, k) of the file or, `world`, RAS+ in mm, as canonical (z, y, x)."""
@@ -138,8 +142,7 @@ def geometry_of(path: Path, shape: tuple[int, ...], place: np.ndarray | nib.Nift
 
 def check_right_angles(geometry: Geometry) -> None:
   """UserError for a sheared grid: an image is resampled and segmented by its spacing alone."""
-  directions = geometry.affine[:3, :3] / np.linalg.norm(geometry.affine[:3, :3], axis=0)
-  if (degrees := lean(directions)) > TILT_TOLERANCE:
+  if (degrees := lean(geometry.directions)) > TILT_TOLERANCE:
     raise UserError(
       f"{geometry.path}: its axes are sheared, {degrees:.1f} degrees from right angles (a tilted "
       "gantry?), which makes distances wrong; resample it to a grid with right angles, or convert "

@@ -23,12 +23,9 @@ from rfmedsam2_jax.data.segments import load_by_name, names_values, segments_of
 from rfmedsam2_jax.data.volumes import Geometry, load_grid
 from rfmedsam2_jax.evaluation.metrics import Missing, Score, mean_score, score
 
+_LOG = logging.getLogger(__name__)
 # What predict, track and evaluate write beside label maps.
 _OURS = re.compile(r".*\.json|.*\.png|itksnap_labels\.txt|stage\d+|probabilities")
-
-
-def _log_warning(line: str) -> None:
-  logging.getLogger(__name__).warning("%s", line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ def evaluate_folders(
   predictions: str | Path, references: str | Path, labels: Labels | None = None,
   tolerance: float = 1.0, partial: bool = False, missing: Missing = math.nan,
   progress: Callable[[int, int], None] = lambda done, total: None,
-  warn: Callable[[str], None] = _log_warning,
+  warn: Callable[[str], None] = _LOG.warning,
 ) -> Scores:
   """Scores every label map of a folder against the one of the same name.
 

@@ -37,5 +37,18 @@ def boxes_from_square(boxes: A, height: int, width: int, side: int) -> A:
   return xp.concatenate([boxes[..., :2] / scale, (boxes[..., 2:] + 1) / scale - 1], axis=-1)
 
 
+def jittered(boxes: A, drawn: A, share: float, bound: float, side: int) -> A:
+  """Boxes [..., 4] with their edges moved, inside the S x S image, as sam2_utils.sample_box_points
+  does it.
+
+  Args:
+    drawn: in [-1, 1], [..., 4]: by which part of `share` of the box's size, and at most of `bound`
+      pixels, each edge is moved.
+  """
+  xp: Any = boxes.__array_namespace__()
+  most = xp.minimum((boxes[..., 2:] - boxes[..., :2]) * share, bound)
+  return xp.clip(boxes + drawn * xp.concatenate([most, most], axis=-1), 0.0, side - 1.0)
+
+
 def _scale(boxes: A, height: int, width: int, side: int) -> np.ndarray:
   return np.array([side / width, side / height], boxes.dtype)

@@ -115,15 +115,21 @@ def plan_of(run: RunFolder, own: OwnData, config: PlanConfig, report: Report) ->
       save_split(run / "splits.json", split)
     if run.writes and not (run / "plan.json").exists():
       train_cases = [case for case in dataset.cases if case.identifier in set(split.train)]
-      fingerprint = make_fingerprint(
-        dataset, train_cases, progress=Progress("fingerprint, cases", report))
-      save_json(run / "fingerprint.json", fingerprint)
-      save_plan(run / "plan.json", make_plan(fingerprint, config))
+      write_plan(run.path, dataset, train_cases, config, Progress("fingerprint, cases", report))
   plan = load_plan(run / "plan.json")
   size = " x ".join(map(str, plan.patch_size))
   report(f"plan: {plan.name}, spacing {plan.spacing} mm, patch {size}, "
          f"{len(plan.labels.structures)} structures")
   return plan
+
+
+def write_plan(
+  folder: Path, dataset: Dataset, cases: Sequence[Case], config: PlanConfig, progress: Progress
+) -> None:
+  """Writes fingerprint and plan of these cases into a folder."""
+  fingerprint = make_fingerprint(dataset, cases, progress=progress)
+  save_json(folder / "fingerprint.json", fingerprint)
+  save_plan(folder / "plan.json", make_plan(fingerprint, config))
 
 
 def prepare(run: RunFolder, plan: Plan, own: OwnData, seed: int, report: Report) -> None:

@@ -44,14 +44,12 @@ from rfmedsam2_jax.training.phases import (
 from rfmedsam2_jax.training.validation import validate_run
 from rfmedsam2_jax.weights.checkpoint import check_starting_point, load_checkpoint
 
-
-def _log_warning(line: str) -> None:
-  logging.getLogger(__name__).warning("%s", line)
+_LOG = logging.getLogger(__name__)
 
 
 def train(
   config: Config, out: str | Path, resume: bool = False, overwrite: bool = False,
-  report: Report = PRINTED, profile: bool = False, warn: Callable[[str], None] = _log_warning,
+  report: Report = PRINTED, profile: bool = False, warn: Callable[[str], None] = _LOG.warning,
 ) -> dict[str, Any]:
   """Trains generator and refiner and scores the held-out cases; or the tracker alone.
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from rfmedsam2_jax.config.training import GeneratorConfig, Optimizer, RefinerConfig
 from rfmedsam2_jax.nn import SAM2, losses
+from rfmedsam2_jax.nn.boxes import jittered
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.nn.unet import UNet
@@ -138,15 +139,13 @@ def generator_loss_fn(
 def _jittered(boxes: Array, amount: float, side: int, keys: Array) -> Array:
   """Boxes [N, 4] with every edge moved by up to `amount` of the box's size, inside the image.
 
-  Not further than SAM 2 moves them in its training (sam2_utils.py: sample_box_points). keys: of the
-  rows [B] of the batch, each with N / B boxes.
+  Not further than SAM 2 moves them in its training. keys: of the rows [B] of the batch, each with
+  N / B boxes.
   """
-  size = jnp.concatenate([boxes[:, 2:] - boxes[:, :2]] * 2, axis=1)
-  furthest = jnp.minimum(size * amount, _JITTER_BOUND * side)
   count = len(boxes) // len(keys)
   draw = functools.partial(jax.random.uniform, shape=(count, 4), minval=-1.0, maxval=1.0)
   drawn = jax.vmap(draw)(keys).reshape(-1, 4)
-  return jnp.clip(boxes + furthest * drawn, 0.0, side - 1.0)
+  return jittered(boxes, drawn, amount, _JITTER_BOUND * side, side)
 
 
 def refiner_loss_fn(

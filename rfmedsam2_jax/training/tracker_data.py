@@ -13,15 +13,13 @@ from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.config.tracker import SourceConfig
 from rfmedsam2_jax.data import object_runs
 from rfmedsam2_jax.data.datasets import Dataset, read_dataset
-from rfmedsam2_jax.data.files import save_json
-from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.pipeline import BatchConfig, Cases, RunConfig
-from rfmedsam2_jax.data.plan import PlanConfig, load_plan, make_plan, save_plan
+from rfmedsam2_jax.data.plan import PlanConfig, load_plan
 from rfmedsam2_jax.data.preprocessing import stored_cases
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.parallel import hosts
-from rfmedsam2_jax.training.own_data import store_cases
+from rfmedsam2_jax.training.own_data import store_cases, write_plan
 
 SYNTHETIC, OWN = "synthetic", "own"
 
@@ -45,9 +43,7 @@ def prepare_sources(
       if run.writes and not (folder / "plan.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(f"{dataset.name}: fingerprint, cases", report)
-        fingerprint = make_fingerprint(dataset, cases, progress=progress)
-        save_json(folder / "fingerprint.json", fingerprint)
-        save_plan(folder / "plan.json", make_plan(fingerprint, PlanConfig()))
+        write_plan(folder, dataset, cases, PlanConfig(), progress)
     store_cases(folder / "preprocessed", cases, dataset, load_plan(folder / "plan.json"),
                 config.seed, report)
 

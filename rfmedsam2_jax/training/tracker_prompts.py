@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.config.tracker import TrackerConfig
+from rfmedsam2_jax.nn.boxes import jittered
 from rfmedsam2_jax.nn.layers import Array
 from rfmedsam2_jax.nn.prompt_encoder import ABSENT
 from rfmedsam2_jax.refinement.prompts import scaled_boxes
@@ -107,10 +108,9 @@ def _noisy_boxes(masks: Array, keys: Array) -> Array:
   20 pixels at most, inside the image (sam2_utils.sample_box_points). keys: [...]."""
   side = masks.shape[-1]
   boxes, _ = scaled_boxes(masks, side, 0.0)
-  most = jnp.minimum((boxes[..., 2:] - boxes[..., :2]) * _BOX_NOISE, _BOX_NOISE_BOUND)
   draw = lambda key: jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)  # noqa: E731
   noise = jax.vmap(draw)(keys.reshape(-1)).reshape(boxes.shape)
-  return jnp.clip(boxes + noise * jnp.concatenate([most, most], axis=-1), 0.0, side - 1.0)
+  return jittered(boxes, noise, _BOX_NOISE, _BOX_NOISE_BOUND, side)
 
 
 def corrections(truth: Array, found: Array, keys: Array) -> tuple[Array, Array]:
