@@ -282,8 +282,8 @@ def refiner_batches(cases: Cases, run: RunConfig, membership: np.ndarray,
     a grain iterator, with T = min(run.structures, K), L = run.slices and m = S / 4, of
       "images": float32 [B, L, S, S, 3] in [0, 1].
       "masks", "known": float32 [B, T, L, m, m], occupancy by the truth, by voxels not ignored.
-      "present": bool [B, T, L], the structure has a voxel on the slice. "absent": bool [B, T, L],
-        it has none, and no voxel of the slice is ignored.
+      "present": bool [B, T, L], the structure has a voxel on the slice.
+      "absent": bool [B, T, L], it has none, and no voxel of the slice is ignored.
       "logits": float32 [B, T, L, m, m], mask logits of stage 0 within +-32, with mistakes.
       "inside": bool [B, L], the slice lies in the volume. "depth": int32 [B], its slices.
       "structures": int32 [B, T]. "case": int32 [B], positions in `identifiers`.

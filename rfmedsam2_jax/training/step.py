@@ -47,9 +47,9 @@ class Keys(NamedTuple):
 class Loss:
   """A loss in two halves, as in nn.losses.
 
-  sums: of (params, rows of a batch, random keys), a tree of arrays that are added up over the
-    batch. A row has a key of its own, and its part of the sums is the same with whatever others.
-  value: the loss and its metrics, of the sums over a whole batch.
+  `sums`: of (params, rows of a batch, random keys), a tree of arrays that are added up over the
+  batch. A row has a key of its own, and its part of the sums is the same with whatever others.
+  `value`: the loss and its metrics, of the sums over a whole batch.
   """
 
   sums: Callable[[Params, Batch, Keys], Any]

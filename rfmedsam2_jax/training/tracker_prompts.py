@@ -31,8 +31,8 @@ class Plan(NamedTuple):
   prompted: bool [N, L], steps whose slice has a first prompt: one or two, or all with the object.
   corrected: bool [N, L], steps whose slice gets clicks; it is then remembered as a prompted one.
   takes_mask: bool [N], the first prompts are masks, of the first two steps at most.
-  boxes: float32 [N, L, 4], has_box: bool [N, L]; points: float32 [N, L, 2], labels: int32 [N, L],
-    ABSENT where there is none.
+  boxes: float32 [N, L, 4]. has_box: bool [N, L].
+  points: float32 [N, L, 2]. labels: int32 [N, L], ABSENT where there is none.
   used: bool [N], tracks that there are.
   """
 
