@@ -31,7 +31,7 @@ from rfmedsam2_jax.training import shard, tracker_data, tracker_step
 from rfmedsam2_jax.training import tracker_prompts as sampling
 from rfmedsam2_jax.training import train_networks as networks
 from rfmedsam2_jax.training.loop import Training
-from rfmedsam2_jax.training.phases import PHASES, tracker_phase
+from rfmedsam2_jax.training.phases import PHASES, tracker_phases
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.names import from_official
 
@@ -106,7 +106,9 @@ def test_loss_and_gradient_are_those_of_the_official_training():
       for tree in (expected, found))
     assert ours_norm == pytest.approx(norm, rel=5e-6)
     for path, x in expected.items():
-      np.testing.assert_allclose(found[path], x, atol=1e-5 * norm, err_msg=str(path))
+      # By the norm of what differs: of the MLPs' 2,048 units one may be at the kink of its ReLU, and
+      # then float32 decides whether a weight has a gradient.
+      assert np.linalg.norm(found[path] - x) < 1e-4 * norm, path
 
   drawn = jax.tree.map(np.asarray, plans_of(jnp.arange(40)))
   plans = [jax.tree.map(lambda x, i=i: x[i], drawn) for i in range(40)]
@@ -236,7 +238,9 @@ def written(path, tree):
 def test_a_tracker_is_trained_without_any_data_set_and_resumed_bit_for_bit(
   tmp_path, stream, capsys
 ):
-  config = written(tmp_path / "tracker.yaml", TRACKER)
+  images = {"steps": 1, "slices": 1, "batch_size": 2, "every": 1, "learning_rate": 1e-3}
+  legs = {"legs": [images, {"steps": 4}], "loop": TRACKER["tracker"]["loop"] | {"steps": 0}}
+  config = written(tmp_path / "c.yaml", TRACKER | {"tracker": TRACKER["tracker"] | legs})
   assert main(["train", config, "--out", str(tmp_path / "whole")]) == 0
 
   # As it is when it was killed after its third step.
@@ -252,9 +256,31 @@ def test_a_tracker_is_trained_without_any_data_set_and_resumed_bit_for_bit(
     np.testing.assert_array_equal(ours, theirs)
   lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
   told = {"loss", "focal", "dice", "iou", "presence", "mask_iou", "gradient_norm"}
-  assert [x["step"] for x in lines] == [2, 4] and told <= lines[0].keys()
+  assert [(x["phase"], x["step"]) for x in lines] == [
+    ("tracker/leg-1", 1), ("tracker", 2), ("tracker", 4)]
+  assert told <= lines[0].keys() and all(np.isfinite(x["loss"]) for x in lines)
   assert main(["predict", str(tmp_path / "run"), "x.nii.gz", "--out", str(tmp_path / "x")]) == 2
   assert "trained a tracker alone" in capsys.readouterr().err
+
+
+def test_a_leg_sets_out_from_the_averaged_weights_of_the_one_before(tmp_path, monkeypatch):
+  legs = [{"steps": 3, "slices": 1, "learning_rate": 0.5}, {"steps": 2, "box": 1, "point": 0}]
+  config = parse_config(TRACKER | {"tracker": TRACKER["tracker"] | {"loop": {"steps": 0},
+                                                                  "legs": legs}})
+  first, last = tracker_phases(config)
+  assert (first.batch["images"].shape[1], first.settings.optimizer.learning_rate) == (1, 0.5)
+  assert first.settings.loop.steps == 3 and last.settings.box == 1 != first.settings.box
+
+  def trained(training, phase, segmenter, cases, state):
+    further = lambda by: jax.tree.map(lambda x: x + by, state.trained)  # noqa: E731
+    return state.replace(ema=further(1), trained=further(10))
+
+  monkeypatch.setattr(networks, "train_phase", trained)
+  training = Training(RunFolder(tmp_path), make_mesh(MeshConfig()), 0, [], {}, silent, False)
+  params = networks.train_tracker(training, [first, last], config.sam2, [])
+  key = jax.random.split(jax.random.fold_in(jax.random.key(0), 3))[0]
+  np.testing.assert_allclose(
+    params["no_mem_embed"], init_params(config.sam2, key)["no_mem_embed"] + 2, atol=1e-6)
 
 
 def test_data_sets_are_prepared_and_mixed_with_the_stream(tmp_path, stream, phantoms, capsys):
@@ -266,8 +292,8 @@ def test_data_sets_are_prepared_and_mixed_with_the_stream(tmp_path, stream, phan
   tracker_data.prepare_sources(run, config, tracker_data.read_sources(config), silent)
   names = tracker_data.case_names(run.path, config)
   assert len(names) == 5 and names[-1] == "of the synthetic stream"
-  batches = list(itertools.islice(tracker_data.batches(run.path, config, [0, 1], 0), 8))
-  for name, wanted in tracker_phase(config).batch.items():
+  batches = list(itertools.islice(tracker_data.batches(run.path, config, 0, [0, 1], 0), 8))
+  for name, wanted in tracker_phases(config)[-1].batch.items():
     assert batches[0][name].shape == wanted.shape and batches[0][name].dtype == wanted.dtype
   drawn = np.concatenate([batch["case"] for batch in batches])
   assert {4} < set(drawn) and np.concatenate([batch["has"] for batch in batches]).any(1).all()

@@ -62,7 +62,7 @@ class Config:
       raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
     if self.data.sam_context and len(self.data.sam_channels) == 3:
       raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
-    if self.tracker.loop.steps and self.refiner.init_from:
+    if self.tracker.parts and self.refiner.init_from:
       raise ValueError("refiner.init_from is given, but the refiner starts from the tracker, which "
                        "has steps; give tracker.init_from instead")
     if self.refiner.mask_adapter.loop.steps:
@@ -77,10 +77,10 @@ class Config:
   def tracker_alone(self) -> bool:
     """Whether SAM 2 is trained as a tracker and nothing else: no generator, and no refiner."""
     others = self.generator.loop.steps or self.generator.init_from or self.refiner.loop.steps
-    return bool(self.tracker.loop.steps and not others)
+    return bool(self.tracker.parts and not others)
 
   @property
   def needs_dataset(self) -> bool:
     """Whether `data.dataset` is read at all."""
-    of_tracker = self.tracker.data if self.tracker.loop.steps else ()
+    of_tracker = self.tracker.data if self.tracker.parts else ()
     return not self.tracker_alone or any(source.source == "own" for source in of_tracker)

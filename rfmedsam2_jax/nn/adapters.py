@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rfmedsam2_jax.base.ranges import STRICT, Count, fixed
-from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
-from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm, upsample2
+from rfmedsam2_jax.nn.convolutions import Conv2D, DepthwiseConv2D
+from rfmedsam2_jax.nn.layers import Array, DType, gelu, layer_norm, upsample2
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 
 MASK_LIMIT = 8.0  # mask logits beyond +-this say nothing more
@@ -81,12 +81,12 @@ class MaskAdapter(nn.Module):
     """
     nearby = jnp.moveaxis(nearby_NRHW / MASK_LIMIT, 1, -1).astype(pixels_NHWC.dtype)
     x = jnp.concatenate([pixels_NHWC, nearby], axis=-1)
-    fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_0")(x))
-    coarse = conv2d(2 * self.width, 3, 2, padding=1, dtype=self.dtype, name="coarse_0")(fine)
-    coarse = conv2d(2 * self.width, 3, padding=1, dtype=self.dtype, name="coarse_1")(gelu(coarse))
+    fine = gelu(Conv2D(self.width, 3, padding=1, dtype=self.dtype, name="fine_0")(x))
+    coarse = Conv2D(2 * self.width, 3, 2, padding=1, dtype=self.dtype, name="coarse_0")(fine)
+    coarse = Conv2D(2 * self.width, 3, padding=1, dtype=self.dtype, name="coarse_1")(gelu(coarse))
     coarse = nn.Dense(self.width, dtype=self.dtype, name="back")(gelu(coarse))
     fine = fine + upsample2(coarse)
-    fine = gelu(conv2d(self.width, 3, padding=1, dtype=self.dtype, name="fine_1")(fine))
+    fine = gelu(Conv2D(self.width, 3, padding=1, dtype=self.dtype, name="fine_1")(fine))
     return _zero_dense(1, self.dtype)(fine)[..., 0].astype(jnp.float32)
 
 

@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
+from rfmedsam2_jax.nn.convolutions import Conv2D
 from rfmedsam2_jax.nn.hiera import Hiera
-from rfmedsam2_jax.nn.layers import Array, DType, conv2d, upsample2
+from rfmedsam2_jax.nn.layers import Array, DType, upsample2
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
@@ -52,7 +53,7 @@ class Lateral(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC: Array) -> Array:
-    x = conv2d(self.features, 1, dtype=self.dtype, name="conv")(x_BHWC)
+    x = Conv2D(self.features, 1, dtype=self.dtype, name="conv")(x_BHWC)
     return self.adapters.convolved(x, self.dtype, self.platform)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
-from rfmedsam2_jax.nn.layers import MLP, Array, DType, conv2d, gelu, layer_norm, settled
+from rfmedsam2_jax.nn.convolutions import Conv2D
+from rfmedsam2_jax.nn.layers import MLP, Array, DType, gelu, layer_norm, settled
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.positions import hiera_positions
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
@@ -70,7 +71,7 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, images_BHW3: Array) -> Array:
-    return conv2d(self.features, 7, stride=4, padding=3, dtype=self.dtype, name="proj")(images_BHW3)
+    return Conv2D(self.features, 7, stride=4, padding=3, dtype=self.dtype, name="proj")(images_BHW3)
 
 
 class Block(nn.Module):

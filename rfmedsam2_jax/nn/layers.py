@@ -44,17 +44,6 @@ def layer_norm(
   return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def conv2d(
-  features: int, kernel: int, stride: int = 1, padding: int = 0, dtype: DType = jnp.float32,
-  name: str | None = None,
-) -> nn.Conv:
-  """A 2D convolution [B, H, W, Cin] -> [B, H', W', features] with PyTorch's symmetric padding:
-  `padding` zeros on all four sides, where XLA's `SAME` pads unevenly at strides above 1."""
-  return nn.Conv(
-    features, (kernel, kernel), strides=stride, padding=padding, dtype=dtype, name=name
-  )
-
-
 def upsample2(x_BHWC: Array) -> Array:
   """Nearest-neighbour upsampling by 2."""
   return x_BHWC.repeat(2, axis=1).repeat(2, axis=2)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.nn.adapters import AdapterConfig
 from rfmedsam2_jax.nn.attention import dot_product_attention
-from rfmedsam2_jax.nn.layers import MLP, Array, ConvTranspose2x2, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.convolutions import Conv2D
+from rfmedsam2_jax.nn.layers import MLP, Array, ConvTranspose2x2, DType, gelu, layer_norm
 from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
@@ -59,8 +60,8 @@ class MaskDecoder(nn.Module):
     self.output_upscaling_0 = ConvTranspose2x2(self.width // 4, dtype=self.dtype)
     self.output_upscaling_1 = layer_norm(1e-6, dtype=self.dtype)
     self.output_upscaling_3 = ConvTranspose2x2(self.width // 8, dtype=self.dtype)
-    self.conv_s0 = conv2d(self.width // 8, 1, dtype=self.dtype)
-    self.conv_s1 = conv2d(self.width // 4, 1, dtype=self.dtype)
+    self.conv_s0 = Conv2D(self.width // 8, 1, dtype=self.dtype)
+    self.conv_s1 = Conv2D(self.width // 4, 1, dtype=self.dtype)
     self.output_hypernetworks_mlps = [mlp(self.width, self.width // 8, 3) for _ in range(masks)]
     self.iou_prediction_head = mlp(self.iou_hidden, masks, 3, sigmoid_output=True)
     self.pred_obj_score_head = mlp(self.width, 1, 3)

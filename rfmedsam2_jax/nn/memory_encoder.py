@@ -5,8 +5,8 @@ sam2.modeling.memory_encoder (sam2 1.1.0).
 
 import flax.linen as nn
 
-from rfmedsam2_jax.nn.convolutions import DepthwiseConv2D
-from rfmedsam2_jax.nn.layers import Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.convolutions import Conv2D, DepthwiseConv2D
+from rfmedsam2_jax.nn.layers import Array, DType, gelu, layer_norm
 from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.nn.remat import Remat, rematerialised
 
@@ -26,11 +26,12 @@ class MemoryEncoder(nn.Module):
   def __call__(self, embedding_NGGC: Array, mask_NSS1: Array) -> Array:
     """Memories [N, G, G, out]."""
     down_of = rematerialised(MaskDownSampler, self.remat)
-    down = down_of(self.width, self.mask_channels, self.dtype, name="mask_downsampler")
-    x = conv2d(self.width, 1, dtype=self.dtype, name="pix_feat_proj")(embedding_NGGC)
+    down = down_of(
+      self.width, self.mask_channels, self.dtype, self.platform, name="mask_downsampler")
+    x = Conv2D(self.width, 1, dtype=self.dtype, name="pix_feat_proj")(embedding_NGGC)
     fuser = Fuser(self.fuser_layers, self.dtype, self.remat, self.platform, name="fuser")
     x = fuser(x + down(mask_NSS1))
-    return conv2d(self.out, 1, dtype=self.dtype, name="out_proj")(x)
+    return Conv2D(self.out, 1, dtype=self.dtype, name="out_proj")(x)
 
 
 class MaskDownSampler(nn.Module):
@@ -39,15 +40,16 @@ class MaskDownSampler(nn.Module):
   features: int
   channels: tuple[int, ...]
   dtype: DType
+  platform: Platform
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     # Upstream's Sequential counts convolution, norm and activation.
     for i, channels in enumerate(self.channels):
-      x = conv2d(channels, 3, 2, 1, dtype=self.dtype, name=f"encoder_{3 * i}")(x)
+      x = Conv2D(channels, 3, 2, 1, self.dtype, self.platform, name=f"encoder_{3 * i}")(x)
       x = gelu(layer_norm(1e-6, dtype=self.dtype, name=f"encoder_{3 * i + 1}")(x))
     name = f"encoder_{3 * len(self.channels)}"
-    return conv2d(self.features, 1, dtype=self.dtype, name=name)(x)
+    return Conv2D(self.features, 1, dtype=self.dtype, name=name)(x)
 
 
 class Fuser(nn.Module):

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn.layers import AnyArray, Array, DType, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.convolutions import Conv2D
+from rfmedsam2_jax.nn.layers import AnyArray, Array, DType, gelu, layer_norm
 from rfmedsam2_jax.nn.positions import random_fourier, random_fourier_grid
 
 # Labels of points. 0 and 1 are SAM's; a token that says "no point" is not the same as no token.
@@ -135,11 +136,11 @@ class PromptEncoder(nn.Module):
     self.point_embeddings = [self.param(name, token, (1, self.width)) for name in names]
     self.not_a_point_embed = self.param("not_a_point_embed", token, (1, self.width))
     self.no_mask_embed = self.param("no_mask_embed", token, (1, self.width))
-    self.mask_downscaling_0 = conv2d(self.mask_channels // 4, 2, stride=2, dtype=self.dtype)
+    self.mask_downscaling_0 = Conv2D(self.mask_channels // 4, 2, stride=2, dtype=self.dtype)
     self.mask_downscaling_1 = layer_norm(1e-6, dtype=self.dtype)
-    self.mask_downscaling_3 = conv2d(self.mask_channels, 2, stride=2, dtype=self.dtype)
+    self.mask_downscaling_3 = Conv2D(self.mask_channels, 2, stride=2, dtype=self.dtype)
     self.mask_downscaling_4 = layer_norm(1e-6, dtype=self.dtype)
-    self.mask_downscaling_6 = conv2d(self.width, 1, dtype=self.dtype)
+    self.mask_downscaling_6 = Conv2D(self.width, 1, dtype=self.dtype)
 
   def grid_positions(self) -> Array:
     """Positions of the image embedding's cells, [G, G, width]."""

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 
 from rfmedsam2_jax.base.ranges import STRICT, Count, Precision, Whole, fixed
 from rfmedsam2_jax.nn.adapters import AdapterConfig
+from rfmedsam2_jax.nn.convolutions import Conv2D
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
-from rfmedsam2_jax.nn.layers import MLP, Array, DType, Params, conv2d
+from rfmedsam2_jax.nn.layers import MLP, Array, DType, Params
 from rfmedsam2_jax.nn.mask_decoder import Decoded, MaskDecoder
 from rfmedsam2_jax.nn.memory_attention import MemoryAttention, MemorySlots
 from rfmedsam2_jax.nn.memory_encoder import MemoryEncoder
@@ -175,7 +176,7 @@ class SAM2(nn.Module):
     # Nothing uses it, but checkpoints have it and it must survive the way there and back.
     self.no_mem_pos_enc = self.param("no_mem_pos_enc", small, (c.d_model,))
     self.no_obj_ptr = self.param("no_obj_ptr", small, (c.d_model,))
-    self.mask_downsample = conv2d(1, 4, stride=4, dtype=dtype)
+    self.mask_downsample = Conv2D(1, 4, stride=4, dtype=dtype)
     self.obj_ptr_proj = MLP(c.d_model, c.d_model, 3, dtype=dtype)
     if c.absent_embedding:
       self.no_obj_embed_spatial = self.param("no_obj_embed_spatial", small, (c.mem_dim,))

@@ -25,7 +25,7 @@ from rfmedsam2_jax.parallel.mesh import batch_shapes, local_rows, place_batch
 from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
-from rfmedsam2_jax.training.phases import CONFIG_KEYS, Phase
+from rfmedsam2_jax.training.phases import Phase
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.telemetry import Telemetry
 from rfmedsam2_jax.training.validation import RANKED_BY, Ranking, score_stages
@@ -193,7 +193,7 @@ class _Log:
       last = latest_checkpoint(run.checkpoints(name))
       raise UserError(
         f"{run.path}: the {name}'s loss is not finite at step {number} (cases {', '.join(names)}); "
-        f"look at these cases or lower {CONFIG_KEYS[name]}.optimizer.learning_rate, and resume it "
+        f"look at these cases or lower {self._phase.key}.optimizer.learning_rate, and resume it "
         f"(last good checkpoint: {last or 'none'})")
 
   def validation(self, step: int, segmenter: Segmenter) -> float | None:

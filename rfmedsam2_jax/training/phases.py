@@ -45,7 +45,8 @@ Batches = Callable[[Path, Sequence[str], Sequence[int], int], Iterator[dict[str,
 class Phase(NamedTuple):
   """What is trained."""
 
-  name: PhaseName
+  name: str  # of its log, and of its folder in the run
+  key: str  # of its settings in the config
   network: Network  # whose parameters it trains
   settings: GeneratorConfig | TrackerConfig | RefinerConfig
   init: Callable[[jax.Array], Params]  # random parameters from a key
@@ -83,15 +84,17 @@ def phase_names(config: Config) -> list[PhaseName]:
   the others where they have steps."""
   if config.tracker_alone:
     return ["tracker"]
+  has = {"tracker": config.tracker.parts, "refiner": True}
   return [name for name, key in CONFIG_KEYS.items()
-          if name == "refiner" or operator.attrgetter(key)(config).loop.steps]
+          if has.get(name) or operator.attrgetter(key)(config).loop.steps]
 
 
 def check_batches(config: Config, names: Sequence[PhaseName], mesh: Mesh) -> None:
   """Raises UserError unless the batch of each of these phases spreads over the mesh."""
   for key in (CONFIG_KEYS[name] for name in names):
     settings = operator.attrgetter(key)(config)
-    check_batch(mesh, settings.batch_size, settings.microbatches, key)
+    for part in settings.parts if key == "tracker" else (settings,):
+      check_batch(mesh, part.batch_size, part.microbatches, key)
 
 
 def generator_phase(config: Config, plan: Plan) -> Phase:
@@ -110,7 +113,7 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
       pipeline.BatchConfig(settings.batch_size, rows, start, config.data.loader))
 
   return Phase(
-    "generator", "generator", settings,
+    "generator", CONFIG_KEYS["generator"], "generator", settings,
     init=functools.partial(init_generator, unet, channels), patterns=("*",),
     loss=loss,
     batch={"image": jax.ShapeDtypeStruct((*size, channels), jnp.float32),
@@ -120,20 +123,29 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
       unet, channels, [[structure.name, structure.values] for structure in labels.structures])})
 
 
-def tracker_phase(config: Config, plan: Plan | None = None) -> Phase:
-  """SAM 2 on prompts; it knows no structures and needs no plan."""
-  settings, sam2 = config.tracker, config.sam2
+def tracker_phases(config: Config) -> list[Phase]:
+  """SAM 2 on prompts, leg after leg; it knows no structures and needs no plan."""
+  *legs, last = config.tracker.parts
+  named = {f"tracker/leg-{n}": leg for n, leg in enumerate(legs, 1)} | {"tracker": last}
+  return [_tracker_phase(config, name, leg, n) for n, (name, leg) in enumerate(named.items())]
+
+
+def _tracker_phase(config: Config, name: str, settings: TrackerConfig, number: int) -> Phase:
+  sam2 = config.sam2
+  # Every leg has runs of its own.
+  config = dataclasses.replace(config, tracker=settings)
+  seed = config.seed + (number << 32)
   runs, objects, length, side = (
     settings.batch_size, settings.objects, settings.slices, sam2.image_size)
 
   def batches(run: Path, cases: Sequence[str], rows: Sequence[int], start: int) -> Any:
-    return tracker_data.batches(run, config, rows, start)
+    return tracker_data.batches(run, config, seed, rows, start)
 
   def loss(platform: Platform) -> steps.Loss:
     return tracker_loss_fn(SAM2(sam2, platform), settings)
 
   return Phase(
-    "tracker", "refiner", settings, init=functools.partial(init_params, sam2),
+    name, CONFIG_KEYS["tracker"], "refiner", settings, init=functools.partial(init_params, sam2),
     patterns=settings.trainable, loss=loss,
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
@@ -171,7 +183,8 @@ def refiner_phase(config: Config, plan: Plan, masks_alone: bool = False) -> Phas
       pipeline.BatchConfig(runs, rows, start, config.data.loader))
 
   return Phase(
-    "refiner", "refiner", settings, init=init, patterns=settings.trainable, loss=loss,
+    "refiner", CONFIG_KEYS["refiner"], "refiner", settings, init=init,
+    patterns=settings.trainable, loss=loss,
     batch={
       "images": jax.ShapeDtypeStruct((runs, length, side, side, 3), jnp.float32),
       "masks": masks, "known": masks, "logits": masks, "present": facts, "absent": facts,
@@ -190,9 +203,9 @@ def mask_adapter_phase(config: Config, plan: Plan) -> Phase:
     config.refiner, trainable=("sam_mask_decoder/adapter/*",),
     **{field.name: getattr(alone, field.name) for field in dataclasses.fields(alone)})
   phase = refiner_phase(dataclasses.replace(config, refiner=settings), plan, masks_alone=True)
-  return phase._replace(name="mask_adapter")
+  return phase._replace(name="mask_adapter", key=CONFIG_KEYS["mask_adapter"])
 
 
+# Of a data set's structures; the tracker has none.
 PHASES: dict[PhaseName, Callable[[Config, Plan], Phase]] = {
-  "generator": generator_phase, "tracker": tracker_phase, "mask_adapter": mask_adapter_phase,
-  "refiner": refiner_phase}
+  "generator": generator_phase, "mask_adapter": mask_adapter_phase, "refiner": refiner_phase}

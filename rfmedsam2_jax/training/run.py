@@ -39,7 +39,7 @@ from rfmedsam2_jax.training.phases import (
   PhaseName,
   check_batches,
   phase_names,
-  tracker_phase,
+  tracker_phases,
 )
 from rfmedsam2_jax.training.validation import validate_run
 from rfmedsam2_jax.weights.checkpoint import check_starting_point, load_checkpoint
@@ -65,7 +65,7 @@ def train(
   """
   # What can be known to fail does so now, not after the generator.
   own = own_data.read_own(config, Path(out), resume)
-  of_tracker = tracker_data.read_sources(config) if config.tracker.loop.steps else []
+  of_tracker = tracker_data.read_sources(config) if config.tracker.parts else []
   if own is not None:
     _divided(config, own)
   if not divide_cpu(config.mesh.cpu_devices):
@@ -128,14 +128,14 @@ def _train_all(
   for_generator, for_refiner = _divided(config, own)
   segmenter = untrained(config, plan)
   names: list[PhaseName] = ["generator", *phase_names(config)]
-  phases = {name: PHASES[name](config, plan) for name in names}
+  phases = {name: PHASES[name](config, plan) for name in names if name != "tracker"}
   networks.check_generator(run, phases["generator"])
   own_data.prepare(run, plan, own, config.seed, report)
   held_out = own.cases(own.split.validation)
   training = training._replace(held_out=held_out)
   segmenter = networks.train_generator(training, phases["generator"], segmenter, for_generator)
   networks.write_prompts(run, segmenter, for_refiner, report)
-  tracker = _train_tracker(config, training, of_tracker) if "tracker" in phases else None
+  tracker = _train_tracker(config, training, of_tracker) if "tracker" in names else None
   segmenter = networks.train_refiner(
     training, phases.get("mask_adapter"), phases["refiner"], segmenter, for_refiner, tracker)
   _save_curves(run)
@@ -148,7 +148,7 @@ def _train_tracker(
   run = training.run
   tracker_data.prepare_sources(run, config, datasets, training.report)
   names = tracker_data.case_names(run.path, config)
-  return networks.train_tracker(training, tracker_phase(config), config.sam2, names)
+  return networks.train_tracker(training, tracker_phases(config), config.sam2, names)
 
 
 def _save_curves(run: RunFolder) -> None:

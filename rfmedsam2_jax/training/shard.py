@@ -27,7 +27,7 @@ from rfmedsam2_jax.training.phases import (
   Phase,
   PhaseName,
   check_batches,
-  tracker_phase,
+  tracker_phases,
 )
 
 GIB = 2**30
@@ -72,11 +72,10 @@ def shard(
   mesh = make_mesh(config.mesh)
   check_batches(config, phases, mesh)
   key = jax.random.key(0)
-  if list(phases) == ["tracker"]:
-    made = [tracker_phase(config)]
-  else:
+  made = tracker_phases(config) if "tracker" in phases else []
+  if others := [name for name in phases if name != "tracker"]:
     plan = _plan_of_shapes(config.plan, channels, structures)
-    made = [PHASES[name](config, plan) for name in phases]
+    made += [PHASES[name](config, plan) for name in others]
   for phase in made:
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
     state = jax.eval_shape(lambda key, phase=phase: phase.start(phase.init(key), key), key)

@@ -54,9 +54,9 @@ def case_names(run: Path, config: Config) -> list[str]:
 
 
 def batches(
-  run: Path, config: Config, rows: Sequence[int], start: int
+  run: Path, config: Config, seed: int, rows: Sequence[int], start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of `object_batches`, from number `start` on."""
+  """Batches of `object_batches`, from number `start` on; the seed is that of what is drawn."""
   settings, data = config.tracker, config.data
   sample = RunConfig(
     config.sam2.image_size, settings.slices, settings.objects, data.sam_channels, data.sam_context)
@@ -64,16 +64,16 @@ def batches(
   for source in settings.data:
     names = _names(run, config, source)
     if source.source == SYNTHETIC:
-      runs: object_runs.Sample = object_runs.SyntheticRuns(config.seed, sample)
+      runs: object_runs.Sample = object_runs.SyntheticRuns(seed, sample)
     else:
       folder = _folder(run, config, source)
       plan = load_plan(folder / "plan.json")
       object_runs.check_channels(sample, len(plan.channels), source.source)
-      cases = Cases(folder / "preprocessed", names, config.seed)
+      cases = Cases(folder / "preprocessed", names, seed)
       runs = object_runs.CaseRuns(cases, sample, plan.labels.membership, settings.augmentation)
     sources.append((runs, source.weight, len(names)))
   part = BatchConfig(settings.batch_size, rows, start, data.loader)
-  return object_runs.object_batches(sources, config.seed, part)
+  return object_runs.object_batches(sources, seed, part)
 
 
 def _names(run: Path, config: Config, source: SourceConfig) -> Sequence[str]:

@@ -85,7 +85,7 @@ def draw_plan(truth: Array, has: Array, keys: Array, shared: Array, config: Trac
   kind = jnp.where(every, kind * (config.box + config.point), kind)  # no masks
   takes_mask = kind >= config.box + config.point
   # With one prompted slice, half of the time one more gets clicks (num_frames_to_correct).
-  at = jnp.where(jax.random.bernoulli(further), jax.random.randint(later, (), 1, length), 0)
+  at = jnp.where(jax.random.bernoulli(further), jax.random.randint(later, (), 1, max(length, 2)), 0)
   corrected = (along == 0) | (along == jnp.where(two, 1, at))
   # A given mask is the output, and there is nothing to correct.
   corrected = jnp.broadcast_to(corrected, (count, length)) & ~takes_mask[:, None]

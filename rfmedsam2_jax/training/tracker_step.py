@@ -111,12 +111,15 @@ def follow(
     number, slices, places, prompted, corrected, boxes, has_box, points, labels, given = inputs
     here = jax.tree.map(lambda x: x[run * length + slices], features)
     target = jnp.take_along_axis(truth, slices[:, None, None, None], axis=1)[:, 0]
-    slots = memory.read(bank, places, length, False, pointers_ahead=True)
-    slots = slots._replace(
-      valid=slots.valid & ~prompted[:, None],
-      pointer_valid=slots.pointer_valid & ~prompted[:, None],
-    )
-    conditioned = call(here.embedding, slots, method="condition")
+    if length == 1:
+      conditioned = call(here.embedding, method="unconditioned")
+    else:
+      slots = memory.read(bank, places, length, False, pointers_ahead=True)
+      slots = slots._replace(
+        valid=slots.valid & ~prompted[:, None],
+        pointer_valid=slots.pointer_valid & ~prompted[:, None],
+      )
+      conditioned = call(here.embedding, slots, method="condition")
     takes_mask = prompted & plan.takes_mask
     conditioned = jnp.where(takes_mask[:, None, None, None], here.embedding, conditioned)
 
@@ -170,8 +173,12 @@ def follow(
     nothing = jnp.zeros_like(given), jnp.zeros(count), jnp.zeros((count, sam2.d_model),
                                                                  sam2.compute_dtype)
     state, told = jax.lax.scan(one_round, (cell, nothing), jnp.arange(rounds + 1))
-    mask, presence, pointer = state[1]
+    counted, (parts, overlap) = told
     is_there = jnp.any(target, axis=(1, 2))
+    told = Told(counted, parts, jnp.where(is_there, overlap, -1.0))
+    if length == 1:  # nothing will remember it
+      return bank, told
+    mask, presence, pointer = state[1]
     mask = jnp.where(
       takes_mask[:, None, None], MASK_LOGIT * (2.0 * target - 1), upsampled(mask)
     )
@@ -181,17 +188,15 @@ def follow(
     slot = jnp.minimum(jnp.full(count, number), PROMPTED - 1)
     bank = memory.add_conditioning(bank, slot, kept, maps, pointer, places)
     bank = memory.add_recent(bank, ~kept, maps, pointer, places, jnp.zeros_like(places), False)
-    counted, (parts, overlap) = told
-    return bank, Told(counted, parts, jnp.where(is_there, overlap, -1.0))
+    return bank, told
 
   bank = memory.empty_bank(
     count, PROMPTED, sam2.grid, sam2.mem_dim, sam2.d_model, sam2.compute_dtype
   )
   first = jnp.take_along_axis(truth, plan.slices[:, :PROMPTED, None, None], axis=1)
   given = call(first.reshape(-1, side, side), method="mask_prompt")
-  given = given.reshape(count, PROMPTED, *given.shape[1:])
-
-  given = jnp.pad(given, [(0, 0), (0, length - PROMPTED), (0, 0), (0, 0)])
+  given = given.reshape(*first.shape[:2], *given.shape[1:])
+  given = jnp.pad(given, [(0, 0), (0, length - first.shape[1]), (0, 0), (0, 0)])
   by_step = functools.partial(jnp.swapaxes, axis1=0, axis2=1)
   inputs = (
     jnp.arange(length, dtype=jnp.int32),

@@ -78,22 +78,24 @@ def train_generator(
 
 
 def train_tracker(
-  training: Training, phase: Phase, config: SAM2Config, cases: Sequence[str]
+  training: Training, legs: Sequence[Phase], config: SAM2Config, cases: Sequence[str]
 ) -> Params:
-  """Trains SAM 2 on prompts, or loads it where it is trained already."""
-  run, settings = training.run, phase.settings
-  assert isinstance(settings, TrackerConfig)
+  """Trains SAM 2 on prompts, leg after leg, or loads it where it is trained already."""
+  run, first = training.run, legs[0].settings
+  assert isinstance(first, TrackerConfig)
   params: Params = {}
   init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), 3))
-  if not run.params(phase.name).is_dir():
-    if settings.init_from and not _begun(run, phase.name):
-      params = starting_params(settings.init_from, config, init_key)
-      about = json.dumps(read_config(settings.init_from)[1], indent=1)
+  if not _begun(run, *(leg.name for leg in legs)):
+    if first.init_from:
+      params = starting_params(first.init_from, config, init_key)
+      about = json.dumps(read_config(first.init_from)[1], indent=1)
       run.write("tracker_init_from.json", about + "\n")
-      training.report(f"tracker: starts from {settings.init_from}")
-    else:
-      params = init_params(config, init_key)
-  return _trained(training, phase, None, cases, params, key)
+      training.report(f"tracker: starts from {first.init_from}")
+  params = params or init_params(config, init_key)
+  for number, leg in enumerate(legs):
+    of_leg = key if leg is legs[-1] else jax.random.fold_in(key, number)
+    params = _trained(training, leg, None, cases, params, of_leg)
+  return params
 
 
 def train_refiner(

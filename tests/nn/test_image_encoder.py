@@ -7,9 +7,10 @@ import pytest
 
 from rfmedsam2_jax.nn import attention, positions, row_bands
 from rfmedsam2_jax.nn.attention import apply_rope, axial_rope, dot_product_attention
+from rfmedsam2_jax.nn.convolutions import Conv2D
 from rfmedsam2_jax.nn.fpn import FpnNeck, ImageEncoder
 from rfmedsam2_jax.nn.hiera import Hiera
-from rfmedsam2_jax.nn.layers import MLP, ConvTranspose2x2, conv2d, gelu, layer_norm
+from rfmedsam2_jax.nn.layers import MLP, ConvTranspose2x2, gelu, layer_norm
 
 torch = pytest.importorskip("torch")
 hieradet = pytest.importorskip("sam2.modeling.backbones.hieradet")
@@ -273,7 +274,7 @@ def test_layers_equal_torch():
 
   down = draw_weights(torch.nn.Conv2d(6, 4, 3, stride=2, padding=1), 2)
   expected = down(x_BCHW).detach().permute(0, 2, 3, 1)
-  assert_close(conv2d(4, 3, 2, 1).apply({"params": to_params(down)}, x), expected, 1e-6)
+  assert_close(Conv2D(4, 3, 2, 1).apply({"params": to_params(down)}, x), expected, 1e-6)
 
   mlp = draw_weights(sam2_utils.MLP(6, 8, 4, 3, torch.nn.GELU, sigmoid_output=True), 3)
   expected = mlp(torch.tensor(x)).detach()
