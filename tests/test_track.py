@@ -195,7 +195,7 @@ def test_a_correction_reads_cached_features_and_changes_its_slice(scan, checkpoi
     assert max(encoded) == config.slices_per_batch and calls <= -(-SHAPE[2] // 4) + 2
     after = prompted.correct(before, [later])
     assert (len(encoded) == calls) == (cache == "bfloat16")
-    assert (0, 8) in after.tracks.prompted
+    assert (0, 8) in after.prompted
     assert (before.labels[8] != after.labels[8]).any()
     results[cache] = after
   # What lies in memory as bfloat16 has 8 bits of mantissa.
@@ -222,7 +222,7 @@ def test_a_correction_follows_what_it_changes_and_a_structure_may_begin_later(
   swept.clear()
   more = prompted.correct(found, other, lambda z, labels: arrived.update({z: labels.copy()}))
   assert set(swept) == {1} and more.structures == (7, 2)  # one track runs of two
-  for ours, before in zip(more.tracks.cells, found.tracks.cells, strict=True):
+  for ours, before in zip(more.parts[0].tracks.cells, found.parts[0].tracks.cells, strict=True):
     np.testing.assert_array_equal(ours[0], before[0])
   np.testing.assert_array_equal(np.stack([arrived[z] for z in range(SHAPE[2])]), more.labels)
   assert set(np.unique(more.labels)) == {0, 2, 7}
@@ -230,12 +230,14 @@ def test_a_correction_follows_what_it_changes_and_a_structure_may_begin_later(
   swept.clear()
   last = prompted.correct(more, early)
   assert 2 in swept
-  assert (last.tracks.cells.logits[0] != more.tracks.cells.logits[0]).any()
+  assert (last.parts[0].tracks.cells.logits[0] != more.parts[0].tracks.cells.logits[0]).any()
   whole = prompted.track(first + point + other + early)
   np.testing.assert_array_equal(whole.labels, last.labels)
   # Followed afresh from what is prompted, nothing of what was kept shows.
-  afresh = prompted._tracker._collected(more.tracks.prompted, set(), None, lambda *args: None)
-  for ours, theirs in zip(more.tracks.cells, afresh.cells, strict=True):
+  tracked = more.parts[0]
+  afresh = prompted._view(tracked.cut).tracker._collected(
+    tracked.tracks.prompted, set(), None, lambda *args: None)
+  for ours, theirs in zip(more.parts[0].tracks.cells, afresh.cells, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.02)
 
 

@@ -106,8 +106,8 @@ def test_loss_and_gradient_are_those_of_the_official_training():
       for tree in (expected, found))
     assert ours_norm == pytest.approx(norm, rel=5e-6)
     for path, x in expected.items():
-      # By the norm of what differs: of the MLPs' 2,048 units one may be at the kink of its ReLU, and
-      # then float32 decides whether a weight has a gradient.
+      # By the norm of what differs: of the MLPs' 2,048 units one may be at the kink of its ReLU,
+      # and float32 then decides whether a weight has a gradient.
       assert np.linalg.norm(found[path] - x) < 1e-4 * norm, path
 
   drawn = jax.tree.map(np.asarray, plans_of(jnp.arange(40)))

@@ -116,11 +116,11 @@ def _scores(volume: Volume, found: TrackedVolume) -> dict[str, Any]:
   ml = volumes_ml(found.labels, volume.geometry.voxel_ml)
   flipped = volume.geometry.flipped[found.slice_axis]
   last = found.labels.shape[found.slice_axis] - 1
-  presence, iou, result = found.presence, found.iou, {}
+  presence, iou, prompted, result = found.presence, found.iou, found.prompted, {}
   for track, value in enumerate(found.structures):
     slices = [
       {"slice": last - z if flipped else z, "presence": round(float(presence[track, z]), 4),
-       "iou": round(float(iou[track, z]), 4), "prompted": (track, z) in found.tracks.prompted}
+       "iou": round(float(iou[track, z]), 4), "prompted": (track, z) in prompted}
       for z in np.flatnonzero(presence[track] > 0.5).tolist()
     ]
     result[str(value)] = {"volume_ml": round(ml.get(value, 0.0), 3), "slices": slices}

@@ -17,6 +17,7 @@ from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.segments import load_masks
 from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.nn.boxes import boxes_to_square
+from rfmedsam2_jax.prompted.zoom import Cut, whole
 from rfmedsam2_jax.tracking import SlicePrompt
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -90,13 +91,17 @@ def names_of(prompts: Sequence[VoxelPrompt]) -> dict[int, str]:
 
 
 class SliceFrame:
-  """The slices of a volume along a plane, squashed to squares of `side` pixels."""
+  """The slices of a volume along a plane, or a cut of all of them, squashed to squares of `side`
+  pixels."""
 
-  def __init__(self, volume: Volume, plane: Plane, side: int):
+  def __init__(self, volume: Volume, plane: Plane, side: int, cut: Cut | None = None):
     self._axis, self._plane, self._side = PLANES[plane], plane, side
     self._name = volume.geometry.path.name
     self._order = [self._axis, *(a for a in range(3) if a != self._axis)]
     self._shape = tuple(volume.array.shape[1 + a] for a in self._order)
+    self.shape = self._shape[1], self._shape[2]
+    self.spacing = np.array([volume.spacing[a] for a in self._order[1:]])  # mm, rows and columns
+    self.cut = whole(self.shape) if cut is None else cut
 
   def rounds(
     self, prompts: Sequence[VoxelPrompt]
@@ -118,6 +123,20 @@ class SliceFrame:
     return structures, [self.place([p for p in prompts if p.round == number], structures)
                         for number in sorted({p.round for p in prompts})]
 
+  def bounds(self, prompts: Sequence[VoxelPrompt]) -> tuple[np.ndarray, np.ndarray]:
+    """The first and last row and column, [2] each, that prompts speak of."""
+    low, high = [], []
+    for prompt in prompts:
+      rows = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
+      if prompt.mask is not None:
+        rows = np.argwhere(prompt.mask)
+      rows = np.rint(rows[:, self._order[1:]])
+      low.append(rows.min(axis=0))
+      high.append(rows.max(axis=0))
+    last = np.array(self.shape) - 1
+    return (np.clip(np.min(low, axis=0), 0, last).astype(int),
+            np.clip(np.max(high, axis=0), 0, last).astype(int))
+
   def place(self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]) -> list[SlicePrompt]:
     """One prompt per structure and slice: those of the same slice join. UserError as `rounds`."""
     found: dict[tuple[int, int], SlicePrompt] = {}
@@ -132,7 +151,7 @@ class SliceFrame:
       across = np.moveaxis(prompt.mask, self._axis, 0)
       numbers = np.flatnonzero(across.any(axis=(1, 2)))
       # As the official predictor brings masks to its side.
-      masks = resize_linear(across[numbers].astype(np.float32), self._side) >= 0.5
+      masks = resize_linear(self.cut.of(across[numbers].astype(np.float32)), self._side) >= 0.5
       return [SlicePrompt(track, int(z), mask=one) for z, one in zip(numbers, masks, strict=True)]
     rows = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
     if not len(rows) or not np.isfinite(rows).all():
@@ -147,13 +166,15 @@ class SliceFrame:
       raise UserError(f"{prompt.source}: spans {self._plane} slices {slices[0]} to {slices[-1]}; "
                       "give one prompt per slice")
     box, xy = None, rows[:, 2:0:-1]
+    cut = self.cut
+    corner, size = np.array([cut.left, cut.top]), np.array([cut.width, cut.height])
     if prompt.box is not None:
       # Whole voxels: those that the corners lie in.
       corners, xy = np.clip(np.rint(xy[:2]), 0, [width - 1, height - 1]), xy[2:]
-      corners = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
-      x0, y0, x1, y1 = boxes_to_square(corners, height, width, self._side).tolist()
+      corners = np.concatenate([corners.min(axis=0) - corner, corners.max(axis=0) - corner])
+      x0, y0, x1, y1 = boxes_to_square(corners, *cut.shape, self._side).tolist()
       box = x0, y0, x1, y1
-    xy = xy * np.array([self._side / width, self._side / height])
+    xy = (xy - corner) * (self._side / size)
     labels = np.array([p[3] for p in prompt.points], np.int32)
     return [SlicePrompt(track, int(slices[0]), xy.astype(np.float32), labels, box)]
 

@@ -1,12 +1,15 @@
 """Prompted tracking of a volume: a person's prompts in, a label map out.
 
-Slices are cut along one anatomical plane of the volume as it is (no resampling), windowed, squashed
-to SAM 2's square and followed by tracking; masks come back at their own resolution.
+Slices of one anatomical plane of the volume as it is (no resampling), windowed and squashed to SAM
+2's square, whole or in a cut around each structure, are followed by tracking; masks come back at
+their own resolution.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import expit
@@ -19,7 +22,8 @@ from rfmedsam2_jax.data.sam_slices import as_rgb, resize_linear
 from rfmedsam2_jax.data.volumes import LARGEST, Volume
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
-from rfmedsam2_jax.tracking import Arrived, TrackingConfig, Tracks, VolumeTracker
+from rfmedsam2_jax.prompted.zoom import Cut, around, around_points, bounds, whole
+from rfmedsam2_jax.tracking import TrackingConfig, Tracks, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import gated_logits
 from rfmedsam2_jax.tracking.tracks import HostCells, cells_at
 
@@ -31,6 +35,22 @@ WINDOWS = {
 DEFAULTS = TrackingConfig()
 ShowSlice = Callable[[int, np.ndarray], None] | None
 PERCENTILES = (0.5, 99.5)  # of the voxels that are not 0, where no window is given
+ZOOM = 2.0  # of networks that were trained on cuts
+VIEWS = 8  # cuts whose slices stay encoded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+  """Structures that are followed together, in one cut of the slices.
+
+  members: which of the volume's structures. tracks: one for each of them; what a correction starts
+  from. given: their prompts, round after round.
+  """
+
+  members: tuple[int, ...]
+  cut: Cut
+  tracks: Tracks
+  given: tuple[tuple[VoxelPrompt, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,25 +58,47 @@ class TrackedVolume:
   """A volume whose structures were followed.
 
   Attributes:
-    structures: label value of each track, in the order in which they began.
-    tracks: logits, scores and pointers; what a correction starts from.
+    structures: label value of each, in the order in which they began.
+    parts: logits, scores and pointers: all structures in one, or each in a cut of its own.
   """
 
   labels: np.ndarray  # uint8 or uint16 [D, H, W], canonical
   structures: tuple[int, ...]
   slice_axis: int  # of `labels`, along which the slices were cut
   window: tuple[float, float]  # intensities that were shown as 0 and 1
-  tracks: Tracks
+  parts: tuple[Part, ...]
 
   @property
   def presence(self) -> np.ndarray:
     """Probability that a structure is on a slice, float32 [N, slices]."""
-    return expit(self.tracks.cells.presence)
+    return expit(self._of_cells("presence"))
 
   @property
   def iou(self) -> np.ndarray:
     """Predicted IoU of every mask, float32 [N, slices]."""
-    return self.tracks.cells.iou
+    return self._of_cells("iou")
+
+  @property
+  def prompted(self) -> set[tuple[int, int]]:
+    """(structure, slice) pairs that a person prompted; structures by their place."""
+    return {(part.members[track], z) for part in self.parts for track, z in part.tracks.prompted}
+
+  def _of_cells(self, name: str) -> np.ndarray:
+    found = np.concatenate([getattr(part.tracks.cells, name) for part in self.parts])
+    return found[np.argsort([member for part in self.parts for member in part.members])]
+
+
+class _View(NamedTuple):
+  """A cut of all slices: where prompts lie in it, what follows them, and masks back to voxels."""
+
+  frame: SliceFrame
+  tracker: VolumeTracker
+  matrices: list[np.ndarray]  # rows, columns
+
+  def logits(self, cells: HostCells) -> np.ndarray:
+    """Mask logits of cells [n], gated by presence: float32 [n, height, width]."""
+    logits = np.asarray(gated_logits(cells.logits, cells.presence), np.float32)
+    return apply_separable(logits, [None, *self.matrices])
 
 
 class PromptedVolume:
@@ -65,30 +107,29 @@ class PromptedVolume:
   Args:
     window: centre and width of the intensities that SAM sees; None takes `PERCENTILES`.
     progress: called with (slices done, slices in all).
+    zoom: side of the cut around each structure's prompts, in sides of what they enclose
+      (prompted.zoom); 0 shows whole slices; None does as the network was trained.
   """
 
   def __init__(
     self, model: SAM2, params: dict[str, Any], volume: Volume, config: TrackingConfig = DEFAULTS,
     plane: Plane = "axial", window: tuple[float, float] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None, zoom: float | None = None,
   ):
-    self._side, self._axis = model.config.image_size, PLANES[plane]
-    self._frame = SliceFrame(volume, plane, self._side)
+    self._model, self._params, self._config = model, params, config
+    self._volume, self._plane, self._axis = volume, plane, PLANES[plane]
+    self._frame = SliceFrame(volume, plane, model.config.image_size)
     self._slices = np.moveaxis(volume.array[0], self._axis, 0)
-    self._matrices = [linear_matrix(self._side // 4, size) for size in self._slices.shape[1:]]
     self._low, self._high = _intensity_range(volume.array[0], window)
-    depth = len(self._slices)
-    self._tracker = VolumeTracker(model, params, config, self._sam_slices, depth, progress)
+    self._progress, self._turn = progress, (0, 1)
+    # Networks that have prompts drawn were trained on cuts, too.
+    self._zoom = (ZOOM if model.config.drawn_prompts else 0.0) if zoom is None else zoom
+    self._views: collections.OrderedDict[Cut, _View] = collections.OrderedDict()
 
   def shown(self, numbers: np.ndarray) -> np.ndarray:
     """Slices [n] at their own resolution, windowed: float32 [n, H, W] in [0, 1]."""
     chosen = self._slices[numbers].astype(np.float32)
     return np.clip((chosen - self._low) / (self._high - self._low), 0, 1)
-
-  def _sam_slices(self, numbers: np.ndarray) -> np.ndarray:
-    """Slices [n] as SAM 2 sees them: float32 [n, S, S, 3], normalised."""
-    rgb = as_rgb(resize_linear(self.shown(numbers), self._side)[None])
-    return (rgb - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
 
   def check(self, prompts: Sequence[VoxelPrompt]) -> None:
     """Raises what `track` would, at once."""
@@ -104,12 +145,8 @@ class PromptedVolume:
     Raises:
       UserError: as `SliceFrame.rounds`.
     """
-    structures, given = self._frame.rounds(prompts)
-    show = self._shower(structures, arrived)
-    tracks = self._tracker.track(given[0], show)
-    for prompts_of_round in given[1:]:
-      tracks = self._tracker.correct(tracks, prompts_of_round, show)
-    return self._result(tracks, structures)
+    structures, _ = self._frame.rounds(prompts)
+    return self._tracked(structures, (), prompts, arrived)
 
   def correct(
     self, result: TrackedVolume, prompts: Sequence[VoxelPrompt], arrived: ShowSlice = None
@@ -121,36 +158,160 @@ class PromptedVolume:
     """
     new = sorted({p.label for p in prompts} - set(result.structures))
     structures = (*result.structures, *new)
-    given = self._frame.place(prompts, structures)
-    tracks = self._tracker.correct(result.tracks, given, self._shower(structures, arrived))
-    return self._result(tracks, structures)
+    self._frame.place(prompts, structures)
+    # All of one round, whatever they call it.
+    prompts = [dataclasses.replace(p, round=0) for p in prompts]
+    return self._tracked(structures, result.parts, prompts, arrived)
 
-  def _shower(self, structures: tuple[int, ...], show: ShowSlice) -> Arrived:
-    """What a tracker calls, so that `show` is called with labels."""
-    def arrived(cells: HostCells, slices: np.ndarray) -> None:
-      if show is not None:
-        for z in slices.tolist():
-          show(z, self._fused(cells, z, structures))
+  def _tracked(
+    self, structures: tuple[int, ...], known: tuple[Part, ...], prompts: Sequence[VoxelPrompt],
+    show: ShowSlice,
+  ) -> TrackedVolume:
+    """Goes on from the parts that are `known`."""
+    numbers = sorted({p.round for p in prompts})
+    together = [tuple(range(len(structures)))] if not self._zoom else [
+      (k,) for k, label in enumerate(structures) if any(p.label == label for p in prompts)]
+    parts = {part.members[0]: part for part in known}
+    pieces = {first: _Piece(self._view(part.cut), part.members, part.tracks.cells)
+              for first, part in parts.items()}
+    for turn, members in enumerate(together):
+      first = members[0]
 
-    return arrived
+      def arrived(view: _View, cells: HostCells, slices: np.ndarray, members=members) -> None:
+        pieces[members[0]] = _Piece(view, members, cells)
+        if show is not None:
+          for z in slices.tolist():
+            show(z, self._fused(pieces.values(), z, structures))
 
-  def _result(self, tracks: Tracks, structures: tuple[int, ...]) -> TrackedVolume:
-    """Fuses the masks slice by slice, so that no volume of logits is made."""
-    labels = np.stack([self._fused(tracks.cells, z, structures) for z in range(len(self._slices))])
+      self._turn = turn, len(together)
+      values = tuple(structures[k] for k in members)
+      given = tuple(tuple(p for p in prompts if p.round == number and p.label in values)
+                    for number in numbers)
+      part = self._followed(members, values, parts.get(first), tuple(filter(None, given)), arrived)
+      parts[first], pieces[first] = part, _Piece(self._view(part.cut), members, part.tracks.cells)
+    found = tuple(parts[first] for first in sorted(parts))
+    # Slice by slice, so that no volume of logits is made.
+    labels = np.stack([self._fused(pieces.values(), z, structures)
+                       for z in range(len(self._slices))])
     labels = np.ascontiguousarray(np.moveaxis(labels, 0, self._axis))
-    window = float(self._low), float(self._high)
-    return TrackedVolume(labels, structures, self._axis, window, tracks)
+    return TrackedVolume(
+      labels, structures, self._axis, (float(self._low), float(self._high)), found)
 
-  def _fused(self, cells: HostCells, z: int, structures: tuple[int, ...]) -> np.ndarray:
-    """Labels [H, W] of a slice: the largest logit decides. The last structures may be missing."""
+  def _followed(
+    self, members: tuple[int, ...], values: tuple[int, ...], known: Part | None,
+    given: tuple[tuple[VoxelPrompt, ...], ...], arrived: "_PartArrived",
+  ) -> Part:
+    """Some structures with further rounds of prompts, in a cut that holds what is found.
+
+    Round after round, so that prompts that come later give what they give if they are known before.
+    """
+    frame = self._frame
+    cut, tracks, rounds = (known.cut, known.tracks, known.given) if known else (None, None, ())
+    for prompts in given:
+      rounds = (*rounds, prompts)
+      if cut is None:
+        cut = self._first_cut(prompts, values)
+      low, high = frame.bounds([p for some in rounds for p in some])
+      if not cut.holds(low, high):
+        cut, tracks = around(low, high, self._zoom, frame.spacing, frame.shape), None
+      tracks = self._run(cut, tracks, values, rounds if tracks is None else (prompts,), arrived)
+      if cut != whole(frame.shape) and self._touched(cut, tracks):
+        cut = cut.grown(frame.spacing, frame.shape)
+        tracks = self._run(cut, None, values, rounds, arrived)
+    assert cut is not None and tracks is not None
+    return Part(members, cut, tracks, rounds)
+
+  def _run(
+    self, cut: Cut, tracks: Tracks | None, values: tuple[int, ...],
+    given: tuple[tuple[VoxelPrompt, ...], ...], arrived: "_PartArrived",
+  ) -> Tracks:
+    """Rounds of prompts in a cut, from `tracks` on or from the beginning."""
+    view = self._view(cut)
+    show = functools.partial(arrived, view)
+    for prompts in given:
+      placed = view.frame.place(prompts, values)
+      tracks = (view.tracker.track(placed, show) if tracks is None
+                else view.tracker.correct(tracks, placed, show))
+    assert tracks is not None
+    return tracks
+
+  def _first_cut(self, prompts: Sequence[VoxelPrompt], values: tuple[int, ...]) -> Cut:
+    """Around the prompts; of points alone around what they find, looked at twice."""
+    frame = self._frame
+    if not self._zoom:
+      return whole(frame.shape)
+    low, high = frame.bounds(prompts)
+    if any(p.box is not None or p.mask is not None for p in prompts):
+      return around(low, high, self._zoom, frame.spacing, frame.shape)
+    cut = around_points(low, high, frame.spacing, frame.shape)
+    for _ in range(2):
+      view = self._view(cut)
+      seen = view.tracker.look(view.frame.place(prompts, values))
+      masks = [view.logits(cells_at(known.cells, None))[0] > 0 for known in seen.values()]
+      if (found := bounds(masks)) is None:
+        break
+      corner = np.array([cut.top, cut.left])
+      mask_low, mask_high = np.minimum(low, found[0] + corner), np.maximum(high, found[1] + corner)
+      cut = around(mask_low, mask_high, self._zoom, frame.spacing, frame.shape)
+    return cut
+
+  def _touched(self, cut: Cut, tracks: Tracks) -> bool:
+    """Whether a mask goes on where the cut ends."""
+    view, shape = self._view(cut), self._frame.shape
+    return any(
+      cut.touched_by(view.logits(cells_at(tracks.cells, slice(None), z)) > 0, shape)
+      for z in range(len(self._slices)))
+
+  def _view(self, cut: Cut) -> _View:
+    """The slices through a cut; the last ones are kept, with what is encoded of them."""
+    if cut not in self._views:
+      side, config = self._model.config.image_size, self._config
+      frame = SliceFrame(self._volume, self._plane, side, cut)
+
+      def slices(numbers: np.ndarray) -> np.ndarray:
+        rgb = as_rgb(resize_linear(cut.of(self.shown(numbers)), side)[None])
+        return (rgb - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+
+      tracker = VolumeTracker(
+        self._model, self._params, config, slices, len(self._slices), self._report)
+      matrices = [linear_matrix(side // 4, size) for size in cut.shape]
+      self._views[cut] = _View(frame, tracker, matrices)
+      while len(self._views) > VIEWS:
+        self._views.popitem(last=False)
+    self._views.move_to_end(cut)
+    return self._views[cut]
+
+  def _report(self, done: int, total: int) -> None:
+    turn, turns = self._turn
+    self._progress(turn * total + done, turns * total)
+
+  def _fused(self, pieces: Iterable["_Piece"], z: int, structures: tuple[int, ...]) -> np.ndarray:
+    """Labels [H, W] of a slice: the largest logit decides."""
     values = np.array(structures, np.min_scalar_type(max(structures)))
-    present = np.flatnonzero(cells.presence[:, z] > 0)
-    if not len(present):
-      return np.zeros(self._slices.shape[1:], values.dtype)
-    here = cells_at(cells, present, z)
-    logits = np.asarray(gated_logits(here.logits, here.presence), np.float32)
-    logits = apply_separable(logits, [None, *self._matrices])
-    return np.where(logits.max(axis=0) > 0, values[present][logits.argmax(axis=0)], 0)
+    labels = np.zeros(self._frame.shape, values.dtype)
+    best = np.zeros(self._frame.shape, np.float32)
+    for view, members, cells in pieces:
+      # The last structures of a part may be missing.
+      present = np.flatnonzero(cells.presence[:, z] > 0)
+      if not len(present):
+        continue
+      logits = view.logits(cells_at(cells, present, z))
+      cut, top = view.frame.cut, logits.max(axis=0)
+      seen, won = cut.of(labels), top > cut.of(best)
+      cut.put(labels, np.where(won, values[list(members)][present][logits.argmax(axis=0)], seen))
+      cut.put(best, np.maximum(top, cut.of(best)))
+    return labels
+
+
+class _Piece(NamedTuple):
+  """A part as far as it is known."""
+
+  view: _View
+  members: tuple[int, ...]
+  cells: HostCells
+
+
+_PartArrived = Callable[[_View, HostCells, np.ndarray], None]
 
 
 def _intensity_range(

@@ -69,6 +69,11 @@ class VolumeTracker:
     prompted = self._decoded(prompts)
     return self._collected(prompted, set(prompted), None, arrived)
 
+  def look(self, prompts: Sequence[SlicePrompt]) -> AllPrompted:
+    """Decodes prompted slices alone, each for itself, and follows nothing."""
+    self._check(prompts, 0)
+    return self._decoded(prompts)
+
   def correct(
     self, tracks: Tracks, prompts: Sequence[SlicePrompt], arrived: Arrived = lambda *_: None
   ) -> Tracks:
