@@ -33,7 +33,7 @@ def open_volume(
   checkpoint: str | Path, image: str | Path | Volume, plane: Plane = "axial",
   window: tuple[float, float] | None = None, image_size: int | None = None,
   config: TrackingConfig = DEFAULTS,
-  progress: Callable[[int, int], None] = lambda done, total: None,
+  progress: Callable[[int, int], None] = lambda done, total: None, zoom: float | None = None,
 ) -> PromptedVolume:
   """A volume that can be prompted.
 
@@ -42,6 +42,7 @@ def open_volume(
     image: a NIfTI file, or one that is loaded.
     window: centre and width of the intensities that SAM sees; None: percentiles of the volume.
     image_size: side of the square that slices are squashed to; None: the checkpoint's.
+    zoom: see PromptedVolume.
 
   Raises:
     UserError: no checkpoint, no volume, a side that is not divisible by 32.
@@ -49,7 +50,7 @@ def open_volume(
   found = load_checkpoint(checkpoint)
   sam2 = at_side(found.config, image_size)
   volume = image if isinstance(image, Volume) else load_image(image)
-  return PromptedVolume(SAM2(sam2), found.params, volume, config, plane, window, progress)
+  return PromptedVolume(SAM2(sam2), found.params, volume, config, plane, window, progress, zoom)
 
 
 def check_prompts(

@@ -1,0 +1,232 @@
+"""How good prompted masks are on volumes with reference labels, and what the predicted IoU says.
+
+python benchmarks/prompted.py [--checkpoint CKPT] --out FILE.json
+    [--case NAME IMAGE LABELS VALUES WINDOW ...] [--dataset FOLDER --splits FILE [--cases N]]
+    [--ways boxes middle clicks] [--curve FILE.png]
+
+Every structure is prompted from its reference, in three ways:
+  boxes: a box on every slice;
+  middle: one box, on the middle one of its slices, and followed;
+  clicks: the innermost point there, followed, and two corrections, each on the slice with most
+    wrong voxels, in the middle of the largest error (SAM 2's "center"), followed again.
+Dice is of whole volumes, on the image's grid, each structure for itself. Beside it stand the filled
+boxes of every slice and an ellipse in each. WINDOW as in `track`: soft-tissue, percentiles, ...
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+from scipy.stats import spearmanr
+
+from rfmedsam2_jax import TrackingConfig, VoxelPrompt, open_volume
+from rfmedsam2_jax.data.datasets import read_dataset
+from rfmedsam2_jax.data.splits import load_split
+from rfmedsam2_jax.data.volumes import Volume, load_image, load_label_map
+from rfmedsam2_jax.prompted.tracked import PromptedVolume, TrackedVolume, parse_window
+
+WAYS = "boxes", "middle", "clicks"
+CORRECTIONS = 2
+
+
+class Labelled(NamedTuple):
+  name: str
+  volume: Volume
+  truth: dict[int, np.ndarray]  # bool [D, H, W] by value
+  window: tuple[float, float] | None
+
+
+class Found(NamedTuple):
+  """mask: bool [D, H, W]. iou: predicted, float32 [D]. presence: probabilities [D]."""
+
+  mask: np.ndarray
+  iou: np.ndarray
+  presence: np.ndarray
+
+
+def volumes(options: argparse.Namespace) -> Iterator[Labelled]:
+  for name, image, labels, values, window in options.case:
+    volume = load_image(image)
+    array = load_label_map(labels, volume.geometry)
+    truth = {value: array == value for value in map(int, values.split(","))}
+    yield Labelled(name, volume, truth, parse_window(window))
+  if options.dataset is None:
+    return
+  dataset, split = read_dataset(options.dataset), load_split(options.splits)
+  wanted = set(split.validation)
+  for case in [c for c in dataset.cases if c.identifier in wanted][: options.cases]:
+    volume = load_image(case.images, len(dataset.channels))
+    array = load_label_map(case.label, volume.geometry)
+    truth = {s.values[0]: np.isin(array, s.values) for s in dataset.labels.structures}
+    yield Labelled(case.identifier, volume, truth, parse_window(options.window))
+
+
+def box_of(truth: np.ndarray, value: int, z: int) -> VoxelPrompt:
+  """The box of a structure on a slice."""
+  places = np.argwhere(truth[z])
+  (y0, x0), (y1, x1) = places.min(axis=0).tolist(), places.max(axis=0).tolist()
+  return VoxelPrompt(value, box=((z, y0, x0), (z, y1, x1)))
+
+
+def innermost(mask: np.ndarray) -> tuple[int, int]:
+  """Row and column furthest from the border of a mask [H, W], the image's border included."""
+  distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+  row, column = np.unravel_index(distance.argmax(), mask.shape)
+  return int(row), int(column)
+
+
+def correction(truth: np.ndarray, found: np.ndarray, value: int, number: int) -> VoxelPrompt | None:
+  """A click in the middle of the largest error of the slice with most wrong voxels."""
+  wrong = truth != found
+  if not wrong.any():
+    return None
+  z = int(wrong.sum(axis=(1, 2)).argmax())
+  missed, added = truth[z] & ~found[z], found[z] & ~truth[z]
+  depths = [ndimage.distance_transform_edt(np.pad(m, 1)).max() for m in (missed, added)]
+  inside = depths[0] > depths[1]
+  y, x = innermost(missed if inside else added)
+  return VoxelPrompt(value, points=((z, y, x, bool(inside)),), round=number)
+
+
+def alone(prompted: PromptedVolume, prompts: list[VoxelPrompt]) -> tuple[Found, TrackedVolume]:
+  """What prompts of one structure find."""
+  tracked = prompted.track(prompts)
+  return found_of(tracked), tracked
+
+
+def found_of(tracked: TrackedVolume) -> Found:
+  return Found(tracked.labels > 0, tracked.iou[0], tracked.presence[0])
+
+
+def follow(prompted: PromptedVolume, way: str, truth: np.ndarray, value: int) -> Found:
+  """One structure, prompted in one of WAYS."""
+  slices = np.flatnonzero(truth.any(axis=(1, 2)))
+  middle = int(slices[len(slices) // 2])
+  if way == "boxes":
+    return alone(prompted, [box_of(truth, value, int(z)) for z in slices])[0]
+  if way == "middle":
+    return alone(prompted, [box_of(truth, value, middle)])[0]
+  y, x = innermost(truth[middle])
+  found, tracked = alone(prompted, [VoxelPrompt(value, points=((middle, y, x, True),))])
+  for number in range(1, CORRECTIONS + 1):
+    click = correction(truth, found.mask, value, number)
+    if click is None:
+      break
+    tracked = prompted.correct(tracked, [click])
+    found = found_of(tracked)
+  return found
+
+
+def shapes(truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The filled box of every slice, and the ellipse in it: bool [D, H, W] each."""
+  boxes, ellipses = np.zeros_like(truth), np.zeros_like(truth)
+  rows, columns = np.ogrid[: truth.shape[1], : truth.shape[2]]
+  for z in np.flatnonzero(truth.any(axis=(1, 2))):
+    places = np.argwhere(truth[z])
+    low, high = places.min(axis=0), places.max(axis=0) + 1
+    boxes[z, low[0] : high[0], low[1] : high[1]] = True
+    middle, radius = (low + high) / 2 - 0.5, (high - low) / 2
+    ellipses[z] = (((rows - middle[0]) / radius[0]) ** 2
+                   + ((columns - middle[1]) / radius[1]) ** 2) <= 1
+  return boxes, ellipses
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+  return float(2 * (one & other).sum() / max(one.sum() + other.sum(), 1))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+  rows: list[dict[str, Any]] = []
+  cells: dict[str, list[tuple[float, float]]] = {way: [] for way in options.ways}
+  for case in volumes(options):
+    prompted = open_volume(
+      options.checkpoint, case.volume, window=case.window, zoom=options.zoom,
+      config=TrackingConfig(dynamic_multimask=options.dynamic))
+    for value, truth in case.truth.items():
+      if not truth.any():
+        continue
+      boxes, ellipses = shapes(truth)
+      row: dict[str, Any] = {"case": case.name, "structure": value,
+                             "box": dice(boxes, truth), "ellipse": dice(ellipses, truth)}
+      for way in options.ways:
+        began = time.perf_counter()
+        found = follow(prompted, way, truth, value)
+        row[way], row[f"{way} s"] = dice(found.mask, truth), time.perf_counter() - began
+        for z in np.flatnonzero(found.presence > 0.5):
+          union = (found.mask[z] | truth[z]).sum()
+          cells[way].append(
+            (float(found.iou[z]), float((found.mask[z] & truth[z]).sum() / max(union, 1))))
+      rows.append(row)
+      print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()),
+            flush=True)
+  return {"checkpoint": str(options.checkpoint), "zoom": options.zoom, "rows": rows,
+          "cells": cells}
+
+
+def summary(measured: dict[str, Any]) -> str:
+  """Means by case and over all, as a table of Markdown; what predicted IoU says."""
+  rows = measured["rows"]
+  names = ["box", "ellipse", *(way for way in WAYS if way in rows[0])]
+  cases = list(dict.fromkeys(row["case"] for row in rows))
+  lines = ["| case | structures | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
+  groups = [(case, [r for r in rows if r["case"] == case]) for case in cases] if (
+    len(cases) <= 8) else []
+  for name, some in [*groups, ("all", rows)]:
+    means = [f"{np.mean([r[n] for r in some]):.3f} (least {min(r[n] for r in some):.2f})"
+             for n in names]
+    lines.append(f"| {name} | {len(some)} | " + " | ".join(means) + " |")
+  for way, found in measured["cells"].items():
+    predicted, true = np.array(found).T
+    lines.append(f"{way}: {len(found)} masks, predicted IoU {predicted.mean():.3f}, true "
+                 f"{true.mean():.3f}, rank correlation {spearmanr(predicted, true)[0]:.3f}")
+  return "\n".join(lines)
+
+
+def curve(cells: dict[str, list[tuple[float, float]]], path: Path) -> None:
+  """Mean true IoU of masks by their predicted one, in bins of a tenth."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+  figure, axes = plt.subplots(figsize=(4.5, 4.5))
+  axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+  for way, found in cells.items():
+    predicted, true = np.array(found).T
+    bins = np.clip((predicted * 10).astype(int), 0, 9)
+    at = [b for b in range(10) if (bins == b).sum() >= 5]
+    axes.plot([predicted[bins == b].mean() for b in at], [true[bins == b].mean() for b in at],
+              marker="o", label=f"{way} ({len(found)} masks)")
+  axes.set(xlabel="predicted IoU", ylabel="true IoU", xlim=(0, 1), ylim=(0, 1))
+  axes.legend()
+  figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  add = parser.add_argument
+  add("--checkpoint", default="builtin")
+  add("--out", type=Path, required=True)
+  add("--case", nargs=5, action="append", default=[],
+      metavar=("NAME", "IMAGE", "LABELS", "VALUES", "WINDOW"))
+  add("--dataset", type=Path)
+  add("--splits", type=Path)
+  add("--window", default="percentiles")
+  add("--cases", type=int)
+  add("--ways", nargs="+", choices=WAYS, default=WAYS)
+  add("--zoom", type=float)
+  add("--dynamic", action="store_true", help="of several masks where a single one is unstable")
+  add("--curve", type=Path)
+  options = parser.parse_args()
+  measured = measure(options)
+  options.out.write_text(json.dumps(measured, indent=1) + "\n")
+  print(summary(measured))
+  if options.curve:
+    curve(measured["cells"], options.curve)
+
+
+if __name__ == "__main__":
+  main()
