@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.weights.orbax import not_finite
@@ -92,10 +93,6 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
-  try:
-    from safetensors.numpy import load_file
-  except ImportError:
-    raise UserError("reading .safetensors needs the package: pip install safetensors") from None
   try:
     return load_file(file)
   except Exception as error:  # its own kind of error, and others for types that numpy lacks

@@ -3,7 +3,7 @@
     model = rfmedsam2_jax.load("runs/hippocampus")          # a run made by `rfmedsam2 train`
     rfmedsam2_jax.segment_file(model, "scan.nii.gz", "labels.nii.gz")
 
-    prompted = rfmedsam2_jax.open_volume("checkpoint", "ct.nii.gz")   # SAM 2 and a person's prompts
+    prompted = rfmedsam2_jax.open_volume(image="ct.nii.gz")   # SAM 2 and a person's prompts
     found = prompted.track([rfmedsam2_jax.VoxelPrompt(1, box=((60, 80, 90), (60, 140, 170)))])
 
     params = rfmedsam2_jax.init(rfmedsam2_jax.PRESETS["nano"], jax.random.key(0))

@@ -121,7 +121,9 @@ class Runner:
       words = small(words)
     if command == "serve":
       words += ["--port", "0"]
-    if command == "convert" and words[1] != "nnunet" and not (options.to_torch or options.config):
+    if command == "convert" and words[1] != "nnunet" and not (
+      options.to_torch or options.to_safetensors or options.config
+    ):
       words += ["--config", str(self._places.network(self._folder))]
     if command == "shard":  # has devices of its own: a process of its own
       line = [sys.executable, "-m", "rfmedsam2_jax", *words, "--no-compile"]

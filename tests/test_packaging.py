@@ -18,6 +18,7 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.report import niivue
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.names import to_official
+from rfmedsam2_jax.weights.single_file import BUILTIN_FILE
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -80,6 +81,8 @@ def test_a_wheel_runs_from_another_folder(tmp_path):
   assert (installed / "rfmedsam2_jax" / "py.typed").is_file()
   assert (installed / "rfmedsam2_jax" / "configs" / "hippocampus.yaml").is_file()
   assert (installed / "rfmedsam2_jax" / "report" / "templates" / "index.html").is_file()
+  weights = Path("rfmedsam2_jax", "weights", BUILTIN_FILE.name)
+  assert (installed / weights).read_bytes() == (ROOT / weights).read_bytes()
   if fetched:
     assert (installed / viewer).read_bytes() == (ROOT / viewer).read_bytes()
   environment = {**os.environ, "PYTHONPATH": str(installed)}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import check_place
+from rfmedsam2_jax.base.places import check_place, word_or_path
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.cli.entry import make_parser
 from rfmedsam2_jax.config import load_config
@@ -27,8 +27,9 @@ def given(action: argparse.Action, value: str) -> list[str]:
   return [action.option_strings[0], *values] if action.option_strings else values
 
 
+KINDS = (Path, word_or_path)
 PATHS = [(name, action.dest) for name, command in commands().items()
-         for action in command._actions if action.type is Path]
+         for action in command._actions if action.type in KINDS]
 
 
 def test_every_command_has_paths():
@@ -43,7 +44,7 @@ def test_an_address_as_any_path_is_one_line_and_makes_no_folder(
   monkeypatch.chdir(tmp_path)
   words = name.split("-")
   for action in commands()[name]._actions:
-    is_path = action.type is Path
+    is_path = action.type in KINDS
     if action.dest == dest:
       words += given(action, "gs://bucket/a")
     elif is_path and (action.required or not action.option_strings):
@@ -70,7 +71,8 @@ def test_names_with_colons_are_names(text):
   check_place(Path(text))
 
 
-@pytest.mark.parametrize("key", ["data.dataset", "generator.init_from", "refiner.init_from"])
+@pytest.mark.parametrize(
+  "key", ["data.dataset", "generator.init_from", "tracker.init_from", "refiner.init_from"])
 def test_an_address_in_a_config_is_refused_by_its_key(key, tmp_path):
   path = tmp_path / "a.yaml"
   path.write_text("{}")

@@ -1,5 +1,6 @@
 """`rfmedsam2 convert`: turn a checkpoint of SAM 2 (official, MedSAM2, training, Hugging Face) into
-one of this program, or back; `convert nnunet`: a trained nnU-Net into a generator."""
+one of this program, or back, or one of this program into a single file; `convert nnunet`: a trained
+nnU-Net into a generator."""
 
 import argparse
 import importlib
@@ -15,9 +16,14 @@ from rfmedsam2_jax.cli.console import Console, place_line
 def arguments(parser: argparse.ArgumentParser) -> None:
   add, forward = parser.add_argument, parser.add_argument_group("towards this program").add_argument
   add("source", type=Path, help="a .pt or .safetensors file, or a folder of save_pretrained; with "
-      "--to-torch a checkpoint of this program")
-  add("out", type=Path, help="the checkpoint's folder, or the .pt file")
-  add("--to-torch", action="store_true", help="write a .pt file that the official class loads")
+      "--to-torch or --to-safetensors a checkpoint of this program")
+  add("out", type=Path, help="the checkpoint's folder, or the file")
+  way = parser.add_mutually_exclusive_group().add_argument
+  way("--to-torch", action="store_true", help="write a .pt file that the official class loads")
+  way("--to-safetensors", action="store_true",
+      help="write one file of float16 that track, serve and init_from take")
+  add("--about", action="append", default=[], metavar="KEY=TEXT",
+      help="what the file of --to-safetensors says of itself; may be given again")
   add("--overwrite", action="store_true", help="replace OUT")
   forward("--config", metavar="NAME", help="the network, where it is not recognised: "
           "sam2.1_hiera_tiny and so on, or the YAML file of a training config")
@@ -35,7 +41,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> None:
   if (side := options.image_size) is not None and (side <= 0 or side % 32):
     raise UserError(f"--image-size {side}: the side must be a multiple of 32, such as 512")
-  if options.to_torch:
+  if options.about and not options.to_safetensors:
+    raise UserError("--about: is for --to-safetensors alone; leave it out")
+  if options.to_safetensors:
+    if options.out.suffix != ".safetensors":
+      raise UserError(f"{options.out}: must end in .safetensors; give it such a name")
+    check_paths(options, "checkpoint; check the path or make one, docs/convert.md",
+                options.out.is_file())
+    convert(options, console, "to_safetensors", "to_safetensors", about=tuple(options.about))
+  elif options.to_torch:
     if importlib.util.find_spec("torch") is None:
       raise UserError("--to-torch needs PyTorch: pip install torch")
     check_paths(options, "checkpoint; check the path or make one, docs/convert.md",

@@ -15,7 +15,7 @@ import shtab
 from rfmedsam2_jax.base import command as process
 from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.base.errors import RESUME, Stopped, UserError
-from rfmedsam2_jax.base.places import check_place
+from rfmedsam2_jax.base.places import check_place, word_or_path
 from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console, place_line
 
@@ -125,6 +125,6 @@ def make_parser() -> argparse.ArgumentParser:
     module.arguments(command)
     command.set_defaults(run=module.run)
     for action in command._actions:
-      if action.type is Path:
+      if action.type in (Path, word_or_path):
         action.complete = shtab.FILE  # type: ignore[attr-defined]
   return parser

@@ -8,12 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.places import BUILTIN, word_or_path
 from rfmedsam2_jax.cli.console import Console
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add("checkpoint", type=Path, help="folder made by rfmedsam2 convert")
+  add("checkpoint", type=word_or_path, nargs="?", default=BUILTIN,
+      help="made by rfmedsam2 convert or train (the built-in weights)")
   add("--folder", type=Path, help="whose volumes the page can open")
   add("--port", type=int, default=8765, help="0 takes a free one (8765)")
   add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
@@ -38,7 +40,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
     from rfmedsam2_jax.serve.studio import Studio
     from rfmedsam2_jax.tracking import TrackingConfig
     from rfmedsam2_jax.weights.checkpoint import load_checkpoint
+    from rfmedsam2_jax.weights.single_file import builtin_words
     sam2, params, _ = load_checkpoint(options.checkpoint)
+    if options.checkpoint == BUILTIN:
+      console.line(f"{builtin_words()}; CHECKPOINT brings another")
     several = not options.single_mask
     # One object per batch: one program for any number of labels; most trackings follow one.
     config = TrackingConfig(multimask=several, dynamic_multimask=several, objects_per_batch=1)
@@ -66,7 +71,7 @@ def _check(options: argparse.Namespace) -> None:
   for package in ("starlette", "uvicorn"):
     if find_spec(package) is None:
       raise UserError(f"serve needs {package}; install it: pip install 'rfmedsam2-jax[serve]'")
-  if not options.checkpoint.exists():
+  if options.checkpoint != BUILTIN and not options.checkpoint.exists():
     raise UserError(f"{options.checkpoint}: no such checkpoint; check the path or make one, "
                     "docs/convert.md")
   if options.folder is not None and not options.folder.is_dir():

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.places import BUILTIN, word_or_path
 from rfmedsam2_jax.base.progress import Passing, Progress
 from rfmedsam2_jax.cli.console import Console, named_options
 
@@ -11,7 +12,8 @@ from rfmedsam2_jax.cli.console import Console, named_options
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("image", type=Path, help="volume, or folder with a DICOM series")
-  add("--checkpoint", type=Path, required=True, help="folder made by rfmedsam2 convert")
+  add("--checkpoint", type=word_or_path, default=BUILTIN,
+      help="made by rfmedsam2 convert or train (the built-in weights)")
   add("--out", type=Path, required=True, help="folder of the results")
   add("--box", action="append", default=[], metavar="LABEL:z,x0,y0,x1,y1",
       help="a box on slice z, in voxels of the file from 0; repeat for more (coronal slices: "
@@ -51,6 +53,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.prompted.slice_frame import names_of
   from rfmedsam2_jax.prompted.tracked import parse_window
   from rfmedsam2_jax.tracking import TrackingConfig
+  from rfmedsam2_jax.weights import single_file
   window = parse_window(options.window)
   prompts = prompts_of(options, volume.geometry)
   names = names_of(prompts)
@@ -60,6 +63,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
   several = not options.single_mask
   config = TrackingConfig(multimask=several, dynamic_multimask=several,
                           cache="none" if options.no_cache else "bfloat16")
+  if options.checkpoint == BUILTIN:
+    console.line(f"{single_file.builtin_words()}; --checkpoint brings another")
   console.line(Passing(f"reading {options.checkpoint}"))
   prompted = open_volume(options.checkpoint, volume, options.plane, window, options.image_size,
                          config, Progress("slices", console.line))
@@ -67,6 +72,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
   found = prompted.track(prompts)
   console.line(Passing("writing"))
   about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
+  if single_file.is_single(place := single_file.located(options.checkpoint)):
+    about["sha256"] = single_file.sha256(place)[:12]
   written = write_tracked(options.out, volume, found, about, options.overwrite, options.format,
                           names)
   console.result("\n".join(f"written: {path}" for path in written), {"written": written})

@@ -39,7 +39,8 @@ class DataConfig:
 class Config:
   """A whole experiment.
 
-  In files `sam2` and `refinement` take `preset: NAME` and what differs from it.
+  In files `sam2` and `refinement` take `preset: NAME` and what differs from it; `sam2` also
+  `preset: builtin`, the network of the weights in the package.
   """
 
   __pydantic_config__ = STRICT

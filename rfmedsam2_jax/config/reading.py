@@ -17,7 +17,7 @@ import pydantic
 import yaml
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import check_place
+from rfmedsam2_jax.base.places import BUILTIN, check_place
 from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.config.retired import without_retired
 from rfmedsam2_jax.nn.presets import PRESETS
@@ -86,17 +86,25 @@ def config_yaml(config: Config) -> str:
 
 def _sam2(changes: dict[str, Any], source: str) -> SAM2Config:
   """The network of a preset and of what stands beside it."""
-  preset = _preset(changes, PRESETS, source, "sam2")
-  if preset is not None:
+  name = _preset(changes, (*PRESETS, BUILTIN), source, "sam2")
+  if name is not None:
+    preset = _builtin() if name == BUILTIN else PRESETS[name]
     changes = _merged(dataclasses.asdict(preset), changes)
   return _validated(SAM2Config, changes, source, "sam2.")
 
 
+def _builtin() -> SAM2Config:
+  """The network of the weights in the package."""
+  from rfmedsam2_jax.weights.checkpoint import read_config  # only here: it brings Orbax
+  return read_config(BUILTIN)[0]
+
+
 def _refinement(changes: dict[str, Any], source: str) -> dict[str, Any]:
   """A preset's values where `changes` has none; those of its stages, in every stage."""
-  preset = _preset(changes, REFINEMENTS, source, "refinement")
-  if preset is None:
+  name = _preset(changes, tuple(REFINEMENTS), source, "refinement")
+  if name is None:
     return changes
+  preset = REFINEMENTS[name]
   stage = preset.stages[0]
   common = {"residual": stage.residual, "residual_limit": stage.residual_limit}
   stages = changes.get("stages")
@@ -105,13 +113,15 @@ def _refinement(changes: dict[str, Any], source: str) -> dict[str, Any]:
   return dataclasses.asdict(preset) | changes
 
 
-def _preset(changes: dict[str, Any], presets: Mapping[str, T], source: str, part: str) -> T | None:
+def _preset(
+  changes: dict[str, Any], presets: Sequence[str], source: str, part: str
+) -> str | None:
   """What `preset` names, which is taken out of `changes`; None if it is not given."""
   name = changes.pop("preset", None)
   if name is not None and (not isinstance(name, str) or name not in presets):
     raise UserError(f"{source}: {part}.preset: {reprlib.repr(name)} is not one of "
                     f"{', '.join(presets)}")
-  return None if name is None else presets[name]
+  return name
 
 
 def _validated(kind: type[T], tree: Mapping[str, Any], source: str, prefix: str = "") -> T:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rfmedsam2_jax.base.ranges import STRICT, Count, Share, Weight
+from rfmedsam2_jax.base.ranges import STRICT, Count, Place, Share, Weight
 from rfmedsam2_jax.config.training import RefinerOptimizerConfig, UnvalidatedLoopConfig
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
 from rfmedsam2_jax.nn.losses import RefinerLossConfig
@@ -57,8 +57,7 @@ class TrackerConfig:
 
   __pydantic_config__ = STRICT
 
-  init_from: str = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
-  # As refiner.init_from.
+  init_from: Place = ""  # as refiner.init_from
   trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
   # Patterns (fnmatch) of parameter paths, as refiner.trainable; ("*adapter*",) for adapters alone.
   data: Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = (SourceConfig(),)

@@ -138,10 +138,11 @@ class RefinerConfig:
 
   __pydantic_config__ = STRICT
 
-  init_from: Place = ""  # checkpoint folder of SAM 2 weights to start from; "" starts from scratch
-  # Made by `rfmedsam2 convert`, or refiner/params of a run; relative to the working directory. The
-  # network must be that of `sam2`; image side, dtype and adapters are the config's own. The decoder
-  # is left as it is in residual stages too, where one from scratch starts silent.
+  init_from: Place = ""  # checkpoint of SAM 2 weights to start from; "" starts from scratch
+  # Made by `rfmedsam2 convert`, or refiner/params of a run; relative to the working directory. Or
+  # `builtin`, the weights of the package, for which sam2.preset is builtin. The network must be
+  # that of `sam2`; image side, dtype and adapters are the config's own. The decoder is left as it
+  # is in residual stages too, where one from scratch starts silent.
   trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*adapter*",)
   # Patterns (fnmatch) of parameter paths such as image_encoder/trunk/blocks_0/...; all others stay
   # frozen, without gradient or optimizer state. "*" trains everything.

@@ -1,6 +1,6 @@
 """Prompted tracking of files: a checkpoint of SAM 2, a NIfTI volume and prompts in, a folder out.
 
-    prompted = rfmedsam2_jax.open_volume("ckpt", "ct.nii.gz", window=(40, 400))
+    prompted = rfmedsam2_jax.open_volume(image="ct.nii.gz", window=(40, 400))
     found = prompted.track([rfmedsam2_jax.VoxelPrompt(1, box=((60, 80, 90), (60, 140, 170)))])
     found = prompted.correct(found, [rfmedsam2_jax.VoxelPrompt(1, points=((75, 100, 120, True),))])
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.data.datasets import Structure
 from rfmedsam2_jax.data.files import claim, replacing
 from rfmedsam2_jax.data.itk import simpleitk
@@ -30,23 +31,29 @@ from rfmedsam2_jax.weights.checkpoint import load_checkpoint, read_config
 
 
 def open_volume(
-  checkpoint: str | Path, image: str | Path | Volume, plane: Plane = "axial",
-  window: tuple[float, float] | None = None, image_size: int | None = None,
-  config: TrackingConfig = DEFAULTS,
+  checkpoint: str | Path = BUILTIN, image: str | Path | Volume | None = None,
+  plane: Plane = "axial", window: tuple[float, float] | None = None,
+  image_size: int | None = None, config: TrackingConfig = DEFAULTS,
   progress: Callable[[int, int], None] = lambda done, total: None, zoom: float | None = None,
 ) -> PromptedVolume:
-  """A volume that can be prompted.
+  """A volume that can be prompted: `open_volume(image="ct.nii.gz")`.
 
   Args:
-    checkpoint: folder that `rfmedsam2 convert` made.
-    image: a NIfTI file, or one that is loaded.
+    checkpoint: what `rfmedsam2 convert` made, `tracker/params` of a run, or the text `builtin`: the
+      small network that comes with the package.
+    image: a NIfTI file, or one that is loaded. It has to be given; by name where no checkpoint
+      stands before it.
     window: centre and width of the intensities that SAM sees; None: percentiles of the volume.
     image_size: side of the square that slices are squashed to; None: the checkpoint's.
     zoom: see PromptedVolume.
 
   Raises:
     UserError: no checkpoint, no volume, a side that is not divisible by 32.
+    TypeError: no image.
   """
+  if image is None:
+    raise TypeError("no image; open_volume(image=...) takes the built-in weights, "
+                    "open_volume(checkpoint, image) others")
   found = load_checkpoint(checkpoint)
   sam2 = at_side(found.config, image_size)
   volume = image if isinstance(image, Volume) else load_image(image)

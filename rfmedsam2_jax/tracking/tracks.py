@@ -15,8 +15,10 @@ HostCells = Cells[np.ndarray]
 class TrackingConfig:
   """How objects are followed through a volume.
 
-  `multimask` and `dynamic_multimask` are what `build_sam2_video_predictor` sets; a network that
-  was trained with mask token 0 alone (as `nano` is) wants both off.
+  `multimask` and `dynamic_multimask` are what `build_sam2_video_predictor` sets. They suit official
+  weights and whatever was trained on prompts, whose ambiguous ones have three masks (the built-in
+  weights, runs with `tracker` steps). A refiner trained from scratch knows mask token 0 alone and
+  wants both off.
   """
 
   multimask: bool = True          # best of three masks on tracked slices and for one single point

@@ -43,6 +43,7 @@ from rfmedsam2_jax.training.phases import (
 )
 from rfmedsam2_jax.training.validation import validate_run
 from rfmedsam2_jax.weights.checkpoint import check_starting_point, load_checkpoint
+from rfmedsam2_jax.weights.single_file import located
 
 _LOG = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _check_starting_points(config: Config, out: str | Path) -> None:
   for source in filter(None, (config.tracker.init_from, config.refiner.init_from)):
     check_starting_point(source, config.sam2)
     load_checkpoint(source)  # whole and finite
-    if Path(source).absolute().is_relative_to(Path(out).absolute()):
+    if located(source).absolute().is_relative_to(Path(out).absolute()):
       raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
 
 

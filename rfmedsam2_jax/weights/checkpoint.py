@@ -1,4 +1,7 @@
-"""SAM 2 as one folder on disk, parameters and config, and what it takes to train on from it."""
+"""SAM 2 on disk, parameters and config, and what it takes to train on from it.
+
+A checkpoint is a folder (weights.orbax), a file (weights.single_file), or the word `builtin`.
+"""
 
 import dataclasses
 import json
@@ -9,10 +12,18 @@ import pydantic
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import FIXED, SAM2Config
 from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
+from rfmedsam2_jax.weights.single_file import (
+  is_single,
+  load_single,
+  located,
+  read_single,
+  save_single,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -22,10 +33,14 @@ class Checkpoint(NamedTuple):
   about: dict[str, Any]
 
 
-def save_checkpoint(folder: str | Path, config: SAM2Config, params: Params,
+def save_checkpoint(path: str | Path, config: SAM2Config, params: Params,
                     about: dict[str, Any]) -> None:
-  """Writes a folder that `load_checkpoint` reads without being told a config."""
-  save_params(folder, params, about | {"sam2": config_json(config)})
+  """Writes what `load_checkpoint` reads without being told a config.
+
+  That is a folder, or one file of float16 where the name ends in .safetensors.
+  """
+  save = save_single if is_single(Path(path)) else save_params
+  save(path, params, about | {"sam2": config_json(config)})
 
 
 def config_json(config: SAM2Config) -> dict[str, Any]:
@@ -39,35 +54,41 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
   return tree
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
-  """Reads a checkpoint of SAM 2; UserError for none, a damaged one, or one of something else."""
-  config, about = read_config(folder)
+def load_checkpoint(source: str | Path) -> Checkpoint:
+  """Reads a checkpoint of SAM 2; UserError for none, a damaged one, or one of something else.
+
+  source: folder or .safetensors file of this program, or the text `builtin` (./builtin and a `Path`
+  are never that word).
+  """
+  path = located(source)
+  config, about = read_config(source)
   try:
     shapes = param_shapes(config)
   except Exception as error:  # Flax raises many kinds for sizes that do not fit together
     raise UserError(
-      f"{folder}: its config describes no network ({first_line(error)}); make it anew") from None
-  return Checkpoint(config, load_params(folder, shapes), about)
+      f"{path}: its config describes no network ({first_line(error)}); make it anew") from None
+  load = load_single if is_single(path) else load_params
+  return Checkpoint(config, load(path, shapes), about)
 
 
-def read_config(folder: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
+def read_config(source: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
   """The config of a checkpoint and all that it says of itself, without its parameters."""
-  path = Path(folder).absolute()
+  path = located(source)
   if not path.exists():
-    raise UserError(f"{folder}: no such checkpoint; check the path or make one, docs/convert.md")
-  if not (path / "about").is_dir():
+    raise UserError(f"{path}: no such checkpoint; check the path or make one, docs/convert.md")
+  if not is_single(path) and not (path / "about").is_dir():
     raise UserError(
-      f"{folder}: is no checkpoint of this program; make one from it with rfmedsam2 convert")
-  about = read_about(folder)
+      f"{path}: is no checkpoint of this program; make one from it with rfmedsam2 convert")
+  about = read_single(path) if is_single(path) else read_about(path)
   if not isinstance(about, dict) or not isinstance(about.get("sam2"), dict):
-    raise UserError(f"{folder}: is a checkpoint, but not of SAM 2; give one of SAM 2")
+    raise UserError(f"{path}: is a checkpoint, but not of SAM 2; give one of SAM 2")
   try:
     known = {field.name for field in dataclasses.fields(SAM2Config)} | set(FIXED)
     if unknown := sorted(about["sam2"].keys() - known):
       raise ValueError(f"sam2.{unknown[0]} is unknown")
     return pydantic.TypeAdapter(SAM2Config).validate_python(about["sam2"]), about
   except ValueError as error:  # pydantic's is one
-    raise UserError(f"{folder}: was made by another version ({first_line(error)} in its config); "
+    raise UserError(f"{path}: was made by another version ({first_line(error)} in its config); "
                     "make it anew") from None
 
 
@@ -94,13 +115,14 @@ def first_difference(ours: SAM2Config, theirs: SAM2Config) -> str | None:
   return next((name for name in names if getattr(ours, name) != getattr(theirs, name)), None)
 
 
-def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
+def check_starting_point(source: str | Path, config: SAM2Config) -> None:
   """UserError for no checkpoint, or one of another network than `config`; reads no parameters."""
-  found, _ = read_config(folder)
+  found, _ = read_config(source)
   if name := first_difference(config, found):
+    right = "{preset: builtin}" if source == BUILTIN else "the network of the checkpoint"
     raise UserError(
-      f"{folder}: its network has {name}={short(getattr(found, name))}, the config has sam2."
-      f"{name}={short(getattr(config, name))}; set sam2 to the network of the checkpoint")
+      f"{source}: its network has {name}={short(getattr(found, name))}, the config has sam2."
+      f"{name}={short(getattr(config, name))}; set sam2 to {right}")
   theirs, ours = found.adapters, config.adapters
   sizes = {"dwconv": ["width"], "cnn": ["width"], "mask": ["mask_width"]}
   for kind, fields in sizes.items():
@@ -108,14 +130,14 @@ def check_starting_point(folder: str | Path, config: SAM2Config) -> None:
     if getattr(theirs, kind) and not (getattr(ours, kind) and alike):
       wanted = [f"sam2.adapters.{field}={getattr(theirs, field)}" for field in fields]
       settings = " and ".join([f"sam2.adapters.{kind}=true", *wanted])
-      raise UserError(f"{folder}: has {kind} adapters; set {settings}")
+      raise UserError(f"{source}: has {kind} adapters; set {settings}")
 
 
-def starting_params(folder: str | Path, config: SAM2Config, key: Array) -> Params:
+def starting_params(source: str | Path, config: SAM2Config, key: Array) -> Params:
   """The parameters of a checkpoint for training `config`, with fresh adapters where it has none."""
   # The image sides may differ: whatever depends on them is computed and not learned.
-  check_starting_point(folder, config)
-  return with_adapters(load_checkpoint(folder).params, config, key)
+  check_starting_point(source, config)
+  return with_adapters(load_checkpoint(source).params, config, key)
 
 
 def short(value: Any) -> str:

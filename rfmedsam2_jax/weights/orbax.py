@@ -95,11 +95,16 @@ def load_params(folder: str | Path, like: Params) -> Params:
         raise ValueError(f"{_name(path)} has shape {x.shape}, the network {wanted.shape}")
     if found["about"].get("checksum", "") not in ("", checksum(found["params"])):
       raise ValueError("its parameters do not have their checksum")
-  for path, x in jax.tree_util.tree_leaves_with_path(found["params"]):
-    if bad := not_finite(x):
-      raise UserError(f"{folder}: {_name(path)} has {bad} of {x.size} values that are NaN or "
-                      "infinite; it is damaged or its training diverged, take another checkpoint")
+  check_finite(folder, found["params"])
   return found["params"]
+
+
+def check_finite(source: Path, params: Params) -> None:
+  """UserError that names the first parameter with a value that is NaN or infinite."""
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    if bad := not_finite(x):
+      raise UserError(f"{source}: {_name(path)} has {bad} of {x.size} values that are NaN or "
+                      "infinite; it is damaged or its training diverged, take another checkpoint")
 
 
 def _name(path: Any) -> str:
