@@ -20,6 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("--port", type=int, default=8765, help="0 takes a free one (8765)")
   add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
   add("--image-size", type=int, help="side of the square (the checkpoint's)")
+  add("--zoom", type=float, metavar="FACTOR",
+      help="side of the cut around each structure, in sides of what its prompts enclose; 0: whole "
+      "slices (2 for networks trained so, else 0)")
   add("--single-mask", action="store_true",
       help="one mask per slice instead of the best of three, for networks trained so")
   add("--keep", type=int, default=3, help="volumes that stay open (3)")
@@ -48,7 +51,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     # One object per batch: one program for any number of labels; most trackings follow one.
     config = TrackingConfig(multimask=several, dynamic_multimask=several, objects_per_batch=1)
     studio = Studio(SAM2(at_side(sam2, options.image_size)), params, config, options.keep,
-                    options.max_voxels * 10**6, prepare=True)
+                    options.max_voxels * 10**6, prepare=True, zoom=options.zoom)
     folder = options.folder.resolve() if options.folder else None
     pages = Pages(studio, folder, options.max_upload << 20, own_name(options.checkpoint))
     token = secrets.token_urlsafe(24)
@@ -81,6 +84,8 @@ def _check(options: argparse.Namespace) -> None:
       raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
   if (size := options.image_size) is not None and (size < 64 or size % 32):
     raise UserError(f"--image-size {size}: give a multiple of 32 from 64 on")
+  from rfmedsam2_jax.prompted.zoom import check_zoom
+  check_zoom(options.zoom)
 
 
 def _listen(host: str, port: int) -> socket.socket:

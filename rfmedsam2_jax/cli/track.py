@@ -31,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("--window", default="percentiles", metavar="NAME|CENTRE,WIDTH",
       help="what SAM sees: soft-tissue, liver, lung, bone, brain, 40,400, or percentiles (default)")
   add("--image-size", type=int, help="side of the square (the checkpoint's)")
+  add("--zoom", type=float, metavar="FACTOR",
+      help="side of the cut around each structure, in sides of what its prompts enclose; 0: whole "
+      "slices (2 for networks trained so, else 0)")
   add("--single-mask", action="store_true",
       help="one mask per slice instead of the best of three, for networks trained so")
   add("--no-cache", action="store_true",
@@ -52,9 +55,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked
   from rfmedsam2_jax.prompted.slice_frame import names_of
   from rfmedsam2_jax.prompted.tracked import parse_window
+  from rfmedsam2_jax.prompted.zoom import check_zoom
   from rfmedsam2_jax.tracking import TrackingConfig
   from rfmedsam2_jax.weights import single_file
   window = parse_window(options.window)
+  check_zoom(options.zoom)
   prompts = prompts_of(options, volume.geometry)
   names = names_of(prompts)
   check_prompts(options.checkpoint, volume, prompts, options.plane, options.image_size)
@@ -67,7 +72,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.line(f"{single_file.builtin_words()}; --checkpoint brings another")
   console.line(Passing(f"reading {options.checkpoint}"))
   prompted = open_volume(options.checkpoint, volume, options.plane, window, options.image_size,
-                         config, Progress("slices", console.line))
+                         config, Progress("slices", console.line), options.zoom)
   console.line("compiling the network")
   found = prompted.track(prompts)
   console.line(Passing("writing"))

@@ -22,7 +22,14 @@ from rfmedsam2_jax.data.sam_slices import as_rgb, resize_linear
 from rfmedsam2_jax.data.volumes import LARGEST, Volume
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
-from rfmedsam2_jax.prompted.zoom import Cut, around, around_points, bounds, whole
+from rfmedsam2_jax.prompted.zoom import (
+  Cut,
+  around,
+  around_points,
+  bounds,
+  check_zoom,
+  whole,
+)
 from rfmedsam2_jax.tracking import TrackingConfig, Tracks, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import gated_logits
 from rfmedsam2_jax.tracking.tracks import HostCells, cells_at
@@ -116,6 +123,7 @@ class PromptedVolume:
     plane: Plane = "axial", window: tuple[float, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None, zoom: float | None = None,
   ):
+    check_zoom(zoom)
     self._model, self._params, self._config = model, params, config
     self._volume, self._plane, self._axis = volume, plane, PLANES[plane]
     self._frame = SliceFrame(volume, plane, model.config.image_size)

@@ -10,9 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rfmedsam2_jax.base.errors import UserError
+
 _POINTS_SEE = 0.5  # side of the first cut around points alone, in shorter sides of the slice
 _GROWTH = 1.5  # of a cut whose border the mask touches
+_MOST = 100
 _LEAST = 8  # voxels along its shorter side
+
+
+def check_zoom(factor: float | None) -> None:
+  """UserError unless it is None, 0 or a factor that leaves something to see."""
+  if factor is not None and factor != 0 and not 1 <= factor <= _MOST:
+    raise UserError(f"zoom {factor:g}: give a factor from 1 to {_MOST}, or 0 for whole slices")
 
 
 class Cut(NamedTuple):

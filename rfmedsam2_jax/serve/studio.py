@@ -123,13 +123,14 @@ class Studio:
   Args:
     keep: volumes of `max_voxels` at most; the one that was not used for the longest time goes.
     prepare: compile at once what a first tracking and a correction need.
+    zoom: see PromptedVolume.
   """
 
   def __init__(
     self, model: SAM2, params: dict, config: TrackingConfig, keep: int, max_voxels: int,
-    prepare: bool = False,
+    prepare: bool = False, zoom: float | None = None,
   ):
-    self._model, self._params, self._config = model, params, config
+    self._model, self._params, self._config, self._zoom = model, params, config, zoom
     self._keep, self._max_voxels = keep, max_voxels
     self._volumes: collections.OrderedDict[str, Opened] = collections.OrderedDict()
     self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
@@ -147,7 +148,7 @@ class Studio:
       volume = load_image(path)
       prompted = PromptedVolume(
         self._model, self._params, volume, self._config, plane, window,
-        lambda done, total: opened.report(done, total),
+        lambda done, total: opened.report(done, total), self._zoom,
       )
       opened = Opened(name, volume, plane, prompted, np.zeros(volume.array.shape[1:], np.uint8))
     key = secrets.token_hex(8)
