@@ -93,7 +93,7 @@ def train_tracker(
       training.report(f"tracker: starts from {first.init_from}")
   params = params or init_params(config, init_key)
   for number, leg in enumerate(legs):
-    of_leg = key if leg is legs[-1] else jax.random.fold_in(key, number)
+    of_leg = jax.random.fold_in(key, number) if number else key
     params = _trained(training, leg, None, cases, params, of_leg)
   return params
 
