@@ -207,8 +207,10 @@ def test_tracks_are_prompted_where_their_object_is():
 TRACKER = {
   "generator": {"loop": {"steps": 0}},
   "refiner": {"loop": {"steps": 0}},
-  "sam2": TINY["sam2"] | {"drawn_prompts": True},
+  "sam2": TINY["sam2"] | {"drawn_prompts": True, "adapters": {"dwconv": False, "cnn": False}},
   "tracker": {
+    # Not all: the gradient of everything is compared with the original's above.
+    "trainable": ["sam_mask_decoder/*", "memory_attention/*"],
     "slices": 3, "objects": 2, "promptings": 2, "corrections": 1,
     "loop": {"steps": 4, "log_every": 2, "checkpoint_every": 2},
     "optimizer": {"warmup_steps": 1},
@@ -279,8 +281,10 @@ def test_a_leg_sets_out_from_the_averaged_weights_of_the_one_before(tmp_path, mo
   training = Training(RunFolder(tmp_path), make_mesh(MeshConfig()), 0, [], {}, silent, False)
   params = networks.train_tracker(training, [first, last], config.sam2, [])
   key = jax.random.split(jax.random.fold_in(jax.random.key(0), 3))[0]
-  np.testing.assert_allclose(
-    params["no_mem_embed"], init_params(config.sam2, key)["no_mem_embed"] + 2, atol=1e-6)
+  moved, frozen = ("sam_mask_decoder", "iou_token"), ("no_mem_embed",)
+  begun = flatten_dict(init_params(config.sam2, key))
+  for path, by in ((moved, 2), (frozen, 0)):
+    np.testing.assert_allclose(flatten_dict(params)[path], begun[path] + by, atol=1e-6)
 
 
 def test_data_sets_are_prepared_and_mixed_with_the_stream(tmp_path, stream, phantoms, capsys):
