@@ -81,7 +81,7 @@ def test_previous_logits_else_the_box_and_discs_of_points_over_both():
 
 
 def test_tracker_and_stages_decode_what_is_drawn_alike_and_others_draw_nothing(monkeypatch):
-  params, cells = drawn(), packed(CASES)
+  params, cells = drawn(DRAWS), packed(CASES)
   rng, count, grid, width = np.random.default_rng(1), len(CASES), SMALL.grid, SMALL.d_model
   embedding = rng.standard_normal((count, grid, grid, width), np.float32)
   high_res = tuple(rng.standard_normal((count, side, side, width // part), np.float32)
@@ -89,25 +89,30 @@ def test_tracker_and_stages_decode_what_is_drawn_alike_and_others_draw_nothing(m
   prompts = pack_prompts(cells.boxes, cells.has_box, cells.points, cells.point_labels,
                          cells.logits, cells.has_mask)
 
-  def tracker(config, prompts):
+  def tracker(config, prompts, params=params):
     return jax.jit(lambda: decode_cells(SAM2(config), params, embedding, high_res, prompts))()
 
   stage = jax.jit(lambda: decode_stage(
     SAM2(DRAWS), params, StageConfig(), embedding, ImageFeatures(embedding, high_res), cells))()
   masks = np.stack([by_hand(**case) for case in CASES])
-  by_mask = tracker(SMALL, prompts._replace(
+  by_mask = tracker(DRAWS, prompts._replace(
     mask=jnp.asarray(masks), has_mask=np.array([bool(case) for case in CASES])))
   ours = tracker(DRAWS, prompts)
   for a, b, c in zip(ours, stage, by_mask, strict=True):
     np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(a, c, atol=1e-4)
+  # The finest layers see it, too.
+  for layer in ("drawn_s0", "drawn_s1", "mix_0", "mix_1"):
+    blind = jax.tree.map(np.array, params)
+    blind["sam_mask_decoder"][layer]["kernel"][:] = 0
+    assert np.abs(np.asarray(tracker(DRAWS, prompts, blind).logits - ours.logits)).max() > 0.01
   monkeypatch.setattr("rfmedsam2_jax.nn.sam2.drawn", None)
   official = tracker(SMALL, prompts)
   assert np.abs(np.asarray(official.logits - ours.logits)[:3]).max() > 0.1
 
 
 def test_a_checkpoint_says_that_its_prompts_are_drawn(tmp_path):
-  save_checkpoint(tmp_path / "drawn", DRAWS, drawn(), {})
+  save_checkpoint(tmp_path / "drawn", DRAWS, drawn(DRAWS), {})
   check_starting_point(tmp_path / "drawn", DRAWS)
   with pytest.raises(UserError, match="drawn_prompts=True"):
     check_starting_point(tmp_path / "drawn", SMALL)

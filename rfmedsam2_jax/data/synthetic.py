@@ -10,10 +10,12 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
 from rfmedsam2_jax.base.ranges import STRICT, Share
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.synthetic_bodies import body, neighbours, tissues
+from rfmedsam2_jax.data.synthetic_fields import fields
 from rfmedsam2_jax.data.synthetic_scanner import Modality, Palette, acquire
 from rfmedsam2_jax.data.synthetic_scene import Scene
 from rfmedsam2_jax.data.synthetic_shapes import Space, log_uniform
@@ -26,6 +28,7 @@ _WEIGHTS = {"region": 0.1, "wall": 0.3, "cortex": 0.3, "white": 0.5, "tree": 0.5
             "sheet": 0.4, "cluster": 0.4, "canal": 0.5}
 _FOCUS = 3.0  # times as often what belongs to the organ that the picture is made around
 _ATTEMPTS = 8  # at a run with an object in sight; nearly all succeed at once
+_FIELDS = 0.4  # share of runs of shapes of no family
 _NO_ORDER = 0.12  # share of runs whose tissues may have any intensity
 
 
@@ -34,7 +37,7 @@ class SyntheticConfig:
   __pydantic_config__ = STRICT
 
   ct: Share = 0.5  # of the runs with an order of tissues; the others are like MRI
-  cut: Share = 0.6  # share of runs that show one object large, as tracking cuts around a prompt
+  cut: Share = 0.75  # share of runs that show one object large, as tracking cuts around a prompt
 
 
 class SyntheticRun(NamedTuple):
@@ -77,6 +80,11 @@ def _attempt(rng: np.random.Generator, config: SyntheticConfig, side: int, lengt
   else:
     radius, place = log_uniform(rng, 0.03, 0.35), rng.uniform(-0.25, 0.25, 2)
   centre = np.array([rng.uniform(-1, 1) * (reach + 0.5 * radius), *place])
+  if rng.random() < _FIELDS:
+    fields(scene)
+    if rng.random() < 0.5:
+      neighbours(scene, centre, radius)
+    return _finished(rng, scene, side, tracks)
   if rng.random() < 0.65:
     # In the middle where all of the body is seen; else somewhere around the organ.
     size = radius / log_uniform(rng, 0.12, 0.6) if cut else rng.uniform(0.3, 0.48)
@@ -86,6 +94,11 @@ def _attempt(rng: np.random.Generator, config: SyntheticConfig, side: int, lengt
   else:
     tissues(scene)
   neighbours(scene, centre, radius)
+  return _finished(rng, scene, side, tracks)
+
+
+def _finished(rng: np.random.Generator, scene: Scene, side: int, tracks: int) -> SyntheticRun:
+  """The scanner's picture of a scene, and some of what may be asked for."""
   image = acquire(rng, scene.image, scene.palette)
   kinds, objects = _drawn(rng, scene, tracks)
   if rng.random() < 0.25:
@@ -120,7 +133,9 @@ def _drawn(rng: np.random.Generator, scene: Scene, tracks: int
   counts = np.bincount(place.ravel(), minlength=256 * depth).reshape(depth, 256)
   usable = [c for c in scene.candidates
             if _LEAST <= counts[:, list(c.parts)].sum(axis=1).max() < 0.85 * plane[0] * plane[1]]
-  weights = [_WEIGHTS.get(c.kind, 1.0) * (_FOCUS if c.focus else 1) for c in usable]
+  boxes = ndimage.find_objects(scene.owner)
+  weights = [_WEIGHTS.get(c.kind, 1.0) * (_FOCUS if c.focus else 1) * _by_size(
+    [boxes[p - 1] for p in c.parts if 0 < p <= len(boxes)], plane) for c in usable]
   masks, kinds = np.zeros((tracks, *scene.owner.shape), bool), [""] * tracks
   for track in range(min(tracks, len(usable))):
     odds = np.array(weights)
@@ -130,6 +145,16 @@ def _drawn(rng: np.random.Generator, scene: Scene, tracks: int
     masks[track] = np.isin(np.arange(256), usable[pick].parts)[scene.owner]
     kinds[track], weights[pick] = usable[pick].kind, 0.0
   return tuple(kinds), masks
+
+
+def _by_size(boxes: list, plane: list[int]) -> float:
+  """How often an object is drawn, by the larger side of its box as a share of the picture's."""
+  boxes = [b for b in boxes if b is not None]
+  if not boxes:
+    return 1.0
+  share = max((max(b[a].stop for b in boxes) - min(b[a].start for b in boxes)) / plane[a - 1]
+              for a in (1, 2))
+  return float(np.interp(share, [0.05, 0.12, 0.25, 0.7, 0.85, 1.0], [0.05, 0.2, 1, 1, 0.5, 0.2]))
 
 
 def _beyond(rng: np.random.Generator, image: np.ndarray) -> tuple[slice, ...]:

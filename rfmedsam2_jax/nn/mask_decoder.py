@@ -47,6 +47,7 @@ class MaskDecoder(nn.Module):
   dtype: DType
   remat: Remat  # of a layer and of the upscaling
   platform: Platform
+  drawn: bool = False  # it sees prompts that are drawn on the mask grid
 
   def setup(self):
     masks, token = 1 + NUM_MULTIMASK, nn.initializers.normal(1.0)  # torch's Embedding
@@ -62,6 +63,12 @@ class MaskDecoder(nn.Module):
     self.output_upscaling_3 = ConvTranspose2x2(self.width // 8, dtype=self.dtype)
     self.conv_s0 = Conv2D(self.width // 8, 1, dtype=self.dtype)
     self.conv_s1 = Conv2D(self.width // 4, 1, dtype=self.dtype)
+    if self.drawn:
+      fine = functools.partial(
+        Conv2D, kernel=3, padding=1, dtype=self.dtype, platform=self.platform)
+      self.drawn_s0 = fine(self.width // 8)
+      self.drawn_s1 = Conv2D(self.width // 4, 2, stride=2, dtype=self.dtype)
+      self.mix_0, self.mix_1 = fine(self.width // 4), fine(self.width // 8)
     self.output_hypernetworks_mlps = [mlp(self.width, self.width // 8, 3) for _ in range(masks)]
     self.iou_prediction_head = mlp(self.iou_hidden, masks, 3, sigmoid_output=True)
     self.pred_obj_score_head = mlp(self.width, 1, 3)
@@ -71,7 +78,7 @@ class MaskDecoder(nn.Module):
   def __call__(
     self, embedding_NGGC: Array, positions_GGC: Array, prompts_NQC: Array, exists_NQ: Array,
     high_res: tuple[Array, Array], multimask: bool | Array = False,
-    dynamic_multimask: bool = False,
+    dynamic_multimask: bool = False, shown_Nhh: Array | None = None,
   ) -> Decoded:
     """Decodes cells; `pointer` is the chosen mask token, not yet projected.
 
@@ -81,6 +88,7 @@ class MaskDecoder(nn.Module):
       multimask: masks of tokens 1 to 3 instead of token 0. As bool [N] it says so of every cell,
         and all have three masks: for the others that of token 0 stands three times.
       dynamic_multimask: where the mask of token 0 is unstable, the best of tokens 1 to 3.
+      shown_Nhh: of a decoder that sees drawn prompts, [N, 4G, 4G] in [-1, 1], 0 where nothing is.
     """
     n = prompts_NQC.shape[0]
     own = jnp.concatenate([self.obj_score_token, self.iou_token, self.mask_tokens])
@@ -89,6 +97,9 @@ class MaskDecoder(nn.Module):
     exists = jnp.concatenate([jnp.ones(own.shape[:2], bool), exists_NQ], axis=1)
     tokens, image = self.transformer(embedding_NGGC, positions_GGC, tokens, exists)
     mask_tokens = tokens[:, 2 : 2 + len(self.output_hypernetworks_mlps)]
+    if shown_Nhh is not None:
+      shown, (stride4, stride8) = shown_Nhh[..., None].astype(self.dtype), high_res
+      high_res = stride4 + self.drawn_s0(shown), stride8 + self.drawn_s1(shown)
     image = rematerialised(MaskDecoder._upscale, self.remat)(self, image, *high_res)
     ious = self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32)
     presence = self.pred_obj_score_head(tokens[:, 0])[:, 0].astype(jnp.float32)
@@ -129,7 +140,11 @@ class MaskDecoder(nn.Module):
   def _upscale(self, image_NGGC: Array, stride4: Array, stride8: Array) -> Array:
     """Image side and high-resolution features to [N, 4G, 4G, C/8]."""
     image = gelu(self.output_upscaling_1(self.output_upscaling_0(image_NGGC) + stride8))
-    return gelu(self.output_upscaling_3(image) + stride4)
+    image = gelu(self.output_upscaling_3(image) + stride4)
+    if self.drawn:
+      # Without it, what is drawn and what is seen meet pixel by pixel alone.
+      image = image + self.mix_1(gelu(self.mix_0(image)))
+    return image
 
 
 def stability(logits_NHW: Array) -> Array:

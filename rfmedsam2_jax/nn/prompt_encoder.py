@@ -106,6 +106,13 @@ def drawn(prompts: Prompts, side: int) -> Prompts:
   )
 
 
+def shown_prompts(prompts: Prompts) -> Array:
+  """What `drawn` has drawn, [N, side, side] in [-1, 1]; 0 for cells without any of it."""
+  assert prompts.mask is not None and prompts.has_mask is not None
+  seen = jnp.clip(prompts.mask / DRAWN_LOGIT, -1, 1)
+  return jnp.where(prompts.has_mask[:, None, None], seen, 0.0)
+
+
 class RandomPositions(nn.Module):
   """The matrix of the random Fourier features of `width` channels, float32 [2, width / 2].
 

@@ -34,6 +34,7 @@ from rfmedsam2_jax.nn.prompt_encoder import (
   box_prompts,
   drawn,
   no_prompts,
+  shown_prompts,
 )
 from rfmedsam2_jax.nn.remat import Remat
 
@@ -81,7 +82,8 @@ class SAM2Config:
 
   drawn_prompts: bool = False
   # Boxes and points are drawn into the mask prompt, too (nn.prompt_encoder.drawn), which is learned
-  # many times sooner than tokens are. Official weights do not know it; who was trained so wants it.
+  # many times sooner than tokens are, and the decoder sees that prompt at its finest resolution.
+  # Official weights do not know it and lack these layers; who was trained so wants it.
 
   adapters: AdapterConfig = AdapterConfig()
   dtype: Precision = "float32"  # of the computation; parameters stay float32
@@ -165,7 +167,8 @@ class SAM2(nn.Module):
     self.image_encoder = ImageEncoder(trunk, FpnNeck(c.d_model, **parts))
     self.sam_prompt_encoder = PromptEncoder(c.d_model, c.grid, c.prompt_mask_channels, dtype)
     self.sam_mask_decoder = MaskDecoder(
-      c.d_model, c.decoder_depth, c.decoder_heads, c.decoder_mlp, c.iou_hidden, **parts
+      c.d_model, c.decoder_depth, c.decoder_heads, c.decoder_mlp, c.iou_hidden, **parts,
+      drawn=c.drawn_prompts,
     )
     self.memory_attention = MemoryAttention(c.memory_layers, c.memory_ffn, **parts)
     self.memory_encoder = MemoryEncoder(
@@ -249,12 +252,14 @@ class SAM2(nn.Module):
       dynamic_multimask: where the single mask is unstable, take the best of three; the pointer
         stays that of the single mask (mask_decoder.py:150).
     """
+    shown = None
     if self.config.drawn_prompts:
       prompts = drawn(prompts, 4 * self.config.grid)
+      shown = shown_prompts(prompts)
     tokens, exists, dense = self.sam_prompt_encoder(prompts)
     decoded = self.sam_mask_decoder(
       embedding_NGGC + dense, self.sam_prompt_encoder.grid_positions(), tokens, exists, high_res,
-      multimask, dynamic_multimask,
+      multimask, dynamic_multimask, shown,
     )
     return decoded._replace(pointer=self.obj_ptr_proj(decoded.pointer))
 

@@ -23,7 +23,7 @@ CONFIG = SyntheticConfig()
 
 @pytest.fixture(scope="module")
 def runs():
-  return [synthetic_run(CONFIG, 0, index, SIDE) for index in range(90)]
+  return [synthetic_run(CONFIG, 0, index, SIDE) for index in range(220)]
 
 
 def straight_space(side=48, depth=48, planes=1):
@@ -99,7 +99,7 @@ def test_structures_of_all_kinds_occur(runs):
          "nested": 10, "touching": 5, "": 1}
   assert {k: seen[k] for k in few if seen[k] < few[k]} == {}
   kinds = {"organ", "lesion", "kidney", "hollow", "content", "wall", "vessel", "cavity", "ring",
-           "crescent", "heart", "bone", "lung", "muscle", "piece", "region", "islands"}
+           "crescent", "heart", "bone", "lung", "muscle", "piece", "region", "islands", "field"}
   assert kinds <= set(seen)
   assert min(FAMILIES.values()) > 0
 
