@@ -2,9 +2,10 @@
 
 python benchmarks/prompted.py [--checkpoint CKPT] --out FILE.json
     [--case NAME IMAGE LABELS VALUES WINDOW ...] [--dataset FOLDER --splits FILE [--cases N]]
-    [--ways boxes middle clicks] [--curve FILE.png]
+    [--ways slices boxes middle clicks] [--curve FILE.png]
 
-Every structure is prompted from its reference, in three ways:
+Every structure is prompted from its reference, in four ways:
+  slices: a box on every slice, each slice for itself, as if it were the volume;
   boxes: a box on every slice;
   middle: one box, on the middle one of its slices, and followed;
   clicks: the innermost point there, followed, and two corrections, each on the slice with most
@@ -14,9 +15,10 @@ boxes of every slice and an ellipse in each. WINDOW as in `track`: soft-tissue, 
 """
 
 import argparse
+import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +26,20 @@ import numpy as np
 from scipy import ndimage
 from scipy.stats import spearmanr
 
-from rfmedsam2_jax import TrackingConfig, VoxelPrompt, open_volume
+from rfmedsam2_jax import TrackingConfig, VoxelPrompt
 from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.data.volumes import Volume, load_image, load_label_map
-from rfmedsam2_jax.prompted.tracked import PromptedVolume, TrackedVolume, parse_window
+from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.prompted.tracked import (
+  PERCENTILES,
+  PromptedVolume,
+  TrackedVolume,
+  parse_window,
+)
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
-WAYS = "boxes", "middle", "clicks"
+WAYS = "slices", "boxes", "middle", "clicks"
 CORRECTIONS = 2
 
 
@@ -103,9 +112,18 @@ def found_of(tracked: TrackedVolume) -> Found:
   return Found(tracked.labels > 0, tracked.iou[0], tracked.presence[0])
 
 
-def follow(prompted: PromptedVolume, way: str, truth: np.ndarray, value: int) -> Found:
+def follow(
+  opened: Callable[[Volume], PromptedVolume], case: Labelled, way: str, truth: np.ndarray,
+  value: int,
+) -> Found:
   """One structure, prompted in one of WAYS."""
   slices = np.flatnonzero(truth.any(axis=(1, 2)))
+  if way == "slices":
+    parts = {int(z): each_for_itself(opened, case, truth, value, int(z)) for z in slices}
+    nothing = Found(np.zeros_like(truth[:1]), np.zeros(1), np.zeros(1))
+    return Found(*map(np.concatenate, zip(
+      *(parts.get(z, nothing) for z in range(len(truth))), strict=True)))
+  prompted = opened(case.volume)
   middle = int(slices[len(slices) // 2])
   if way == "boxes":
     return alone(prompted, [box_of(truth, value, int(z)) for z in slices])[0]
@@ -120,6 +138,14 @@ def follow(prompted: PromptedVolume, way: str, truth: np.ndarray, value: int) ->
     tracked = prompted.correct(tracked, [click])
     found = found_of(tracked)
   return found
+
+
+def each_for_itself(
+  opened: Callable[[Volume], PromptedVolume], case: Labelled, truth: np.ndarray, value: int, z: int
+) -> Found:
+  alone_here = dataclasses.replace(case.volume, array=case.volume.array[:, z : z + 1])
+  tracked = opened(alone_here).track([box_of(truth[z : z + 1], value, 0)])
+  return found_of(tracked)
 
 
 def shapes(truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,13 +166,25 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
   return float(2 * (one & other).sum() / max(one.sum() + other.sum(), 1))
 
 
+def percentiles(volume: Volume) -> tuple[float, float]:
+  """Centre and width of the window that `track` takes where it is given none."""
+  array = volume.array[0]
+  low, high = np.percentile(array[array != 0], PERCENTILES)
+  return float(low + high) / 2, float(high - low)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   rows: list[dict[str, Any]] = []
   cells: dict[str, list[tuple[float, float]]] = {way: [] for way in options.ways}
+  network = load_checkpoint(options.checkpoint)
+  config = TrackingConfig(dynamic_multimask=options.dynamic)
   for case in volumes(options):
-    prompted = open_volume(
-      options.checkpoint, case.volume, window=case.window, zoom=options.zoom,
-      config=TrackingConfig(dynamic_multimask=options.dynamic))
+    window = case.window or percentiles(case.volume)
+
+    def opened(volume: Volume, window=window) -> PromptedVolume:
+      return PromptedVolume(SAM2(network.config), network.params, volume, config, window=window,
+                            zoom=options.zoom)
+
     for value, truth in case.truth.items():
       if not truth.any():
         continue
@@ -155,7 +193,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                              "box": dice(boxes, truth), "ellipse": dice(ellipses, truth)}
       for way in options.ways:
         began = time.perf_counter()
-        found = follow(prompted, way, truth, value)
+        found = follow(opened, case, way, truth, value)
         row[way], row[f"{way} s"] = dice(found.mask, truth), time.perf_counter() - began
         for z in np.flatnonzero(found.presence > 0.5):
           union = (found.mask[z] | truth[z]).sum()
