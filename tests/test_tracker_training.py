@@ -21,6 +21,7 @@ from rfmedsam2_jax.base.progress import silent
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.config import parse_config
 from rfmedsam2_jax.config.tracker import TrackerConfig
+from rfmedsam2_jax.data import object_runs
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.model import untrained
 from rfmedsam2_jax.nn import SAM2, init_params
@@ -266,11 +267,18 @@ def test_a_tracker_is_trained_without_any_data_set_and_resumed_bit_for_bit(
 
 
 def test_a_leg_sets_out_from_the_averaged_weights_of_the_one_before(tmp_path, monkeypatch):
-  legs = [{"steps": 3, "slices": 1, "learning_rate": 0.5}, {"steps": 2, "box": 1, "point": 0}]
+  legs = [{"steps": 3, "slices": 1, "learning_rate": 0.5, "plain": 1},
+          {"steps": 2, "box": 1, "point": 0}]
   config = parse_config(TRACKER | {"tracker": TRACKER["tracker"] | {"loop": {"steps": 0},
                                                                   "legs": legs}})
   first, last = tracker_phases(config)
   assert (first.batch["images"].shape[1], first.settings.optimizer.learning_rate) == (1, 0.5)
+  asked = []
+  monkeypatch.setattr(object_runs, "SyntheticRuns",
+                      lambda seed, run, plain: asked.append((seed, plain)) or (lambda index: {}))
+  for leg in (first, last):
+    leg.batches(tmp_path, [], [0], 0)
+  assert asked == [(0, 1), (1 << 32, 0)]  # runs of its own
   assert first.settings.loop.steps == 3 and last.settings.box == 1 != first.settings.box
 
   def trained(training, phase, segmenter, cases, state):

@@ -45,6 +45,7 @@ class LegConfig:
   box: Share | None = None
   point: Share | None = None
   every: Share | None = None
+  plain: Share | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class TrackerConfig:
   box: Share = 0.5  # share of objects whose first prompt is a box
   point: Share = 0.25  # share of those whose first prompt is a point; the others have a mask
   every: Share = 0.0  # share of objects that are prompted on every slice, by boxes or points
+  plain: Share = 0.0  # share of the synthetic runs whose tissues are plain and differ clearly
   legs: tuple[LegConfig, ...] = ()
   # One after the other, instead of loop.steps: from scratch images come first, as in SAM 2.
   loop: UnvalidatedLoopConfig = UnvalidatedLoopConfig(steps=0)

@@ -47,13 +47,15 @@ class SyntheticRuns:
 
   seed: int
   run: RunConfig
+  plain: float = 0.0  # share, see SyntheticConfig
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
     from rfmedsam2_jax.data.synthetic import SyntheticConfig, synthetic_run
 
     run = self.run
+    config = SyntheticConfig(plain=self.plain)
     found = synthetic_run(
-      SyntheticConfig(), self.seed, index, run.image_size, run.slices, run.structures)
+      config, self.seed, index, run.image_size, run.slices, run.structures)
     images = found.images[None]
     if run.context:
       slices = np.arange(run.slices)

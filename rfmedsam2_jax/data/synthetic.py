@@ -37,6 +37,9 @@ class SyntheticConfig:
   __pydantic_config__ = STRICT
 
   ct: Share = 0.5  # of the runs with an order of tissues; the others are like MRI
+  plain: Share = 0.0
+  # Share of runs of plain tissues that differ clearly from what is around them: on these a network
+  # from scratch learns to look at the picture several times sooner.
   cut: Share = 0.75  # share of runs that show one object large, as tracking cuts around a prompt
 
 
@@ -73,6 +76,8 @@ def _attempt(rng: np.random.Generator, config: SyntheticConfig, side: int, lengt
   modality: Modality = "ct" if rng.random() < config.ct else "mr"
   if rng.random() < _NO_ORDER:
     modality = "any"
+  if config.plain and rng.random() < config.plain:
+    modality = "plain"
   scene = Scene(rng, space, Palette(rng, modality))
   reach = space.shape[0] * space.spacing[0] / 2
   if cut:

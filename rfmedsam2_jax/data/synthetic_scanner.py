@@ -2,7 +2,8 @@
 
 Intensities are those that are shown, 0 to 1, and may leave that range until the very end. A palette
 is of one picture: CT in Hounsfield units through some window, MRI in which any tissue may be bright
-or dark, or no order at all (the domain randomisation of SynthSeg, Billot et al. 2023).
+or dark, no order at all (the domain randomisation of SynthSeg, Billot et al. 2023), or plain
+tissues that differ clearly, under little noise.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from scipy import ndimage
 
 from rfmedsam2_jax.data.synthetic_shapes import log_uniform, smooth_field
 
-Modality = Literal["ct", "mr", "any"]
+Modality = Literal["ct", "mr", "any", "plain"]
 
 # Hounsfield units: the lowest and highest mean of a tissue, and the deviation of its texture.
 _HOUNSFIELD = {
@@ -32,6 +33,7 @@ _BRIGHTNESS = {
 # How far parts of one tissue are from each other in one picture: least and most, of its range.
 _SPREAD = {"organ": (0.1, 0.8), "wall": (0.1, 0.8), "food": (0.5, 1.0)}
 _OTHERS = (0.03, 0.2)
+_CLEARLY = 0.2  # how far plain tissues are from what lies around them
 _DRAWS = 5  # intensities tried, where a part should differ from what lies around it
 
 
@@ -74,6 +76,8 @@ class Palette:
         mean = rng.uniform(0.03, 0.2)  # suppressed
       if modality == "any" and (name != "air" or rng.random() < 0.2):
         mean, spread, texture = rng.random(), rng.uniform(0.1, 0.6), rng.uniform(0.01, 0.08)
+      if modality == "plain":  # any intensity for every part, see `tissue`
+        mean, spread, texture = 0.5, 0.5, rng.uniform(0, 0.04)
       self._tissues[name] = mean, spread, texture
 
   def tissue(self, name: str, apart_from: float | None = None) -> Tissue:
@@ -83,7 +87,9 @@ class Palette:
     mean, spread, texture = self._tissues[name]
     values = (mean + spread * rng.uniform(-1, 1, _DRAWS) - low) / (high - low)
     least = rng.uniform(0.03, 0.12) + rng.uniform(0, 1.5) * self.noise
-    if rng.random() < 0.1:
+    if self.modality == "plain":
+      least = _CLEARLY
+    elif rng.random() < 0.1:
       least = 0.0
     away = np.abs(np.clip(values, 0, 1) - (9 if apart_from is None else np.clip(apart_from, 0, 1)))
     chosen = int(np.argmax(away >= least if (away >= least).any() else away))
@@ -105,6 +111,10 @@ def _window(rng: np.random.Generator) -> tuple[float, float]:
 
 def acquire(rng: np.random.Generator, image: np.ndarray, palette: Palette) -> np.ndarray:
   """What a scanner makes of slices [L, H, W]: blur, artefacts, noise; float32 cut to [0, 1]."""
+  if palette.modality == "plain":
+    image = _blur(image, rng.uniform(0, 0.7))
+    noise = np.float32(log_uniform(rng, 0.003, 0.04))
+    return np.clip(image + noise * rng.standard_normal(image.shape, dtype=np.float32), 0, 1)
   if palette.modality == "ct" or (palette.modality == "any" and rng.random() < 0.4):
     image = _tomography(rng, image, palette.noise)
   else:

@@ -64,7 +64,7 @@ def batches(
   for source in settings.data:
     names = _names(run, config, source)
     if source.source == SYNTHETIC:
-      runs: object_runs.Sample = object_runs.SyntheticRuns(seed, sample)
+      runs: object_runs.Sample = object_runs.SyntheticRuns(seed, sample, settings.plain)
     else:
       folder = _folder(run, config, source)
       plan = load_plan(folder / "plan.json")
