@@ -95,6 +95,8 @@ def test_a_voxel_lies_where_the_network_sees_it():
   np.testing.assert_allclose(middle, [x, y], atol=0.05)
   centre = (box.box[0] + box.box[2]) / 2, (box.box[1] + box.box[3]) / 2
   np.testing.assert_allclose(centre, [x, y], atol=0.05)
+  for prompt in given:
+    np.testing.assert_array_equal(frame.bounds([prompt]), [[15, 10], [15, 10]])
   rows, columns = np.nonzero(drawn_mask.mask)
   np.testing.assert_allclose([columns.mean(), rows.mean()], [x, y], atol=0.5)
 
@@ -176,5 +178,5 @@ def test_networks_that_were_trained_on_cuts_zoom_unless_told_otherwise(scan):
   box = VoxelPrompt(3, box=((2, 12, 8), (2, 19, 14)))
   assert PromptedVolume(SAM2(SMALL), drawn(), scan)._zoom == 0
   assert PromptedVolume(SAM2(other), drawn(), scan)._zoom == 2
-  found = PromptedVolume(SAM2(other), drawn(), scan, zoom=0).track([box])
+  found = PromptedVolume(SAM2(other), drawn(other), scan, zoom=0).track([box])
   assert found.parts[0].cut == whole((40, 30))

@@ -125,17 +125,17 @@ class SliceFrame:
 
   def bounds(self, prompts: Sequence[VoxelPrompt]) -> tuple[np.ndarray, np.ndarray]:
     """The first and last row and column, [2] each, that prompts speak of."""
-    low, high = [], []
+    corners: list[np.ndarray] = []
     for prompt in prompts:
-      rows = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
       if prompt.mask is not None:
-        rows = np.argwhere(prompt.mask)
-      rows = np.rint(rows[:, self._order[1:]])
-      low.append(rows.min(axis=0))
-      high.append(rows.max(axis=0))
-    last = np.array(self.shape) - 1
-    return (np.clip(np.min(low, axis=0), 0, last).astype(int),
-            np.clip(np.max(high, axis=0), 0, last).astype(int))
+        seen: np.ndarray = np.moveaxis(prompt.mask, self._axis, 0).any(axis=0)
+        rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+        corners += [np.array([rows[end], columns[end]]) for end in (0, -1)]
+      else:
+        given = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
+        corners += list(np.rint(given[:, self._order[1:]]))
+    inside = np.clip(corners, 0, np.array(self.shape) - 1).astype(int)
+    return inside.min(axis=0), inside.max(axis=0)
 
   def place(self, prompts: Sequence[VoxelPrompt], structures: tuple[int, ...]) -> list[SlicePrompt]:
     """One prompt per structure and slice: those of the same slice join. UserError as `rounds`."""

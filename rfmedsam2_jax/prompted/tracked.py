@@ -219,11 +219,11 @@ class PromptedVolume:
       rounds = (*rounds, prompts)
       if cut is None:
         cut = self._first_cut(prompts, values)
-      low, high = frame.bounds([p for some in rounds for p in some])
-      if not cut.holds(low, high):
-        cut, tracks = around(low, high, self._zoom, frame.spacing, frame.shape), None
+      partial = cut != whole(frame.shape)
+      if partial and not cut.holds(*(found := frame.bounds([p for some in rounds for p in some]))):
+        cut, tracks = around(*found, self._zoom, frame.spacing, frame.shape), None
       tracks = self._run(cut, tracks, values, rounds if tracks is None else (prompts,), arrived)
-      if cut != whole(frame.shape) and self._touched(cut, tracks):
+      if partial and self._touched(cut, tracks):
         cut = cut.grown(frame.spacing, frame.shape)
         tracks = self._run(cut, None, values, rounds, arrived)
     assert cut is not None and tracks is not None
