@@ -128,7 +128,7 @@ class SliceFrame:
     corners: list[np.ndarray] = []
     for prompt in prompts:
       if prompt.mask is not None:
-        seen: np.ndarray = np.moveaxis(prompt.mask, self._axis, 0).any(axis=0)
+        seen = np.logical_or.reduce(prompt.mask, axis=self._axis)
         rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
         corners += [np.array([rows[end], columns[end]]) for end in (0, -1)]
       else:
