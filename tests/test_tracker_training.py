@@ -59,7 +59,8 @@ def test_loss_and_gradient_are_those_of_the_official_training():
   settings = TrackerConfig(slices=length, corrections=rounds)
   theirs = official.official_trainer(config, rounds)
   params, side = torch_sam2.params_of(theirs, config), config.image_size
-  images = np.random.default_rng(1).random((length, 8, 8, 3), np.float32)
+  # Of such images that no hidden unit is at the kink of its ReLU, where float32 would decide.
+  images = np.random.default_rng(2).random((length, 8, 8, 3), np.float32)
   images = images.repeat(side // 8, 1).repeat(side // 8, 2)
   whole = discs(tracks, length, side)
   keys = jax.random.split(jax.random.key(1), tracks)
@@ -107,9 +108,7 @@ def test_loss_and_gradient_are_those_of_the_official_training():
       for tree in (expected, found))
     assert ours_norm == pytest.approx(norm, rel=5e-6)
     for path, x in expected.items():
-      # By the norm of what differs: of the MLPs' 2,048 units one may be at the kink of its ReLU,
-      # and float32 then decides whether a weight has a gradient.
-      assert np.linalg.norm(found[path] - x) < 1e-4 * norm, path
+      np.testing.assert_allclose(found[path], x, atol=1e-5 * norm, err_msg=str(path))
 
   drawn = jax.tree.map(np.asarray, plans_of(jnp.arange(40)))
   plans = [jax.tree.map(lambda x, i=i: x[i], drawn) for i in range(40)]
