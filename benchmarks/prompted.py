@@ -37,6 +37,7 @@ from rfmedsam2_jax.prompted.tracked import (
   TrackedVolume,
   parse_window,
 )
+from rfmedsam2_jax.prompted.zoom import bounds
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
 WAYS = "slices", "boxes", "middle", "clicks"
@@ -77,8 +78,9 @@ def volumes(options: argparse.Namespace) -> Iterator[Labelled]:
 
 def box_of(truth: np.ndarray, value: int, z: int) -> VoxelPrompt:
   """The box of a structure on a slice."""
-  places = np.argwhere(truth[z])
-  (y0, x0), (y1, x1) = places.min(axis=0).tolist(), places.max(axis=0).tolist()
+  found = bounds([truth[z]])
+  assert found is not None, "nothing to prompt"
+  (y0, x0), (y1, x1) = (corner.tolist() for corner in found)
   return VoxelPrompt(value, box=((z, y0, x0), (z, y1, x1)))
 
 
@@ -102,12 +104,6 @@ def correction(truth: np.ndarray, found: np.ndarray, value: int, number: int) ->
   return VoxelPrompt(value, points=((z, y, x, bool(inside)),), round=number)
 
 
-def alone(prompted: PromptedVolume, prompts: list[VoxelPrompt]) -> tuple[Found, TrackedVolume]:
-  """What prompts of one structure find."""
-  tracked = prompted.track(prompts)
-  return found_of(tracked), tracked
-
-
 def found_of(tracked: TrackedVolume) -> Found:
   return Found(tracked.labels > 0, tracked.iou[0], tracked.presence[0])
 
@@ -126,11 +122,12 @@ def follow(
   prompted = opened(case.volume)
   middle = int(slices[len(slices) // 2])
   if way == "boxes":
-    return alone(prompted, [box_of(truth, value, int(z)) for z in slices])[0]
+    return found_of(prompted.track([box_of(truth, value, int(z)) for z in slices]))
   if way == "middle":
-    return alone(prompted, [box_of(truth, value, middle)])[0]
+    return found_of(prompted.track([box_of(truth, value, middle)]))
   y, x = innermost(truth[middle])
-  found, tracked = alone(prompted, [VoxelPrompt(value, points=((middle, y, x, True),))])
+  tracked = prompted.track([VoxelPrompt(value, points=((middle, y, x, True),))])
+  found = found_of(tracked)
   for number in range(1, CORRECTIONS + 1):
     click = correction(truth, found.mask, value, number)
     if click is None:

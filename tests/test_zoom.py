@@ -1,6 +1,8 @@
 """Cuts around prompts: their geometry, and that a cut is tracked as if the volume ended there."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +21,7 @@ SHAPE = (6, 40, 30)
 
 
 def volume(array, spacing=(4.0, 1.0, 1.0)):
-  from types import SimpleNamespace
-  geometry = SimpleNamespace(path=__import__("pathlib").Path("scan.nii.gz"))
+  geometry = SimpleNamespace(path=Path("scan.nii.gz"))
   return Volume(np.asarray(array, np.float32)[None], spacing, geometry)
 
 

@@ -17,7 +17,7 @@ from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.segments import load_masks
 from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.nn.boxes import boxes_to_square
-from rfmedsam2_jax.prompted.zoom import Cut, whole
+from rfmedsam2_jax.prompted.zoom import Cut, bounds, whole
 from rfmedsam2_jax.tracking import SlicePrompt
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -128,9 +128,7 @@ class SliceFrame:
     corners: list[np.ndarray] = []
     for prompt in prompts:
       if prompt.mask is not None:
-        seen = np.logical_or.reduce(prompt.mask, axis=self._axis)
-        rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
-        corners += [np.array([rows[end], columns[end]]) for end in (0, -1)]
+        corners += bounds([np.logical_or.reduce(prompt.mask, axis=self._axis)]) or ()
       else:
         given = np.array([*(prompt.box or ()), *(p[:3] for p in prompt.points)], float)
         corners += list(np.rint(given[:, self._order[1:]]))

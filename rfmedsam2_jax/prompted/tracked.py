@@ -305,9 +305,10 @@ class PromptedVolume:
         continue
       logits = view.logits(cells_at(cells, present, z))
       cut, top = view.frame.cut, logits.max(axis=0)
-      seen, won = cut.of(labels), top > cut.of(best)
-      cut.put(labels, np.where(won, values[list(members)][present][logits.argmax(axis=0)], seen))
-      cut.put(best, np.maximum(top, cut.of(best)))
+      before = cut.of(best)
+      own = values[list(members)][present][logits.argmax(axis=0)]
+      cut.put(labels, np.where(top > before, own, cut.of(labels)))
+      cut.put(best, np.maximum(top, before))
     return labels
 
 

@@ -85,13 +85,14 @@ def train_tracker(
   assert isinstance(first, TrackerConfig)
   params: Params = {}
   init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), 3))
-  if not _begun(run, *(leg.name for leg in legs)):
-    if first.init_from:
+  if not run.params(legs[0].name).is_dir():
+    if first.init_from and not _begun(run, legs[0].name):
       params = starting_params(first.init_from, config, init_key)
       about = json.dumps(read_config(first.init_from)[1], indent=1)
       run.write("tracker_init_from.json", about + "\n")
       training.report(f"tracker: starts from {first.init_from}")
-  params = params or init_params(config, init_key)
+    else:
+      params = init_params(config, init_key)
   for number, leg in enumerate(legs):
     of_leg = jax.random.fold_in(key, number) if number else key
     params = _trained(training, leg, None, cases, params, of_leg)
