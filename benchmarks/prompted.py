@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
   rows: list[dict[str, Any]] = []
   cells: dict[str, list[tuple[float, float]]] = {way: [] for way in options.ways}
   network = load_checkpoint(options.checkpoint)
-  config = TrackingConfig(dynamic_multimask=options.dynamic)
+  config = TrackingConfig(dynamic_multimask=options.dynamic, looks=options.looks)
   for case in volumes(options):
     window = case.window or percentiles(case.volume)
 
@@ -253,6 +253,7 @@ def main() -> None:
   add("--cases", type=int)
   add("--ways", nargs="+", choices=WAYS, default=WAYS)
   add("--zoom", type=float)
+  add("--looks", type=int, help="times that every mask is decoded")
   add("--dynamic", action="store_true", help="of several masks where a single one is unstable")
   add("--curve", type=Path)
   options = parser.parse_args()

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from small_sam2 import MASK_SIDE, SMALL, drawn
 
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.mask_decoder import beside_prototype
 from rfmedsam2_jax.nn.prompt_encoder import ABSENT, pack_prompts
 from rfmedsam2_jax.nn.prompt_encoder import drawn as draw
 from rfmedsam2_jax.nn.sam2 import ImageFeatures
@@ -17,7 +19,7 @@ from rfmedsam2_jax.refinement import StageConfig
 from rfmedsam2_jax.refinement.prompts import CellPrompts
 from rfmedsam2_jax.refinement.stages import decode_stage
 from rfmedsam2_jax.tracking import SlicePrompt, point_prompts
-from rfmedsam2_jax.tracking.recurrence import decode_cells
+from rfmedsam2_jax.tracking.recurrence import Decoding, decode_cells
 from rfmedsam2_jax.weights.checkpoint import check_starting_point, save_checkpoint
 
 DRAWS = dataclasses.replace(SMALL, drawn_prompts=True)
@@ -106,9 +108,30 @@ def test_tracker_and_stages_decode_what_is_drawn_alike_and_others_draw_nothing(m
     blind = jax.tree.map(np.array, params)
     blind["sam_mask_decoder"][layer]["kernel"][:] = 0
     assert np.abs(np.asarray(tracker(DRAWS, prompts, blind).logits - ours.logits)).max() > 0.01
+  # A second look is a first one that has what was found as its mask.
+  found = jnp.where(ours.presence[:, None, None] > 0, ours.logits, -LOGIT_LIMIT)
+  twice = jax.jit(lambda: decode_cells(
+    SAM2(DRAWS), params, embedding, high_res, prompts, Decoding(looks=2)))()
+  again = tracker(DRAWS, prompts._replace(
+    mask=jnp.clip(found, -LOGIT_LIMIT, LOGIT_LIMIT), has_mask=np.ones(count, bool)))
+  for a, b in zip(twice, again, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+  assert np.abs(np.asarray(twice.logits - ours.logits)).max() > 0.01
   monkeypatch.setattr("rfmedsam2_jax.nn.sam2.drawn", None)
   official = tracker(SMALL, prompts)
   assert np.abs(np.asarray(official.logits - ours.logits)[:3]).max() > 0.1
+
+
+def test_the_decoder_sees_how_unlike_a_place_is_to_the_mean_of_what_is_drawn():
+  rng = np.random.default_rng(0)
+  features = rng.standard_normal((2, 6, 6, 3)).astype(np.float32)
+  shown = rng.uniform(-1, 1, (2, 6, 6, 1)).astype(np.float32)
+  shown[1] = -1  # nothing is the object
+  seen = np.asarray(beside_prototype(shown, features))
+  mean = np.average(features[0].reshape(-1, 3), axis=0, weights=shown[0].clip(0).ravel())
+  np.testing.assert_array_equal(seen[..., :1], shown)
+  np.testing.assert_allclose(seen[0, ..., 1:], (features[0] - mean) ** 2, atol=1e-5)
+  assert not seen[1, ..., 1:].any()
 
 
 def test_a_checkpoint_says_that_its_prompts_are_drawn(tmp_path):

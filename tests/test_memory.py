@@ -121,16 +121,19 @@ def test_ten_slices_in_a_bucket_of_sixteen_remember_what_ten_slices_do():
 def test_the_bank_reads_what_the_official_dictionaries_hold(start):
   """Forward to the end, then back from the start, with some slices left out.
 
-  The reference keeps every slice in a dictionary, as sam2_base.py:520-640 does.
+  The reference keeps every slice in a dictionary, as sam2_base.py:520-640 does. Masks are read of
+  the slice just behind, unless the object was absent there, as the second one sometimes is.
   """
   depth, skipped = 24, {start + 4, start + 7, start - 3, start - 20}
+  absent = {start + 2, start - 6}
   add = jax.jit(memory.add_recent)
-  read = jax.jit(memory.read)
-  bank = memory.empty_bank(2, 1, grid=1, mem_dim=1, d_model=1)
+  read, mask_before = jax.jit(memory.read), jax.jit(memory.mask_before)
+  bank = memory.empty_bank(2, 1, grid=1, mem_dim=1, d_model=1, masks=True)
   at = lambda z: np.full(2, z, np.int32)  # noqa: E731
   value = lambda z, ndim: np.full((2,) + (1,) * ndim, z, np.float32)  # noqa: E731
   bank = memory.add_conditioning(
-    bank, at(0), jnp.array([True, True]), value(start, 3), value(start, 1), at(start)
+    bank, at(0), jnp.array([True, True]), value(start, 3), value(start, 1), at(start),
+    value(start, 2) * np.ones((4, 4)),
   )
   others = {}
   for reverse in (False, True):
@@ -149,9 +152,15 @@ def test_the_bank_reads_what_the_official_dictionaries_hold(start):
         found = slots.pointers[track, :, 0][heard]
         places = slots.pointer_positions[track][heard] * 15
         assert sorted(zip(found, places.round(4), strict=True)) == sorted(pointers)
+      before, has = jax.tree.map(np.asarray, mask_before(bank, at(z), reverse))
+      there = z + sign == start or z + sign in others
+      np.testing.assert_array_equal(has, [there, there and z + sign not in absent])
+      assert (before[has] == z + sign).all()
       run = z not in skipped
+      mask = value(z, 2) * np.ones((4, 4), np.float32)
+      mask[1] = -1024 if z in absent else z
       bank = add(
-        bank, np.full(2, run), value(z, 3), value(z, 1), at(z), at(start), reverse
+        bank, np.full(2, run), value(z, 3), value(z, 1), at(z), at(start), reverse, mask
       )
       if run:
         others[z] = True

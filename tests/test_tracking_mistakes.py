@@ -34,7 +34,7 @@ def again(found: Pair, scenario, **options):
   )
   changed = object.__new__(Pair)
   changed.ours = ours.track([scaled(p, found.config.image_size) for p in prompts])
-  changed.theirs = found.theirs
+  changed.theirs, changed.varied = found.theirs, found.varied
   return changed
 
 

@@ -21,7 +21,7 @@ from official_tracking import OfficialTracker, memory_map
 
 from rfmedsam2_jax.nn import PRESETS, SAM2, AdapterConfig, MemorySlots, apply, no_prompts
 from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
-from rfmedsam2_jax.tracking.recurrence import decode_cells, gated_logits, remember_cells
+from rfmedsam2_jax.tracking.recurrence import Decoding, decode_cells, gated_logits, remember_cells
 
 SMALL, STEP, FREE = 1e-5, 1e-4, 3e-4
 VARIED = 2e-5  # of presence
@@ -222,7 +222,7 @@ def assert_the_same_steps(found: Pair, bound=SMALL):
 def _step(model, params, features, slots):
   conditioned = apply(model.config, params, features.embedding, slots, method="condition")
   cells = decode_cells(
-    model, params, conditioned, features.high_res, no_prompts(1), True, False
+    model, params, conditioned, features.high_res, no_prompts(1), Decoding(multimask=True)
   )
   return cells, remember_cells(
     model, params, features.embedding, cells.logits, cells.presence

@@ -6,8 +6,9 @@ seed and i, whatever the source.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -24,14 +25,18 @@ from rfmedsam2_jax.data.pipeline import (
   foreground,
   seen_image,
 )
-from rfmedsam2_jax.data.sam_slices import as_rgb, resize_area
+from rfmedsam2_jax.data.sam_slices import as_rgb, resize_area, resize_linear
 
 _STREAM = 3  # of a seed, of what is drawn here; data.pipeline and data.synthetic have 0 to 2
-_LEAST = 12  # pixels of an object on its largest slice
+_LEAST, _MOST = 12, 0.85  # pixels of an object on its largest slice, and share of all of them
 _PARTS = 0.5  # share of structures whose connected parts are objects of their own
-_CUTS = 0.5  # share of runs that show one object large, as tracking cuts around a prompt
+_CUTS = 0.75  # share of runs that show one object large, as tracking cuts around a prompt
 _CUT_SIZES = 1.4, 4.0  # side of a cut, in sides of the object's box
 _CUT_STEP = 8  # pixels, so that few sizes have to be resized
+# Making a synthetic run takes as long as a step of a small network. So as many as memory keeps are
+# seen this often, each time around another object, before the next ones are made.
+_VIEWS, _KEPT = 3, 64
+_CANDIDATES = 6  # objects of a synthetic run of which one view shows some
 
 Sample = Callable[[int], dict[str, np.ndarray]]
 
@@ -41,27 +46,89 @@ def _sample(image: np.ndarray, objects: np.ndarray, case: int) -> dict[str, np.n
   return {"images": as_rgb(image), "objects": objects, "has": has, "case": np.array(case, np.int32)}
 
 
+class _Cut(NamedTuple):
+  """A square of slices [..., H, W]: its first row and column, which may be negative, and side."""
+
+  row: int
+  column: int
+  side: int
+
+  def of(self, slices: np.ndarray) -> np.ndarray:
+    """[..., side, side]; what lies outside of the slices is 0."""
+    corner, size = np.array(self[:2]), np.array(slices.shape[-2:])
+    (y0, x0), (y1, x1) = np.clip([corner, corner + self.side], 0, size)
+    around = [(max(-c, 0), max(c + self.side - n, 0)) for c, n in zip(corner, size, strict=True)]
+    return np.pad(slices[..., y0:y1, x0:x1], [(0, 0)] * (slices.ndim - 2) + around)
+
+
+def _draw_cut(rng: np.random.Generator, mask: np.ndarray) -> _Cut:
+  """A square around an object, bool [L, H, W] with some voxel: one and a half to four times its
+  box, off the box's centre by a quarter of what it has beside the object at most."""
+  factor, shift = np.exp(rng.uniform(*np.log(_CUT_SIZES))), rng.uniform(-0.25, 0.25, 2)
+  places = np.argwhere(mask.any(axis=0))
+  low, high = places.min(axis=0), places.max(axis=0) + 1
+  box = (high - low).max()
+  side = int(np.ceil(factor * box / _CUT_STEP)) * _CUT_STEP
+  row, column = np.round((low + high - side) / 2 + shift * (side - box)).astype(int)
+  return _Cut(int(row), int(column), side)
+
+
 @dataclasses.dataclass(frozen=True)
 class SyntheticRuns:
-  """Runs of data.synthetic; with `run.context` the slices beside are colours, the ends repeated."""
+  """Runs of data.synthetic; with `run.context` the slices beside are colours, the ends repeated.
+
+  Every run is seen three times, 64 runs apart: turned and mirrored anew, and around another object.
+  """
 
   seed: int
   run: RunConfig
   plain: float = 0.0  # share, see SyntheticConfig
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    from rfmedsam2_jax.data.synthetic import SyntheticConfig, synthetic_run
-
     run = self.run
-    config = SyntheticConfig(plain=self.plain)
-    found = synthetic_run(
-      config, self.seed, index, run.image_size, run.slices, run.structures)
-    images = found.images[None]
+    block, place = divmod(index, _VIEWS * _KEPT)
+    view, number = divmod(place, _KEPT)
+    rng = np.random.default_rng([self.seed, _STREAM, 3, index])
+    turns, mirrored = int(rng.integers(4)), bool(rng.random() < 0.5)
+    drawn = _synthetic(self.seed, block * _KEPT + number, self.plain, run.image_size, run.slices)
+    images, objects = (_turned(x, turns, mirrored) for x in drawn)
+    if len(objects):
+      images, objects = self._view(rng, images, np.roll(objects, -view, axis=0))
+    objects = np.concatenate([objects, np.zeros((run.structures, *images.shape), bool)])
+    objects = objects[: run.structures]
+    channels = images[None]
     if run.context:
       slices = np.arange(run.slices)
-      images = np.stack([found.images[np.clip(slices + step, 0, run.slices - 1)]
-                         for step in (-1, 0, 1)])
-    return _sample(images, found.objects, 0)
+      channels = np.stack([images[np.clip(slices + step, 0, run.slices - 1)]
+                           for step in (-1, 0, 1)])
+    return _sample(channels, objects, 0)
+
+  def _view(self, rng: np.random.Generator, images: np.ndarray, objects: np.ndarray
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Images [L, S, S] and the first of objects [T, L, S, S] large, with some of the others."""
+    side = self.run.image_size
+    wanted, cut = rng.random() < _CUTS, _draw_cut(rng, objects[0])
+    if wanted and cut.side < side:
+      images = resize_linear(cut.of(images), side)
+      objects = resize_linear(cut.of(objects), side) > 0.5
+    sizes = objects.sum(axis=(2, 3)).max(axis=1)
+    return images, objects[(sizes >= _LEAST) & (sizes < _MOST * side**2)]
+
+
+@functools.lru_cache(_KEPT)
+def _synthetic(seed: int, index: int, plain: float, side: int, slices: int
+               ) -> tuple[np.ndarray, np.ndarray]:
+  """Images [L, S, S] of run `index` and the objects [T, L, S, S] that it has."""
+  from rfmedsam2_jax.data.synthetic import SyntheticConfig, synthetic_run
+
+  run = synthetic_run(SyntheticConfig(plain=plain), seed, index, side, slices, _CANDIDATES)
+  return run.images, run.objects[run.objects.any(axis=(1, 2, 3))]
+
+
+def _turned(slices: np.ndarray, turns: int, mirrored: bool) -> np.ndarray:
+  """[..., S, S], turned by quarters and perhaps mirrored."""
+  turned = np.rot90(slices, turns, axes=(-2, -1))
+  return turned[..., ::-1] if mirrored else turned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,24 +173,9 @@ class CaseRuns:
     """Takes a square around the object looked for from slices [..., H, W], or leaves them whole.
 
     What lies outside of the slices is 0."""
-    wanted, factor = rng.random() < _CUTS, np.exp(rng.uniform(*np.log(_CUT_SIZES)))
-    shift = rng.uniform(-0.25, 0.25, 2)
-    if first is None or not wanted or not truth[first].any():
+    if first is None or rng.random() >= _CUTS or not truth[first].any():
       return lambda slices: slices
-    places = np.argwhere(truth[first].any(axis=0))
-    low, high = places.min(axis=0), places.max(axis=0) + 1
-    box = (high - low).max()
-    side = int(np.ceil(factor * box / _CUT_STEP)) * _CUT_STEP
-    # Off its centre by a quarter of what the cut has beside the object.
-    corner = np.round((low + high - side) / 2 + shift * (side - box)).astype(int)
-
-    def cut(slices: np.ndarray) -> np.ndarray:
-      size = np.array(slices.shape[-2:])
-      (y0, x0), (y1, x1) = np.clip([corner, corner + side], 0, size)
-      around = [(max(-c, 0), max(c + side - n, 0)) for c, n in zip(corner, size, strict=True)]
-      return np.pad(slices[..., y0:y1, x0:x1], [(0, 0)] * (slices.ndim - 2) + around)
-
-    return cut
+    return _draw_cut(rng, truth[first]).of
 
   def _objects(self, rng: np.random.Generator, truth: np.ndarray,
                found: tuple[int, np.ndarray] | None) -> list[np.ndarray]:

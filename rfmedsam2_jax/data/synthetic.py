@@ -109,13 +109,12 @@ def _finished(rng: np.random.Generator, scene: Scene, side: int, tracks: int) ->
   if rng.random() < 0.25:
     beyond = _beyond(rng, image)
     image[beyond], objects[:, *beyond] = 0, False
-  rows, columns = (((np.arange(side) + 0.5) * (n / side)).astype(int) for n in image.shape[1:])
-  return SyntheticRun(resize_linear(image, side), objects[:, :, rows[:, None], columns], kinds)
+  return SyntheticRun(resize_linear(image, side), resize_linear(objects, side) > 0.5, kinds)
 
 
 def _space(rng: np.random.Generator, cut: bool, side: int, length: int) -> Space:
   """A scanner's pixels and slices: coarse pixels where a small part of a volume is shown large."""
-  least = min(16 if cut else 80, side)
+  least = min(40 if cut else 80, side)
   columns = side if rng.random() < 0.35 else round(log_uniform(rng, least, side))
   aspect = 1.0 if rng.random() < 0.5 else float(np.exp(rng.uniform(-0.35, 0.35)))
   rows = min(max(round(columns * aspect), 16), side)

@@ -33,7 +33,7 @@ _BRIGHTNESS = {
 # How far parts of one tissue are from each other in one picture: least and most, of its range.
 _SPREAD = {"organ": (0.1, 0.8), "wall": (0.1, 0.8), "food": (0.5, 1.0)}
 _OTHERS = (0.03, 0.2)
-_CLEARLY = 0.2  # how far plain tissues are from what lies around them
+_CLEARLY = 0.07, 0.25  # how far plain tissues are from what lies around them, at least
 _DRAWS = 5  # intensities tried, where a part should differ from what lies around it
 
 
@@ -88,7 +88,7 @@ class Palette:
     values = (mean + spread * rng.uniform(-1, 1, _DRAWS) - low) / (high - low)
     least = rng.uniform(0.03, 0.12) + rng.uniform(0, 1.5) * self.noise
     if self.modality == "plain":
-      least = _CLEARLY
+      least = rng.uniform(*_CLEARLY)
     elif rng.random() < 0.1:
       least = 0.0
     away = np.abs(np.clip(values, 0, 1) - (9 if apart_from is None else np.clip(apart_from, 0, 1)))
@@ -113,7 +113,7 @@ def acquire(rng: np.random.Generator, image: np.ndarray, palette: Palette) -> np
   """What a scanner makes of slices [L, H, W]: blur, artefacts, noise; float32 cut to [0, 1]."""
   if palette.modality == "plain":
     image = _blur(image, rng.uniform(0, 0.7))
-    noise = np.float32(log_uniform(rng, 0.003, 0.04))
+    noise = np.float32(log_uniform(rng, 0.003, 0.06))
     return np.clip(image + noise * rng.standard_normal(image.shape, dtype=np.float32), 0, 1)
   if palette.modality == "ct" or (palette.modality == "any" and rng.random() < 0.4):
     image = _tomography(rng, image, palette.noise)

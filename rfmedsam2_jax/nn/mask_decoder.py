@@ -66,8 +66,7 @@ class MaskDecoder(nn.Module):
     if self.drawn:
       fine = functools.partial(
         Conv2D, kernel=3, padding=1, dtype=self.dtype, platform=self.platform)
-      self.drawn_s0 = fine(self.width // 8)
-      self.drawn_s1 = Conv2D(self.width // 4, 2, stride=2, dtype=self.dtype)
+      self.drawn_s0, self.drawn_s1 = fine(self.width // 8), fine(self.width // 4)
       self.mix_0, self.mix_1 = fine(self.width // 4), fine(self.width // 8)
     self.output_hypernetworks_mlps = [mlp(self.width, self.width // 8, 3) for _ in range(masks)]
     self.iou_prediction_head = mlp(self.iou_hidden, masks, 3, sigmoid_output=True)
@@ -99,7 +98,9 @@ class MaskDecoder(nn.Module):
     mask_tokens = tokens[:, 2 : 2 + len(self.output_hypernetworks_mlps)]
     if shown_Nhh is not None:
       shown, (stride4, stride8) = shown_Nhh[..., None].astype(self.dtype), high_res
-      high_res = stride4 + self.drawn_s0(shown), stride8 + self.drawn_s1(shown)
+      coarse = nn.avg_pool(shown, (2, 2), (2, 2))
+      high_res = (stride4 + self.drawn_s0(beside_prototype(shown, stride4)),
+                  stride8 + self.drawn_s1(beside_prototype(coarse, stride8)))
     image = rematerialised(MaskDecoder._upscale, self.remat)(self, image, *high_res)
     ious = self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32)
     presence = self.pred_obj_score_head(tokens[:, 0])[:, 0].astype(jnp.float32)
@@ -145,6 +146,20 @@ class MaskDecoder(nn.Module):
       # Without it, what is drawn and what is seen meet pixel by pixel alone.
       image = image + self.mix_1(gelu(self.mix_0(image)))
     return image
+
+
+def beside_prototype(shown_NHW1: Array, features_NHWC: Array) -> Array:
+  """What is drawn, in [-1, 1], and how unlike every place is to the mean of those that are drawn as
+  the object: [N, H, W, 1 + C].
+
+  That an object looks alike all over would have to be found out through the kernels of the mask
+  tokens else. The more of what is drawn is the object, the more the mean says.
+  """
+  weights = jnp.maximum(shown_NHW1, 0)
+  total = weights.sum((1, 2), keepdims=True)
+  mean = (weights * features_NHWC).sum((1, 2), keepdims=True) / jnp.maximum(total, 1e-3)
+  unlike = jnp.where(total > 0, jnp.square(features_NHWC - mean), 0)
+  return jnp.concatenate([shown_NHW1, unlike], axis=-1)
 
 
 def stability(logits_NHW: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rfmedsam2_jax.nn import MemorySlots
+from rfmedsam2_jax.nn import ABSENT_LOGIT, MemorySlots
 from rfmedsam2_jax.nn.layers import Array
 
 # SAM 2's maskmem_tpos_enc has one row per distance and a last one for conditioning slices.
@@ -18,6 +18,7 @@ CONDITIONING_ROW = 6
 RECENT_SLOTS = 6
 MAX_POINTER_DISTANCE = 16  # SAM 2: max_obj_ptrs_in_encoder
 POINTER_SLOTS = MAX_POINTER_DISTANCE - 1
+MASK_SLOTS = 1
 
 
 def pointer_positions(offsets: Array, depth: Array | int) -> Array:
@@ -108,18 +109,21 @@ class Ring(NamedTuple):
 class MemoryBank(NamedTuple):
   """What N tracks remember while slices stream by; no shape depends on the depth of the volume:
   maps [G, G, mem_dim] of the last 6 slices in each direction, and pointers [C], gated by presence,
-  of the last 15."""
+  of the last 15. Of networks whose prompts are drawn also `masks`, mask logits [4G, 4G] of the last
+  slice in each direction."""
 
   maps: Ring
   pointers: Ring
+  masks: Ring | None = None
 
 
 def empty_bank(
   tracks: int, conditioning: int, grid: int, mem_dim: int, d_model: int, dtype=jnp.float32,
-  map_dtype=None,
+  map_dtype=None, masks: bool = False,
 ) -> MemoryBank:
   """A bank that remembers nothing, with room for `conditioning` conditioning slices per track;
-  `dtype` is of the pointers, and of the maps unless `map_dtype` says otherwise."""
+  `dtype` is of the pointers, and of the maps unless `map_dtype` says otherwise; `masks`: whether
+  masks are remembered, too."""
 
   def ring(reach: int, dtype, *shape: int) -> Ring:
     slots = tracks, conditioning + 2 * reach
@@ -127,7 +131,8 @@ def empty_bank(
                 jnp.zeros(slots, bool))
 
   maps = ring(RECENT_SLOTS, map_dtype or dtype, grid, grid, mem_dim)
-  return MemoryBank(maps, ring(POINTER_SLOTS, dtype, d_model))
+  kept = ring(MASK_SLOTS, jnp.float32, 4 * grid, 4 * grid) if masks else None
+  return MemoryBank(maps, ring(POINTER_SLOTS, dtype, d_model), kept)
 
 
 def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) -> Ring:
@@ -140,17 +145,28 @@ def _put(ring: Ring, slot: Array, where: Array, values: Array, slices: Array) ->
 
 
 def add_conditioning(
-  bank: MemoryBank, slot: Array, where: Array, maps: Array, pointers: Array, slices: Array
+  bank: MemoryBank, slot: Array, where: Array, maps: Array, pointers: Array, slices: Array,
+  masks: Array | None = None,
 ) -> MemoryBank:
   """Remembers one conditioning slice per track: maps [N, G, G, mem_dim], pointers [N, C], slices
-  int32 [N]; in conditioning slots int32 [N]. `where`: bool [N], tracks that remember at all."""
-  both = zip(bank, (maps, pointers), strict=True)
-  return MemoryBank(*(_put(ring, slot, where, values, slices) for ring, values in both))
+  int32 [N]; in conditioning slots int32 [N]. `where`: bool [N], tracks that remember at all.
+  `masks`: of a bank that has them, [N, 4G, 4G], see `add_recent`."""
+  kept = (_put(ring, slot, where, values, slices)
+          for ring, values in zip(bank[:2], (maps, pointers), strict=True))
+  if bank.masks is None:
+    return MemoryBank(*kept)
+  assert masks is not None
+  return MemoryBank(*kept, _put(bank.masks, slot, where & seen(masks), masks, slices))
+
+
+def seen(masks_Nhh: Array) -> Array:
+  """Which of gated mask logits are of objects that are there, bool [N]."""
+  return jnp.any(masks_Nhh > ABSENT_LOGIT, axis=(1, 2))
 
 
 def add_recent(
   bank: MemoryBank, where: Array, maps: Array, pointers: Array, slices: Array, start: Array,
-  reverse: Array | bool,
+  reverse: Array | bool, masks: Array | None = None,
 ) -> MemoryBank:
   """Remembers one tracked slice per track, forgetting the oldest of its direction.
 
@@ -158,18 +174,47 @@ def add_recent(
   predictor keeps both directions in one dictionary; so the forward pass leaves its first slices
   from `start` (int32 [N]) on in the reverse half as well. Should the reverse pass run `start`
   again, it needs one slice more than fits beside `start` itself: the later one takes its place.
-  `reverse`, the direction of travel, may be traced.
+  `reverse`, the direction of travel, may be traced. `masks`: of a bank that has them, logits
+  [N, 4G, 4G] gated by presence; those of absent objects are not remembered.
   """
   backward = jnp.asarray(reverse, jnp.int32)
 
-  def add(ring: Ring, reach: int, values: Array) -> Ring:
+  def add(ring: Ring, reach: int, values: Array, where: Array = where) -> Ring:
     slot = ring.slices.shape[1] - 2 * reach + slices % reach
     ring = _put(ring, slot + reach * backward, where, values, slices)
     early = where & (slices - start <= reach) & (backward == 0)
     return _put(ring, slot + reach, early, values, slices)
 
-  kept = add(bank.maps, RECENT_SLOTS, maps)
-  return MemoryBank(kept, add(bank.pointers, POINTER_SLOTS, pointers))
+  kept = MemoryBank(add(bank.maps, RECENT_SLOTS, maps), add(bank.pointers, POINTER_SLOTS, pointers))
+  if bank.masks is None:
+    return kept
+  assert masks is not None
+  return kept._replace(masks=add(bank.masks, MASK_SLOTS, masks, where & seen(masks)))
+
+
+def _behind(ring: Ring, reach: int, slices: Array, reverse: Array | bool
+            ) -> tuple[Array, Array, Array]:
+  """Values of the conditioning slots and of this direction's half, how far behind their slices lie,
+  and which are valid. Attention to the other half, none of it valid, would cost as much."""
+  backward = jnp.asarray(reverse, jnp.int32)
+  conditioning = ring.slices.shape[1] - 2 * reach
+
+  def mine(x: Array) -> Array:
+    recent = jax.lax.dynamic_slice_in_dim(x, conditioning + reach * backward, reach, axis=1)
+    return jnp.concatenate([x[:, :conditioning], recent], axis=1)
+
+  values, at, valid = (mine(x) for x in ring)
+  return values, (at - slices[:, None]) * (2 * backward - 1), valid
+
+
+def mask_before(bank: MemoryBank, slices: Array, reverse: Array | bool) -> tuple[Array, Array]:
+  """Mask logits [N, 4G, 4G] of the slice just behind that at hand, and bool [N], whether the object
+  was seen there. `slices`, `reverse`: as in `read`."""
+  assert bank.masks is not None
+  values, behind, valid = _behind(bank.masks, MASK_SLOTS, slices, reverse)
+  here = valid & (behind == 1)
+  chosen = jnp.take_along_axis(values, jnp.argmax(here, axis=1)[:, None, None, None], axis=1)
+  return chosen[:, 0], jnp.any(here, axis=1)
 
 
 def read(
@@ -183,19 +228,10 @@ def read(
   `slices`: int32 [N], the slice at hand. `depth`: true depth of the volume. `reverse`: direction of
   travel, may be traced; "behind" means larger slice numbers when it is set.
   """
-  backward = jnp.asarray(reverse, jnp.int32)
 
   def look(ring: Ring, reach: int) -> tuple[Array, Array, Array, Array]:
-    conditioning = ring.slices.shape[1] - 2 * reach
-
-    # Only the half of this direction: attention to slots that are not valid would cost as much.
-    def mine(x: Array) -> Array:
-      recent = jax.lax.dynamic_slice_in_dim(x, conditioning + reach * backward, reach, axis=1)
-      return jnp.concatenate([x[:, :conditioning], recent], axis=1)
-
-    values, at, valid = (mine(x) for x in ring)
-    behind = (at - slices[:, None]) * (2 * backward - 1)
-    is_conditioning = jnp.arange(at.shape[1])[None] < conditioning
+    values, behind, valid = _behind(ring, reach, slices, reverse)
+    is_conditioning = jnp.arange(valid.shape[1])[None] < valid.shape[1] - reach
     recent = (behind >= 1) & (behind <= reach)
     return values, behind, is_conditioning, valid & jnp.where(is_conditioning, behind != 0, recent)
 

@@ -27,13 +27,11 @@ def _with_map(model, params, features, cells):
   return cells, recurrence.remember_cells(model, params, *remembered, binarize=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _decode_prompted(model, params, features, prompts, slots, multimask, dynamic):
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _decode_prompted(model, params, features, prompts, slots, how):
   method, read = ("condition", [slots]) if slots else ("unconditioned", [])
   conditioned = apply(model, params, features.embedding, *read, method=method)
-  cells = recurrence.decode_cells(
-    model, params, conditioned, features.high_res, prompts, multimask, dynamic
-  )
+  cells = recurrence.decode_cells(model, params, conditioned, features.high_res, prompts, how)
   return _with_map(model, params, features, cells)
 
 
@@ -61,6 +59,7 @@ class PromptDecoder:
     and the mask found there; else of tracks that begin, without memory."""
     # Corrections one at a time: a batch that is filled up would read memories for nothing.
     size = 1 if tracks else self.config.slices_per_batch
+    how = self.config.decoding(self.model.config.drawn_prompts)
     found: AllPrompted = {}
     for kind, group in itertools.groupby(sorted(prompts, key=self._kind), self._kind):
       members = list(group)
@@ -76,7 +75,7 @@ class PromptDecoder:
           *mask, slots = self._before(tracks, batch[0]) if tracks else (None, None, None)
           out = _decode_prompted(
             self.model, self.params, features, point_prompts(batch, *mask), slots,
-            kind == "multimask", self.config.dynamic_multimask,
+            how._replace(multimask=kind == "multimask"),
           )
         cells, maps = jax.tree.map(np.asarray, out)
         for row, prompt in enumerate(some):

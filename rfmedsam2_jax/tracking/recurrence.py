@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn import (
   ABSENT_LOGIT,
   SAM2,
@@ -46,23 +47,43 @@ class Bias(NamedTuple):
   presence: Array
 
 
+class Decoding(NamedTuple):
+  """How cells are decoded; static.
+
+  multimask: the mask with the highest predicted IoU of three, and its pointer.
+  dynamic_multimask: without `multimask`, the same where the single mask is unstable.
+  looks: times that a cell is decoded, each time but the first with the mask before as a prompt.
+  """
+
+  multimask: bool = False
+  dynamic_multimask: bool = False
+  looks: int = 1
+
+
+SINGLE, BEST = Decoding(), Decoding(multimask=True)
+
+
 def decode_cells(
   model: SAM2, params: Params, conditioned: Array, high_res: tuple[Array, Array], prompts: Prompts,
-  multimask: bool = False, dynamic_multimask: bool = False, bias: Bias | None = None,
+  how: Decoding = SINGLE, bias: Bias | None = None,
 ) -> Cells[Array]:
   """Decodes N cells to one mask each.
 
   Args:
     conditioned: [N, G, G, C]. high_res: leading axis N, or 1 where all cells share a slice.
-    multimask: the mask with the highest predicted IoU of three, and its pointer.
-    dynamic_multimask: without `multimask`, the same where the single mask is unstable.
   """
-  decoded = apply(
-    model, params, conditioned, high_res, prompts, method="decode",
-    multimask=multimask, dynamic_multimask=dynamic_multimask and not multimask,
-  )
-  if multimask:
-    decoded = best_mask(decoded)
+
+  def look(prompts: Prompts) -> Decoded:
+    decoded = apply(
+      model, params, conditioned, high_res, prompts, method="decode", multimask=how.multimask,
+      dynamic_multimask=how.dynamic_multimask and not how.multimask,
+    )
+    return best_mask(decoded) if how.multimask else decoded
+
+  decoded = look(prompts)
+  for _ in range(how.looks - 1):
+    mask = jnp.maximum(limited(decoded.masks[:, 0], decoded.presence), -LOGIT_LIMIT)
+    decoded = look(prompts._replace(mask=mask, has_mask=jnp.ones(len(mask), bool)))
   if bias is not None:
     masks = decoded.masks + bias.mask[:, None]
     decoded = decoded._replace(masks=masks, presence=decoded.presence + bias.presence)
@@ -117,6 +138,12 @@ def gated_logits(logits: AnyArray, presence: AnyArray) -> Array:
   return jnp.where((presence > 0)[..., None, None], logits, ABSENT_LOGIT)
 
 
+def limited(logits: AnyArray, presence: AnyArray) -> Array:
+  """Mask logits [..., 4G, 4G] as a prompt for what comes next, at most +-32 as SAM 2 has them when
+  it corrects; -1024 where the object is absent."""
+  return gated_logits(jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT), presence)
+
+
 class Course(NamedTuple):
   """The way of N tracks through L slices of a volume.
 
@@ -135,14 +162,15 @@ class Course(NamedTuple):
 
 def sweep(
   model: SAM2, params: Params, bank: memory.MemoryBank, features: ImageFeatures, course: Course,
-  multimask: bool = True, prompts: Prompts | None = None, bias: Bias | None = None,
+  how: Decoding = BEST, prompts: Prompts | None = None,
+  bias: Bias | None = None,
 ) -> tuple[memory.MemoryBank, Cells[Array]]:
   """Follows N objects through L slices.
 
   Args:
-    bank: of N tracks; conditioning slices are already in it.
+    bank: of N tracks; conditioning slices are already in it. If it has masks, that of the slice
+      before is a prompt.
     features: leading axis L. prompts, bias: leading axes [L, N].
-    multimask: see `decode_cells`.
 
   Returns:
     The bank, and Cells [L, N]; those that were not run hold logits and presence of -1024.
@@ -160,9 +188,14 @@ def sweep(
       slots = memory.read(bank, at, course.depth, course.reverse)
       conditioned = apply(model, params, here.embedding, slots, method="condition")
       tokens = no_prompts(tracks) if prompted is None else prompted
-      cells = decode_cells(model, params, conditioned, here.high_res, tokens, multimask, bias=added)
+      if bank.masks is not None:
+        mask, has_mask = memory.mask_before(bank, at, course.reverse)
+        tokens = tokens._replace(mask=mask, has_mask=has_mask)
+      cells = decode_cells(model, params, conditioned, here.high_res, tokens, how, added)
       maps = remember_cells(model, params, embedding, cells.logits, cells.presence)
-      bank = memory.add_recent(bank, running, maps, cells.pointer, at, course.start, course.reverse)
+      masks = None if bank.masks is None else limited(cells.logits, cells.presence)
+      bank = memory.add_recent(
+        bank, running, maps, cells.pointer, at, course.start, course.reverse, masks)
       return bank, jax.tree.map(functools.partial(_where, running), cells, none())
 
     # Where no track runs there is nothing to do, and nothing is done.
@@ -234,7 +267,7 @@ def track(
     sliced = features, numbers, by_slice
     here, slices, prompted = jax.tree.map(lambda x, order=order: x[order], sliced)
     course = Course(slices, run[:, order], start, inputs.depth, jnp.asarray(reverse))
-    bank, cells = sweep(model, params, bank, here, course, False, *prompted)
+    bank, cells = sweep(model, params, bank, here, course, SINGLE, *prompted)
     cells = jax.tree.map(lambda x, order=order: jnp.swapaxes(x[order], 0, 1), cells)
     outputs = jax.tree.map(functools.partial(_where, run), cells, outputs)
   return outputs

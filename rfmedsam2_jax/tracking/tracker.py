@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn import SAM2, ImageFeatures
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn.layers import Params
@@ -51,6 +52,7 @@ class VolumeTracker:
       lambda images: _encode(model, params, images), slices, config.slices_per_batch,
       None if config.cache == "none" else jnp.dtype(config.cache),
     )
+    self._how = config.decoding(model.config.drawn_prompts)
     self._decoded = PromptDecoder(model, params, config, self._features, depth)
 
   def track(self, prompts: Sequence[SlicePrompt], arrived: Arrived = lambda *_: None) -> Tracks:
@@ -181,7 +183,7 @@ class VolumeTracker:
     of_track = [sorted(z for t, z in prompted if t == track) for track in group]
     bank = memory.empty_bank(
       len(group), power_of_two(max(map(len, of_track))), config.grid, config.mem_dim,
-      config.d_model, config.compute_dtype, self._config.map_dtype,
+      config.d_model, config.compute_dtype, self._config.map_dtype, config.drawn_prompts,
     )
     # Filled on the host: any number of prompted slices, without a compilation of its own.
     bank = jax.tree.map(np.array, bank)
@@ -190,6 +192,10 @@ class VolumeTracker:
         known = prompted[track, z]
         for ring, value in ((bank.maps, known.maps), (bank.pointers, known.cells.pointer)):
           ring.values[row, slot], ring.slices[row, slot], ring.valid[row, slot] = value, z, True
+        if bank.masks is not None and known.cells.presence > 0:
+          mask = np.clip(known.cells.logits, -LOGIT_LIMIT, LOGIT_LIMIT)
+          for x, value in zip(bank.masks, (mask, z, True), strict=True):
+            x[row, slot] = value
     return jax.tree.map(jnp.asarray, bank)
 
   def _sweep(
@@ -202,5 +208,5 @@ class VolumeTracker:
       np.pad(chunk, (0, idle), mode="edge").astype(np.int32), np.pad(run, ((0, 0), (0, idle))),
       np.full(len(run), start, np.int32), np.int32(self._depth), np.bool_(reverse),
     )))
-    bank, cells = _sweep(self._model, self._params, bank, features, course, self._config.multimask)
+    bank, cells = _sweep(self._model, self._params, bank, features, course, self._how)
     return bank, jax.tree.map(lambda x: np.swapaxes(np.asarray(x)[: len(chunk)], 0, 1), cells)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rfmedsam2_jax.tracking.recurrence import Cells
+from rfmedsam2_jax.tracking.recurrence import Cells, Decoding
 
 HostCells = Cells[np.ndarray]
 
@@ -23,6 +23,8 @@ class TrackingConfig:
 
   multimask: bool = True          # best of three masks on tracked slices and for one single point
   dynamic_multimask: bool = True  # for a box or several points: best of three where one is unstable
+  looks: int | None = None        # times that a mask is decoded, each but the first with the mask
+                                  # before as a prompt; None: 2 where prompts are drawn, else 1
   memory_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of memories; SAM 2 keeps bfloat16
   slices_per_batch: int = 4       # encoded and swept in one call; device memory grows with it
   objects_per_batch: int = 8      # objects that step together; device memory grows with it
@@ -30,9 +32,15 @@ class TrackingConfig:
                                                              # corrections need not encode again
 
   def __post_init__(self):
-    for name in ("slices_per_batch", "objects_per_batch"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+    for name in ("slices_per_batch", "objects_per_batch", "looks"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+  def decoding(self, drawn_prompts: bool) -> Decoding:
+    """How cells of a network are decoded whose prompts are drawn or not."""
+    looks = (2 if drawn_prompts else 1) if self.looks is None else self.looks
+    return Decoding(self.multimask, self.dynamic_multimask, looks)
 
   @property
   def map_dtype(self) -> np.dtype:

@@ -21,11 +21,12 @@ from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.losses import RefinerLossConfig, prompted_loss
 from rfmedsam2_jax.nn.prompt_encoder import ABSENT, pack_prompts
 from rfmedsam2_jax.refinement.stages import encode_slices
-from rfmedsam2_jax.tracking.recurrence import MASK_LOGIT, best_mask, remember_cells
+from rfmedsam2_jax.tracking.recurrence import MASK_LOGIT, best_mask, limited, remember_cells
 from rfmedsam2_jax.training.step import Batch, Keys, Loss
 from rfmedsam2_jax.training.tracker_prompts import PROMPTED, Plan, corrections, draw_plan
 
 PARTS = "focal", "dice", "iou", "presence"
+_ALONE = 0.6  # share of rounds without a click, where prompts are drawn
 
 
 class Told(NamedTuple):
@@ -111,6 +112,7 @@ def follow(
     number, slices, places, prompted, corrected, boxes, has_box, points, labels, given = inputs
     here = jax.tree.map(lambda x: x[run * length + slices], features)
     target = jnp.take_along_axis(truth, slices[:, None, None, None], axis=1)[:, 0]
+    has_before = jnp.zeros(count, bool)
     if length == 1:
       conditioned = call(here.embedding, method="unconditioned")
     else:
@@ -120,6 +122,10 @@ def follow(
         pointer_valid=slots.pointer_valid & ~prompted[:, None],
       )
       conditioned = call(here.embedding, slots, method="condition")
+      if bank.masks is not None:  # that of the slice before, where nobody prompts
+        before, has_before = memory.mask_before(bank, places, False)
+        has_before &= ~prompted
+        given = jnp.where(has_before[:, None, None], before, given)
     takes_mask = prompted & plan.takes_mask
     conditioned = jnp.where(takes_mask[:, None, None, None], here.embedding, conditioned)
 
@@ -138,6 +144,9 @@ def follow(
       found = upsampled(mask) > 0
       of_click = jax.vmap(lambda key: jax.random.fold_in(key, number * (rounds + 1) + index))(keys)
       where, label = corrections(target, found, of_click)
+      if sam2.drawn_prompts:  # its own mask alone, as tracking shows it to the network once more
+        alone = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(of_click)
+        label = jnp.where(alone < _ALONE, ABSENT, label)
       new = jnp.arange(1 + rounds) == index + 1
       cell = (
         jnp.where(new[:, None], where[:, None], points), jnp.where(new, label[:, None], labels),
@@ -169,7 +178,7 @@ def follow(
     clicked = jnp.full((count, rounds), ABSENT, jnp.int32)
     points = jnp.concatenate([points[:, None], jnp.zeros((count, rounds, 2))], axis=1)
     labels = jnp.concatenate([labels[:, None], clicked], axis=1)
-    cell = points, labels, given, takes_mask
+    cell = points, labels, given, takes_mask | has_before
     nothing = jnp.zeros_like(given), jnp.zeros(count), jnp.zeros((count, sam2.d_model),
                                                                  sam2.compute_dtype)
     state, told = jax.lax.scan(one_round, (cell, nothing), jnp.arange(rounds + 1))
@@ -186,12 +195,16 @@ def follow(
     maps = remember_cells(model, params, here.embedding, mask, presence)
     kept = prompted | corrected
     slot = jnp.minimum(jnp.full(count, number), PROMPTED - 1)
-    bank = memory.add_conditioning(bank, slot, kept, maps, pointer, places)
-    bank = memory.add_recent(bank, ~kept, maps, pointer, places, jnp.zeros_like(places), False)
+    seen = None if bank.masks is None else jax.lax.stop_gradient(limited(
+      jnp.where(takes_mask[:, None, None], given, state[1][0]), presence))
+    bank = memory.add_conditioning(bank, slot, kept, maps, pointer, places, seen)
+    bank = memory.add_recent(
+      bank, ~kept, maps, pointer, places, jnp.zeros_like(places), False, seen)
     return bank, told
 
   bank = memory.empty_bank(
-    count, PROMPTED, sam2.grid, sam2.mem_dim, sam2.d_model, sam2.compute_dtype
+    count, PROMPTED, sam2.grid, sam2.mem_dim, sam2.d_model, sam2.compute_dtype,
+    masks=sam2.drawn_prompts and length > 1,
   )
   first = jnp.take_along_axis(truth, plan.slices[:, :PROMPTED, None, None], axis=1)
   given = call(first.reshape(-1, side, side), method="mask_prompt")

@@ -6,8 +6,9 @@ import numpy as np
 from scipy import ndimage
 from test_pipeline import CASES, LABELS, NO_AUGMENTATION, store, store_case  # noqa: F401
 
+from rfmedsam2_jax.data import synthetic
 from rfmedsam2_jax.data.augmentation import AugmentationConfig
-from rfmedsam2_jax.data.object_runs import CaseRuns, object_batches
+from rfmedsam2_jax.data.object_runs import CaseRuns, SyntheticRuns, object_batches
 from rfmedsam2_jax.data.pipeline import BatchConfig, Cases, RunConfig
 
 RUN = RunConfig(image_size=48, slices=4, structures=3)
@@ -58,3 +59,34 @@ def test_a_run_with_voxels_that_nobody_labelled_has_no_objects(tmp_path):
   atoms[:, 0, 0] = 255
   store_case(tmp_path, "case1", atoms[None], atoms)
   assert not of_cases(tmp_path, cases=("case1",))(0)["has"].any()
+
+
+def test_a_synthetic_run_is_seen_three_times_around_another_object(monkeypatch):
+  """Three squares of their own brightness; what is seen of them is where their masks are."""
+  made = []
+
+  def run(config, seed, index, side, length, tracks):
+    made.append(index)
+    objects, kinds = np.zeros((tracks, length, side, side), bool), ("a", "b", "c", "", "", "")
+    for number, (row, column) in enumerate([(4, 4), (4, 30), (30, 4)]):
+      objects[number, :, row : row + 10, column : column + 8] = True
+    return synthetic.SyntheticRun((objects * np.array([0.4, 0.6, 0.8] + [0] * 3)[
+      :, None, None, None]).sum(axis=0).astype(np.float32), objects, kinds)
+
+  monkeypatch.setattr(synthetic, "synthetic_run", run)
+  runs, first, sizes = SyntheticRuns(11, RUN), set(), []
+  samples = [runs(index) for index in range(192)]
+  assert made == list(range(64))
+  for views in zip(samples[:64], samples[64:128], samples[128:], strict=True):
+    shades = []
+    for sample in views:
+      image, objects = sample["images"][..., 0], sample["objects"][sample["has"]]
+      for mask in objects:
+        inside = ndimage.binary_erosion(mask, np.ones((1, 3, 3)), border_value=1)
+        assert np.ptp(image[inside]) < 0.1
+      shades.append(round(float(np.median(image[objects[0]])), 1))
+      sizes.append(objects[0, 0].sum() / 48**2)
+    first.add(tuple(shades))
+  assert first == {(0.4, 0.6, 0.8)}
+  whole = 80 / 48**2
+  assert min(sizes) == whole and np.median(sizes) > 1.5 * whole
