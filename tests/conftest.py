@@ -12,10 +12,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from compilation import emitters_with_optimizations, without_emitters
 from tiny_config import PHANTOMS, write_tiny_config
 
 from rfmedsam2_jax.data.phantom import write_phantom
 
+without_emitters()  # here, since some tests make arrays when they are imported
 MOST_MEMORY = 3 << 30  # bytes of one process, beyond which it forgets its compiled programs
 
 
@@ -58,6 +60,8 @@ def quick_compilation():
   """
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
   jax.config.update("jax_disable_most_optimizations", True)
+  with emitters_with_optimizations():
+    yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,7 +16,9 @@ from pathlib import Path
 DISTRIBUTED = os.environ.get("DISTRIBUTED", "off")
 PROCESSES = DISTRIBUTED.split(",")[1] if "," in DISTRIBUTED else os.environ.get("PROCESSES", "1")
 DEVICES = 8 // int(PROCESSES)
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path[:0] = [str(Path(__file__).parents[1])]
 

@@ -45,7 +45,8 @@ def config(tmp_path, phantoms):
 
 def start(config, run, devices, *options):
   environment = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+    f"--xla_force_host_platform_device_count={devices}",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "PYTHONPATH": str(ROOT),
   }

@@ -20,7 +20,8 @@ def test_a_volume_is_segmented_alike_on_one_device_and_on_three(tiny_run, phanto
     command = [sys.executable, str(WORKER), str(tiny_run), str(unseen), str(out)]
     environment = os.environ | {
       "PYTHONPATH": str(WORKER.parents[2]),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+      f"--xla_force_host_platform_device_count={devices}",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
