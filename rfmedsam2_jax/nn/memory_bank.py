@@ -151,12 +151,12 @@ def add_conditioning(
   """Remembers one conditioning slice per track: maps [N, G, G, mem_dim], pointers [N, C], slices
   int32 [N]; in conditioning slots int32 [N]. `where`: bool [N], tracks that remember at all.
   `masks`: of a bank that has them, [N, 4G, 4G], see `add_recent`."""
-  kept = (_put(ring, slot, where, values, slices)
-          for ring, values in zip(bank[:2], (maps, pointers), strict=True))
+  kept = MemoryBank(_put(bank.maps, slot, where, maps, slices),
+                    _put(bank.pointers, slot, where, pointers, slices))
   if bank.masks is None:
-    return MemoryBank(*kept)
+    return kept
   assert masks is not None
-  return MemoryBank(*kept, _put(bank.masks, slot, where & seen(masks), masks, slices))
+  return kept._replace(masks=_put(bank.masks, slot, where & seen(masks), masks, slices))
 
 
 def seen(masks_Nhh: Array) -> Array:

@@ -190,12 +190,11 @@ class VolumeTracker:
     for row, (track, slices) in enumerate(zip(group, of_track, strict=True)):
       for slot, z in enumerate(slices):
         known = prompted[track, z]
-        for ring, value in ((bank.maps, known.maps), (bank.pointers, known.cells.pointer)):
-          ring.values[row, slot], ring.slices[row, slot], ring.valid[row, slot] = value, z, True
+        kept = [(bank.maps, known.maps), (bank.pointers, known.cells.pointer)]
         if bank.masks is not None and known.cells.presence > 0:
-          mask = np.clip(known.cells.logits, -LOGIT_LIMIT, LOGIT_LIMIT)
-          for x, value in zip(bank.masks, (mask, z, True), strict=True):
-            x[row, slot] = value
+          kept.append((bank.masks, np.clip(known.cells.logits, -LOGIT_LIMIT, LOGIT_LIMIT)))
+        for ring, value in kept:
+          ring.values[row, slot], ring.slices[row, slot], ring.valid[row, slot] = value, z, True
     return jax.tree.map(jnp.asarray, bank)
 
   def _sweep(
