@@ -80,8 +80,8 @@ def _told_of_aborts(place: joining.Place, patience: float) -> Iterator[None]:
   if place:
     _at_abort = (
       f"{joining.not_joined(place)}: not all processes have come to "
-      f"{place['coordinator_address']} in {patience:.0f} s; look at what the others say, and whether "
-      "all of them have been started, with the same command", 2)
+      f"{place['coordinator_address']} in {patience:.0f} s; look at what the others say, and "
+      "whether all of them have been started, with the same command", 2)
   ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
   try:
     yield

@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import Field
 
-from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.ranges import STRICT
 from rfmedsam2_jax.nn.platform import Platform, platform_of
 
@@ -86,8 +86,9 @@ def _arranged(devices: list[jax.Device], sizes: list[int], wanted: str) -> np.nd
       return mesh_utils.create_hybrid_device_mesh(
         (data // count, fsdp, model), (count, 1, 1), devices, allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  except (AssertionError, NotImplementedError, ValueError) as error:  # of the wiring of TPUs
-    raise UserError(f"{wanted}: the devices are not wired for it ({first_line(error)})") from None
+  except (AssertionError, NotImplementedError, ValueError):  # of the wiring of TPUs
+    raise UserError(f"{wanted}: the wiring of {len(devices)} of {len(jax.devices())} devices has "
+                    "no room for it; use all of them, or powers of 2") from None
 
 
 def mesh_platform(mesh: Mesh) -> Platform:

@@ -15,8 +15,6 @@ import traceback
 import warnings
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
-
 import jax
 import numpy as np
 from jax._src import distributed

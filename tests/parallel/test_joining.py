@@ -74,6 +74,7 @@ ALONE = {
 @pytest.mark.parametrize("place", ALONE)
 def test_a_process_by_itself_stays_alone(monkeypatch, joined, place):
   set_all(monkeypatch, ALONE[place])
+  monkeypatch.setitem(sys.modules, "kubernetes", kubernetes_client(2))  # which nothing here asks
   lines: list[str] = []
   hosts.initialise("auto", lines.append)
   assert not joined

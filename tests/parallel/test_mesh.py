@@ -57,7 +57,7 @@ def assert_equal_and_spread(results):
     assert found["losses"] == pytest.approx(whole["losses"], rel=1e-5), label
     assert found["moved"] > 1e-3, "nothing was trained"
     fsdp = int(label.split("/")[0].split("@")[0].split("x")[1])
-    assert found["slices"] == [1] * len(found["slices"]), "a copy of the parameters is in two slices"
+    assert set(found["slices"]) == {1}, "a copy of the parameters is in two slices"
     # Single biases and norms of the small networks stay whole.
     assert found["bytes"] / whole["bytes"] < 1.2 / fsdp + 0.02, label
     # Along `model` the ends of blocks are summed, activations of a device's share of the batch, and

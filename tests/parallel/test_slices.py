@@ -51,7 +51,7 @@ def slices_of(devices):
 @pytest.mark.parametrize("devices", [tpus(4, 4), tpus(4, 4, 4), gpus(16, 16)])
 def test_only_data_goes_across_slices(monkeypatch, devices, sizes):
   count = len({device.slice_index for device in devices})
-  with pytest.raises(ValueError, match="multi-slice"):  # so that these devices are what JAX means
+  with pytest.raises((ValueError, AssertionError)):  # JAX's own does not take several slices
     jax.make_mesh((len(devices), 1, 1), AXES, devices=devices)
   mesh = mesh_of(monkeypatch, devices, **sizes)
   assert mesh.size == len(set(mesh.devices.flat)) == len(devices)
@@ -66,7 +66,7 @@ def test_only_data_goes_across_slices(monkeypatch, devices, sizes):
   (tpus(4, 4), {"data": 1, "fsdp": 16, "model": 2}, r"2 slices of 16, .*\(16 x 2\)"),
   (tpus(3, 3, 3), {"data": 1, "fsdp": 27}, "27 devices are 3 slices of 9"),
   (tpus(4, 2), {}, "20 devices are 2 slices of 4 or 16, .* slices of one size"),
-  (tpus(3), {"data": 1, "fsdp": 3, "model": 2}, "not wired for it"),
+  (tpus(3), {"data": 1, "fsdp": 5}, "the wiring of 5 of 9 devices has no room"),
 ])
 def test_what_does_not_fit_into_a_slice_is_refused(monkeypatch, devices, sizes, says):
   with pytest.raises(UserError, match=says) as told:
