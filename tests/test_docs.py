@@ -7,6 +7,7 @@ tutorial follow each other in one folder, others have one each.
 
 import json
 import re
+import shlex
 import subprocess
 from dataclasses import replace
 
@@ -117,11 +118,24 @@ def test_the_python_of_a_page_runs(page, places, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", of("yaml", "json"))
-def test_configs_and_json_can_be_read(block):
-  if block.language == "yaml":
-    parse_config(yaml.safe_load(block.text), block.place)
-  else:
+def test_configs_and_json_can_be_read(block, tmp_path):
+  if block.language == "json":
     json.loads(block.text)
+    return
+  for document in yaml.safe_load_all(block.text):
+    if "apiVersion" in document:  # of Kubernetes
+      for words in _commands_in(document):
+        Runner(None, tmp_path)(shlex.join(words))
+    else:
+      parse_config(document, block.place)
+
+
+def _commands_in(tree):
+  if isinstance(tree, dict):
+    yield from [tree["command"]] if "command" in tree else []
+    tree = [*tree.values()]
+  for item in tree if isinstance(tree, list) else []:
+    yield from _commands_in(item)
 
 
 def test_every_block_is_of_a_kind_that_is_tested_or_output():

@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("--overwrite", action="store_true", help="replace the run in --out")
   add("--profile", action="store_true", help="leave a trace of some steps in --out")
   add("--distributed", default="auto", metavar="HOW",
-      help="auto (TPU pods, SLURM, Open MPI), off, or HOST:PORT,PROCESSES,INDEX")
+      help="auto (TPU pods, SLURM, Open MPI, Kubernetes), off, or HOST:PORT,PROCESSES,INDEX")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     read_dataset(config.data.dataset, config.data.structures)
   from rfmedsam2_jax.parallel import hosts
   from rfmedsam2_jax.training.run import train
-  hosts.initialise(options.distributed)
+  hosts.initialise(options.distributed, console.line)
   with hosts.watching():
     scores = train(config, options.out, options.resume, options.overwrite, console.line,
                    options.profile, console.warning)

@@ -20,44 +20,82 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from rfmedsam2_jax.base.errors import RESUME, UserError, first_line
-from rfmedsam2_jax.base.progress import Progress
+from rfmedsam2_jax.base.progress import Progress, Report, silent
+from rfmedsam2_jax.parallel import joining
 
 T = TypeVar("T")
 _KEY = "rfmedsam2/alive/"
 _DONE, _FAILED = "done", "failed: "
 _BEAT = 1.0  # seconds between counts
 _SILENCE = 30.0  # seconds after which a process that does not count is gone
-# Set where a launcher has started several processes, to their number or to their hosts.
-_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+_AGAIN = "start all processes again, to resume the run"
+_PATIENCE = 300.0  # seconds in which all processes have to come
+
+# What is said, and the exit status, where JAX aborts this process.
+_at_abort = f"process 0 is gone, or this one has failed as said above; {_AGAIN}", RESUME
 
 
-def initialise(how: str) -> None:
+def initialise(how: str, report: Report = silent, patience: float = _PATIENCE) -> None:
   """Joins this process to the others; to be called before JAX looks at any device.
 
-  `how`: "auto" asks the environment (TPU pods, SLURM, Open MPI); "off"; or
-  "HOST:PORT,PROCESSES,INDEX", where HOST is that of process 0. UserError for anything else, or if
-  the others cannot be reached.
+  For a command only: it takes the signal SIGABRT.
+
+  Args:
+    how: "auto" leaves it to JAX whether there are others (TPU VMs, GKE, SLURM, Open MPI,
+      Kubernetes), and stays alone where there are none; "off"; or "HOST:PORT,PROCESSES,INDEX",
+      where HOST is that of process 0.
+    report: takes a line about who has joined.
+    patience: seconds to wait for the others.
+
+  Raises:
+    UserError: `how` is something else, or the others cannot be reached.
   """
-  values = [os.environ.get(name, "") for name in _LAUNCHERS]
-  launched = any("," in value or (value.isdigit() and int(value) > 1) for value in values)
-  if how == "off" or (how == "auto" and not launched):
+  place = joining.place_of(how, patience, report)
+  if place is None:
     return
-  given: dict[str, Any] = {}
-  if how != "auto":
-    address, *numbers = how.split(",")
-    try:
-      count, index = map(int, numbers)
-    except ValueError:
-      count, index = 0, 0
-    if ":" not in address or not 0 <= index < count:
-      raise UserError(f"distributed {how}: is neither auto, off nor HOST:PORT,PROCESSES,INDEX")
-    given = {"coordinator_address": address, "num_processes": count, "process_id": index}
+  end = time.monotonic() + patience
+  if place:
+    joining.reach(place, patience)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  with _told_of_aborts(place, patience):
+    try:
+      jax.distributed.initialize(
+        **place, initialization_timeout=max(int(end - time.monotonic()), 1),
+        shutdown_timeout_seconds=30)
+    except (RuntimeError, ValueError) as error:
+      if not place and isinstance(error, ValueError):  # so it ends where JAX finds no platform
+        return
+      raise UserError(
+        f"distributed {how}: the processes cannot be joined ({first_line(error)})") from None
+  state = distributed.global_state
+  if state.process_id == 0:
+    report(f"{state.num_processes} processes have joined, at {state.coordinator_address}")
+
+
+@contextlib.contextmanager
+def _told_of_aborts(place: joining.Place, patience: float) -> Iterator[None]:
+  """JAX aborts where not all come in time: this adds a last line to its trace, here and later."""
+  global _at_abort
+  afterwards = _at_abort
+  if place:
+    _at_abort = (
+      f"{joining.not_joined(place)}: not all processes have come to "
+      f"{place['coordinator_address']} in {patience:.0f} s; look at what the others say, and "
+      "whether all of them have been started, with the same command", 2)
+  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
   try:
-    jax.distributed.initialize(**given, shutdown_timeout_seconds=30)
-  except (RuntimeError, ValueError) as error:
+    yield
+  finally:
+    _at_abort = afterwards
+
+
+def check_joined() -> None:
+  """UserError where JAX counts processes that have not joined: they would wait without end."""
+  if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
-      f"distributed {how}: the processes cannot be joined ({first_line(error)})") from None
+      f"this is process {jax.process_index()} of {jax.process_count()} by JAX's count, but they "
+      "have not joined; leave out --distributed off, or give --distributed "
+      "HOST:PORT,PROCESSES,INDEX")
 
 
 def is_main() -> bool:
@@ -74,15 +112,13 @@ def share(items: Sequence[T]) -> Sequence[T]:
 def watching() -> Iterator[None]:
   """Ends this process, with one line, soon after another one of the run has ended.
 
-  For a command only: it exits from a thread and takes the signal SIGABRT. Collective operations
-  wait for a process that is gone, for minutes or for ever, and JAX's own heartbeats end in an
-  abort; so every process counts in the coordination service's store and reads the others' counts.
+  For a command only: it exits from a thread. Collective operations wait for a process that is
+  gone, for minutes or for ever, and JAX's own heartbeats end in an abort; so every process counts
+  in the coordination service's store and reads the others' counts.
   """
   if not jax.distributed.is_initialized():  # to count processes would be to look at devices
     yield
     return
-  # When process 0 is gone, JAX aborts the others at once: this adds the last line to its trace.
-  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
   ended = threading.Event()
   watcher = threading.Thread(target=_watch, args=(ended,), daemon=True)
   watcher.start()
@@ -99,46 +135,49 @@ def watching() -> Iterator[None]:
 
 def _say(value: str) -> None:
   # No public part of JAX reaches the store; Orbax goes the same way.
-  client: Any = distributed.global_state.client
+  state: Any = distributed.global_state
   with contextlib.suppress(Exception):  # the coordinator may be what is gone
-    client.key_value_set(f"{_KEY}{jax.process_index()}", value, allow_overwrite=True)
+    state.client.key_value_set(f"{_KEY}{state.process_id}", value, allow_overwrite=True)
 
 
 def _watch(ended: threading.Event) -> None:
-  client: Any = distributed.global_state.client
-  seen: dict[str, tuple[str, float]] = {}
+  # Not `jax.process_index()`: to ask for it is to look at devices, which the main thread has to do.
+  state: Any = distributed.global_state
+  client = state.client
+  # Of all, so that one that never counts is missed too: what it said last, and when.
+  seen = {index: ("", time.monotonic()) for index in range(state.num_processes)}
   count = 0
   while not ended.wait(_BEAT):
     count += 1
     try:
-      client.key_value_set(f"{_KEY}{jax.process_index()}", str(count), allow_overwrite=True)
+      client.key_value_set(f"{_KEY}{state.process_id}", str(count), allow_overwrite=True)
       found = dict(client.key_value_dir_get(_KEY))
     except Exception:
-      _leave("process 0 is gone")
+      _leave(f"process 0 is gone; {_AGAIN}")
     now = time.monotonic()
-    for key, value in found.items():
-      if seen.get(key, ("", 0.0))[0] != value:
-        seen[key] = value, now
-      name = f"process {key.removeprefix(_KEY)} of {jax.process_count()}"
+    for index, (before, when) in seen.items():
+      value = found.get(f"{_KEY}{index}", "")
+      if value != before:
+        seen[index] = value, now
+      name = f"process {index} of {state.num_processes}"
       if value.startswith(_FAILED):
         # Often it is the same failure here, and the main thread is about to say so itself.
         if not ended.wait(5.0):
-          _leave(f"{name} has {value}", 2)
+          _leave(f"{name} has {value}; {_AGAIN}", 2)
         return
-      if value != _DONE and now - seen[key][1] > _SILENCE:
-        _leave(f"{name} has not been heard of for {_SILENCE:.0f} s")
+      if value == before != _DONE and now - when > _SILENCE:
+        _leave(f"{name} is gone: not heard of for {_SILENCE:.0f} s; {_AGAIN}")
 
 
 def _leave(why: str, status: int = RESUME) -> NoReturn:
   """The main thread may be inside a collective that never ends, so nothing is waited for."""
-  line = f"rfmedsam2: {why}; start all processes again, to resume the run"
-  print(line, file=sys.stderr, flush=True)
+  print(f"rfmedsam2: {why}", file=sys.stderr, flush=True)
   os._exit(status)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(_: int) -> None:
-  _leave("process 0 is gone, or this one has failed as said above")
+  _leave(*_at_abort)
 
 
 @contextlib.contextmanager

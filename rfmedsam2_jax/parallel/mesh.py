@@ -4,12 +4,14 @@ A batch is spread over `data` and `fsdp` together, parameters and optimizer stat
 (parallel.rules). Processes hold the rows of a batch that lie on their devices.
 """
 
+import collections
 import dataclasses
 import math
 from typing import Annotated, Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import Field
 
@@ -39,7 +41,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-  """The mesh over all devices of all processes; UserError if there are too few or some left."""
+  """The mesh over all devices of all processes, of one slice or of several.
+
+  Raises:
+    UserError: there are too few devices, or some left, or slices that the sizes do not fit.
+  """
   devices, sizes = jax.devices(), [config.data, config.fsdp, config.model]
   known = math.prod(size for size in sizes if size != -1)
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
@@ -56,7 +62,33 @@ def make_mesh(config: MeshConfig) -> Mesh:
     raise UserError(f"{wanted}: uses {count} of {len(devices)} devices; with several processes "
                     "all have to be used, let one size be -1")
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices[:count])
+  return Mesh(_arranged(devices[:count], sizes, wanted), AXES, axis_types=types)
+
+
+def _arranged(devices: list[jax.Device], sizes: list[int], wanted: str) -> np.ndarray:
+  """The devices [data, fsdp, model], neighbours on the network where most is sent.
+
+  Several slices of TPUs have `data` across them, since between them the network is slow. To JAX the
+  hosts of a cluster of GPUs or CPUs are slices too: there it is so where it can be.
+  """
+  data, fsdp, model = sizes
+  slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+  count, held = len(slices), sorted(set(slices.values()))
+  divides = data % count == 0 and len(held) == 1
+  if not divides and devices[0].platform == "tpu":
+    of_each = " or ".join(map(str, held))
+    raise UserError(
+      f"{wanted}: {len(devices)} devices are {count} slices of {of_each}, and fsdp x model "
+      f"({fsdp} x {model}) have to lie within one; make their product a divisor of {held[0]}"
+      + (", and use slices of one size" if len(held) > 1 else ""))
+  try:
+    if count > 1 and divides:
+      return mesh_utils.create_hybrid_device_mesh(
+        (data // count, fsdp, model), (count, 1, 1), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  except (AssertionError, NotImplementedError, ValueError):  # of the wiring of TPUs
+    raise UserError(f"{wanted}: the wiring of {len(devices)} of {len(jax.devices())} devices has "
+                    "no room for it; use all of them, or powers of 2") from None
 
 
 def mesh_platform(mesh: Mesh) -> Platform:

@@ -72,6 +72,7 @@ def train(
   if not divide_cpu(config.mesh.cpu_devices):
     report(f"mesh.cpu_devices is {config.mesh.cpu_devices}, but JAX runs already, with "
            f"{jax.local_device_count()}: they stay")
+  hosts.check_joined()
   mesh = make_mesh(config.mesh)
   check_batches(config, phase_names(config), mesh)
   if not resume:

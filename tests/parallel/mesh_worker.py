@@ -3,8 +3,9 @@
 A process of its own, because the number of devices is fixed when JAX starts.
 python tests/parallel/mesh_worker.py generator|refiner|tracker MESH...
 
-With DISTRIBUTED=HOST:PORT,PROCESSES,INDEX, or "auto" and PROCESSES, the devices are those of
-several processes.
+A mesh is DATAxFSDP[xMODEL][@SLICES][/MICROBATCHES]; every second device is of another slice then,
+so that the devices' order is not that of one slice. With DISTRIBUTED=HOST:PORT,PROCESSES,INDEX, or
+"auto" and PROCESSES, the devices are those of several processes.
 """
 
 import json
@@ -138,6 +139,7 @@ def run(params, trained, loss, batch, mesh: Mesh, microbatches: int = 1) -> dict
     "bytes": sum(held),
     "largest_parameter": max(x.nbytes for x in jax.tree.leaves(params)),
     "collectives": [c._asdict() for c in collectives_of(compiled.as_text())],
+    "slices": [len({device.slice_index for device in copy.flat}) for copy in mesh.devices],
     "local_batch": sum(x.nbytes for x in batch.values()) // batch_shards(mesh),
   }
 
@@ -156,6 +158,9 @@ def main() -> None:
   for label in labels:
     print(label, round(time.time() - BEGAN), file=sys.stderr, flush=True)
     sizes, _, parts = label.partition("/")
+    sizes, _, slices = sizes.partition("@")
+    kind, count = type(jax.devices()[0]), int(slices or 1)
+    kind.slice_index = property(lambda device, count=count: device.id % count)
     mesh = make_mesh(MeshConfig(*(int(n) for n in sizes.split("x"))))
     results[label] = run(params, TRAINED.get(phase, ("*",)), loss, batch, mesh, int(parts or 1))
   for result in results.values():

@@ -4,13 +4,13 @@ import functools
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from platforms import free_port, open_mpi, slurm
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
@@ -24,7 +24,7 @@ from rfmedsam2_jax.training.state import init_state, make_optimizer
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 ALL = ["8x1", "4x2", "2x4", "1x8", "2x2x2", "1x1/2", "2x2/2"]
-SOME = ["4x2", "2x2x2", "1x1/2", "2x2/2"]
+SOME = ["4x2", "2x2x2", "1x1/2", "2x2/2", "4x2@2"]  # @2: of two slices
 
 
 def start(phase, labels, **variables):
@@ -56,7 +56,8 @@ def assert_equal_and_spread(results):
     assert found["difference"] < 1e-5, label
     assert found["losses"] == pytest.approx(whole["losses"], rel=1e-5), label
     assert found["moved"] > 1e-3, "nothing was trained"
-    fsdp = int(label.split("/")[0].split("x")[1])
+    fsdp = int(label.split("/")[0].split("@")[0].split("x")[1])
+    assert set(found["slices"]) == {1}, "a copy of the parameters is in two slices"
     # Single biases and norms of the small networks stay whole.
     assert found["bytes"] / whole["bytes"] < 1.2 / fsdp + 0.02, label
     # Along `model` the ends of blocks are summed, activations of a device's share of the batch, and
@@ -83,31 +84,13 @@ def test_the_generator_is_trained_alike_on_every_mesh():
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
+  address = f"127.0.0.1:{free_port()}"
   two = [start("generator", ["4x2"], DISTRIBUTED=f"{address},2,{i}") for i in range(2)]
   found = [result_of(process)["4x2"] for process in two]
   alone = on_some_meshes()["4x2"]
   for process in found:
     assert process["losses"] == pytest.approx(alone["losses"], rel=1e-6)
     assert process["checksum"] == pytest.approx(alone["checksum"], rel=1e-6, abs=1e-6)
-
-
-def slurm(index, port):
-  job = port - (65535 - 2**12 + 1)  # JAX makes the port of the job's number
-  return {
-    "SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
-    "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
-  }
-
-
-def open_mpi(index, port):
-  return {
-    "OMPI_MCA_orte_hnp_uri": f"1;tcp://127.0.0.1:{port}", "OMPI_COMM_WORLD_SIZE": "2",
-    "OMPI_COMM_WORLD_RANK": str(index), "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
-    "JAX_COORDINATOR_PORT": str(port),
-  }
 
 
 @pytest.mark.full
