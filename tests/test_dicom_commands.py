@@ -170,7 +170,8 @@ def test_the_page_opens_an_archive_and_saves_dicom(study, tmp_path):
   expected = np.asarray(nib.load(tmp_path / "labels.nii.gz").dataobj)
   for form in DICOM:
     kind = FORMAT_ENDINGS[form][1:]
-    (tmp_path / kind).write_bytes(client.get(f"/api/volumes/{sent.json()['volume']}/{kind}").content)
+    saved = client.get(f"/api/volumes/{sent.json()['volume']}/{kind}")
+    (tmp_path / kind).write_bytes(saved.content)
     like = load_image(study / "patient.nii.gz").geometry
     found = like.to_native(load_by_name(tmp_path / kind, like, {}))
     np.testing.assert_array_equal(found, expected)

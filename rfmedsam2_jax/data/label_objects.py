@@ -142,8 +142,8 @@ def _opened(path: Path, headers: bool = False) -> Any:
     dataset = pydicom.dcmread(path, defer_size=1024 if headers else None)
     kind = dataset.get("SOPClassUID")
   if kind not in _KINDS:
-    raise UserError(f"{path}: is a file of DICOM ({getattr(kind, 'name', 'of no kind')}), but neither a "
-                    "segmentation nor a structure set; give one of these")
+    raise UserError(f"{path}: is a file of DICOM ({getattr(kind, 'name', 'of no kind')}), but "
+                    "neither a segmentation nor a structure set; give one of these")
   return dataset
 
 

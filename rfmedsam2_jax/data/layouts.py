@@ -79,7 +79,7 @@ def nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int
 
   images = listed(folder / "imagesTr")
   if dicom:
-    images = dataclasses.replace(images, files=[*images.files, *images.series])
+    images = dataclasses.replace(images, files=sorted([*images.files, *images.series]))
   images = images.taking(no_channel)
   labels = listed(folder / "labelsTr", is_label_name).taking(other_ending)
   by_channel, by_case = by_name(images.files), by_name(labels.files)

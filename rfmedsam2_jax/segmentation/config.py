@@ -40,6 +40,6 @@ class InferenceConfig:
   # averaged; each doubles its time. Only axes that training mirrors too make sense.
   codes: Mapping[str, Annotated[str, AfterValidator(_code)]] = dataclasses.field(
     default_factory=dict, hash=False)
-  # By structure, terms for DICOM where data/terms.py has none: {chiasm: SCT 244453006 Optic chiasm}.
+  # Terms for DICOM beside those of data.terms: {optic chiasm: SCT 244453006 Optic chiasm}.
   batch_size: ClassVar[int] = 1  # windows per call of the generator and device
   warnings: ClassVar[WarningConfig] = WarningConfig()

@@ -155,7 +155,8 @@ def test_frames_lie_where_their_own_slices_say_and_refer_to_them(tmp_path, kind)
     one.PatientName, one.SpecificCharacterSet = "Müller^Jörg", "ISO_IR 100"
     one.ImagePositionPatient[2] = f"{40 + 5 * z + 0.1 * (z % 2):.3f}"
     if z in (1, 4):
-      _store_otherwise(one, np.frombuffer(one.PixelData, np.int16).reshape(8, 12), True, (-1, 1))
+      pixels = np.frombuffer(one.PixelData, "<u2").astype(int).reshape(8, 12)
+      _store_otherwise(one, pixels, True, (-1, 1))
   volume = load_image(save(datasets, tmp_path / "series"))
   labels = np.full(volume.geometry.canonical_shape, 1, np.uint8)
   labels[:, 2:5, 3:6] = 4
@@ -275,14 +276,12 @@ def test_what_a_data_set_does_not_name_is_left_out(tmp_path, volume, caplog):
     load_by_name(tmp_path / "a.dcm", volume.geometry, {"spleen": 5}, of_data_set=True)
 
 
-def _moved(one):
-  for frame in one.PerFrameFunctionalGroupsSequence:
-    frame.PlanePositionSequence[0].ImagePositionPatient[2] += 2
-
-
-def _far(one):
-  for frame in one.PerFrameFunctionalGroupsSequence:
-    frame.PlanePositionSequence[0].ImagePositionPatient[2] += 5
+def _by(distance):
+  def change(one):
+    places = [frame.PlanePositionSequence[0] for frame in one.PerFrameFunctionalGroupsSequence]
+    for place in {id(place): place for place in places}.values():  # segments share them
+      place.ImagePositionPatient[2] += distance
+  return change
 
 
 def _finer(one):
@@ -303,7 +302,8 @@ def _short(one):
 
 
 @pytest.mark.parametrize(("change", "fraction", "says"), [
-  (_moved, None, "has a frame that lies on no slice of"), (_far, None, "labels voxels outside of"),
+  (_by(2), None, "has a frame that lies on no slice of"),
+  (_by(5), None, "labels voxels outside of"),
   (_finer, None, "has a frame that lies on no slice of"),
   (_elsewhere, None, "has another frame of reference than"),
   (_placeless, None, "has a frame without PlanePositionSequence"),
@@ -320,8 +320,10 @@ def test_segmentations_that_are_not_of_the_image_are_refused(
 
 def test_a_slice_is_no_label_map_and_rubbish_neither(tmp_path, volume):
   (tmp_path / "rubbish.dcm").write_bytes(b"rubbish " * 50)
-  for path, says in ((volume.geometry.series[0].path, "neither a segmentation nor a structure set"),
-                     (tmp_path / "rubbish.dcm", "rubbish.dcm: "), (tmp_path / "no.dcm", "no.dcm: ")):
+  first = volume.geometry.series[0].path
+  for path, says in ((first, "neither a segmentation nor a structure set"),
+                     (tmp_path / "rubbish.dcm", "rubbish.dcm: "),
+                     (tmp_path / "no.dcm", "no.dcm: does not exist")):
     with pytest.raises(UserError, match=says):
       load_by_name(path, volume.geometry, {})
 
