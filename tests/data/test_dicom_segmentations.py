@@ -181,6 +181,18 @@ def test_frames_lie_where_their_own_slices_say_and_refer_to_them(tmp_path, kind)
 
 
 @pytest.mark.parametrize("ending", [*KINDS, ".rtstruct.dcm"])
+def test_slices_whose_distances_drift_are_kept_apart(tmp_path, ending):
+  datasets = slices(np.random.default_rng(0).integers(-900, 900, (30, 5, 6)))
+  for z, one in enumerate(datasets):
+    one.ImagePositionPatient[2] = f"{40 + 5.1 * min(z, 15) + 4.9 * max(z - 15, 0):.2f}"
+  volume = load_image(save(datasets, tmp_path / "series"))
+  labels = (volume.array[0] > 100).astype(np.uint8)
+  write_segmentation(tmp_path / f"a{ending}", labels, volume.geometry, {1: "liver"})
+  np.testing.assert_array_equal(
+    load_by_name(tmp_path / f"a{ending}", volume.geometry, {}), labels)
+
+
+@pytest.mark.parametrize("ending", [*KINDS, ".rtstruct.dcm"])
 def test_every_value_is_one_that_pydicom_takes_when_it_is_strict(tmp_path, ending, monkeypatch):
   volume = load_image(save(slices(), tmp_path / "series"))
   labels = (volume.array[0] > 0).astype(np.uint8)
