@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 import yaml
@@ -68,6 +69,21 @@ class Places:
       sitk.WriteImage(image, str(path))
     else:
       save_series(path, image)
+
+  def study(self, path: Path) -> None:
+    """A folder or archive with a CT and a series of another modality."""
+    image = sitk.ReadImage(str(sorted((self._phantoms / "imagesTs").iterdir())[0]))
+    folder = path.with_suffix("") if path.suffix else path
+    folder.mkdir()
+    save_series(folder / "ct", image)
+    save_series(folder / "scout", image[:, :, :3], series="1.2.4")
+    for file in (folder / "scout").iterdir():
+      one = pydicom.dcmread(file)
+      one.Modality = "DX"
+      one.save_as(file)
+    if path.suffix:
+      shutil.make_archive(str(folder), "zip", folder)
+      shutil.rmtree(folder)
 
   def predictions(self, path: Path) -> None:
     def predict(made: Path) -> None:
@@ -145,6 +161,7 @@ STAND_INS: dict[str, Callable[[Places, Path], None]] = {
   "ct.nii.gz": Places.ct,
   "scan.*": Places.scan,
   "dicom/*": Places.scan,
+  "studies/*": Places.study,
   "prompts.json": Places.given,
 }
 

@@ -35,7 +35,7 @@ def save_series(folder: Path, image: sitk.Image, skip=(), shift=0.0, series="1.2
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
     dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"{series}.9.{z + 1}"
     dataset.SeriesInstanceUID, dataset.StudyInstanceUID = series, "1.2"
-    dataset.Modality, dataset.InstanceNumber = "CT", z + 1
+    dataset.Modality, dataset.InstanceNumber, dataset.FrameOfReferenceUID = "CT", z + 1, "1.2.8"
     dataset.Rows, dataset.Columns = array.shape[1:]
     x, y, _ = image.GetSpacing()
     dataset.PixelSpacing = [f"{y:.10g}", f"{x:.10g}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console, named_options
+from rfmedsam2_jax.data.formats import FORMATS, HELP
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
       help="automatic (default), boxes from true labels (upper limit), or a person's")
   add("--labels", type=Path, help="folder of label maps for oracle or given")
   add("--given", type=Path, help="JSON of boxes and points for --prompts given")
-  add("--format", choices=("nifti", "nrrd"), default="nifti",
-      help="of label maps; nrrd: with names and colours, for 3D Slicer")
+  add("--format", choices=FORMATS, default="nifti", help=HELP)
+  add("--series", metavar="UID|NUMBER|NAME",
+      help="which series of a study (a folder or .zip), also by its description or modality")
   add("--save-stages", action="store_true", help="also write every stage")
   add("--probabilities", action="store_true", help="also write a probability map per structure")
   add("--overwrite", action="store_true", help="replace results that exist")
@@ -42,7 +44,7 @@ def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) ->
     plans = [load_plan(file) for file in files]
     check_alike(plans)
     make_request(plans[0], inputs, options.out, options.prompts, options.labels, options.given,
-                 options.overwrite, options.format)
+                 options.overwrite, options.format, options.series)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
     options.save_stages, options.overwrite, console.line, options.probabilities, warn,
-    options.format)
+    options.format, options.series)
   seconds = time.monotonic() - began
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""
   console.result(

@@ -7,11 +7,12 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.places import BUILTIN, word_or_path
 from rfmedsam2_jax.base.progress import Passing, Progress
 from rfmedsam2_jax.cli.console import Console, named_options
+from rfmedsam2_jax.data.formats import FORMATS, HELP
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add("image", type=Path, help="volume, or folder with a DICOM series")
+  add("image", type=Path, help="volume, or folder or .zip with a DICOM series or study")
   add("--checkpoint", type=word_or_path, default=BUILTIN,
       help="made by rfmedsam2 convert or train (the built-in weights)")
   add("--out", type=Path, required=True, help="folder of the results")
@@ -24,8 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
       help="boxes and points, in rounds if some correct what others found")
   add("--masks", type=Path, action="append", default=[], metavar="LABELS.nii.gz",
       help="label map with masks on some slices")
-  add("--format", choices=("nifti", "nrrd"), default="nifti",
-      help="of the label map; nrrd: with names and colours, for 3D Slicer")
+  add("--format", choices=FORMATS, default="nifti", help=HELP)
+  add("--series", metavar="UID|NUMBER|NAME",
+      help="which series of a study (a folder or .zip), also by its description or modality")
   add("--world", action="store_true", help="coordinates are millimetres, RAS+")
   add("--plane", choices=("axial", "coronal", "sagittal"), default="axial", help="of the slices")
   add("--window", default="percentiles", metavar="NAME|CENTRE,WIDTH",
@@ -42,12 +44,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
+  from rfmedsam2_jax.data.segmentations import check_format
   from rfmedsam2_jax.data.volumes import load_image
   # Everything that can be wrong is looked at before anything that takes long.
   if not (options.box or options.point or options.prompts or options.masks):
     raise UserError("no prompt: name a structure with --box, --point, --masks or --prompts")
   console.line(Passing(f"reading {options.image}"))
-  volume = load_image(options.image)
+  volume = load_image(options.image, series=options.series)
+  check_format(options.format, volume.geometry)
   for said in volume.geometry.remarks:
     console.warning(f"{options.image}: {said}")
 

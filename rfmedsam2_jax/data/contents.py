@@ -15,6 +15,7 @@ from rfmedsam2_jax.data.datasets import Dataset, Labels
 from rfmedsam2_jax.data.files import Stored
 from rfmedsam2_jax.data.layouts import Case
 from rfmedsam2_jax.data.names import ending_of
+from rfmedsam2_jax.data.studies import files_of
 
 _DETACHED = (".nhdr", ".mhd")  # headers that name the file of their voxels
 _SETTLED = 2_000_000_000  # ns; a later change could have the same time
@@ -49,7 +50,9 @@ class Contents(Stored):
 
 def case_content(case: Case, before: CaseContent | None = None) -> CaseContent:
   """What a case holds; its files are read unless they are still as they were `before`."""
-  files = [file for file in (*case.images, case.label) if file is not None]
+  given = [file for file in (*case.images, case.label) if file is not None]
+  # Of a DICOM series every file counts.
+  files = [file for one in given for file in (files_of(one, False) if one.is_dir() else [one])]
   states = tuple(map(_state, files))
   if before is not None and before.files == states and all(state.changed for state in states):
     return before

@@ -161,7 +161,7 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
     if "/" in case.identifier or case.identifier in ("", ".", ".."):
       raise UserError(f"{path}: case {case.identifier!r}: is no name of a file; rename it")
     for file in (*case.images, case.label):
-      if file is not None and not file.is_file():
+      if file is not None and not (file.is_file() or file in case.images and file.is_dir()):
         raise UserError(f"{file}: does not exist but case {case.identifier} of {folder} needs it; "
                         f"add the file or remove the case")
   check_unique(cases)
@@ -179,9 +179,14 @@ def read_labels(content: Mapping[str, Any], path: Path) -> Labels:
   return _labels(path, content["labels"], content.get("regions_class_order"))
 
 
-def read_case(case: Case, channels: int, labels: Labels) -> tuple[Volume, np.ndarray | None]:
-  """The image of a case, and the atoms (uint8 [D, H, W], canonical) of its label if it has one."""
-  volume = load_image(case.images, channels)
+def read_case(
+  case: Case, channels: int, labels: Labels, series: str | None = None, modality: str | None = None
+) -> tuple[Volume, np.ndarray | None]:
+  """The image of a case, and the atoms (uint8 [D, H, W], canonical) of its label if it has one.
+
+  `series` and `modality` choose among several of a study, see `load_image`.
+  """
+  volume = load_image(case.images, channels, series, modality)
   if case.label is None:
     return volume, None
   return volume, labels.to_atoms(load_labels(case.label, volume.geometry, labels), case.label)
@@ -189,7 +194,7 @@ def read_case(case: Case, channels: int, labels: Labels) -> tuple[Volume, np.nda
 
 def load_labels(path: str | Path, like: Geometry, labels: Labels) -> np.ndarray:
   """A label map in the values of `labels`, by name where the file names its own; see segments."""
-  return load_by_name(path, like, labels.named_values, not labels.regions)
+  return load_by_name(path, like, labels.named_values, not labels.regions, of_data_set=True)
 
 
 def _ranges(values: Mapping[int, Any]) -> str:

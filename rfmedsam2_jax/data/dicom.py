@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,43 +30,76 @@ from rfmedsam2_jax.data.itk import (
 )
 from rfmedsam2_jax.data.names import some
 from rfmedsam2_jax.data.slices import Slice, stack
+from rfmedsam2_jax.data.studies import chosen, files_of, opened
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
 _TAGS = [
   *_PIXELS, "SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Rows", "Columns",
   "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "PixelSpacing", "ImagePositionPatient",
-  "ImageOrientationPatient", "PhotometricInterpretation", *_RESCALE, "ModalityLUTSequence"]
+  "ImageOrientationPatient", "PhotometricInterpretation", *_RESCALE, "ModalityLUTSequence",
+  # What chooses a series, and what is said again in segmentations of it.
+  "Modality", "SeriesNumber", "SeriesDescription", "SpecificCharacterSet", "SOPInstanceUID",
+  "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber",
+  "ReferringPhysicianName", "PatientName", "PatientID", "PatientBirthDate", "PatientSex",
+  "PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved", "DeidentificationMethod",
+  "PositionReferenceIndicator", "SliceThickness"]
+# By the UIDs of their kinds: segmentations, of surfaces, and as one label map.
+SEGMENTATION, LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"
+_LABELS = (SEGMENTATION, "1.2.840.10008.5.1.4.1.1.66.5", LABEL_MAP)
 _LONG = 1024  # bytes, above which a value is left in its file
 _AGAIN = "copy the series again"
 _CONVERT = "convert it to NIfTI, for example by dcm2niix"
 _SEARCHED = 1000  # folders that are looked into
 
 
-def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-  """The voxels [i, j, k] of a folder's series, each slice rescaled as its own file says.
+class ReadSeries(NamedTuple):
+  """A series as one volume.
 
-  UserError: no series or several; one slice; several frames in a file; colour; slices that are
-  missing, doubled, unevenly spaced, or not on one grid; a tilted gantry; files that are damaged.
-
-  Returns:
-    The voxels; the affine, float64 [4, 4], to RAS+ in mm; a sentence if files were left out.
+  Attributes:
+    native: [i, j, k], each slice rescaled as its own file says.
+    affine: float64 [4, 4], to RAS+ in mm.
+    remarks: sentences of what was left out or chosen.
+    slices: in the order of k, with their headers.
   """
+
+  native: np.ndarray
+  affine: np.ndarray
+  remarks: tuple[str, ...]
+  slices: tuple[Slice, ...]
+
+
+def read_series(path: Path, series: str | None = None, modality: str | None = None) -> ReadSeries:
+  """The series of a folder or of a .zip, or one of several in it and the folders below it.
+
+  Args:
+    series, modality: see `studies.chosen`; with `series` folders below `path` count, too.
+
+  Raises:
+    UserError: no series, or several and none is chosen; one slice; several frames in a file;
+      colour; slices that are missing, doubled, unevenly spaced, or not on one grid; a tilted
+      gantry; files that are damaged.
+  """
+  simpleitk(path)
+  packed = path.is_file()
+  with opened(path) as folder:
+    below = packed or series is not None or _is_study(folder)
+    if not below and not is_series(folder):
+      raise UserError(f"{folder}: " + (instead(folder) or "is a folder without DICOM files; give a "
+                                       "volume or a folder with one DICOM series"))
+    headers, others = _headers(files_of(folder, below))
+    if not headers:
+      left = "; ".join([*_left_out(others), _AGAIN])
+      raise UserError(f"{folder}: has no DICOM images; {left}" if others else
+                      f"{folder}: has no DICOM files; give a study or a series")
+    advice = "" if packed else ", or move it into a folder of its own"
+    one, said = chosen(folder, headers, series, modality, advice)
+    remarks = (*([said] if said else []), *_left_out(others))
+    return _read(folder, {file: headers[file] for file in one.files}, remarks)
+
+
+def _read(folder: Path, headers: Mapping[Path, Any], remarks: tuple[str, ...]) -> ReadSeries:
   sitk = simpleitk(folder)
-  if not is_series(folder):
-    raise UserError(f"{folder}: " + (instead(folder) or "is a folder without DICOM files; give a "
-                                     "volume or a folder with one DICOM series"))
-  headers, others = _headers(folder)
-  by_series: dict[str, list[Any]] = {}
-  for path, header in headers.items():
-    by_series.setdefault(str(header.get("SeriesInstanceUID")), []).append(path)
-  if not by_series:
-    raise UserError(f"{folder}: has DICOM files but no images; {'; '.join(_left_out(others))}, "
-                    f"{_AGAIN}")
-  if len(by_series) > 1:
-    sizes = ", ".join(str(len(files)) for files in by_series.values())
-    raise UserError(f"{folder}: has {len(by_series)} series (of {sizes} files); move the one that "
-                    "is meant into a folder of its own")
   slices = [_slice_of(path, header) for path, header in headers.items()]
   if len(slices) == 1:
     raise UserError(f"{folder}: its series is a single slice; give all of its files in one folder")
@@ -78,33 +111,37 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
   native = np.stack(planes, axis=-1)  # of a type that holds those of all slices
   affine = np.eye(4)
   affine[:3] = LPS_TO_RAS @ lps[:3]
-  return native, affine, _left_out(others)
+  for name in _PIXELS:
+    for header in headers.values():
+      if name in header:
+        del header[name]
+  return ReadSeries(native, affine, remarks, tuple(placed))
 
 
 def _left_out(others: Sequence[str]) -> tuple[str, ...]:
   return (f"left out {some(others)}",) if others else ()
 
 
-def _headers(folder: Path) -> tuple[dict[Path, Any], list[str]]:
-  """By file, what is said of every image of a folder; and what else lies there.
+def _headers(files: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
+  """By file, what is said of every image among them; and what the others are.
 
   UserError for DICOM that is damaged.
   """
-  pydicom = _pydicom(folder)
   found: dict[Path, Any] = {}
   others: list[str] = []
   strange: list[Path] = []
-  for path in sorted(folder.iterdir()):
-    if path.name.startswith(".") or is_dicomdir(path.name) or not path.is_file():
-      continue
+  for path in files:
+    pydicom = pydicom_for(path)
     if not is_dicom(path):
       strange.append(path)
       continue
-    with _reading(path):
+    with reading(path):
       header = pydicom.dcmread(path, force=True, defer_size=_LONG, specific_tags=_TAGS)
       kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
       name = pydicom.uid.UID(kind or "").name
-    if any(pixels in header for pixels in _PIXELS):
+    if kind in _LABELS:
+      others.append(f"{path.name} (a segmentation)")
+    elif any(pixels in header for pixels in _PIXELS):
       found[path] = header
     elif not kind or name == kind or "Image Storage" in name:  # an unknown one is its own name
       raise UserError(f"{path}: is a DICOM file without an image, it is damaged or cut; {_AGAIN}")
@@ -118,7 +155,8 @@ def _headers(folder: Path) -> tuple[dict[Path, Any], list[str]]:
   return found, [*(f"{path.name} (no DICOM)" for path in strange), *others]
 
 
-def _pydicom(path: Path) -> Any:
+def pydicom_for(path: Path) -> Any:
+  """The module pydicom; UserError that names `path` and the extra where it is missing."""
   try:
     import pydicom
   except ImportError:
@@ -128,7 +166,7 @@ def _pydicom(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
   """Makes a UserError of whatever pydicom raises of damaged bytes: errors of many kinds."""
   try:
     with warnings.catch_warnings():
@@ -143,7 +181,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _slice_of(path: Path, header: Any) -> Slice:
   """Where an image lies (PS3.3, C.7.6.2); UserError if it does not say, or is more than a slice."""
-  with _reading(path):  # values are converted when they are asked for
+  with reading(path):  # values are converted when they are asked for
     frames, samples = (int(header.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
     if frames > 1:
       raise UserError(f"{path}: has {frames} frames in one file; {_CONVERT}")
@@ -166,7 +204,7 @@ def _slice_of(path: Path, header: Any) -> Slice:
   row = cosines[0] / lengths[0]
   column = cosines[1] - (cosines[1] @ row) * row  # rounding
   steps = np.column_stack([row * along, column / np.linalg.norm(column) * down])
-  return Slice(path, (columns, rows), origin, steps)
+  return Slice(path, (columns, rows), origin, steps, header=header)
 
 
 def _check_values(path: Path, header: Any) -> None:
@@ -215,8 +253,8 @@ def _pixels(sitk: Any, path: Path, inverted: bool) -> np.ndarray:
     source = path
     if inverted:  # GDCM would take every stored value from the largest one
       source = Path(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
-      with _reading(path):
-        dataset = _pydicom(path).dcmread(path, force=True)
+      with reading(path):
+        dataset = pydicom_for(path).dcmread(path, force=True)
         dataset.PhotometricInterpretation = "MONOCHROME2"
         dataset.save_as(source)
     stack.enter_context(native_errors())
@@ -242,6 +280,12 @@ def instead(path: Path) -> str | None:
   else:
     return f"is one file of DICOM; give its folder, {folder}" if is_dicom(path) else None
   return f"{what}; {give if below else 'the files that it names are missing, copy all of it'}"
+
+
+def _is_study(folder: Path) -> bool:
+  """Whether series lie below a folder, none in it, and it is not a medium's with an index."""
+  indexed = any(is_dicomdir(file.name) for file in folder.iterdir())
+  return not indexed and not is_series(folder) and any(True for _ in _series_below(folder))
 
 
 def _series_below(folder: Path) -> Iterator[Path]:

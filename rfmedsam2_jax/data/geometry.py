@@ -17,6 +17,7 @@ from rfmedsam2_jax.data.grids import GRID_TOLERANCE, SINGULAR, TILT_TOLERANCE, d
 from rfmedsam2_jax.data.itk import size
 from rfmedsam2_jax.data.measures import voxel_ml
 from rfmedsam2_jax.data.nifti import header_of, millimetres, placement
+from rfmedsam2_jax.data.slices import Slice
 
 LARGEST = 1e15  # squares of what is larger overflow float32; no scanner gives it
 
@@ -34,6 +35,7 @@ class Geometry:
   axes: tuple[int, int, int]  #: the native axis that runs along canonical z, y and x
   flipped: tuple[bool, bool, bool]  #: whether it runs against canonical z, y and x
   remarks: tuple[str, ...] = ()  #: what a person should know of the file; sentences without it
+  series: tuple[Slice, ...] = ()  #: of a DICOM series its slices, in the order of k
 
   @property
   def canonical_shape(self) -> tuple[int, int, int]:

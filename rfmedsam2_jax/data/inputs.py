@@ -12,33 +12,36 @@ from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.data.layouts import Case, check_unique
 from rfmedsam2_jax.data.names import (
   ENDINGS,
+  IMAGE_ENDINGS,
   LeftOut,
   ending_of,
   is_series_folder,
   is_volume_name,
+  label_maps_by_name,
   listed,
   stem_of,
-  volumes_by_name,
 )
 from rfmedsam2_jax.data.volumes import not_a_volume
 
 
 def find_inputs(
   paths: Sequence[str | Path], channels: int = 1,
-  leave_out: Callable[[LeftOut], None] = lambda what: None,
+  leave_out: Callable[[LeftOut], None] = lambda what: None, studies: bool = False,
 ) -> list[Case]:
   """Finds the cases of a prediction in files and folders.
 
   `CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ... are the channels of one case (nnU-Net): a name ends in
   a channel's number if that is below `channels`, or if `CASE_0000` lies beside it. Any other name
   is a case of its own: a 3D file, or a 4D file with all channels. A folder with a DICOM series
-  counts as a file of the folder's name. `leave_out` is told what is not taken of a folder.
+  counts as a file of the folder's name, and so does a .zip. With `studies` every folder that is
+  named is one case, of whose series one is chosen. `leave_out` is told what is not taken of a
+  folder.
 
   UserError: nothing there, a missing channel, one too many, two cases of one name.
   """
   beside = functools.cache(_beside)
   cases: dict[tuple[str, str], Case] = {}  # a channel, or a case, may be met several times
-  for file in (file for path in paths for file in _files(Path(path), leave_out)):
+  for file in (file for path in paths for file in _files(Path(path), leave_out, studies)):
     case = _input_case(file, channels, beside)
     for image in case.images:
       if not image.exists():
@@ -53,7 +56,7 @@ def find_inputs(
 
 def with_labels(cases: Sequence[Case], folder: str | Path) -> list[Case]:
   """The same cases with the label maps `IDENTIFIER` + one of `ENDINGS` of a folder."""
-  maps, _ = volumes_by_name(Path(folder))
+  maps, _ = label_maps_by_name(Path(folder))
   for case in cases:
     if case.identifier not in maps:
       raise UserError(f"{Path(folder) / case.identifier}{ENDINGS[0]}: does not exist; give a "
@@ -61,14 +64,14 @@ def with_labels(cases: Sequence[Case], folder: str | Path) -> list[Case]:
   return [dataclasses.replace(case, label=maps[case.identifier]) for case in cases]
 
 
-def _files(path: Path, leave_out: Callable[[LeftOut], None]) -> Iterator[Path]:
+def _files(path: Path, leave_out: Callable[[LeftOut], None], studies: bool) -> Iterator[Path]:
   """The volumes and series that a path stands for, by name."""
   check_place(path)
   if not path.exists():
     raise UserError(f"{path}: no such file or folder; check the path")
-  if not path.is_dir() and not ending_of(path):
+  if not path.is_dir() and ending_of(path).lower() not in IMAGE_ENDINGS:
     raise not_a_volume(path)
-  if not path.is_dir() or _is_series(path):
+  if not path.is_dir() or studies or _is_series(path):
     yield path
     return
   listing = listed(path)

@@ -18,6 +18,8 @@ from rfmedsam2_jax.base.command import native_errors
 from rfmedsam2_jax.base.errors import UserError
 
 ENDINGS = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+# What this package calls segmentations and structure sets of DICOM, which are never slices.
+DICOM_LABELS = (".seg.dcm", ".labelmap.dcm", ".rtstruct.dcm")
 _NO_DICOM = (*ENDINGS, ".nii", ".nii.gz", ".json", ".txt", ".png")
 WITH_VOXELS = (".nrrd", ".mha")  # header and voxels are one file
 _META = (".mha", ".mhd")
@@ -49,7 +51,8 @@ def size(shape: Sequence[int]) -> str:
 def is_series(folder: Path) -> bool:
   """Whether a folder has a DICOM file besides a DICOMDIR, the index of a medium."""
   with os.scandir(folder) as entries:
-    return any(entry.is_file() and not is_dicomdir(entry.name) and is_dicom(entry.path)
+    return any(entry.is_file() and not is_dicomdir(entry.name)
+               and not entry.name.lower().endswith(DICOM_LABELS) and is_dicom(entry.path)
                for entry in entries)
 
 

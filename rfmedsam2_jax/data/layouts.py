@@ -12,7 +12,18 @@ from typing import Any
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import whole
-from rfmedsam2_jax.data.names import ENDINGS, LeftOut, by_name, ending_of, listed, stem_of
+from rfmedsam2_jax.data.names import (
+  ARCHIVE,
+  DICOM_LABEL_ENDINGS,
+  ENDINGS,
+  IMAGE_ENDINGS,
+  LeftOut,
+  by_name,
+  ending_of,
+  is_label_name,
+  listed,
+  stem_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +41,14 @@ def decathlon_cases(folder: Path, entries: Sequence[Mapping[str, str]]
   cases = []
   for entry in entries:
     image, label = folder / entry["image"], folder / entry["label"]
-    if not ending_of(image):
+    if ending_of(image).lower() not in IMAGE_ENDINGS and not image.is_dir():
       raise UserError(f"{image}: does not end in {', '.join(ENDINGS)}; convert it")
     cases.append(Case(stem_of(image), (image,), label))
   used = {os.path.abspath(file) for case in cases for file in (*case.images, case.label) if file}
   left_out = []
   for place in sorted({Path(file).parent for file in used}):
     if place.is_dir():
-      listing = listed(place).taking(
+      listing = listed(place, is_label_name).taking(
         lambda file: "" if os.path.abspath(file) in used else "not in dataset.json")
       left_out += listing.left_out()
   return cases, left_out
@@ -51,19 +62,26 @@ def nnunet_cases(folder: Path, content: Mapping[str, Any], channels: int
       Case(name, tuple(folder / image for image in entry["images"]), folder / entry["label"])
       for name, entry in content["dataset"].items()], []
   ending = content["file_ending"]
-  if ending.lower() not in ENDINGS:
+  if ending.lower() not in (*ENDINGS, ".dcm"):
     raise UserError(f"{folder / 'dataset.json'}: file_ending is {ending}; convert the volumes to "
-                    f"one of {', '.join(ENDINGS)}")
+                    f"one of {', '.join(ENDINGS)}, or give .dcm for DICOM")
+  # Of DICOM images are folders of slices or archives of them.
+  dicom = ending.lower() == ".dcm"
+  allowed = (*DICOM_LABEL_ENDINGS, ARCHIVE) if dicom else (ending.lower(),)
 
   def other_ending(file: Path) -> str:
-    return "" if ending_of(file).lower() == ending.lower() else f"not {ending}, the file_ending"
+    fits = ending_of(file).lower() in allowed or (dicom and file.is_dir())
+    return "" if fits else f"not {ending}, the file_ending"
 
   def no_channel(file: Path) -> str:
     numbered = re.fullmatch(r".+_[0-9]{4}", stem_of(file))
     return other_ending(file) or ("" if numbered else "no channel's number such as _0000")
 
-  images = listed(folder / "imagesTr").taking(no_channel)
-  labels = listed(folder / "labelsTr").taking(other_ending)
+  images = listed(folder / "imagesTr")
+  if dicom:
+    images = dataclasses.replace(images, files=sorted([*images.files, *images.series]))
+  images = images.taking(no_channel)
+  labels = listed(folder / "labelsTr", is_label_name).taking(other_ending)
   by_channel, by_case = by_name(images.files), by_name(labels.files)
   identifiers = dict.fromkeys(name[:-5] for name in by_channel)
   for name, file in by_channel.items():

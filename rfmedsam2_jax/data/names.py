@@ -14,14 +14,20 @@ from rfmedsam2_jax.data import itk
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 ENDINGS = (*NIFTI_ENDINGS, *itk.ENDINGS)
+ARCHIVE = ".zip"  # of a DICOM series or study
+IMAGE_ENDINGS = (*ENDINGS, ARCHIVE)
+# Of files of DICOM with a label map. Slices may be named so too, but are never taken one by one.
+DICOM_LABEL_ENDINGS = (*itk.DICOM_LABELS, ".dcm")
+LABEL_ENDINGS = (*ENDINGS, *DICOM_LABEL_ENDINGS)
+_KNOWN = (*IMAGE_ENDINGS, *DICOM_LABEL_ENDINGS)
 _SHOWN = 3  # names of each kind in a line
 _NO_VOLUME = "no volume by its name"
 
 
 def ending_of(path: str | Path) -> str:
-  """The ending of a volume's name (one of `ENDINGS`, or it in capitals) as it is spelled, or ""."""
+  """The ending of an image's or label map's name, capitals or not, as it is spelled; or ""."""
   name = Path(path).name
-  length = next((len(e) for e in ENDINGS if name.lower().endswith(e)), 0)
+  length = next((len(e) for e in _KNOWN if name.lower().endswith(e)), 0)
   return name[len(name) - length :]
 
 
@@ -37,8 +43,17 @@ def stem_of(path: str | Path) -> str:
 
 
 def is_volume_name(path: str | Path) -> bool:
-  """Whether the name ends as a volume's does (`ENDINGS`) and is not hidden."""
-  return bool(ending_of(path)) and not Path(path).name.startswith(".")
+  """Whether the name ends as an image's does (`IMAGE_ENDINGS`) and is not hidden."""
+  return _ends(path, IMAGE_ENDINGS)
+
+
+def is_label_name(path: str | Path) -> bool:
+  """Whether the name ends as a label map's does (`LABEL_ENDINGS`) and is not hidden."""
+  return _ends(path, LABEL_ENDINGS)
+
+
+def _ends(path: str | Path, endings: Sequence[str]) -> bool:
+  return ending_of(path).lower() in endings and not Path(path).name.startswith(".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +104,8 @@ def some(names: Sequence[str]) -> str:
   return ", ".join(names[:_SHOWN]) + more
 
 
-def listed(folder: Path) -> Listing:
-  """The volumes of a folder, and what else lies in it.
+def listed(folder: Path, is_volume: Callable[[str | Path], bool] = is_volume_name) -> Listing:
+  """The volumes of a folder, by their names, and what else lies in it.
 
   UserError if there is none, or it cannot be read. A folder in it that cannot be read is one of
   the others.
@@ -110,7 +125,7 @@ def listed(folder: Path) -> Listing:
         others.setdefault(reason, []).append(path.name)
       else:
         series.append(path)
-    elif is_volume_name(path):
+    elif is_volume(path):
       files.append(path)
     else:
       others.setdefault(_NO_VOLUME, []).append(path.name)
@@ -123,14 +138,14 @@ def listed(folder: Path) -> Listing:
 def is_series_folder(folder: Path) -> bool:
   """Whether a folder is taken as a DICOM series: it has DICOM files, and no volumes beside them."""
   with os.scandir(folder) as entries:
-    if any(is_volume_name(entry.name) and not entry.is_dir() for entry in entries):
+    if any(_ends(entry.name, ENDINGS) and not entry.is_dir() for entry in entries):
       return False
   return itk.is_series(folder)
 
 
-def volumes_by_name(folder: Path) -> tuple[dict[str, Path], Listing]:
-  """The volume files of a folder by the case's name; UserError if two have one name."""
-  listing = listed(folder)
+def label_maps_by_name(folder: Path) -> tuple[dict[str, Path], Listing]:
+  """The label maps of a folder by the case's name; UserError if two have one name."""
+  listing = listed(folder, is_label_name)
   return by_name(listing.files), listing
 
 

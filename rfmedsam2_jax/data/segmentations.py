@@ -1,31 +1,65 @@
 """Label maps with names and colours: segmentations of 3D Slicer, label descriptions of ITK-SNAP."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from scipy import ndimage
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.colours import colour
+from rfmedsam2_jax.data.derived import Making, check_sources
+from rfmedsam2_jax.data.dicom import pydicom_for
 from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.data.formats import FORMAT_ENDINGS, Format
 from rfmedsam2_jax.data.itk import simpleitk
-from rfmedsam2_jax.data.names import ending_of
+from rfmedsam2_jax.data.layouts import Case
+from rfmedsam2_jax.data.names import ARCHIVE, ending_of
+from rfmedsam2_jax.data.segmentation_writing import highdicom, write_dicom_segmentation
+from rfmedsam2_jax.data.structure_sets import write_structure_set
 from rfmedsam2_jax.data.volumes import Geometry, write_label_map
 
-Format = Literal["nifti", "nrrd"]
-FORMAT_ENDINGS: dict[Format, str] = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd"}
 ITKSNAP_NAME = "itksnap_labels.txt"
 
 
-def write_segmentation(path: str | Path, labels: np.ndarray, geometry: Geometry,
-                       names: Mapping[int, str]) -> None:
-  """Writes whole numbers >= 0, canonical [D, H, W]; in .nrrd as a segmentation of 3D Slicer.
+def check_format(format: Format, geometry: Geometry | None = None,
+                 cases: Sequence[Case] = ()) -> None:
+  """UserError if a format needs a package that is missing, or what was read is not DICOM.
+
+  Looked at is the volume, if it is known, and else what `cases` are called.
+  """
+  if format == "nrrd":
+    simpleitk("format nrrd")  # said now if it is missing
+  if not format.startswith("dicom"):
+    return
+  highdicom(f"format {format}") if format != "dicom-rtstruct" else pydicom_for(f"format {format}")
+  if geometry is not None:
+    check_sources(geometry)
+  for case in cases:
+    image = case.images[0]
+    if not image.is_dir() and ending_of(image).lower() != ARCHIVE:
+      raise UserError(f"{image}: is not DICOM, and only what was read from DICOM can be written as "
+                      f"{format}; choose the format nifti or nrrd")
+
+
+def write_segmentation(
+  path: str | Path, labels: np.ndarray, geometry: Geometry, names: Mapping[int, str],
+  how: Making = Making(),
+) -> None:
+  """Writes whole numbers >= 0, canonical [D, H, W], in the format of the path's ending.
+
+  In .nrrd a segmentation of 3D Slicer; .seg.dcm, .labelmap.dcm and .rtstruct.dcm are DICOM, for
+  which the geometry has to be that of a series, and to which `how` belongs.
 
   `names` are of values, in the order of their colours; those that do not occur: empty segments.
   """
-  if not ending_of(path).lower().endswith(".nrrd"):
+  ending = ending_of(path).lower()
+  if ending == FORMAT_ENDINGS["dicom-rtstruct"]:
+    return write_structure_set(Path(path), labels, geometry, names, how)
+  if ending in (FORMAT_ENDINGS["dicom-seg"], FORMAT_ENDINGS["dicom-labelmap"]):
+    kind = "LABELMAP" if ending == FORMAT_ENDINGS["dicom-labelmap"] else "BINARY"
+    return write_dicom_segmentation(Path(path), labels, geometry, names, how, kind)
+  if not ending.endswith(".nrrd"):
     return write_label_map(path, labels, geometry)
   sitk = simpleitk(path)
   kind = np.min_scalar_type(max(int(labels.max(initial=0)), *names, 1))

@@ -2,11 +2,12 @@
 
 Segmentations of 3D Slicer (NRRD) name their values and may have several layers, in which segments
 overlap. NIfTI files may have a table of labels in an extension of the header, as Connectome
-Workbench and TotalSegmentator write it.
+Workbench and TotalSegmentator write it. Segmentations and structure sets of DICOM name all.
 """
 
 import dataclasses
 import html
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,15 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import itk
-from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of
+from rfmedsam2_jax.data.label_objects import (
+  is_label_object,
+  load_label_object,
+  names_of_object,
+)
+from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of, some
 from rfmedsam2_jax.data.volumes import Geometry, load_layers, open_nifti
 
+_LOG = logging.getLogger(__name__)
 _FIELD = re.compile(r"Segment(\d+)_(ID|Name|LabelValue|Layer)")
 _LABEL = re.compile(rb'<Label\b[^>]*\bKey="(-?\d{1,10})"[^>]*>\s*(<!\[CDATA\[)?(.*?)(?:\]\]>)?\s*'
                     rb"</Label>", re.DOTALL)
@@ -39,6 +46,8 @@ class Segment:
 def segments_of(path: str | Path) -> tuple[Segment, ...]:
   """What a label map's header says of its values; empty if nothing. UserError if that is wrong."""
   path, ending = Path(path), ending_of(path).lower()
+  if is_label_object(path):
+    return tuple(Segment(name, value) for name, value in names_of_object(path))
   found = _of_nifti(path) if ending in NIFTI_ENDINGS else _of_slicer(path)
   seen: dict[tuple[int, int], str] = {}
   for segment in found:
@@ -50,7 +59,8 @@ def segments_of(path: str | Path) -> tuple[Segment, ...]:
 
 
 def load_by_name(
-  path: str | Path, like: Geometry, values: Mapping[str, int], exclusive: bool = True
+  path: str | Path, like: Geometry, values: Mapping[str, int], exclusive: bool = True,
+  of_data_set: bool = False,
 ) -> np.ndarray:
   """A label map on an image's canonical grid, int32 [D, H, W], in the values of a data set.
 
@@ -60,12 +70,14 @@ def load_by_name(
   Args:
     values: of the structures, by name, in the order in which they overwrite each other.
     exclusive: no voxel belongs to two structures, and every value is one; else they are regions.
+    of_data_set: of DICOM, what `values` do not name is left out: structure sets have outlines of
+      the body and of targets beside those of organs.
 
   Raises:
     UserError: see `load_layers`; a value that the file calls otherwise than the data set does, two
-      that become one, structures that overlap where they may not.
+      that become one, structures that overlap where they may not; none of the data set's.
   """
-  layers, segments = load_layers(path, like), segments_of(path)
+  layers, segments = _read(path, like, values if of_data_set else None)
   if len(layers) > 1 and not segments:
     raise UserError(f"{path}: has {len(layers)} layers where a 3D label map is expected, and does "
                     "not name its segments; give one volume of whole numbers")
@@ -98,7 +110,7 @@ def load_masks(path: str | Path, like: Geometry) -> list[tuple[int, str, np.ndar
 
   UserError: see `load_layers`; two segments of one value, on two layers.
   """
-  layers, segments = load_layers(path, like), segments_of(path)
+  layers, segments = _read(path, like)
   names = {(segment.layer, segment.value): segment.name for segment in segments}
   keys = [(number, int(value)) for number, layer in enumerate(layers)
           for value in np.unique(layer) if value]
@@ -107,6 +119,24 @@ def load_masks(path: str | Path, like: Geometry) -> list[tuple[int, str, np.ndar
   said = {key: name for key, name in names.items() if not _says_nothing(name)}
   return [(target, said.get(key, ""), layers[key[0]] == key[1])
           for key, target in sorted(targets.items(), key=lambda item: item[1])]
+
+
+def _read(path: str | Path, like: Geometry, values: Mapping[str, int] | None = None
+          ) -> tuple[list[np.ndarray], Sequence[Segment]]:
+  """The layers of a file, and what it says of their values; of DICOM those that `values` name."""
+  if not is_label_object(path):
+    return load_layers(path, like), segments_of(path)
+  known = {_plain(name) for name in values or ()}
+  names = [name for name, _ in names_of_object(path)]
+  others = [name for name in names
+            if values is not None and _plain(name) not in known and not _says_nothing(name)]
+  if others and len(others) == len(names):
+    raise UserError(f"{path}: has the structures {some(names)}, none of which the data set names; "
+                    f"it has {some(list(values or ()))}; give them one name")
+  if others:
+    _LOG.warning("%s: left out %s, which the data set does not name", path, some(others))
+  layers, segments = load_label_object(path, like, others)
+  return layers, [Segment(*segment) for segment in segments]
 
 
 def names_values(path: str | Path) -> bool:

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Slice:
     origin: float64 [3], the centre of pixel (0, 0).
     steps: float64 [3, 2], from a pixel to the next along i and along j, at right angles.
     transposed, flipped: what is to be done with the stored pixels, in this order.
+    header: pydicom's data set without pixels.
   """
 
   path: Path
@@ -39,6 +41,7 @@ class Slice:
   steps: np.ndarray
   transposed: bool = False
   flipped: tuple[bool, bool] = (False, False)
+  header: Any = None
 
   def turn(self, pixels: np.ndarray) -> np.ndarray:
     """[j, i] as they are stored, as [i, j] of the grid."""
@@ -89,7 +92,7 @@ def _aligned(one: Slice, like: Slice) -> Slice:
   flip = (steps * like.steps).sum(axis=0) < 0
   origin = one.origin + steps @ (flip * (np.array(shape) - 1))
   return Slice(one.path, shape, origin, np.where(flip, -steps, steps), transposed,
-               (bool(flip[0]), bool(flip[1])))
+               (bool(flip[0]), bool(flip[1])), one.header)
 
 
 def _check_plane(one: Slice, like: Slice) -> None:

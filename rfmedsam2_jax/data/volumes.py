@@ -21,7 +21,8 @@ from rfmedsam2_jax.data.geometry import (
   check_right_angles,
   geometry_of,
 )
-from rfmedsam2_jax.data.names import ENDINGS, NIFTI_ENDINGS, ending_of
+from rfmedsam2_jax.data.label_objects import is_label_object, load_label_object, own_grid
+from rfmedsam2_jax.data.names import ARCHIVE, IMAGE_ENDINGS, NIFTI_ENDINGS, ending_of
 from rfmedsam2_jax.data.nifti import check_sizes
 
 _BLOCK = 2**20  # bytes
@@ -37,10 +38,14 @@ class Volume:
   geometry: Geometry  #: the way back to the file's own grid
 
 
-def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> Volume:
+def load_image(
+  paths: str | Path | Sequence[str | Path], channels: int = 1, series: str | None = None,
+  modality: str | None = None,
+) -> Volume:
   """Reads an image of one 3D file per channel, all on one grid, or of one 4D file.
 
-  Its fourth axis is the channels (Medical Segmentation Decathlon). A folder is a DICOM series.
+  Its fourth axis is the channels (Medical Segmentation Decathlon). A folder or .zip is a DICOM
+  series, or a study of which `series` or `modality` chooses one (studies.chosen).
   UserError: missing, truncated or foreign files, wrong number of axes or channels, NaN or infinite
   voxels, an affine without a meaning or right angles, channels on different grids.
   """
@@ -52,7 +57,7 @@ def load_image(paths: str | Path | Sequence[str | Path], channels: int = 1) -> V
   geometries: list[Geometry] = []
   expected = channels if len(files) == 1 else 1
   for path in files:
-    native, current = _read(path, np.float32)
+    native, current = _read(path, np.float32, series, modality)
     check_right_angles(current)
     geometries.append(current)
     check_grid(current, geometries[0], "channels")
@@ -86,19 +91,25 @@ def load_label_map(path: str | Path, like: Geometry) -> np.ndarray:
   """
   layers = load_layers(path, like)
   if len(layers) > 1:
-    raise UserError(f"{path}: has 4 axes ({len(layers)} layers) where a 3D label map is expected; "
+    what = ("segments that overlap" if is_label_object(path) else f"4 axes ({len(layers)} layers)")
+    raise UserError(f"{path}: has {what} where a 3D label map is expected; "
                     "give one volume of whole numbers")
   return layers[0]
 
 
 def load_grid(path: str | Path) -> Geometry:
-  """Where the voxels of a file lie; UserError if it cannot be read as a whole."""
-  return _read(Path(path), None)[1]
+  """Where the voxels of a file lie; UserError if it cannot be read as a whole.
+
+  Of a segmentation of DICOM: from the first frame to the last; UserError for a structure set.
+  """
+  return own_grid(Path(path)) if is_label_object(path) else _read(Path(path), None)[1]
 
 
 def load_layers(path: str | Path, like: Geometry) -> list[np.ndarray]:
   """As `load_label_map`, of a file that may have a fourth axis: label maps that may overlap."""
   path = Path(path)
+  if is_label_object(path):
+    return load_label_object(path, like)[0]
   native, geometry = _read(path, None)
   native = native[..., None] if native.ndim == 3 else native
   if native.ndim != 4:
@@ -164,28 +175,31 @@ def write_on_grid(path: str | Path, canonical: np.ndarray, geometry: Geometry, s
 
 def not_a_volume(path: Path, *left_out: str) -> UserError:
   """About a file or folder that is none, and has none, by its name; left_out: what it has."""
-  known = f"files that end in {', '.join(ENDINGS)}, or folders with a DICOM series"
+  known = f"files that end in {', '.join(IMAGE_ENDINGS)}, or folders with a DICOM series"
   said = dicom.instead(path) or (
     f"has no volumes ({'; '.join([known, *left_out])}); give a folder that has some"
     if path.is_dir() else f"is not a volume; give {known}")
   return UserError(f"{path}: {said}")
 
 
-def _read(path: Path, kind: type | None) -> tuple[np.ndarray, Geometry]:
+def _read(
+  path: Path, kind: type | None, series: str | None = None, modality: str | None = None
+) -> tuple[np.ndarray, Geometry]:
   """The voxels in native order, cast to `kind` if given, and the geometry of three axes."""
   if not path.exists():
     raise UserError(f"{path}: does not exist; check the path")
   ending = ending_of(path).lower()
-  if path.is_dir() or ending in itk.ENDINGS:
-    remarks: tuple[str, ...] = ()
-    if path.is_dir():
-      native, affine, remarks = dicom.read_series(path)
+  if path.is_dir() or ending in (*itk.ENDINGS, ARCHIVE):
+    if path.is_dir() or ending == ARCHIVE:
+      native, affine, remarks, slices = dicom.read_series(path, series, modality)
+      geometry = geometry_of(path, native.shape, affine, remarks)
+      geometry = dataclasses.replace(geometry, series=slices)
     else:
       native, affine = itk.read_file(path)
-    geometry = geometry_of(path, native.shape, affine, remarks)
+      geometry = geometry_of(path, native.shape, affine)
     with np.errstate(all="ignore"):  # as below
       return native if kind is None else native.astype(kind, copy=False), geometry
-  if not path.is_file() or not ending:
+  if not path.is_file() or ending not in NIFTI_ENDINGS:
     raise not_a_volume(path)
   try:
     with np.errstate(all="ignore"):  # what overflows is found by check_intensities

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure, load_labels
 from rfmedsam2_jax.data.files import replacing
-from rfmedsam2_jax.data.names import ENDINGS, by_name, listed, some
+from rfmedsam2_jax.data.label_objects import is_label_object, own_grid
+from rfmedsam2_jax.data.names import LABEL_ENDINGS, by_name, is_label_name, listed, some
 from rfmedsam2_jax.data.segments import load_by_name, names_values, segments_of
 from rfmedsam2_jax.data.volumes import Geometry, load_grid
 from rfmedsam2_jax.evaluation.metrics import Missing, Score, mean_score, score
@@ -117,7 +118,9 @@ def evaluate_folders(
 def _read_pair(prediction: Path, reference: Path, labels: Labels | None
                ) -> tuple[np.ndarray, np.ndarray, Geometry]:
   """The true and the predicted values, int32 [D, H, W] each, and the grid of both."""
-  geometry = load_grid(reference)
+  # Objects of DICOM leave out slices without a structure: the other file's grid is whole.
+  whole = [path for path in (reference, prediction) if not is_label_object(path)]
+  geometry = load_grid(whole[0]) if whole else own_grid(reference, prediction)
   if labels is not None:
     truth, guess = (load_labels(path, geometry, labels) for path in (reference, prediction))
   else:
@@ -170,9 +173,9 @@ def label_map_files(
     raise UserError(f"{path}: no such file or folder; check the path")
   if not path.is_dir():
     return by_name([path])
-  listing = listed(path)
+  listing = listed(path, is_label_name)
   if not listing.files:
-    raise UserError(f"{path}: has no label maps (files that end in {', '.join(ENDINGS)}); "
+    raise UserError(f"{path}: has no label maps (files that end in {', '.join(LABEL_ENDINGS)}); "
                     f"give a folder that has some")
   for line in listing.left_out(lambda name: bool(_OURS.fullmatch(name))):
     warn(str(line))

@@ -16,11 +16,12 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.data.datasets import Structure
+from rfmedsam2_jax.data.derived import Making
 from rfmedsam2_jax.data.files import claim, replacing
-from rfmedsam2_jax.data.itk import simpleitk
+from rfmedsam2_jax.data.formats import FORMAT_ENDINGS, Format
 from rfmedsam2_jax.data.measures import volumes_ml
 from rfmedsam2_jax.data.names import stem_of
-from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format, write_segmentation
+from rfmedsam2_jax.data.segmentations import check_format, write_segmentation
 from rfmedsam2_jax.data.volumes import Volume, load_image
 from rfmedsam2_jax.nn import SAM2, SAM2Config
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
@@ -85,12 +86,14 @@ def write_tracked(
   """Writes NAME.nii.gz on the input's grid, NAME.json of scores and NAME.png, a contact sheet.
 
   Args:
-    format: of the label map; "nrrd" makes it NAME.seg.nrrd, a segmentation of 3D Slicer.
+    format: of the label map; "nrrd" makes it NAME.seg.nrrd, a segmentation of 3D Slicer, and
+      "dicom-..." DICOM for a volume that was read from DICOM.
     names: of labels; others are called by their number.
 
   Raises:
     UserError: results that exist already, unless `overwrite`; a folder that cannot be made.
   """
+  check_format(format, volume.geometry)
   targets = result_paths(out, volume.geometry.path, overwrite, format)
   label_map, scores, picture = targets
   called = {value: names.get(value, f"label {value}") for value in found.structures}
@@ -103,14 +106,14 @@ def write_tracked(
   content = {**(about or {}), "structures": _scores(volume, found)}
   with replacing(scores) as temporary:
     temporary.write_text(json.dumps(content, indent=1) + "\n")
-  write_segmentation(label_map, found.labels, volume.geometry, called)
+  details = {key: str(value) for key, value in (about or {}).items()}
+  write_segmentation(label_map, found.labels, volume.geometry, called, Making(details=details))
   return targets
 
 
 def result_paths(out: str | Path, image: Path, overwrite: bool, format: Format) -> list[Path]:
   """The files that `write_tracked` writes; makes their folder, and refuses what exists."""
-  if format == "nrrd":
-    simpleitk("format nrrd")  # said now if it is missing
+  check_format(format)
   name = stem_of(image)
   targets = [Path(out) / f"{name}{ending}" for ending in (FORMAT_ENDINGS[format], ".json", ".png")]
   if image.exists() and any(path.exists() and path.samefile(image) for path in targets):

@@ -13,6 +13,7 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure, load_labels
+from rfmedsam2_jax.data.label_objects import is_label_object
 from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of, is_volume_name, stem_of
 from rfmedsam2_jax.data.volumes import Geometry, load_grid, load_image, load_label_map, open_nifti
 from rfmedsam2_jax.evaluation.metrics import Score, known_mean
@@ -107,7 +108,7 @@ def report_case(
   scores: dict[int, dict[str, Score]] = {}
   volumes: dict[str, float] = {}
   layers = None
-  if maps := _read_maps(prediction, labels, reference, problems):
+  if maps := _read_maps(prediction, labels, reference, image, problems):
     geometry, guess, truth, stages, final = maps
     structures = structures_of(labels, guess, *([] if truth is None else [truth]))
     ignore = labels.ignore if labels else None
@@ -137,7 +138,8 @@ def report_case(
 
 
 def _read_maps(
-  prediction: Prediction, labels: Labels | None, reference: Path | None, problems: list[str]
+  prediction: Prediction, labels: Labels | None, reference: Path | None, image: Path | None,
+  problems: list[str],
 ) -> _Maps | None:
   """Reads what there is; None without a readable prediction."""
   def load(path: Path) -> np.ndarray:
@@ -146,7 +148,7 @@ def _read_maps(
   if (file := prediction.labels) is None:
     return None
   with noted(problems, file.parent):
-    geometry = load_grid(file)
+    geometry = _grid(file, image)
     guess = load(file)
     if (count := len(np.unique(guess))) > _MOST_VALUES:
       raise UserError(f"{file}: has {count} values; is it an image, not a label map?")
@@ -167,6 +169,15 @@ def _read_maps(
       final = None
     return _Maps(geometry, guess, truth, found, final)
   return None
+
+
+def _grid(file: Path, image: Path | None) -> Geometry:
+  """That of a label map; of DICOM that of its image, as slices without a structure are left out."""
+  if not is_label_object(file):
+    return load_grid(file)
+  if image is None:
+    raise UserError(f"{file}: is of DICOM, which leaves out empty slices; give the images, too")
+  return load_image(image).geometry
 
 
 def _by_title(maps: _Maps) -> dict[str, np.ndarray]:

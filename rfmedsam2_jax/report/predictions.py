@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.files import load_json, read_json
-from rfmedsam2_jax.data.names import is_volume_name
+from rfmedsam2_jax.data.names import is_label_name
 from rfmedsam2_jax.evaluation.scores import label_map_files
 from rfmedsam2_jax.segmentation.notices import Notice
 from rfmedsam2_jax.segmentation.structures import StructureDetails
@@ -110,7 +110,7 @@ def noted(problems: list[str], *folders: Path) -> Iterator[None]:
 
 def _maps(folder: Path) -> dict[str, Path]:
   """Label maps by case; empty if there are none."""
-  there = any(is_volume_name(path) and path.is_file() for path in folder.iterdir())
+  there = any(is_label_name(path) and path.is_file() for path in folder.iterdir())
   return label_map_files(folder) if there else {}
 
 

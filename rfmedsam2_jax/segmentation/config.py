@@ -1,11 +1,18 @@
 """How volumes are predicted."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rfmedsam2_jax.base.ranges import STRICT, Axis
+from rfmedsam2_jax.data.terms import read_code
+
+
+def _code(text: str) -> str:
+  read_code(text)
+  return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,5 +38,8 @@ class InferenceConfig:
   mirror_axes: tuple[Axis, ...] = ()
   # Axes (0 slices, 1 rows, 2 columns) along which the generator also sees mirrored windows and is
   # averaged; each doubles its time. Only axes that training mirrors too make sense.
+  codes: Mapping[str, Annotated[str, AfterValidator(_code)]] = dataclasses.field(
+    default_factory=dict, hash=False)
+  # Terms for DICOM beside those of data.terms: {optic chiasm: SCT 244453006 Optic chiasm}.
   batch_size: ClassVar[int] = 1  # windows per call of the generator and device
   warnings: ClassVar[WarningConfig] = WarningConfig()

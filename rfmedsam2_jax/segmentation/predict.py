@@ -17,9 +17,16 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, TimeLeft, below, silent
 from rfmedsam2_jax.data.datasets import read_case
+from rfmedsam2_jax.data.derived import Making
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.probabilities import probability_paths, write_probability
-from rfmedsam2_jax.data.segmentations import ITKSNAP_NAME, write_itksnap_labels, write_segmentation
+from rfmedsam2_jax.data.segmentations import (
+  ITKSNAP_NAME,
+  check_format,
+  write_itksnap_labels,
+  write_segmentation,
+)
+from rfmedsam2_jax.data.studies import modality_of
 from rfmedsam2_jax.data.volumes import Geometry, Volume, check_intensities, load_image
 from rfmedsam2_jax.segmentation.details import Details, details_of
 from rfmedsam2_jax.segmentation.given_prompts import prompts_by_hand
@@ -56,13 +63,15 @@ def segment_file(
   """Segments a file or a DICOM folder (or one per channel); the label map has the file's own axes.
 
   Args:
-    out: where to write it, too, on the file's own grid: .nii.gz, .nii or .seg.nrrd.
+    out: where to write it, too, on the file's own grid: .nii.gz, .nii, .seg.nrrd, or of a DICOM
+      series .seg.dcm, .labelmap.dcm or .rtstruct.dcm.
   """
   models = _models(model)
   volume = load_image(image, len(models[0].plan.channels))
   labels = label_map([segment_volume(m, volume) for m in models], models[0].stages - 1)
   if out is not None:
-    write_segmentation(out, labels, volume.geometry, models[0].plan.labels.value_names)
+    write_segmentation(out, labels, volume.geometry, models[0].plan.labels.value_names,
+                       _making(models, "generated"))
   return volume.geometry.to_native(labels)
 
 
@@ -90,6 +99,7 @@ def predict(
   labels: str | Path | None = None, given: str | Path | None = None, save_stages: bool = False,
   overwrite: bool = False, progress: Report = silent, probabilities: bool = False,
   warn: Callable[[str, str], None] = _log_warning, format: Format = "nifti",
+  series: str | None = None,
 ) -> list[Path]:
   """Segments files and folders into `out`/CASE.nii.gz, which it gives, with CASE.json of details.
 
@@ -104,13 +114,17 @@ def predict(
     overwrite: replace results that exist.
     probabilities: also write `out`/probabilities/CASE, a file per structure.
     warn: takes a case and what is unusual about it, or a folder and what of it is no input.
-    format: of label maps; "nrrd" writes CASE.seg.nrrd, a segmentation of 3D Slicer.
+    format: of label maps; "nrrd" writes CASE.seg.nrrd, a segmentation of 3D Slicer, "dicom-seg",
+      "dicom-labelmap" and "dicom-rtstruct" write DICOM for what was read from DICOM.
+    series: which of the series of a study, by its UID, number, description or modality; every
+      folder among the inputs is a study then. Without it the run's modality may choose.
 
   Raises:
     UserError: see `make_request`; a volume or label map that cannot be read.
   """
   models = _models(model)
-  request = make_request(models[0].plan, inputs, out, prompts, labels, given, overwrite, format)
+  request = make_request(models[0].plan, inputs, out, prompts, labels, given, overwrite, format,
+                         series)
   for what in request.left_out:
     warn(str(what.folder), what.message)
   left, count = TimeLeft(compiles=True), len(request.cases)
@@ -173,10 +187,13 @@ def _predict_case(
   case, target, out = request.cases[number], request.targets[number], request.out
   labels, channels = models[0].plan.labels, len(models[0].plan.channels)
   atoms = by_hand = None
+  modality = modality_of(models[0].plan.channels)
   if request.prompts == "oracle":
-    volume, atoms = read_case(case, channels, labels)
+    volume, atoms = read_case(case, channels, labels, request.series, modality)
   else:
-    volume = load_image(case.images, channels)
+    volume = load_image(case.images, channels, request.series, modality)
+  check_format(request.format, volume.geometry)
+  how = _making(models, request.prompts)
   if request.prompts == "given":
     entries = request.entries.get(case.identifier, [])
     by_hand = prompts_by_hand(labels, volume.geometry, entries, case.label)
@@ -191,7 +208,7 @@ def _predict_case(
   stages = []
   for stage, labels_of_stage in enumerate(found.maps if save_stages else ()):
     stages.append(f"stage{stage}/{target.name}")
-    write_segmentation(out / stages[-1], labels_of_stage, found.geometry, labels.value_names)
+    write_segmentation(out / stages[-1], labels_of_stage, found.geometry, labels.value_names, how)
   content = {
     "case": case.identifier, "inputs": [image.name for image in case.images],
     "runs": [m.name for m in models], **found.as_dict(),
@@ -199,5 +216,10 @@ def _predict_case(
   }
   with replacing(out / f"{case.identifier}.json") as temporary:
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-  write_segmentation(target, found.maps[-1], found.geometry, labels.value_names)
+  write_segmentation(target, found.maps[-1], found.geometry, labels.value_names, how)
   return found
+
+
+def _making(models: list[Segmenter], prompts: Prompts) -> Making:
+  codes = models[0].inference.codes
+  return Making(prompts == "generated", codes, {"runs": " ".join(m.name for m in models)})

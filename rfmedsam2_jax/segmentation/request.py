@@ -10,13 +10,13 @@ from typing import Literal
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import claim
+from rfmedsam2_jax.data.formats import FORMAT_ENDINGS, Format
 from rfmedsam2_jax.data.inputs import find_inputs, with_labels
-from rfmedsam2_jax.data.itk import simpleitk
 from rfmedsam2_jax.data.layouts import Case
 from rfmedsam2_jax.data.names import LeftOut
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.prompt_entries import PromptEntry, read_entries_by_case
-from rfmedsam2_jax.data.segmentations import FORMAT_ENDINGS, Format
+from rfmedsam2_jax.data.segmentations import check_format
 
 Prompts = Literal["generated", "oracle", "given"]
 
@@ -31,6 +31,8 @@ class Request:
   out: Path
   targets: Sequence[Path]  # the label map of each case
   left_out: Sequence[LeftOut]  # of the folders of inputs
+  format: Format
+  series: str | None  # which of a study's
 
 
 def check_alike(plans: Sequence[Plan]) -> None:
@@ -43,6 +45,7 @@ def check_alike(plans: Sequence[Plan]) -> None:
 def make_request(
   plan: Plan, inputs: Sequence[str | Path], out: str | Path, prompts: Prompts,
   labels: str | Path | None, given: str | Path | None, overwrite: bool, format: Format,
+  series: str | None = None,
 ) -> Request:
   """Finds what is asked for, and makes the folder `out`; arguments as those of `predict`.
 
@@ -51,7 +54,7 @@ def make_request(
       each other, results that exist (`ResultExists`), a format that cannot be written.
   """
   left_out: list[LeftOut] = []
-  cases = find_inputs(inputs, len(plan.channels), left_out.append)
+  cases = find_inputs(inputs, len(plan.channels), left_out.append, series is not None)
   if prompts == "oracle" and labels is None:
     raise UserError('prompts="oracle": needs labels, the folder of true label maps')
   if prompts == "given" and labels is None and given is None:
@@ -66,7 +69,6 @@ def make_request(
   cases = cases if labels is None else with_labels(cases, labels)
   out = Path(out)
   targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
-  if format == "nrrd":
-    simpleitk("format nrrd")  # said now if it is missing
+  check_format(format, cases=cases)
   claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
-  return Request(cases, prompts, entries, out, targets, left_out)
+  return Request(cases, prompts, entries, out, targets, left_out, format, series)

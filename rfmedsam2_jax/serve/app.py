@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 
 from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.data.colours import colour
+from rfmedsam2_jax.data.formats import FORMAT_ENDINGS
 from rfmedsam2_jax.data.names import ending_of
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.segmentations import write_segmentation
@@ -30,7 +31,7 @@ from rfmedsam2_jax.serve.studio import Job, Opened, Studio, Unknown
 
 BODY = 1 << 18  # bytes of a request that is no upload
 LABELS = 9  # that the page offers, one key each
-SAVED = ("nii.gz", "seg.nrrd")
+SAVED = tuple(ending.removeprefix(".") for ending in FORMAT_ENDINGS.values())
 
 _Corner = tuple[float, float, float]
 
@@ -153,7 +154,12 @@ class Pages:
       raise Unknown(f"{kind}: save as {' or '.join(SAVED)}")
     if opened.found is None:
       raise UserError(f"{opened.name}: nothing was tracked yet; draw a box and track")
-    content = await run_in_threadpool(_file, kind, opened.found, opened.volume.geometry)
+    try:
+      content = await run_in_threadpool(_file, kind, opened.found, opened.volume.geometry)
+    except UserError as error:  # places are none of the page's business
+      path = opened.volume.geometry.path
+      text = str(error).replace(str(path), opened.name).replace(f"{path.parent}/", "")
+      raise UserError(text) from None
     return Response(content, media_type="application/octet-stream")
 
 

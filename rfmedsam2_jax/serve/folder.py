@@ -12,11 +12,12 @@ import nibabel as nib
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.itk import WITH_VOXELS, claimed_voxels
-from rfmedsam2_jax.data.names import NIFTI_ENDINGS, ending_of, is_series_folder
+from rfmedsam2_jax.data.names import ARCHIVE, NIFTI_ENDINGS, ending_of, is_series_folder
+from rfmedsam2_jax.data.studies import claimed_bytes
 from rfmedsam2_jax.data.volumes import open_nifti
 
 # .nhdr and .mhd name their voxels' file: these are left to the other commands.
-ENDINGS = (*NIFTI_ENDINGS, *WITH_VOXELS)
+ENDINGS = (*NIFTI_ENDINGS, *WITH_VOXELS, ARCHIVE)
 LISTED = 2000  # files; a page of more helps nobody
 _HEADER = 1 << 20  # bytes within which the header of NRRD or MetaImage ends
 _OFFSET = 1 << 26  # bytes of extensions before the voxels of a NIfTI file
@@ -84,6 +85,8 @@ def check_volume(path: Path, limit: int) -> None:
       if offset > _OFFSET:
         raise UserError(f"{path}: its header claims that the voxels begin at byte {offset}; "
                         "copy or convert the file again")
+  elif ending_of(path).lower() == ARCHIVE:
+    voxels = claimed_bytes(path) // 2  # of two bytes each, as nearly all
   else:
     if path.is_file():
       _check_alone(path)
