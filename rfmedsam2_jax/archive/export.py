@@ -22,7 +22,7 @@ from rfmedsam2_jax.archive.manifest import (
   read_manifest,
 )
 from rfmedsam2_jax.archive.portable import check_portable, portable_config, portable_fingerprint
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.base.kept import check_name, run_at
 from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.config import Config, config_yaml, load_config
@@ -165,11 +165,11 @@ def _stated(given: str) -> tuple[str, str]:
   if Path(given).is_file():
     text = _read(Path(given))
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return first[:80] or NO_LICENCE, text
+    return printable(first)[:80] or NO_LICENCE, text
   if "/" in given or not given.strip():
     raise UserError(f"--licence {given}: is no file; give the file of its text, or a name such as "
                     "CC-BY-4.0")
-  return given, f"{given}\n"
+  return printable(given), f"{given}\n"
 
 
 def _check(files: dict[str, bytes], run: RunFolder, card: Path | None, licence: str | None) -> None:

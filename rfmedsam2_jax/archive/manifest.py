@@ -36,6 +36,8 @@ class Manifest(Stored):
   files: dict[str, Entry]
 
   def __post_init__(self):
+    if not self.licence.isprintable():  # it is shown on terminals
+      raise ValueError("licence is no line of text")
     for name in self.files:
       check_inside(name)
 

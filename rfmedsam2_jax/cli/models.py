@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.base.kept import home, names, shelf
 from rfmedsam2_jax.cli.console import Console
 
@@ -28,8 +28,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def _line(row: dict[str, Any], begin: str) -> str:
   if "damage" in row:
-    return f"{begin.partition(':')[0]}: {row['damage']}"
-  return f"{begin}; {row['megabytes']} MB, licence: {row['licence']}"
+    return printable(f"{begin.partition(':')[0]}: {row['damage']}")
+  return printable(f"{begin}; {row['megabytes']} MB, licence: {row['licence']}")
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -65,11 +65,13 @@ def fetch(
     raise UserError(f"{what.file}: came from {address} with SHA-256 {found}, {wrong} is expected "
                     f"({known}); nothing was kept, {anew}")
   target = shelf("weights") / name
-  with replacing_whole(target) as temporary:
-    convert(file, temporary, what)
-    save_json(temporary / NOTE, Fetched(name, what.file, address, found, known, what.licence))
+  try:
+    with replacing_whole(target) as temporary:
+      convert(file, temporary, what)
+      save_json(temporary / NOTE, Fetched(name, what.file, address, found, known, what.licence))
+  finally:
+    file.unlink()
   save_json(target.with_name(RECORDED), recorded | {name: found})
-  file.unlink()
   return target
 
 
