@@ -10,6 +10,7 @@ import dataclasses
 import math
 import pickletools
 import struct
+import typing
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -191,8 +192,8 @@ def _interpret(data: bytes, calls: Calls, storage: Callable[[Any], _Storage]) ->
     taken, stack[begin:] = stack[begin:], []
     return taken
 
-  for operation, argument, _ in pickletools.genops(data):
-    name = operation.name
+  for operation, of_it, _ in pickletools.genops(data):
+    name, argument = operation.name, typing.cast(Any, of_it)
     if name in _VALUES:
       stack.append(argument)
     elif name in ("BINPUT", "LONG_BINPUT"):
@@ -243,7 +244,7 @@ def _filled(target: Any, given: list[Any], kind: type) -> None:
   if type(target) is not kind:
     raise ValueError(f"its pickle fills a {type(target).__name__} as a {kind.__name__}")
   if kind is list:
-    target.extend(given)
+    list.extend(target, given)
   else:
-    target.update(zip(given[::2], given[1::2], strict=True))
+    dict.update(target, zip(given[::2], given[1::2], strict=True))
 
