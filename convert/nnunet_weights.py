@@ -13,7 +13,8 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.model import init_generator
 from rfmedsam2_jax.nn.unet import UNet
 
-from .sources import check_finite, read_torch
+from .sources import as_float32, check_finite
+from .torch_files import read_torch
 
 # Where each kind of tensor goes, and the order of its axes there.
 _LAYER = r"(en|de)coder\.stages\.(\d+)\.(?:0\.)?convs\.(\d+)\."
@@ -28,22 +29,19 @@ _RULES = (
 )
 
 
+# nnU-Net's log has numbers of numpy, which nobody needs here.
+_LOG = {"numpy.dtype": lambda *_: {}, "_codecs.encode": lambda *_: b"",
+        "numpy.core.multiarray.scalar": lambda *_: None,
+        "numpy._core.multiarray.scalar": lambda *_: None}
+
+
 def load_checkpoint(file: Path) -> dict[str, Any]:
   """A checkpoint of nnU-Net, read as data only.
 
   Raises:
     UserError: it cannot be read, or is none of nnU-Net.
   """
-  try:
-    import torch
-  except ImportError:
-    raise UserError("reading .pth needs PyTorch: pip install torch") from None
-  # nnU-Net's log has numpy numbers; these three build them and run nothing.
-  scalar: Any = np.float64(0).__reduce__()[0]
-  kinds = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), scalar,
-           (scalar, "numpy.core.multiarray.scalar")]
-  with torch.serialization.safe_globals(kinds):
-    stored = read_torch(file)
+  stored = read_torch(file, _LOG)
   if not isinstance(stored.get("network_weights"), Mapping):
     raise UserError(f"{file}: is no checkpoint of nnU-Net v2 (it has no network_weights); give "
                     "fold_X/checkpoint_final.pth")
@@ -74,7 +72,7 @@ def network_params(
     name = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
     name = re.sub(r"\.all_modules\.0\.", ".conv.", name)
     name = re.sub(r"\.all_modules\.1\.", ".norm.", name)
-    values = tensor.detach().float().numpy()
+    values = as_float32(tensor, full, source)
     check_finite({full: values}, source)
     path, x = _placed(name, values)
     if path is None:

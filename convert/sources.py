@@ -1,16 +1,10 @@
 """Reading other people's checkpoint files: which tensors they hold, by their names in the file.
 
-.pt files are read as data only (`weights_only`): a pickle that wants to run code is refused. Out:
-`Source`, whose tensors convert.recognise and convert.report judge.
+Out: `Source`, whose tensors convert.recognise and convert.report judge.
 """
 
 import hashlib
 import json
-import pickle
-import re
-import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +14,8 @@ from safetensors.numpy import load_file
 
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.weights.orbax import not_finite
+
+from .torch_files import StoredTensor, read_torch
 
 # The one tensor by which the network is found inside a file: theirs and Hugging Face's name.
 OFFICIAL_ANCHOR = "image_encoder.trunk.patch_embed.proj.weight"
@@ -60,10 +56,13 @@ def read_source(path: Path) -> Source:
   for file in files:
     is_safetensors = file.suffix == ".safetensors"
     tree |= _read_safetensors(file) if is_safetensors else read_torch(file)
-  place, hugging_face, tensors = _find_network(tree, path)
+  try:
+    place, hugging_face, tensors = _find_network(tree, path)
+  except RecursionError:
+    raise UserError(f"{path}: holds dicts within dicts without an end; check the file") from None
   return Source(
     path=path,
-    tensors={name: _as_array(x) for name, x in tensors.items()},
+    tensors={name: as_float32(x, name, path) for name, x in tensors.items()},
     hugging_face=hugging_face,
     place=place,
     files={file.name: file_sha256(file) for file in files},
@@ -99,40 +98,6 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     raise UserError(
       f"{file}: cannot be read as safetensors ({first_line(error, 160)}); download it again"
     ) from None
-
-
-def read_torch(file: Path) -> dict[Any, Any]:
-  """The dict in a file of PyTorch, tensors mapped; UserError where it would run code."""
-  try:
-    import torch
-  except ImportError:
-    raise UserError("reading .pt needs PyTorch: pip install torch") from None
-  try:
-    if zipfile.is_zipfile(file):
-      with zipfile.ZipFile(file) as archive:
-        if broken := archive.testzip():  # torch does not look at checksums
-          raise ValueError(f"{broken} does not have its checksum")
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # of pickles that torch does not know well
-      # Only files of torch's zip format can be mapped; older ones are read.
-      tree = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-  except pickle.UnpicklingError as error:
-    found = re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:global|class):? (\S+)", str(error))
-    what = next(part for part in found.groups() if part).strip(",") if found else "or no pickle"
-    raise UserError(
-      f"{file}: holds more than tensors ({what}), and unpickling that could run code, so it was "
-      "not read; check the file or have its author save the state dict alone"
-    ) from None
-  except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-          AssertionError, OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
-          OSError) as error:
-    raise UserError(
-      f"{file}: is damaged or no checkpoint of PyTorch ({first_line(error, 160)}); download it "
-      "again"
-    ) from None
-  if not isinstance(tree, Mapping):
-    raise UserError(f"{file}: holds a {type(tree).__name__} and no state dict; check the file")
-  return dict(tree)
 
 
 def _find_network(tree: Mapping[Any, Any], path: Path) -> tuple[str, bool, dict[str, Any]]:
@@ -173,11 +138,11 @@ def _dicts(tree: Mapping[Any, Any], where: str) -> Iterator[tuple[str, Mapping[A
       yield from _dicts(value, f"{where}{key}.")
 
 
-def _as_array(x: Any) -> np.ndarray:
-  """A numpy array or torch tensor as float32; a view where it is float32 already."""
-  if not isinstance(x, np.ndarray):
-    x = x.detach().float().numpy()
-  return x.astype(np.float32, copy=False)
+def as_float32(x: Any, name: str, source: str | Path) -> np.ndarray:
+  """A tensor as float32, a view where it is float32 already; UserError for what is none."""
+  if not isinstance(x, np.ndarray | StoredTensor) or x.dtype.kind == "c":
+    raise UserError(f"{source}: {name} is no tensor of real numbers; check the file")
+  return x.array(np.float32) if isinstance(x, StoredTensor) else x.astype(np.float32, copy=False)
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], source: str | Path) -> None:

@@ -1,4 +1,5 @@
-"""The one factory: a config and a plan, or the folder of a run, become networks with parameters."""
+"""The one factory: a config and a plan, or a run by its folder or name, become networks with
+parameters."""
 
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.kept import no_run, run_at
 from rfmedsam2_jax.config import Config, load_config
 from rfmedsam2_jax.config.training import GeneratorConfig
 from rfmedsam2_jax.data.files import load_json
@@ -21,6 +23,7 @@ from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.weights.orbax import load_params
+from rfmedsam2_jax.weights.single_file import is_single, load_single
 
 # Of a Segmenter, as its fields of parameters are called.
 Network = Literal["generator", "refiner"]
@@ -28,24 +31,24 @@ NETWORKS: tuple[Network, ...] = ("generator", "refiner")
 
 
 def load(path: str | Path) -> Segmenter:
-  """The segmenter of a finished run folder.
+  """The segmenter of a finished run: its folder, or as a text the name of an installed model.
 
   Raises:
     UserError: no run, or one that is not finished.
   """
-  run = RunFolder(path)
+  run = RunFolder(run_at(path))
   if not run.config.exists():
-    raise UserError(f"{path}: is no run (it has no config.yaml); give a folder made by train")
+    raise no_run(path)
   config = load_config(run.config, trained=True)
   if config.tracker_alone:
     raise UserError(f"{path}: trained a tracker alone, which segments by prompts; give "
                     f"{run.params('tracker')} to track, serve or refiner.init_from")
   for network in NETWORKS:
-    if not run.params(network).is_dir():
+    if not run.params(network).exists():
       raise UserError(f"{path}: its {network} is not trained yet; resume its training")
   plan = load_plan(run / "plan.json")
   segmenter = untrained(config, plan)
-  params: Any = {name: load_params(run.params(name), shapes(segmenter, name)) for name in NETWORKS}
+  params: Any = {name: _load(run.params(name), shapes(segmenter, name)) for name in NETWORKS}
   known = run / "fingerprint.json"
   fingerprint = load_json(known, Fingerprint) if known.exists() else None
   if fingerprint is not None and len(fingerprint.channels) != len(plan.channels):
@@ -53,6 +56,10 @@ def load(path: str | Path) -> Segmenter:
                     f"{len(plan.channels)}; copy both from the run again")
   return dataclasses.replace(
     segmenter, name=own_name(run.path), fingerprint=fingerprint, **params)
+
+
+def _load(place: Path, like: Params) -> Params:
+  return (load_single if is_single(place) else load_params)(place, like)
 
 
 def untrained(config: Config, plan: Plan) -> Segmenter:

@@ -150,6 +150,7 @@ STAND_INS: dict[str, Callable[[Places, Path], None]] = {
   "phantoms/labelsTs": Places.references,
   "nnUNetTrainer__*": Places.nnunet,
   "sam2*.pt": Places.official,
+  "sam2.1_hiera_tiny": Places.checkpoint,
   "ckpt/*": Places.checkpoint,
   "checkpoint": Places.checkpoint,
   "config.yaml": Places.config,

@@ -31,6 +31,7 @@ NOT_RUN = {
   "gcloud": "needs a cloud; commands within are parsed, their configs read",
   "--distributed": "needs several processes; the command is parsed, its config read",
   "rfmedsam2_jax.report.niivue": "downloads; that the module exists is checked",
+  "rfmedsam2 fetch": "downloads; its arguments are parsed",
   "scontrol": "needs a cluster",
   "sudo": "changes the machine",
   "tensorboard": "is not installed with the package",
@@ -110,7 +111,9 @@ class Runner:
 
   def _rfmedsam2(self, words: list[str]) -> None:
     named = len(words) == 1
-    if self._places is None or named or _is_pattern(words) or "--distributed" in words:
+    downloads = words[0] == "fetch"
+    if self._places is None or named or downloads or _is_pattern(words) or (
+        "--distributed" in words):
       self._parse_rfmedsam2(words)
       return
     words = [self._moved(word) for word in words]

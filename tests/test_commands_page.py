@@ -13,7 +13,7 @@ OF_ALL = {"--help", "--quiet", "--json"}
 def test_every_command_has_its_options_on_the_page():
   sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
   said = {
-    name: set(re.findall("`(--[a-z-]+)`", " ".join(re.findall(r"^\|([^|]*)\|", text, re.M))))
+    name: set(re.findall("`(--[a-z0-9-]+)`", " ".join(re.findall(r"^\|([^|]*)\|", text, re.M))))
     for name, text in sections.items()
   }
   (commands,) = (

@@ -76,6 +76,7 @@ def _is_script(block: Block) -> bool:
 def runner(places, tmp_path, monkeypatch):
   here = prepare(tmp_path)
   monkeypatch.chdir(here)
+  monkeypatch.setenv("RFMEDSAM2_HOME", str(tmp_path / "home"))
   return Runner(places, here)
 
 

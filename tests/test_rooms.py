@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "rfmedsam2_jax"
 # From the ground up: a room imports itself and what stands before it.
 ORDER = (
   "base", "nn", "data", "parallel", "weights", "tracking", "refinement", "evaluation",
-  "segmentation", "report", "prompted", "config", "model", "serve", "training", "cli",
+  "segmentation", "report", "prompted", "config", "model", "archive", "serve", "training", "cli",
 )
 # Rooms that stand side by side.
 APART = [{"evaluation", "segmentation"}, {"evaluation", "prompted"}, {"segmentation", "prompted"}]

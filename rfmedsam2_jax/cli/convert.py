@@ -83,10 +83,7 @@ def convert(options: argparse.Namespace, console: Console, module: str, function
             **wanted: Any) -> None:
   """Runs a function of the converter, with its `Wanted` if there is any, and says what it did."""
   console.on_interruption("interrupted; nothing was written")
-  beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
-  in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
-  # That of a clone that Python runs in, else as installed.
-  home = importlib.import_module(f"{'convert' if in_clone else 'rfmedsam2_jax.convert'}.{module}")
+  home = converter(module)
   choices = [home.Wanted(**wanted)] if wanted else []
   try:
     said = getattr(home, function)(options.source, options.out, *choices, report=console.detail,
@@ -94,3 +91,10 @@ def convert(options: argparse.Namespace, console: Console, module: str, function
   except OSError as error:
     raise UserError(place_line(error, str(options.out))) from None
   console.result(f"{options.out}: {said}", {"out": options.out, "converted": said})
+
+
+def converter(module: str) -> Any:
+  """A module of the converter: that of a clone that Python runs in, else as installed."""
+  beside, clone = importlib.util.find_spec("convert"), Path(__file__).parents[2] / "convert"
+  in_clone = beside is not None and beside.origin == str(clone / "__init__.py")
+  return importlib.import_module(f"{'convert' if in_clone else 'rfmedsam2_jax.convert'}.{module}")

@@ -20,7 +20,7 @@ from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console, place_line
 
 COMMANDS = ("train", "shard", "predict", "evaluate", "report", "track", "serve", "convert",
-            "quickstart")
+            "export", "install", "models", "fetch", "quickstart")
 STATUSES = """exit status:
   0    done
   2    something that you can mend; one line says what

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.kept import no_run, run_at
+from rfmedsam2_jax.base.places import word_or_path
 from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console, named_options
 from rfmedsam2_jax.data.formats import FORMATS, HELP
@@ -13,9 +15,9 @@ from rfmedsam2_jax.data.formats import FORMATS, HELP
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add("paths", nargs="+", type=Path, metavar="RUN... INPUT...",
-      help="one run folder, or several to be averaged, then volumes, DICOM series or folders of "
-      "them")
+  add("paths", nargs="+", type=word_or_path, metavar="RUN... INPUT...",
+      help="one run (its folder, or the name of an installed model), or several to be averaged, "
+      "then volumes, DICOM series or folders of them")
   add("--out", type=Path, required=True, help="folder of label maps and CASE.json")
   add("--prompts", choices=("generated", "oracle", "given"), default="generated",
       help="automatic (default), boxes from true labels (upper limit), or a person's")
@@ -49,12 +51,13 @@ def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) ->
 
 def run(options: argparse.Namespace, console: Console) -> None:
   paths = options.paths
-  runs = list(itertools.takewhile(lambda path: (path / "config.yaml").is_file(), paths))
+  found = itertools.takewhile(lambda path: (path / "config.yaml").is_file(), map(run_at, paths))
+  runs = list(found)
   if max(len(runs), 1) == len(paths):
     raise UserError(f"{paths[-1]}: no input given behind the run; name volumes or folders")
   if not runs:
-    raise UserError(f"{paths[0]}: is no run (it has no config.yaml); give a folder made by train")
-  inputs = paths[len(runs) :]
+    raise no_run(paths[0])
+  inputs = [Path(path) for path in paths[len(runs) :]]
   with named_options():
     _check(options, runs, inputs)
 

@@ -4,13 +4,15 @@ import argparse
 from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.kept import run_at
+from rfmedsam2_jax.base.places import word_or_path
 from rfmedsam2_jax.cli.console import Console, exists
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
-  add("folders", nargs="+", type=Path, metavar="RUN|PREDICTIONS",
-      help="a run, a folder that predict wrote, or one of each")
+  add("folders", nargs="+", type=word_or_path, metavar="RUN|PREDICTIONS",
+      help="a run or installed model, a folder that predict wrote, or one of each")
   add("--ref", type=Path, help="folder of references, to score the predictions")
   add("--images", type=Path, help="folder of the inputs, to show them")
   add("--out", type=Path, required=True, help="folder of the report")
@@ -21,8 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
   from rfmedsam2_jax.report.target import is_taken
-  runs = [folder for folder in options.folders if (folder / "config.yaml").is_file()]
-  predictions = [folder for folder in options.folders if folder not in runs]
+  folders = [run_at(folder) for folder in options.folders]
+  runs = [folder for folder in folders if (folder / "config.yaml").is_file()]
+  predictions = [folder for folder in folders if folder not in runs]
   for several in (runs, predictions):
     if len(several) > 1:
       raise UserError(f"{several[1]}: is a second folder of the kind of {several[0]}; "

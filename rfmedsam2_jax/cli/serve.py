@@ -15,7 +15,8 @@ from rfmedsam2_jax.cli.console import Console
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("checkpoint", type=word_or_path, nargs="?", default=BUILTIN,
-      help="made by rfmedsam2 convert or train (the built-in weights)")
+      help="made by rfmedsam2 convert or train, or the name of fetched weights or of an installed "
+      "tracker (the built-in weights)")
   add("--folder", type=Path, help="whose volumes the page can open")
   add("--port", type=int, default=8765, help="0 takes a free one (8765)")
   add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
@@ -74,9 +75,10 @@ def _check(options: argparse.Namespace) -> None:
   for package in ("starlette", "uvicorn"):
     if find_spec(package) is None:
       raise UserError(f"serve needs {package}; install it: pip install 'rfmedsam2-jax[serve]'")
-  if options.checkpoint != BUILTIN and not options.checkpoint.exists():
-    raise UserError(f"{options.checkpoint}: no such checkpoint; check the path or make one, "
-                    "docs/convert.md")
+  if options.checkpoint != BUILTIN:
+    from rfmedsam2_jax.weights.named import checkpoint_at, no_checkpoint
+    if not checkpoint_at(options.checkpoint).exists():
+      raise no_checkpoint(options.checkpoint)
   if options.folder is not None and not options.folder.is_dir():
     raise UserError(f"--folder {options.folder}: is no folder; name one that holds volumes")
   for name in ("keep", "max_upload", "max_voxels"):

@@ -14,7 +14,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("image", type=Path, help="volume, or folder or .zip with a DICOM series or study")
   add("--checkpoint", type=word_or_path, default=BUILTIN,
-      help="made by rfmedsam2 convert or train (the built-in weights)")
+      help="made by rfmedsam2 convert or train, or the name of fetched weights or of an installed "
+      "tracker (the built-in weights)")
   add("--out", type=Path, required=True, help="folder of the results")
   add("--box", action="append", default=[], metavar="LABEL:z,x0,y0,x1,y1",
       help="a box on slice z, in voxels of the file from 0; repeat for more (coronal slices: "

@@ -33,7 +33,9 @@ class RunFolder:
     return self.path / phase / "checkpoints"
 
   def params(self, phase: str) -> Path:
-    return self.path / phase / "params"
+    """The averaged weights: a folder, or one file where a model was installed."""
+    file = self.path / phase / "params.safetensors"
+    return file if file.is_file() else self.path / phase / "params"
 
   def write(self, name: str, text: str) -> None:
     if self.writes:

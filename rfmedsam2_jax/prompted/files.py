@@ -40,8 +40,8 @@ def open_volume(
   """A volume that can be prompted: `open_volume(image="ct.nii.gz")`.
 
   Args:
-    checkpoint: what `rfmedsam2 convert` made, `tracker/params` of a run, or the text `builtin`: the
-      small network that comes with the package.
+    checkpoint: what `rfmedsam2 convert` made, `tracker/params` of a run, a name (see
+      weights.named), or the text `builtin`: the small network that comes with the package.
     image: a NIfTI file, or one that is loaded. It has to be given; by name where no checkpoint
       stands before it.
     window: centre and width of the intensities that SAM sees; None: percentiles of the volume.

@@ -1,6 +1,7 @@
 """SAM 2 on disk, parameters and config, and what it takes to train on from it.
 
-A checkpoint is a folder (weights.orbax), a file (weights.single_file), or the word `builtin`.
+A checkpoint is a folder (weights.orbax), a file (weights.single_file), the word `builtin`, or a
+name (weights.named).
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.nn.initialisation import init_params, param_shapes
 from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.sam2 import FIXED, SAM2Config
+from rfmedsam2_jax.weights.named import no_checkpoint
 from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
+from rfmedsam2_jax.weights.published import PUBLISHED
 from rfmedsam2_jax.weights.single_file import (
   is_single,
   load_single,
@@ -57,8 +60,8 @@ def config_json(config: SAM2Config) -> dict[str, Any]:
 def load_checkpoint(source: str | Path) -> Checkpoint:
   """Reads a checkpoint of SAM 2; UserError for none, a damaged one, or one of something else.
 
-  source: folder or .safetensors file of this program, or the text `builtin` (./builtin and a `Path`
-  are never that word).
+  source: folder or .safetensors file of this program, or a text: `builtin`, the name of fetched
+  weights or of an installed model with a tracker (./builtin and a `Path` are never words).
   """
   path = located(source)
   config, about = read_config(source)
@@ -75,7 +78,7 @@ def read_config(source: str | Path) -> tuple[SAM2Config, dict[str, Any]]:
   """The config of a checkpoint and all that it says of itself, without its parameters."""
   path = located(source)
   if not path.exists():
-    raise UserError(f"{path}: no such checkpoint; check the path or make one, docs/convert.md")
+    raise no_checkpoint(source)
   if not is_single(path) and not (path / "about").is_dir():
     raise UserError(
       f"{path}: is no checkpoint of this program; make one from it with rfmedsam2 convert")
@@ -119,7 +122,10 @@ def check_starting_point(source: str | Path, config: SAM2Config) -> None:
   """UserError for no checkpoint, or one of another network than `config`; reads no parameters."""
   found, _ = read_config(source)
   if name := first_difference(config, found):
-    right = "{preset: builtin}" if source == BUILTIN else "the network of the checkpoint"
+    preset = BUILTIN if source == BUILTIN else ""
+    if source in PUBLISHED:
+      preset = PUBLISHED[str(source)].preset
+    right = f"{{preset: {preset}}}" if preset else "the network of the checkpoint"
     raise UserError(
       f"{source}: its network has {name}={short(getattr(found, name))}, the config has sam2."
       f"{name}={short(getattr(config, name))}; set sam2 to {right}")

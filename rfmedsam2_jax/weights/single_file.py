@@ -2,7 +2,7 @@
 
 Tensors are called by the paths of their parameters, joined by "/". "about" in the metadata is the
 JSON that a checkpoint's folder has. `builtin.safetensors` beside this module comes with the
-package; the word `builtin` means it.
+package; the word `builtin` means it. Installed models keep their networks so, in float32.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.places import BUILTIN, check_place
 from rfmedsam2_jax.nn.layers import Params
+from rfmedsam2_jax.weights.named import checkpoint_at
 from rfmedsam2_jax.weights.orbax import check_finite, checksum, file_errors, not_finite
 
 ENDING = ".safetensors"
@@ -28,8 +29,8 @@ BUILTIN_FILE = Path(__file__).with_name(f"builtin{ENDING}")
 
 
 def located(source: str | Path) -> Path:
-  """Where a checkpoint lies: the package's file for the word `builtin`, else the path itself."""
-  return BUILTIN_FILE if source == BUILTIN else Path(source)
+  """Where a checkpoint lies: the package's file for the word `builtin`, else see checkpoint_at."""
+  return BUILTIN_FILE if source == BUILTIN else checkpoint_at(source)
 
 
 def is_single(path: Path) -> bool:
@@ -46,8 +47,13 @@ def save_single(path: str | Path, params: Params, about: dict[str, Any]) -> None
     UserError: a value that float16 does not hold.
   """
   check_place(path)
+  Path(path).write_bytes(single_bytes(params, about, np.float16, path))
+
+
+def single_bytes(params: Params, about: dict[str, Any], dtype: Any, path: str | Path) -> bytes:
+  """The content of such a file with values of `dtype`; see save_single."""
   with np.errstate(over="ignore"):
-    tensors = {name: np.asarray(x, np.float32).astype(np.float16)
+    tensors = {name: np.asarray(x, np.float32).astype(dtype)
                for name, x in flatten_dict(params, sep="/").items()}
   for name, x in tensors.items():
     if not_finite(x):
@@ -55,7 +61,7 @@ def save_single(path: str | Path, params: Params, about: dict[str, Any]) -> None
                       "this checkpoint as a folder")
   count = sum(x.size for x in tensors.values())
   about = about | {"parameters": count, "checksum": checksum(unflatten_dict(tensors, sep="/"))}
-  Path(path).write_bytes(save(tensors, {"about": json.dumps(about)}))
+  return save(tensors, {"about": json.dumps(about)})
 
 
 def load_single(path: Path, like: Params) -> Params:
