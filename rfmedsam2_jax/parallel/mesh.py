@@ -6,10 +6,13 @@ A batch is spread over `data` and `fsdp` together, parameters and optimizer stat
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import Field
 
@@ -38,9 +41,12 @@ class MeshConfig:
       raise ValueError(f"mesh is {sizes}; give sizes from 1 on, and -1 (the rest) at most once")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-  """The mesh over all devices of all processes; UserError if there are too few or some left."""
-  devices, sizes = jax.devices(), [config.data, config.fsdp, config.model]
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh over all devices of all processes; UserError if there are too few or some left.
+
+  devices: others than these, which may be those of a machine that is only compiled for.
+  """
+  devices, sizes = list(devices or jax.devices()), [config.data, config.fsdp, config.model]
   known = math.prod(size for size in sizes if size != -1)
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
   if -1 in sizes:
@@ -56,7 +62,28 @@ def make_mesh(config: MeshConfig) -> Mesh:
     raise UserError(f"{wanted}: uses {count} of {len(devices)} devices; with several processes "
                     "all have to be used, let one size be -1")
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices[:count])
+  return Mesh(_arranged(sizes, devices[:count], wanted), AXES, axis_types=types)
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence[Any], wanted: str) -> np.ndarray:
+  """Devices in the order of a mesh of these sizes, so that neighbours are close to each other.
+
+  Slices of TPUs, and hosts of GPUs, are joined by a slower network: `data` goes over it first, then
+  `fsdp`. jax.make_mesh refuses several, and sizes that are no product of a v6e's or v5p's sides.
+  """
+  groups = Counter(getattr(device, "slice_index", None) for device in devices)
+  between, rest = [], len(groups)
+  for size in sizes:
+    between.append(math.gcd(size, rest))
+    rest //= between[-1]
+  if rest > 1 or len(set(groups.values())) > 1:
+    raise UserError(f"{wanted}: cannot be spread over {len(groups)} slices or hosts; let mesh.data "
+                    f"be a multiple of {len(groups)}")
+  if len(groups) == 1:
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  within = [size // parts for size, parts in zip(sizes, between, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(
+    within, between, devices, allow_split_physical_axes=True)
 
 
 def mesh_platform(mesh: Mesh) -> Platform:
