@@ -111,9 +111,10 @@ class Runner:
 
   def _rfmedsam2(self, words: list[str]) -> None:
     named = len(words) == 1
-    downloads = words[0] == "fetch"
-    if self._places is None or named or downloads or _is_pattern(words) or (
-        "--distributed" in words):
+    parsed = words[0] == "fetch" or "--distributed" in words  # no network, no cluster
+    if "--topology" in words:  # its compiler is in an extra of its own
+      parsed = parsed or importlib.util.find_spec("libtpu") is None
+    if self._places is None or named or _is_pattern(words) or parsed:
       self._parse_rfmedsam2(words)
       return
     words = [self._moved(word) for word in words]

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rfmedsam2_jax"
 
 # From the ground up: a room imports itself and what stands before it.
 ORDER = (
-  "base", "nn", "data", "parallel", "weights", "tracking", "refinement", "evaluation",
+  "base", "nn", "data", "programs", "parallel", "weights", "tracking", "refinement", "evaluation",
   "segmentation", "report", "prompted", "config", "model", "archive", "serve", "training", "cli",
 )
 # Rooms that stand side by side.

@@ -14,6 +14,7 @@ import shtab
 
 from rfmedsam2_jax.base import command as process
 from rfmedsam2_jax.base import interruption
+from rfmedsam2_jax.base.accelerators import hide_libtpu
 from rfmedsam2_jax.base.errors import RESUME, Stopped, UserError
 from rfmedsam2_jax.base.places import check_place, word_or_path
 from rfmedsam2_jax.base.progress import Passing
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     console.on_interruption(_INTERRUPTED)
     console.line(Passing("starting"))  # importing JAX takes seconds
   process.begin()
+  hide_libtpu()
   _keep_programs()
   try:
     _check_places(options)

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 
+from rfmedsam2_jax.programs.chips import CHIPS
+
 # Products of dense matrices in bfloat16, FLOP/s of one device, from the vendors' data sheets; the
-# names begin as JAX's device_kind does. Cloud TPU: cloud.google.com/tpu/docs/system-architecture.
+# names begin as JAX's device_kind does. TPUs: programs.chips.
 PEAK_FLOPS = (
   ("NVIDIA B200", 2250e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA H200", 989e12),
   ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100", 989e12),
-  ("NVIDIA A100", 312e12), ("NVIDIA L4", 121e12), ("TPU v6 lite", 918e12),
-  ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v4", 275e12),
+  ("NVIDIA A100", 312e12), ("NVIDIA L4", 121e12),
 )
 
 
@@ -30,6 +31,9 @@ def divide_cpu(count: int) -> bool:
 
 def peak_flops(kind: str) -> float | None:
   """FLOP/s that a kind of device is sold with, or None where that is not known (all CPUs)."""
+  for name, chip in CHIPS.items():
+    if kind in (chip.kind, f"TPU {name}"):
+      return chip.flops / chip.devices
   return next((peak for name, peak in PEAK_FLOPS if kind.startswith(name)), None)
 
 

@@ -7,6 +7,7 @@ A batch is spread over `data` and `fsdp` together, parameters and optimizer stat
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
@@ -40,13 +41,16 @@ class MeshConfig:
       raise ValueError(f"mesh is {sizes}; give sizes from 1 on, and -1 (the rest) at most once")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """The mesh over all devices of all processes, of one slice or of several.
+
+  Args:
+    devices: others than these, which may be those of a machine that is only compiled for.
 
   Raises:
     UserError: there are too few devices, or some left, or slices that the sizes do not fit.
   """
-  devices, sizes = jax.devices(), [config.data, config.fsdp, config.model]
+  devices, sizes = list(devices or jax.devices()), [config.data, config.fsdp, config.model]
   known = math.prod(size for size in sizes if size != -1)
   wanted = f"mesh: data {sizes[0]} x fsdp {sizes[1]} x model {sizes[2]}"
   if -1 in sizes:
@@ -62,16 +66,16 @@ def make_mesh(config: MeshConfig) -> Mesh:
     raise UserError(f"{wanted}: uses {count} of {len(devices)} devices; with several processes "
                     "all have to be used, let one size be -1")
   types = (AxisType.Auto,) * len(AXES)
-  return Mesh(_arranged(devices[:count], sizes, wanted), AXES, axis_types=types)
+  return Mesh(_arranged(devices, count, sizes, wanted), AXES, axis_types=types)
 
 
-def _arranged(devices: list[jax.Device], sizes: list[int], wanted: str) -> np.ndarray:
-  """The devices [data, fsdp, model], neighbours on the network where most is sent.
+def _arranged(all_devices: list[Any], used: int, sizes: list[int], wanted: str) -> np.ndarray:
+  """The first `used` devices [data, fsdp, model], neighbours on the network where most is sent.
 
   Several slices of TPUs have `data` across them, since between them the network is slow. To JAX the
   hosts of a cluster of GPUs or CPUs are slices too: there it is so where it can be.
   """
-  data, fsdp, model = sizes
+  devices, (data, fsdp, model) = all_devices[:used], sizes
   slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
   count, held = len(slices), sorted(set(slices.values()))
   divides = data % count == 0 and len(held) == 1
@@ -87,7 +91,7 @@ def _arranged(devices: list[jax.Device], sizes: list[int], wanted: str) -> np.nd
         (data // count, fsdp, model), (count, 1, 1), devices, allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   except (AssertionError, NotImplementedError, ValueError):  # of the wiring of TPUs
-    raise UserError(f"{wanted}: the wiring of {len(devices)} of {len(jax.devices())} devices has "
+    raise UserError(f"{wanted}: the wiring of {used} of {len(all_devices)} devices has "
                     "no room for it; use all of them, or powers of 2") from None
 
 

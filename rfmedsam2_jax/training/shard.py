@@ -1,7 +1,8 @@
 """The `shard` command: the steps of all phases on a mesh of devices that need not exist.
 
-A step is compiled for as many simulated CPU devices. Where arrays lie and what is sent does not
-depend on the kind of device; the memory of activations does, and is an estimate.
+A step is compiled for as many simulated CPU devices, or for the chips of a TPU slice by their own
+compiler. Where arrays lie and what is sent hardly depends on the kind of device; the memory of
+activations does, and a CPU's is an estimate.
 """
 
 import math
@@ -19,9 +20,10 @@ from rfmedsam2_jax.base.progress import Report, silent
 from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.plan import ChannelRule, Plan, PlanConfig, pooling
-from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import batch_shapes, batch_shards, make_mesh
 from rfmedsam2_jax.parallel.rules import path_of, placements, shardings, specs
+from rfmedsam2_jax.programs.chips import GIB, Chip
+from rfmedsam2_jax.training.compiled import Facts, compile_facts, lines_of, remedies
 from rfmedsam2_jax.training.phases import (
   PHASES,
   Phase,
@@ -30,56 +32,51 @@ from rfmedsam2_jax.training.phases import (
   tracker_phases,
 )
 
-GIB = 2**30
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
-          "u64": 8, "f64": 8}
-_LINE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
+class Target(NamedTuple):
+  """What the steps are for: `devices` (None: those that JAX has), all of them of a kind of `chip`
+  (None: of a CPU), `name` for the report."""
 
-class Collective(NamedTuple):
-  """One operation of KINDS: bytes of its result on one device, arrays combined, largest's bytes."""
-
-  kind: str
-  bytes: int
-  arrays: int
-  largest: int
-
-
-def collectives_of(text: str) -> list[Collective]:
-  """The collectives of an optimised HLO module (`compiled.as_text()`), in its order."""
-  found = []
-  for match in filter(None, map(_LINE.search, text.splitlines())):
-    sizes = [_BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
-             for dtype, shape in _ARRAY.findall(match[1]) if dtype in _BYTES]
-    found.append(Collective(match[2], sum(sizes), len(sizes), max(sizes, default=0)))
-  return found
+  devices: Sequence[Any] | None = None
+  chip: Chip | None = None
+  name: str = ""
 
 
 def shard(
-  config: Config, channels: int, structures: int, phases: Sequence[PhaseName],
+  config: Config, channels: int, structures: int, phases: Sequence[PhaseName], target: Target,
   report: Callable[[str], None] = print, compiles: bool = True, progress: Report = silent,
-) -> None:
-  """Reports what every device would hold and send; reads no data.
+) -> list[Facts]:
+  """Reports what every device would hold and send, and returns it; reads no data.
 
   channels, structures: of the data set. compiles: False leaves out what only the compiled step
   tells. progress: takes lines about what is done.
 
+  Returns:
+    For every phase its name, the mesh, bytes that a device holds, and what
+    training.compiled.compile_facts gives.
+
   Raises:
     UserError: a mesh that these devices do not make, a batch that does not spread over it.
   """
-  mesh = make_mesh(config.mesh)
+  mesh = make_mesh(config.mesh, target.devices)
   check_batches(config, phases, mesh)
   key = jax.random.key(0)
   made = tracker_phases(config) if "tracker" in phases else []
   if others := [name for name in phases if name != "tracker"]:
     plan = _plan_of_shapes(config.plan, channels, structures)
     made += [PHASES[name](config, plan) for name in others]
+  found = []
   for phase in made:
     progress(f"{phase.name}: laying out" + (" and compiling the training step" if compiles else ""))
     state = jax.eval_shape(lambda key, phase=phase: phase.start(phase.init(key), key), key)
-    _report_step(phase, state, mesh, report, compiles)
+    facts = _report_layout(phase, state, mesh, report, target.name)
+    if compiles:
+      compiled = compile_facts(_lowered(phase, state, mesh), target.chip)
+      for line in lines_of(compiled, target.chip, remedies(config, phase, mesh)):
+        report(line)
+      facts |= compiled
+    found.append(facts)
+  return found
 
 
 def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
@@ -94,45 +91,39 @@ def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
   rules = tuple(ChannelRule(f"channel {k}", "zscore") for k in range(channels))
   depth, height, width = map(int, size)
   patch = depth, height, width
-  return Plan("shapes", 0, spacing, patch, rules, patch, strides, kernels, labels)
+  try:
+    return Plan("shapes", 0, spacing, patch, rules, patch, strides, kernels, labels)
+  except ValueError as error:
+    raise UserError(f"plan: {error}; give others") from None
 
 
-def _report_step(
-  phase: Phase, state: Any, mesh: Mesh, report: Callable[[str], None], compiles: bool
-) -> None:
-  """Reports one phase's step, of a TrainState of shapes: decisions, bytes, collectives."""
+def _report_layout(
+  phase: Phase, state: Any, mesh: Mesh, report: Callable[[str], None], where: str
+) -> Facts:
+  """Reports, of a phase's TrainState of shapes, where its arrays lie and what a device holds."""
   shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  report(f"{phase.name}: {mesh.size} devices, {shape}")
+  report(f"{phase.name}: {f'{where}, ' if where else ''}{mesh.size} devices, {shape}")
   for name in ("trained", "frozen"):
     for line in _decisions(getattr(state, name), name, mesh):
       report(line)
-  held = {"trained parameters": state.trained, "frozen parameters": state.frozen,
-          "gradients": state.trained, "averaged parameters": state.ema,
-          "optimizer": state.optimizer}
+  trees = {"trained parameters": state.trained, "frozen parameters": state.frozen,
+           "gradients": state.trained, "averaged parameters": state.ema,
+           "optimizer": state.optimizer}
+  held = {name: (bytes_per_device(tree, mesh), _bytes(tree)) for name, tree in trees.items()}
+  held["batch"] = _bytes(phase.batch) // batch_shards(mesh), _bytes(phase.batch)
   report(f"  {'per device':22s} {'GiB':>9s} {'of':>9s}")
-  for name, tree in held.items():
-    report(f"  {name:22s} {bytes_per_device(tree, mesh) / GIB:9.4f} {_bytes(tree) / GIB:9.4f}")
-  batch = _bytes(phase.batch)
-  report(f"  {'batch':22s} {batch / batch_shards(mesh) / GIB:9.4f} {batch / GIB:9.4f}")
-  if not compiles:
-    return
+  for name, (mine, whole) in held.items():
+    report(f"  {name:22s} {mine / GIB:9.4f} {whole / GIB:9.4f}")
+  return {"phase": phase.name, "where": where, "devices": mesh.size, "mesh": dict(mesh.shape),
+          "held": {name: mine for name, (mine, _) in held.items()}}
+
+
+def _lowered(phase: Phase, state: Any, mesh: Mesh) -> Any:
+  """The training step itself, for a state and a batch of shapes, traced for the mesh's devices."""
   placed = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     state, shardings(state, mesh))
-  compiled = phase.step(state, mesh).lower(placed, batch_shapes(phase.batch, mesh)).compile()
-  if (memory := compiled.memory_analysis()) is not None:
-    report(f"  {'activations, others':22s} {memory.temp_size_in_bytes / GIB:9.4f}   (as compiled "
-           "for a CPU)")
-  if flops := flops_of(compiled):
-    report(f"  arithmetic: {flops / 1e12:.3f} TFLOP per device and step (bodies of loops "
-           "are counted once)")
-  found = collectives_of(compiled.as_text())
-  for kind in KINDS:
-    if some := [c for c in found if c.kind == kind]:
-      report(f"  {kind}: {len(some)}, {sum(c.bytes for c in some) / GIB:.4f} GiB per step, largest "
-             f"array {max(c.largest for c in some) / 2**20:.2f} MiB")
-  if not found:
-    report("  no collectives")
+  return phase.step(state, mesh).lower(placed, batch_shapes(phase.batch, mesh))
 
 
 def _decisions(tree: Any, name: str, mesh: Mesh) -> Iterator[str]:

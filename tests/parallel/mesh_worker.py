@@ -39,8 +39,8 @@ from rfmedsam2_jax.parallel.mesh import (
   make_mesh,
   place_batch,
 )
+from rfmedsam2_jax.programs.costs import collectives_of
 from rfmedsam2_jax.refinement.config import RefinementConfig, StageConfig
-from rfmedsam2_jax.training.shard import collectives_of
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 from rfmedsam2_jax.training.step import (
   compile_step,

@@ -16,10 +16,11 @@ from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.config.training import OptimizerConfig
+from rfmedsam2_jax.data.plan import PlanConfig
 from rfmedsam2_jax.nn import PRESETS, init_params
 from rfmedsam2_jax.parallel.devices import divide_cpu
 from rfmedsam2_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
-from rfmedsam2_jax.training.shard import Collective, bytes_per_device, collectives_of
+from rfmedsam2_jax.training.shard import _plan_of_shapes, bytes_per_device
 from rfmedsam2_jax.training.state import init_state, make_optimizer
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
@@ -136,19 +137,6 @@ def test_parameters_and_optimizer_fall_with_fsdp(size, fsdp):
   assert held == pytest.approx(whole / fsdp, rel=0.05)
 
 
-def test_collectives_are_read_from_a_compiled_program():
-  text = """
-  %ag = f32[8,64]{1,0} all-gather(f32[1,64]{1,0} %p), channel_id=1
-  %ar = (f32[], bf16[4,2]{1,0}) all-reduce(%a, %b), channel_id=2
-  %rs-start = f32[16]{0} reduce-scatter-start(%c), channel_id=3
-  %not = f32[3]{0} add(%all-gather, %d)
-  """
-  assert collectives_of(text) == [
-    Collective("all-gather", 2048, 1, 2048), Collective("all-reduce", 20, 2, 16),
-    Collective("reduce-scatter", 64, 1, 64),
-  ]
-
-
 @pytest.mark.parametrize("sizes, says", [
   ({"data": 3, "fsdp": 5}, "needs 15 devices, but there are"),
   ({"fsdp": 64}, "no multiple of 64"),
@@ -208,3 +196,6 @@ def test_shard_reports_without_devices(tiny_config):
 def test_shard_says_what_does_not_fit(tiny_config, capsys):
   assert main(["shard", str(tiny_config), "--devices", "0"]) == 2
   assert "--devices" in capsys.readouterr().err
+  plan = PlanConfig(patch_size=(512, 512, 512))
+  with pytest.raises(UserError, match="which is too large"):
+    _plan_of_shapes(plan, 1, 2)

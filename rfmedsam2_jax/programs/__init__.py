@@ -1,0 +1,1 @@
+"""What a compiled program costs, read from XLA's text, and the TPU slices that it may be for."""
