@@ -243,8 +243,8 @@ def _known(found: Global, calls: Calls) -> Global:
 def _filled(target: Any, given: list[Any], kind: type) -> None:
   if type(target) is not kind:
     raise ValueError(f"its pickle fills a {type(target).__name__} as a {kind.__name__}")
-  if kind is list:
-    list.extend(target, given)
-  else:
-    dict.update(target, zip(given[::2], given[1::2], strict=True))
+  if isinstance(target, list):
+    target.extend(given)
+  elif isinstance(target, dict):
+    target.update(zip(given[::2], given[1::2], strict=True))
 

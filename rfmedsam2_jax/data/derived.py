@@ -153,16 +153,16 @@ def say_again(dataset: Any, header: Any) -> None:
 
 def new_object(path: str, kind: str) -> Any:
   """A data set of a SOP class, to be filled and saved."""
+  pydicom_for(path)
   from pydicom import Dataset
   from pydicom.dataset import FileMetaDataset
-  from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+  from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
   dataset, now = Dataset(), datetime.now()
-  pydicom_for(path)
   dataset.file_meta = FileMetaDataset()
   dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
   dataset.SpecificCharacterSet = UTF8
-  dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = kind
+  dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = UID(kind)
   dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid(prefix=None)
   dataset.SeriesInstanceUID = generate_uid(prefix=None)
   dataset.InstanceCreationDate, dataset.InstanceCreationTime = f"{now:%Y%m%d}", f"{now:%H%M%S}"

@@ -155,7 +155,7 @@ def _headers(files: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
   return found, [*(f"{path.name} (no DICOM)" for path in strange), *others]
 
 
-def pydicom_for(path: Path) -> Any:
+def pydicom_for(path: Path | str) -> Any:
   """The module pydicom; UserError that names `path` and the extra where it is missing."""
   try:
     import pydicom

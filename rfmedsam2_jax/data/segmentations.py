@@ -57,8 +57,9 @@ def write_segmentation(
   if ending == FORMAT_ENDINGS["dicom-rtstruct"]:
     return write_structure_set(Path(path), labels, geometry, names, how)
   if ending in (FORMAT_ENDINGS["dicom-seg"], FORMAT_ENDINGS["dicom-labelmap"]):
-    kind = "LABELMAP" if ending == FORMAT_ENDINGS["dicom-labelmap"] else "BINARY"
-    return write_dicom_segmentation(Path(path), labels, geometry, names, how, kind)
+    as_map = ending == FORMAT_ENDINGS["dicom-labelmap"]
+    return write_dicom_segmentation(
+      Path(path), labels, geometry, names, how, "LABELMAP" if as_map else "BINARY")
   if not ending.endswith(".nrrd"):
     return write_label_map(path, labels, geometry)
   sitk = simpleitk(path)

@@ -115,7 +115,7 @@ def _drawn(value: int, shade: tuple[int, int, int], native: np.ndarray, series: 
   """The outlines of a value on all slices, each where its slice lies."""
   (roi,) = _items(1)
   roi.ReferencedROINumber, roi.ROIDisplayColor = value, list(shade)
-  found = []
+  found: list[Any] = []
   for k, one in enumerate(series):
     for ring in outlines(native[:, :, k].T == value):
       contour, = _items(1)

@@ -98,9 +98,10 @@ def _by_uid(headers: Mapping[Path, Any]) -> list[Series]:
     grouped.setdefault(str(header.get("SeriesInstanceUID")), []).append(path)
   found = []
   for uid, files in grouped.items():
-    said = [" ".join(str(headers[files[0]].get(name) or "").split())
-            for name in ("SeriesNumber", "SeriesDescription", "Modality")]
-    found.append(Series(uid, *said, tuple(files)))
+    number, description, modality = (
+      " ".join(str(headers[files[0]].get(name) or "").split())
+      for name in ("SeriesNumber", "SeriesDescription", "Modality"))
+    found.append(Series(uid, number, description, modality, tuple(files)))
   return sorted(found, key=lambda one: (len(one.number), one.number, one.uid))
 
 

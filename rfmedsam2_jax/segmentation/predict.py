@@ -187,7 +187,7 @@ def _predict_case(
   case, target, out = request.cases[number], request.targets[number], request.out
   labels, channels = models[0].plan.labels, len(models[0].plan.channels)
   atoms = by_hand = None
-  modality = modality_of(models[0].plan.channels)
+  modality = modality_of([channel.name for channel in models[0].plan.channels])
   if request.prompts == "oracle":
     volume, atoms = read_case(case, channels, labels, request.series, modality)
   else:
