@@ -100,8 +100,8 @@ def test_tracker_and_stages_decode_what_is_drawn_alike_and_others_draw_nothing(m
   by_mask = tracker(DRAWS, prompts._replace(
     mask=jnp.asarray(masks), has_mask=np.array([bool(case) for case in CASES])))
   ours = tracker(DRAWS, prompts)
-  for a, b, c in zip(ours, stage, by_mask, strict=True):
-    np.testing.assert_array_equal(a, b)
+  for a, b, c in zip(ours, stage, by_mask, strict=True):  # programs of their own, so float32's bits
+    np.testing.assert_allclose(a, b, atol=1e-4)
     np.testing.assert_allclose(a, c, atol=1e-4)
   # The finest layers see it, too.
   for layer in ("drawn_s0", "drawn_s1", "mix_0", "mix_1"):
