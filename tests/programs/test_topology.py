@@ -5,10 +5,8 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from jax.experimental.pallas import tpu as pltpu
@@ -16,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.parallel.devices import peak_flops
-from rfmedsam2_jax.parallel.mesh import _arranged
 from rfmedsam2_jax.programs.chips import CHIPS, named_slices, slice_of
 
 ROOT = Path(__file__).parents[2]
@@ -74,21 +71,6 @@ def test_slices_are_listed_without_a_config(capsys):
 def test_what_shard_is_for_is_asked_before_anything_is_loaded(given, says, capsys):
   assert main(["shard", *given]) == 2
   assert says in capsys.readouterr().err
-
-
-def test_between_slices_goes_the_batch_and_then_the_parameters():
-  """GPUs of several hosts are such slices too; jax.make_mesh refuses them."""
-  devices = [types.SimpleNamespace(id=n, slice_index=n // 4, platform="gpu", device_kind="x")
-             for n in range(8)]
-
-  def slices(*sizes):
-    return np.vectorize(lambda device: device.slice_index)(_arranged(sizes, devices, "mesh"))
-
-  assert slices(2, 4, 1).tolist() == [[[0]] * 4, [[1]] * 4]
-  assert slices(8, 1, 1).ravel().tolist() == [0] * 4 + [1] * 4
-  assert slices(1, 8, 1).ravel().tolist() == [0] * 4 + [1] * 4
-  with pytest.raises(UserError, match="mesh.data be a multiple of 2"):
-    _arranged((1, 3, 1), devices[:3] + devices[4:], "mesh")
 
 
 LISTS = """
