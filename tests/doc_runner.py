@@ -42,8 +42,10 @@ Correct the line. If it names a file that a reader has and the test has not, add
 path to STAND_INS in tests/doc_places.py. If no test can run its program, add the program and the
 reason to NOT_RUN in tests/doc_runner.py and to CONTRIBUTING.md. Output goes into a block ```text.
 """
-# Instead of paths and numbers in the pattern of a command: such a line is parsed, not run.
-PLACEHOLDER = re.compile(r"^\[?-*[A-Z][A-Z0-9]*[A-Z.]*\]?$|^[NK]$|^\[path=value$|^\.\.\.\]?$")
+# Instead of paths and numbers in the pattern of a command: such a line is parsed, not run. CT and MR
+# are modalities.
+PLACEHOLDER = re.compile(
+  r"^(?!(?:CT|MR)$)\[?-*[A-Z][A-Z0-9]*[A-Z.]*\]?$|^[NK]$|^\[path=value$|^\.\.\.\]?$")
 
 
 class Wrong(AssertionError):
@@ -245,7 +247,7 @@ class Runner:
         text = test.read_text("utf-8")
         names = [test.stem, *re.findall(r"def (test_\w+)", text)]
         marked = not options.m or f"mark.{options.m}" in text
-        if marked and any(options.k in name for name in names):
+        if marked and any(k in name for k in options.k.split(" or ") for name in names):
           break
       else:
         raise Wrong(words, f"selects no test of {path}")

@@ -18,10 +18,17 @@ def alone(line: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def commands(tiny_run, tiny_config, phantoms, tmp_path_factory):
+def monkeypatch_module():
+  with pytest.MonkeyPatch.context() as patch:
+    yield patch
+
+
+@pytest.fixture(scope="module")
+def commands(tiny_run, tiny_config, phantoms, tmp_path_factory, monkeypatch_module):
   """A command line of each, in an order in which one finds what the one before it wrote."""
   folder = tmp_path_factory.mktemp("said")
   save_checkpoint(folder / "small", SMALL, drawn(), {"source": "drawn"})
+  monkeypatch_module.setenv("RFMEDSAM2_HOME", str(folder / "home"))
   scans, truth = phantoms / "imagesTs", phantoms / "labelsTs"
   scan = sorted(scans.glob("*.nii.gz"))[0]
   out = folder / "predictions"
@@ -32,6 +39,10 @@ def commands(tiny_run, tiny_config, phantoms, tmp_path_factory):
     "track": [scan, "--checkpoint", folder / "small", "--out", folder / "tracked", "--overwrite",
               "--point", "1:3,10,10,+"],
     "shard": [tiny_config, "--devices", "1", "--no-compile"],
+    "export": [tiny_run, folder / "model.zip", "--overwrite"],
+    "install": [folder / "model.zip", "--overwrite"],
+    "models": [],
+    "fetch": [],  # says what there is
     # Errors are lines too.
     "train": [tiny_config, "--out", tiny_run],
     "quickstart": ["--out", folder],

@@ -10,6 +10,8 @@ import numpy as np
 
 from rfmedsam2_jax.nn.layers import A
 
+_MOST_MOVED = 20 / 1024  # of the image's side: noise_bound of SAM 2, whose side is 1024
+
 
 def boxes_to_square(boxes: A, height: int, width: int, side: int) -> A:
   """Boxes on a grid of `height` x `width`, in pixels of the S x S image.
@@ -37,16 +39,15 @@ def boxes_from_square(boxes: A, height: int, width: int, side: int) -> A:
   return xp.concatenate([boxes[..., :2] / scale, (boxes[..., 2:] + 1) / scale - 1], axis=-1)
 
 
-def jittered(boxes: A, drawn: A, share: float, bound: float, side: int) -> A:
+def jittered(boxes: A, drawn: A, share: float, side: int) -> A:
   """Boxes [..., 4] with their edges moved, inside the S x S image, as sam2_utils.sample_box_points
-  does it.
+  does it: by 20 pixels of its 1024 at most, which are as many parts of any other side.
 
   Args:
-    drawn: in [-1, 1], [..., 4]: by which part of `share` of the box's size, and at most of `bound`
-      pixels, each edge is moved.
+    drawn: in [-1, 1], [..., 4]: by which part of `share` of the box's size each edge is moved.
   """
   xp: Any = boxes.__array_namespace__()
-  most = xp.minimum((boxes[..., 2:] - boxes[..., :2]) * share, bound)
+  most = xp.minimum((boxes[..., 2:] - boxes[..., :2]) * share, _MOST_MOVED * side)
   return xp.clip(boxes + drawn * xp.concatenate([most, most], axis=-1), 0.0, side - 1.0)
 
 

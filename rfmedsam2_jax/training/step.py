@@ -62,8 +62,6 @@ class Loss:
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
-_JITTER_BOUND = 20 / 1024  # of the image's side: SAM 2's noise_bound, pixels of its 1024
-
 
 def row_keys(key: Array, batch: Batch) -> Keys:
   """Random keys of the rows of a batch."""
@@ -145,7 +143,7 @@ def _jittered(boxes: Array, amount: float, side: int, keys: Array) -> Array:
   count = len(boxes) // len(keys)
   draw = functools.partial(jax.random.uniform, shape=(count, 4), minval=-1.0, maxval=1.0)
   drawn = jax.vmap(draw)(keys).reshape(-1, 4)
-  return jittered(boxes, drawn, amount, _JITTER_BOUND * side, side)
+  return jittered(boxes, drawn, amount, side)
 
 
 def refiner_loss_fn(

@@ -19,7 +19,7 @@ from rfmedsam2_jax.refinement.prompts import scaled_boxes
 
 PROMPTED = 2  # slices that come first in a track's order, where they are prompted
 
-_BOX_NOISE, _BOX_NOISE_BOUND = 0.1, 20.0  # share of the size, and pixels (sam2_utils.py:155)
+_BOX_NOISE = 0.1  # share of the size (sam2_utils.py:155)
 _FROM_TRUTH = 0.1  # share of clicks anywhere in the object (prob_to_sample_from_gt_for_train)
 
 
@@ -104,13 +104,13 @@ def draw_plan(truth: Array, has: Array, keys: Array, shared: Array, config: Trac
 
 
 def _noisy_boxes(masks: Array, keys: Array) -> Array:
-  """Boxes [..., 4] of masks bool [..., S, S], each edge moved by up to a tenth of the box's size,
-  20 pixels at most, inside the image (sam2_utils.sample_box_points). keys: [...]."""
+  """Boxes [..., 4] of masks bool [..., S, S], each edge moved by up to a tenth of the box's size
+  (sam2_utils.sample_box_points). keys: [...]."""
   side = masks.shape[-1]
   boxes, _ = scaled_boxes(masks, side, 0.0)
   draw = lambda key: jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)  # noqa: E731
   noise = jax.vmap(draw)(keys.reshape(-1)).reshape(boxes.shape)
-  return jittered(boxes, noise, _BOX_NOISE, _BOX_NOISE_BOUND, side)
+  return jittered(boxes, noise, _BOX_NOISE, side)
 
 
 def corrections(truth: Array, found: Array, keys: Array) -> tuple[Array, Array]:

@@ -309,7 +309,7 @@ def _cut(z, one):
   (_set(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "not two directions at right angles"),
   (_set(PixelSpacing=[0, 3]), "pixels without a size"),
   (_set(FrameOfReferenceUID="1.2.9"), "has another frame of reference than s0"),
-  (_set(SeriesInstanceUID="1.2.4"), "has 2 series (of 3, 3 files)"),
+  (_set(SeriesInstanceUID="1.2.4"), "has 2 series, 1 (CT, 3 files, 1.2.3), 1 (CT, "),
   (_set(RescaleSlope=0), "its RescaleSlope is 0"),
   (_set(Rows=9), "has 192 bytes of pixels where its header says 216"),
   (_without("RescaleIntercept"), "has RescaleSlope alone"),
