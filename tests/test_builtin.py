@@ -20,7 +20,9 @@ import rfmedsam2_jax
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import silent
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.cli.entry import parse
+from rfmedsam2_jax.cli.quickstart import _tracked
 from rfmedsam2_jax.config import parse_config
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.nn import init_params
@@ -208,6 +210,16 @@ def test_a_volume_is_tracked_without_a_checkpoint(scan, tmp_path, capsys):
   for how in ({}, {"checkpoint": BUILTIN_FILE}):
     found = rfmedsam2_jax.open_volume(image=scan, image_size=64, **how).track([prompt])
     assert found.labels.shape == (5, 18, 20)
+
+
+@pytest.mark.slow
+def test_the_quickstart_tracks_a_phantom_it_has_not_seen(phantoms, tmp_path):
+  (tmp_path / "phantoms").symlink_to(phantoms)
+  assert _tracked(tmp_path, Console()) > 0.5  # of phantoms a tenth as fine as those of the demo
+  name = sorted((phantoms / "imagesTs").iterdir())[0].name.removesuffix(".nii.gz")
+  found = nib.load(tmp_path / "tracked" / f"{name}.nii.gz")
+  assert set(np.unique(found.dataobj)) == {0, 1, 2, 3, 4, 5}
+  assert (tmp_path / "tracked" / f"{name}.png").stat().st_size
 
 
 def test_a_volume_has_to_be_named():
