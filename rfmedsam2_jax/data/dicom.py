@@ -25,6 +25,7 @@ from rfmedsam2_jax.data.itk import (
   is_dicom,
   is_dicomdir,
   is_series,
+  optional,
   simpleitk,
   unreadable,
 )
@@ -131,7 +132,7 @@ def _headers(files: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
   others: list[str] = []
   strange: list[Path] = []
   for path in files:
-    pydicom = pydicom_for(path)
+    pydicom = optional("pydicom", path)
     if not is_dicom(path):
       strange.append(path)
       continue
@@ -153,16 +154,6 @@ def _headers(files: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
       raise UserError(f"{path}: is named as the slices are but is no DICOM, it is damaged; "
                       f"{_AGAIN}, or move it away")
   return found, [*(f"{path.name} (no DICOM)" for path in strange), *others]
-
-
-def pydicom_for(path: Path | str) -> Any:
-  """The module pydicom; UserError that names `path` and the extra where it is missing."""
-  try:
-    import pydicom
-  except ImportError:
-    raise UserError(f"{path}: needs pydicom; install it: pip install 'rfmedsam2-jax[dicom]'"
-                    ) from None
-  return pydicom
 
 
 @contextlib.contextmanager
@@ -254,7 +245,7 @@ def _pixels(sitk: Any, path: Path, inverted: bool) -> np.ndarray:
     if inverted:  # GDCM would take every stored value from the largest one
       source = Path(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
       with reading(path):
-        dataset = pydicom_for(path).dcmread(path, force=True)
+        dataset = optional("pydicom", path).dcmread(path, force=True)
         dataset.PhotometricInterpretation = "MONOCHROME2"
         dataset.save_as(source)
     stack.enter_context(native_errors())

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.dicom import LABEL_MAP, SEGMENTATION, pydicom_for, reading
+from rfmedsam2_jax.data.dicom import LABEL_MAP, SEGMENTATION, reading
 from rfmedsam2_jax.data.geometry import Geometry, geometry_of
 from rfmedsam2_jax.data.grids import GRID_TOLERANCE
-from rfmedsam2_jax.data.itk import LPS_TO_RAS, is_dicom
+from rfmedsam2_jax.data.itk import LPS_TO_RAS, is_dicom, optional
 from rfmedsam2_jax.data.names import DICOM_LABEL_ENDINGS, ending_of
 from rfmedsam2_jax.data.segmentation_objects import Part, Spread, frames_of, parts_of, spread_frames
 from rfmedsam2_jax.data.structure_sets import planes_of, rois_of, spread_contours
@@ -135,7 +135,7 @@ def _distance(path: Path, frames: Sequence[Any], depths: np.ndarray) -> float:
 
 def _opened(path: Path, headers: bool = False) -> Any:
   """The data set of a label map; UserError if it is something else."""
-  pydicom = pydicom_for(path)
+  pydicom = optional("pydicom", path)
   if not path.exists():
     raise UserError(f"{path}: does not exist; check the path")
   with reading(path):
