@@ -11,7 +11,7 @@ from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.base.kept import check_name, shelf
 from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.base.progress import Passing, Report, silent
-from rfmedsam2_jax.data.files import replacing_whole
+from rfmedsam2_jax.data.files import replacing_whole, sha256_of
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.weights.published import PUBLISHED
 
@@ -40,9 +40,7 @@ def install(
   if not source.is_file():
     raise UserError(f"{source}: no such file; give a model.zip that rfmedsam2 export made")
   if sha256 is not None:
-    with open(source, "rb") as stream:
-      found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != sha256.lower():
+    if (found := sha256_of(source)) != sha256.lower():
       raise UserError(f"{source}: has SHA-256 {found}, not the given one; download it again, from "
                       "somebody you trust")
   try:

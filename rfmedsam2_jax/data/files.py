@@ -1,6 +1,7 @@
 """Small files of a run: strict JSON of frozen dataclasses, and writing that is never half done."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -119,6 +120,12 @@ def whole(path: Path, what: str, value: Any) -> int:
   if type(value) is not int:
     raise UserError(f"{path}: {what} is {reprlib.repr(value)}; give a whole number")
   return value
+
+
+def sha256_of(path: str | Path) -> str:
+  """SHA-256 of a file, as hexadecimal digits."""
+  with open(path, "rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def save_json(path: str | Path, value: Any) -> None:
