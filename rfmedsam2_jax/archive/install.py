@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 
 from rfmedsam2_jax.archive.manifest import NAME, Entry, Manifest, check_inside, read_manifest
@@ -11,7 +10,7 @@ from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.base.kept import check_name, shelf
 from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.base.progress import Passing, Report, silent
-from rfmedsam2_jax.data.files import replacing_whole, sha256_of
+from rfmedsam2_jax.data.files import DAMAGED_ZIP, replacing_whole, sha256_of
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.weights.published import PUBLISHED
 
@@ -46,8 +45,7 @@ def install(
   try:
     with zipfile.ZipFile(source) as archive:
       return _installed(archive, source, name, overwrite, report)
-  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError,
-          ValueError) as error:
+  except (*DAMAGED_ZIP, KeyError) as error:
     raise UserError(f"{source}: is damaged or no archive of a model ({first_line(error, 160)}); "
                     "copy or download it again") from None
 

@@ -7,6 +7,8 @@ import os
 import re
 import reprlib
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,9 @@ import pydantic
 from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.base.places import check_place
+
+# Of archives that are damaged, locked, or packed in a way that zipfile does not know.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
 
 T = TypeVar("T")
 

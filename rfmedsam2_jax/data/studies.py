@@ -9,12 +9,12 @@ import itertools
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.data.files import DAMAGED_ZIP
 from rfmedsam2_jax.data.itk import is_dicomdir
 
 _LISTED = 8  # series in a line
@@ -135,8 +135,7 @@ def opened(path: Path) -> Iterator[Path]:
     try:
       with zipfile.ZipFile(path) as archive:
         _extract(path, archive, Path(place))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError,
-            ValueError) as error:
+    except (*DAMAGED_ZIP, OSError) as error:
       raise UserError(f"{path}: cannot be read as a .zip ({first_line(error, 120)}); copy or pack "
                       "it again, without a password") from None
     try:
@@ -150,7 +149,7 @@ def claimed_bytes(path: Path) -> int:
   try:
     with zipfile.ZipFile(path) as archive:
       return sum(one.file_size for one in archive.infolist())
-  except (zipfile.BadZipFile, OSError, ValueError):
+  except (*DAMAGED_ZIP, OSError):
     return 0
 
 
