@@ -31,7 +31,7 @@ from rfmedsam2_jax.data.itk import (
 )
 from rfmedsam2_jax.data.names import some
 from rfmedsam2_jax.data.slices import Slice, stack
-from rfmedsam2_jax.data.studies import chosen, files_of, opened
+from rfmedsam2_jax.data.studies import SEARCHED, chosen, files_of, opened
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
@@ -51,7 +51,6 @@ _LABELS = (SEGMENTATION, "1.2.840.10008.5.1.4.1.1.66.5", LABEL_MAP)
 _LONG = 1024  # bytes, above which a value is left in its file
 _AGAIN = "copy the series again"
 _CONVERT = "convert it to NIfTI, for example by dcm2niix"
-_SEARCHED = 1000  # folders that are looked into
 
 
 class ReadSeries(NamedTuple):
@@ -281,7 +280,7 @@ def _is_study(folder: Path) -> bool:
 
 def _series_below(folder: Path) -> Iterator[Path]:
   """Folders below one that hold a series."""
-  for place, folders, _ in itertools.islice(os.walk(folder), _SEARCHED):
+  for place, folders, _ in itertools.islice(os.walk(folder), SEARCHED):
     folders.sort()
     with contextlib.suppress(OSError):
       if Path(place) != folder and is_series(Path(place)):
