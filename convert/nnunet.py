@@ -15,7 +15,7 @@ import yaml
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, silent
-from rfmedsam2_jax.data.files import read_json, replacing_whole
+from rfmedsam2_jax.data.files import read_json, replacing_whole, sha256_of
 from rfmedsam2_jax.data.run_folder import versions
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.weights.generator import generator_json
@@ -23,7 +23,6 @@ from rfmedsam2_jax.weights.orbax import save_params
 
 from .nnunet_plans import Converted, read_plans
 from .nnunet_weights import load_checkpoint, network_params
-from .sources import file_sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def convert_nnunet(
   about = {
     "generator": generator_json(unet, len(found.rules), structures),
     "source": {"kind": "nnU-Net v2", "name": file.name, "configuration": configuration,
-               "sha256": {file.name: file_sha256(file)},
+               "sha256": {file.name: sha256_of(file)},
                "trainer": str(stored.get("trainer_name", ""))},
     "differs": list(found.differs),
     "versions": versions(),

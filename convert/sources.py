@@ -3,7 +3,6 @@
 Out: `Source`, whose tensors convert.recognise and convert.report judge.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.data.files import sha256_of
 from rfmedsam2_jax.weights.orbax import not_finite
 
 from .torch_files import StoredTensor, read_torch
@@ -65,7 +65,7 @@ def read_source(path: Path) -> Source:
     tensors={name: as_float32(x, name, path) for name, x in tensors.items()},
     hugging_face=hugging_face,
     place=place,
-    files={file.name: file_sha256(file) for file in files},
+    files={file.name: sha256_of(file) for file in files},
     image_size=_image_size(path, files[0].parent),
   )
 
@@ -164,9 +164,3 @@ def _image_size(path: Path, folder: Path) -> int | None:
       return None  # of something else
     return size if isinstance(size, int) else size[0]
   return 512 if "medsam2" in path.name.lower() else None
-
-
-def file_sha256(file: Path) -> str:
-  """SHA-256 of a file, as hexadecimal digits."""
-  with open(file, "rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()

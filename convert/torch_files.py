@@ -12,7 +12,6 @@ import pickletools
 import struct
 import typing
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.data.files import DAMAGED_ZIP
 
 _KINDS = {  # of numbers, by the class of their storage
   "Float": np.float32, "Double": np.float64, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16,
@@ -106,9 +106,8 @@ def read_torch(file: Path, more: Mapping[str, Callable[..., Any]] = {}) -> dict[
       f"{file}: holds more than tensors ({error}), and unpickling that could run code, so it was "
       "not read; check the file or have its author save the state dict alone, with torch.save of "
       "PyTorch 1.6 or later") from None
-  except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-          OverflowError, NotImplementedError, struct.error, zipfile.BadZipFile, zlib.error,
-          OSError) as error:
+  except (*DAMAGED_ZIP, KeyError, IndexError, TypeError, AttributeError, OverflowError,
+          struct.error, OSError) as error:
     raise UserError(f"{file}: is damaged or no checkpoint of PyTorch ({first_line(error, 160)}); "
                     "download it again") from None
   if not isinstance(tree, dict):

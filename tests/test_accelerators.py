@@ -84,12 +84,15 @@ def test_commands_leave_libtpu_alone_where_there_may_be_a_tpu(unsaid, tmp_path):
 
 
 def test_the_compiler_is_found_again_or_asked_for(unsaid, tmp_path, monkeypatch):
-  for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
+  for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
     monkeypatch.setenv(name, "")  # so that what is set is taken back
+  monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD")
+  monkeypatch.setenv("TPU_LOG_DIR", "logs")
   monkeypatch.setitem(sys.modules, "libtpu", None)
   monkeypatch.setattr(sys, "path", [str(tmp_path)])
   with pytest.raises(UserError, match=r"rfmedsam2-jax\[tpu-compile\]"):
     accelerators.prepare_tpu_compiler()
   (tmp_path / "libtpu.py").touch()
   accelerators.prepare_tpu_compiler()
-  assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+  assert os.environ["TPU_SKIP_MDS_QUERY"] == os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
+  assert os.environ["TPU_LOG_DIR"] == "logs"  # what a user has said stays

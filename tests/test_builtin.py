@@ -24,6 +24,7 @@ from rfmedsam2_jax.cli.console import Console
 from rfmedsam2_jax.cli.entry import parse
 from rfmedsam2_jax.cli.quickstart import _tracked
 from rfmedsam2_jax.config import parse_config
+from rfmedsam2_jax.data.files import sha256_of
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.nn import init_params
 from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh
@@ -40,7 +41,7 @@ from rfmedsam2_jax.weights.checkpoint import (
   starting_params,
 )
 from rfmedsam2_jax.weights.names import to_official
-from rfmedsam2_jax.weights.single_file import BUILTIN_FILE, sha256
+from rfmedsam2_jax.weights.single_file import BUILTIN_FILE
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_folder_becomes_a_file_of_the_same_values_in_float16(folder, tmp_path,
     np.testing.assert_array_equal(x, np.float16(y), err_msg=str(path))
   about = read_config(out)[1]
   assert about["phase"] == "drawn" and about["licence"] == "CC0=free"
-  assert about["sha256"] == sha256(out) and about["sha256"] in capsys.readouterr().out
+  assert about["sha256"] == sha256_of(out) and about["sha256"] in capsys.readouterr().out
   assert about["parameters"] == sum(x.size for x in jax.tree.leaves(source.params))
   # Nothing is written over, in the wrong form, or in the program's own words.
   for more, says in (([], "--overwrite"), (["--overwrite", "--about", "sam2=x"], "says sam2"),
@@ -202,7 +203,7 @@ def test_a_volume_is_tracked_without_a_checkpoint(scan, tmp_path, capsys):
   said = capsys.readouterr().err
   assert f"{single_file.builtin_words()}; --checkpoint brings another" in said
   about = json.loads((tmp_path / "out" / "scan.json").read_text("utf-8"))
-  assert (about["checkpoint"], about["sha256"]) == ("builtin", sha256(BUILTIN_FILE)[:12])
+  assert (about["checkpoint"], about["sha256"]) == ("builtin", sha256_of(BUILTIN_FILE)[:12])
   labels = np.asarray(nib.load(tmp_path / "out" / "scan.nii.gz").dataobj)
   assert set(np.unique(labels)) <= {0, 3}
   # From Python the same, and the same as by the file's own path.
@@ -245,7 +246,7 @@ def test_a_phase_that_began_does_not_care_for_new_weights_in_the_package(tmp_pat
   params = trained("run")
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float16(y)), params, first)
   kept = json.loads((tmp_path / "run" / "tracker_init_from.json").read_text("utf-8"))
-  assert (kept["licence"], kept["sha256"]) == ("CC0", sha256(file))
+  assert (kept["licence"], kept["sha256"]) == ("CC0", sha256_of(file))
   file.write_bytes(b"")
   jax.tree.map(np.testing.assert_array_equal, trained("run"), params)
   (tmp_path / "begun" / "tracker" / "checkpoints" / "1").mkdir(parents=True)

@@ -17,6 +17,7 @@ from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh
 from rfmedsam2_jax.parallel.rules import place, whole
 from rfmedsam2_jax.report import contact_sheet
 from rfmedsam2_jax.training import loop, validation
+from rfmedsam2_jax.training.compiled import products_of
 
 LABELS = Labels((Structure("left", (1,)), Structure("right", (2,))), False, (1, 2), ignore=9)
 AFFINE = np.diag([-2.0, 1.5, 3.0, 1.0])
@@ -118,6 +119,12 @@ def test_validation_is_no_time_of_training(tmp_path, monkeypatch):
   assert line["steps_per_second"] == 2 and line["slices_per_second"] == 16
   assert line["tflops_per_device"] == 2
   assert "0:40 left" in told[-1]  # 20 steps more, and as much validation
+
+
+def test_the_arithmetic_of_a_step_counts_loops_as_often_as_they_run_or_is_not_known():
+  step = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda _, y: y @ y, x))
+  assert products_of(step.lower(np.ones((8, 8), np.float32)).compile()) == 5 * 2 * 8**3
+  assert products_of(types.SimpleNamespace(as_text=lambda: "ENTRY of another kind")) == 0
 
 
 def test_gathering_a_state_is_compiled_once(caplog):

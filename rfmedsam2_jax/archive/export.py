@@ -26,14 +26,14 @@ from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.base.kept import check_name, run_at
 from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.config import Config, config_yaml, load_config
-from rfmedsam2_jax.data.files import read_json, replacing
+from rfmedsam2_jax.data.files import read_json, replacing, sha256_of
 from rfmedsam2_jax.data.names import own_name
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.model import load
 from rfmedsam2_jax.weights.checkpoint import config_json, load_checkpoint
 from rfmedsam2_jax.weights.generator import generator_json
-from rfmedsam2_jax.weights.single_file import sha256, single_bytes
+from rfmedsam2_jax.weights.single_file import single_bytes
 
 NO_LICENCE = "not stated"
 _NO_LICENCE_TEXT = """No licence is stated for this model. Ask whoever gave it to you before you use
@@ -96,7 +96,7 @@ def export(
   report(Passing(f"writing {out}"))
   with replacing(out) as temporary:
     write_zip(temporary, files)
-    digest = sha256(temporary)
+    digest = sha256_of(temporary)
   remarks = []
   if said == NO_LICENCE:
     remarks.append("no licence is stated; say under which others may use it: --licence")

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 
 from rfmedsam2_jax.archive.manifest import NAME, Entry, Manifest, check_inside, read_manifest
@@ -11,7 +10,7 @@ from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.base.kept import check_name, shelf
 from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.base.progress import Passing, Report, silent
-from rfmedsam2_jax.data.files import replacing_whole
+from rfmedsam2_jax.data.files import DAMAGED_ZIP, replacing_whole, sha256_of
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.weights.published import PUBLISHED
 
@@ -40,16 +39,13 @@ def install(
   if not source.is_file():
     raise UserError(f"{source}: no such file; give a model.zip that rfmedsam2 export made")
   if sha256 is not None:
-    with open(source, "rb") as stream:
-      found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != sha256.lower():
+    if (found := sha256_of(source)) != sha256.lower():
       raise UserError(f"{source}: has SHA-256 {found}, not the given one; download it again, from "
                       "somebody you trust")
   try:
     with zipfile.ZipFile(source) as archive:
       return _installed(archive, source, name, overwrite, report)
-  except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError,
-          ValueError) as error:
+  except (*DAMAGED_ZIP, KeyError) as error:
     raise UserError(f"{source}: is damaged or no archive of a model ({first_line(error, 160)}); "
                     "copy or download it again") from None
 

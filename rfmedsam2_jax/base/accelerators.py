@@ -62,3 +62,6 @@ def prepare_tpu_compiler() -> None:
   # What it would ask the machine; any valid host will do, as no program runs.
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                  "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+  # A compiler keeps no other program from a TPU, and needs no lock and no log in /tmp.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  os.environ.setdefault("TPU_LOG_DIR", "disabled")

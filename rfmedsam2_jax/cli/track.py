@@ -57,6 +57,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.warning(f"{options.image}: {said}")
 
   from rfmedsam2_jax.cli.prompt_options import prompts_of
+  from rfmedsam2_jax.data.files import sha256_of
   from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked
   from rfmedsam2_jax.prompted.slice_frame import names_of
   from rfmedsam2_jax.prompted.tracked import parse_window
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   console.line(Passing("writing"))
   about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
   if single_file.is_single(place := single_file.located(options.checkpoint)):
-    about["sha256"] = single_file.sha256(place)[:12]
+    about["sha256"] = sha256_of(place)[:12]
   written = write_tracked(options.out, volume, found, about, options.overwrite, options.format,
                           names)
   console.result("\n".join(f"written: {path}" for path in written), {"written": written})

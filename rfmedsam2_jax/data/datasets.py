@@ -21,7 +21,7 @@ from rfmedsam2_jax.data.layouts import (
   decathlon_cases,
   nnunet_cases,
 )
-from rfmedsam2_jax.data.names import LeftOut
+from rfmedsam2_jax.data.names import LeftOut, some
 from rfmedsam2_jax.data.segments import load_by_name
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image
 
@@ -99,9 +99,8 @@ class Labels(Stored):
       known[self.ignore] = IGNORED
     present = np.unique(labels)
     if unknown := [int(value) for value in present if int(value) not in known]:
-      raise UserError(f"{path}: labels {', '.join(map(str, unknown[:8]))}"
-                      f"{' and more' if len(unknown) > 8 else ''} are not in dataset.json "
-                      f"(which has {_ranges(known)}); correct the label map or dataset.json")
+      raise UserError(f"{path}: labels {some(unknown, 8)} are not in dataset.json (which has "
+                      f"{_ranges(known)}); correct the label map or dataset.json")
     atoms = np.array([known[int(value)] for value in present], np.uint8)
     if present[-1] < 65536:
       table = np.zeros(int(present[-1]) + 1, np.uint8)
@@ -201,8 +200,7 @@ def _ranges(values: Mapping[int, Any]) -> str:
   ordered = sorted(values)
   if len(ordered) > 1 and ordered == list(range(ordered[0], ordered[-1] + 1)):
     return f"{ordered[0]} to {ordered[-1]}"
-  more = f" and {len(ordered) - 12} more" if len(ordered) > 12 else ""
-  return ", ".join(map(str, ordered[:12])) + more
+  return some(ordered, 12)
 
 
 def _channels(path: Path, names: Mapping[str, str]) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError, first_line
-from rfmedsam2_jax.data.dicom import pydicom_for
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.geometry import Geometry
+from rfmedsam2_jax.data.itk import optional
 
 SOFTWARE = "rfmedsam2_jax"
 UTF8 = "ISO_IR 192"
@@ -153,7 +153,7 @@ def say_again(dataset: Any, header: Any) -> None:
 
 def new_object(path: str, kind: str) -> Any:
   """A data set of a SOP class, to be filled and saved."""
-  pydicom_for(path)
+  optional("pydicom", path)
   from pydicom import Dataset
   from pydicom.dataset import FileMetaDataset
   from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid

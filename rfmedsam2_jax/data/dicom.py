@@ -25,12 +25,13 @@ from rfmedsam2_jax.data.itk import (
   is_dicom,
   is_dicomdir,
   is_series,
+  optional,
   simpleitk,
   unreadable,
 )
 from rfmedsam2_jax.data.names import some
 from rfmedsam2_jax.data.slices import Slice, stack
-from rfmedsam2_jax.data.studies import chosen, files_of, opened
+from rfmedsam2_jax.data.studies import SEARCHED, chosen, files_of, opened
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
@@ -50,7 +51,6 @@ _LABELS = (SEGMENTATION, "1.2.840.10008.5.1.4.1.1.66.5", LABEL_MAP)
 _LONG = 1024  # bytes, above which a value is left in its file
 _AGAIN = "copy the series again"
 _CONVERT = "convert it to NIfTI, for example by dcm2niix"
-_SEARCHED = 1000  # folders that are looked into
 
 
 class ReadSeries(NamedTuple):
@@ -131,7 +131,7 @@ def _headers(files: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
   others: list[str] = []
   strange: list[Path] = []
   for path in files:
-    pydicom = pydicom_for(path)
+    pydicom = optional("pydicom", path)
     if not is_dicom(path):
       strange.append(path)
       continue
@@ -153,16 +153,6 @@ def _headers(files: Sequence[Path]) -> tuple[dict[Path, Any], list[str]]:
       raise UserError(f"{path}: is named as the slices are but is no DICOM, it is damaged; "
                       f"{_AGAIN}, or move it away")
   return found, [*(f"{path.name} (no DICOM)" for path in strange), *others]
-
-
-def pydicom_for(path: Path | str) -> Any:
-  """The module pydicom; UserError that names `path` and the extra where it is missing."""
-  try:
-    import pydicom
-  except ImportError:
-    raise UserError(f"{path}: needs pydicom; install it: pip install 'rfmedsam2-jax[dicom]'"
-                    ) from None
-  return pydicom
 
 
 @contextlib.contextmanager
@@ -254,7 +244,7 @@ def _pixels(sitk: Any, path: Path, inverted: bool) -> np.ndarray:
     if inverted:  # GDCM would take every stored value from the largest one
       source = Path(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
       with reading(path):
-        dataset = pydicom_for(path).dcmread(path, force=True)
+        dataset = optional("pydicom", path).dcmread(path, force=True)
         dataset.PhotometricInterpretation = "MONOCHROME2"
         dataset.save_as(source)
     stack.enter_context(native_errors())
@@ -290,7 +280,7 @@ def _is_study(folder: Path) -> bool:
 
 def _series_below(folder: Path) -> Iterator[Path]:
   """Folders below one that hold a series."""
-  for place, folders, _ in itertools.islice(os.walk(folder), _SEARCHED):
+  for place, folders, _ in itertools.islice(os.walk(folder), SEARCHED):
     folders.sort()
     with contextlib.suppress(OSError):
       if Path(place) != folder and is_series(Path(place)):

@@ -1,11 +1,14 @@
 """Small files of a run: strict JSON of frozen dataclasses, and writing that is never half done."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import reprlib
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +18,9 @@ import pydantic
 from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.base.places import check_place
+
+# Of archives that are damaged, locked, or packed in a way that zipfile does not know.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
 
 T = TypeVar("T")
 
@@ -119,6 +125,12 @@ def whole(path: Path, what: str, value: Any) -> int:
   if type(value) is not int:
     raise UserError(f"{path}: {what} is {reprlib.repr(value)}; give a whole number")
   return value
+
+
+def sha256_of(path: str | Path) -> str:
+  """SHA-256 of a file, as hexadecimal digits."""
+  with open(path, "rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def save_json(path: str | Path, value: Any) -> None:

@@ -4,6 +4,7 @@ They come as voxels by native index and an affine in RAS+, as NIfTI does. Also, 
 DICOM; data.dicom reads them.
 """
 
+import importlib
 import math
 import os
 import re
@@ -32,15 +33,20 @@ _COMPRESSED = {".nrrd": (rb"encoding: *gz", rb"\r?\n\r?\n"),
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
-def simpleitk(path: str | Path) -> Any:
-  """The module SimpleITK; UserError that names `path` and the extra where it is missing."""
+def optional(module: str, path: str | Path) -> Any:
+  """A module of the extra `dicom`; UserError that names `path` and the extra if it is missing."""
   try:
-    import SimpleITK
+    return importlib.import_module(module)
   except ImportError:
-    raise UserError(f"{path}: needs SimpleITK; install it: pip install 'rfmedsam2-jax[dicom]'"
+    raise UserError(f"{path}: needs {module}; install it: pip install 'rfmedsam2-jax[dicom]'"
                     ) from None
-  SimpleITK.ProcessObject.GlobalWarningDisplayOff()  # they go to standard error, unasked
-  return SimpleITK
+
+
+def simpleitk(path: str | Path) -> Any:
+  """SimpleITK, without the warnings that go to standard error."""
+  sitk = optional("SimpleITK", path)
+  sitk.ProcessObject.GlobalWarningDisplayOff()
+  return sitk
 
 
 def size(shape: Sequence[int]) -> str:
@@ -72,20 +78,15 @@ def is_dicom(path: str | Path) -> bool:
   if os.fspath(path).endswith(_NO_DICOM):  # many of them lie in one folder
     return False
   try:
-    import SimpleITK
-  except ImportError:
-    return False
-  try:
     with native_errors():
-      dicom_reader(SimpleITK, path).ReadImageInformation()
-  except RuntimeError:
+      dicom_reader(simpleitk(path), path).ReadImageInformation()
+  except (RuntimeError, UserError):
     return False
   return True
 
 
 def dicom_reader(sitk: Any, path: str | Path) -> Any:
   """SimpleITK's reader of one file, through GDCM, whatever its name is."""
-  sitk.ProcessObject.GlobalWarningDisplayOff()
   reader = sitk.ImageFileReader()
   reader.SetImageIO("GDCMImageIO")
   reader.SetFileName(os.fspath(path))

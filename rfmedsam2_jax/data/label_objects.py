@@ -11,24 +11,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.data.dicom import LABEL_MAP, SEGMENTATION, pydicom_for, reading
+from rfmedsam2_jax.data.dicom import LABEL_MAP, SEGMENTATION, reading
 from rfmedsam2_jax.data.geometry import Geometry, geometry_of
 from rfmedsam2_jax.data.grids import GRID_TOLERANCE
-from rfmedsam2_jax.data.itk import LPS_TO_RAS, is_dicom
+from rfmedsam2_jax.data.itk import LPS_TO_RAS, is_dicom, optional
 from rfmedsam2_jax.data.names import DICOM_LABEL_ENDINGS, ending_of
 from rfmedsam2_jax.data.segmentation_objects import Part, Spread, frames_of, parts_of, spread_frames
-from rfmedsam2_jax.data.structure_sets import planes_of, rois_of, spread_contours
+from rfmedsam2_jax.data.structure_sets import STRUCTURE_SET, planes_of, rois_of, spread_contours
 
-_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
-_KINDS = (SEGMENTATION, LABEL_MAP, _STRUCTURE_SET)
+_KINDS = (SEGMENTATION, LABEL_MAP, STRUCTURE_SET)
 
 
 class Segment(NamedTuple):
-  """A structure of a file: its name, its value, and the layer in which it lies."""
+  """What a file says of one of its values, above or below 0, and the layer in which that lies."""
 
   name: str
   value: int
-  layer: int
+  layer: int = 0
 
 
 def is_label_object(path: str | Path) -> bool:
@@ -135,7 +134,7 @@ def _distance(path: Path, frames: Sequence[Any], depths: np.ndarray) -> float:
 
 def _opened(path: Path, headers: bool = False) -> Any:
   """The data set of a label map; UserError if it is something else."""
-  pydicom = pydicom_for(path)
+  pydicom = optional("pydicom", path)
   if not path.exists():
     raise UserError(f"{path}: does not exist; check the path")
   with reading(path):
@@ -148,7 +147,7 @@ def _opened(path: Path, headers: bool = False) -> Any:
 
 
 def _is_structure_set(dataset: Any) -> bool:
-  return dataset.SOPClassUID == _STRUCTURE_SET
+  return dataset.SOPClassUID == STRUCTURE_SET
 
 
 def _frame_of_reference(dataset: Any) -> str | None:

@@ -8,6 +8,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import itk
@@ -20,7 +21,6 @@ IMAGE_ENDINGS = (*ENDINGS, ARCHIVE)
 DICOM_LABEL_ENDINGS = (*itk.DICOM_LABELS, ".dcm")
 LABEL_ENDINGS = (*ENDINGS, *DICOM_LABEL_ENDINGS)
 _KNOWN = (*IMAGE_ENDINGS, *DICOM_LABEL_ENDINGS)
-_SHOWN = 3  # names of each kind in a line
 _NO_VOLUME = "no volume by its name"
 
 
@@ -98,10 +98,10 @@ class Listing:
       f"{some(names)} ({reason})" for reason, names in kinds.items()))]
 
 
-def some(names: Sequence[str]) -> str:
-  """The first names of many."""
-  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return ", ".join(names[:_SHOWN]) + more
+def some(names: Sequence[Any], shown: int = 3) -> str:
+  """The first names of many, and how many more there are."""
+  more = f" and {len(names) - shown} more" if len(names) > shown else ""
+  return ", ".join(map(str, names[:shown])) + more
 
 
 def listed(folder: Path, is_volume: Callable[[str | Path], bool] = is_volume_name) -> Listing:

@@ -107,8 +107,7 @@ class SyntheticRuns:
             ) -> tuple[np.ndarray, np.ndarray]:
     """Images [L, S, S] and the first of objects [T, L, S, S] large, with some of the others."""
     side = self.run.image_size
-    wanted, cut = rng.random() < _CUTS, _draw_cut(rng, objects[0])
-    if wanted and cut.side < side:
+    if rng.random() < _CUTS and (cut := _draw_cut(rng, objects[0])).side < side:
       images = resize_linear(cut.of(images), side)
       objects = resize_linear(cut.of(objects), side) > 0.5
     sizes = objects.sum(axis=(2, 3)).max(axis=1)

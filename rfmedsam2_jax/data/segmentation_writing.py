@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.derived import (
   SOFTWARE,
@@ -25,20 +24,11 @@ from rfmedsam2_jax.data.derived import (
   source_headers,
 )
 from rfmedsam2_jax.data.geometry import Geometry
+from rfmedsam2_jax.data.itk import optional
 from rfmedsam2_jax.data.segmentation_objects import DESCRIPTION
 from rfmedsam2_jax.data.terms import ALGORITHM, code_item, term_of
 
 SegmentationType = Literal["BINARY", "LABELMAP"]
-
-
-def highdicom(path: str | Path) -> Any:
-  """The module highdicom; UserError that names `path` and the extra where it is missing."""
-  try:
-    import highdicom
-  except ImportError:
-    raise UserError(f"{path}: needs highdicom; install it: pip install 'rfmedsam2-jax[dicom]'"
-                    ) from None
-  return highdicom
 
 
 def write_dicom_segmentation(
@@ -51,7 +41,7 @@ def write_dicom_segmentation(
   all the same. Segments of binary frames are numbered from 1 in that order, those of a label map
   are the values. UserError: see `derived.check_sources`; the disk.
   """
-  hd = highdicom(path)
+  hd = optional("highdicom", path)
   check_sources(geometry)
   if unknown := sorted(set(np.unique(labels).tolist()) - {0, *names}):
     raise ValueError(f"labels have {unknown}, which names do not")

@@ -9,13 +9,12 @@ from scipy import ndimage
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.colours import colour
 from rfmedsam2_jax.data.derived import Making, check_sources
-from rfmedsam2_jax.data.dicom import pydicom_for
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.formats import FORMAT_ENDINGS, Format
-from rfmedsam2_jax.data.itk import simpleitk
+from rfmedsam2_jax.data.itk import optional, simpleitk
 from rfmedsam2_jax.data.layouts import Case
 from rfmedsam2_jax.data.names import ARCHIVE, ending_of
-from rfmedsam2_jax.data.segmentation_writing import highdicom, write_dicom_segmentation
+from rfmedsam2_jax.data.segmentation_writing import write_dicom_segmentation
 from rfmedsam2_jax.data.structure_sets import write_structure_set
 from rfmedsam2_jax.data.volumes import Geometry, write_label_map
 
@@ -32,7 +31,7 @@ def check_format(format: Format, geometry: Geometry | None = None,
     simpleitk("format nrrd")  # said now if it is missing
   if not format.startswith("dicom"):
     return
-  highdicom(f"format {format}") if format != "dicom-rtstruct" else pydicom_for(f"format {format}")
+  optional("pydicom" if format == "dicom-rtstruct" else "highdicom", f"format {format}")
   if geometry is not None:
     check_sources(geometry)
   for case in cases:

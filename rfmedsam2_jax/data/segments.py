@@ -5,7 +5,6 @@ overlap. NIfTI files may have a table of labels in an extension of the header, a
 Workbench and TotalSegmentator write it. Segmentations and structure sets of DICOM name all.
 """
 
-import dataclasses
 import html
 import logging
 import re
@@ -17,6 +16,7 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import itk
 from rfmedsam2_jax.data.label_objects import (
+  Segment,
   is_label_object,
   load_label_object,
   names_of_object,
@@ -32,15 +32,6 @@ _TABLE_CODES = (0, 30)  # of extensions: unspecified, and caret
 # Names that number their segment and say nothing of it; `label N` is what `track` calls value N.
 _NUMBERED = re.compile(r"(?:segment(?:ation)?|class|region|value)?\s*\d*")
 _LABEL_N = re.compile(r"label (\d{1,9})")
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-  """What a file says of one of its values, above or below 0."""
-
-  name: str
-  value: int
-  layer: int = 0
 
 
 def segments_of(path: str | Path) -> tuple[Segment, ...]:
@@ -135,8 +126,7 @@ def _read(path: str | Path, like: Geometry, values: Mapping[str, int] | None = N
                     f"it has {some(list(values or ()))}; give them one name")
   if others:
     _LOG.warning("%s: left out %s, which the data set does not name", path, some(others))
-  layers, segments = load_label_object(path, like, others)
-  return layers, [Segment(*segment) for segment in segments]
+  return load_label_object(path, like, others)
 
 
 def names_values(path: str | Path) -> bool:

@@ -32,7 +32,7 @@ from rfmedsam2_jax.data.segmentation_objects import Part, Spread
 from rfmedsam2_jax.data.slices import Slice
 from rfmedsam2_jax.data.terms import ALGORITHM, Term, code_item, term_of
 
-_KIND = "1.2.840.10008.5.1.4.1.1.481.3"
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 _STUDY = "1.2.840.10008.3.1.2.3.1"  # retired, and asked for by the standard to this day
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
@@ -50,7 +50,7 @@ def write_structure_set(
   with making(geometry):
     headers = source_headers(geometry)
     first = headers[0]
-    dataset = new_object(str(path), _KIND)
+    dataset = new_object(str(path), STRUCTURE_SET)
     say_again(dataset, first)
     dataset.Modality, dataset.SeriesNumber = "RTSTRUCT", series_number(first)
     dataset.SeriesDescription = dataset.StructureSetName = f"Structures by {SOFTWARE}"

@@ -9,19 +9,20 @@ import itertools
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rfmedsam2_jax.base.errors import UserError, first_line
+from rfmedsam2_jax.data.files import DAMAGED_ZIP
 from rfmedsam2_jax.data.itk import is_dicomdir
+from rfmedsam2_jax.data.names import some
 
 _LISTED = 8  # series in a line
 # By the names of channels, as data sets have them.
 _MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "t1": "MR", "t1w": "MR", "t2": "MR",
                "t2w": "MR", "flair": "MR", "pet": "PT", "pt": "PT"}
-_SEARCHED = 1000  # folders that are looked into
+SEARCHED = 1000  # folders that are looked into
 _LARGEST = 16 * 2**30  # bytes that an archive may hold
 
 
@@ -51,7 +52,7 @@ def files_of(folder: Path, below: bool) -> list[Path]:
   if not below:
     return sorted(path for path in folder.iterdir() if _counts(path.name) and path.is_file())
   found: list[Path] = []
-  for place, folders, files in itertools.islice(os.walk(folder), _SEARCHED):
+  for place, folders, files in itertools.islice(os.walk(folder), SEARCHED):
     folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
     found += [Path(place, name) for name in sorted(files) if _counts(name)]
   return found
@@ -82,14 +83,15 @@ def chosen(
     if len(found) == 1:
       return found[0], ""
     what = f"{len(found)} series" if found else "no series"
-    raise UserError(f"{path}: has {what} that --series {asked} names; it has {_listed(every)}")
+    raise UserError(f"{path}: has {what} that --series {asked} names; it has "
+                    f"{some(every, _LISTED)}")
   if len(every) == 1:
     return every[0], ""
   alike = [one for one in every if modality and one.modality == modality]
   if len(alike) == 1:
     return alike[0], f"of {len(every)} series the one of {modality} is taken, {alike[0]}"
-  raise UserError(f"{path}: has {len(every)} series, {_listed(every)}; choose one by --series with "
-                  f"its number, UID, description or modality{advice}")
+  raise UserError(f"{path}: has {len(every)} series, {some(every, _LISTED)}; choose one by "
+                  f"--series with its number, UID, description or modality{advice}")
 
 
 def _by_uid(headers: Mapping[Path, Any]) -> list[Series]:
@@ -117,11 +119,6 @@ def _asked(every: Sequence[Series], asked: str) -> list[Series]:
   return next((found for rule in rules if (found := [one for one in every if rule(one)])), [])
 
 
-def _listed(every: Sequence[Series]) -> str:
-  more = f" and {len(every) - _LISTED} more" if len(every) > _LISTED else ""
-  return ", ".join(map(str, every[:_LISTED])) + more
-
-
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Path]:
   """The folder itself, or a temporary one with what an archive holds, which errors do not name.
@@ -135,8 +132,7 @@ def opened(path: Path) -> Iterator[Path]:
     try:
       with zipfile.ZipFile(path) as archive:
         _extract(path, archive, Path(place))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError,
-            ValueError) as error:
+    except (*DAMAGED_ZIP, OSError) as error:
       raise UserError(f"{path}: cannot be read as a .zip ({first_line(error, 120)}); copy or pack "
                       "it again, without a password") from None
     try:
@@ -150,7 +146,7 @@ def claimed_bytes(path: Path) -> int:
   try:
     with zipfile.ZipFile(path) as archive:
       return sum(one.file_size for one in archive.infolist())
-  except (zipfile.BadZipFile, OSError, ValueError):
+  except (*DAMAGED_ZIP, OSError):
     return 0
 
 

@@ -99,7 +99,7 @@ def evaluate_folders(
     for path, values in ((prediction, guess), (reference, truth)):
       unknown = sorted(set(np.unique(values).tolist()) - labels.known_values) if labels else []
       if unknown:
-        warn(f"{path}: holds values that no structure has ({some([str(v) for v in unknown])}); "
+        warn(f"{path}: holds values that no structure has ({some(unknown)}); "
              "they are not scored")
     found[identifier] = evaluate_arrays(
       guess, truth, geometry.voxel_steps, structures_of(labels, truth, guess),

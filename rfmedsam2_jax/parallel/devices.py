@@ -1,8 +1,7 @@
-"""How many devices a CPU is; what devices can do at most, and hold; what a program asks of one."""
+"""How many devices a CPU is; what devices can do at most, and hold."""
 
 import os
 import resource
-from typing import Any
 
 import jax
 
@@ -42,8 +41,3 @@ def peak_memory() -> float:
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peak = max(float(found.get("peak_bytes_in_use", 0)) for found in stats)
   return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def flops_of(compiled: Any) -> float:
-  """FLOP on one device by XLA's count, which takes the body of a loop once; 0 if not known."""
-  return max(float((compiled.cost_analysis() or {}).get("flops", 0.0)), 0.0)

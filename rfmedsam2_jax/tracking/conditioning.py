@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn import SAM2, MemorySlots, apply
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn.layers import Array, Params
@@ -92,13 +91,11 @@ class PromptDecoder:
 
   def _before(
     self, tracks: Tracks, prompt: SlicePrompt
-  ) -> tuple[np.ndarray, np.ndarray, MemorySlots]:
+  ) -> tuple[Array, np.ndarray, MemorySlots]:
     """What SAM 2 has at a slice that is corrected: the mask, that it exists, and memories."""
     track, at = prompt.track, prompt.slice
     found = cells_at(tracks.cells, slice(track, track + 1), at)
-    logits, present = found.logits.astype(np.float32), found.presence[:, None, None] > 0
-    # Limited as in sam2_video_predictor.py:280.
-    mask = np.clip(np.where(present, logits, -LOGIT_LIMIT), -LOGIT_LIMIT, LOGIT_LIMIT)
+    mask = recurrence.mask_to_correct(found.logits.astype(np.float32), found.presence)
     sign = -1 if tracks.reverse[at] else 1  # of "behind", in the direction that it was followed in
     known = sorted((z, cell) for (other, z), cell in tracks.prompted.items() if other == track)
     # The slice itself, too, if it was prompted before.
@@ -128,7 +125,7 @@ class PromptDecoder:
     positions = np.asarray(memory.pointer_positions(jnp.array(offsets), self.depth))
     of_maps = np.stack(values), np.array(rows, np.int32), np.ones(len(maps), bool)
     of_pointers = np.stack(heard), positions, np.ones(len(pointers), bool)
-    return mask.astype(np.float32), np.ones(1, bool), MemorySlots(
+    return mask, np.ones(1, bool), MemorySlots(
       *(padded(x, memory.RECENT_SLOTS) for x in of_maps),
       *(padded(x, memory.POINTER_SLOTS) for x in of_pointers),
     )

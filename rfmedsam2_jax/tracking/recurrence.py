@@ -82,7 +82,7 @@ def decode_cells(
 
   decoded = look(prompts)
   for _ in range(how.looks - 1):
-    mask = jnp.maximum(limited(decoded.masks[:, 0], decoded.presence), -LOGIT_LIMIT)
+    mask = mask_to_correct(decoded.masks[:, 0], decoded.presence)
     decoded = look(prompts._replace(mask=mask, has_mask=jnp.ones(len(mask), bool)))
   if bias is not None:
     masks = decoded.masks + bias.mask[:, None]
@@ -138,10 +138,16 @@ def gated_logits(logits: AnyArray, presence: AnyArray) -> Array:
   return jnp.where((presence > 0)[..., None, None], logits, ABSENT_LOGIT)
 
 
-def limited(logits: AnyArray, presence: AnyArray) -> Array:
-  """Mask logits [..., 4G, 4G] as a prompt for what comes next, at most +-32 as SAM 2 has them when
-  it corrects; -1024 where the object is absent."""
-  return gated_logits(jnp.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT), presence)
+def mask_to_correct(logits: AnyArray, presence: AnyArray) -> Array:
+  """Mask logits [..., 4G, 4G] as the prompt for a further look at them: at most +-32 as SAM 2 has
+  them when it corrects (sam2_video_predictor.py:280), -32 where the object is absent."""
+  return jnp.clip(gated_logits(logits, presence), -LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+def mask_to_follow(logits: AnyArray, presence: AnyArray) -> Array:
+  """The same as a bank keeps it for the next slice: -1024, which is no prompt, where the object is
+  absent."""
+  return gated_logits(mask_to_correct(logits, presence), presence)
 
 
 class Course(NamedTuple):
@@ -193,7 +199,7 @@ def sweep(
         tokens = tokens._replace(mask=mask, has_mask=has_mask)
       cells = decode_cells(model, params, conditioned, here.high_res, tokens, how, added)
       maps = remember_cells(model, params, embedding, cells.logits, cells.presence)
-      masks = None if bank.masks is None else limited(cells.logits, cells.presence)
+      masks = None if bank.masks is None else mask_to_follow(cells.logits, cells.presence)
       bank = memory.add_recent(
         bank, running, maps, cells.pointer, at, course.start, course.reverse, masks)
       return bank, jax.tree.map(functools.partial(_where, running), cells, none())

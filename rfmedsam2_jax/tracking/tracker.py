@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn import SAM2, ImageFeatures
 from rfmedsam2_jax.nn import memory_bank as memory
 from rfmedsam2_jax.nn.layers import Params
@@ -192,7 +191,8 @@ class VolumeTracker:
         known = prompted[track, z]
         kept = [(bank.maps, known.maps), (bank.pointers, known.cells.pointer)]
         if bank.masks is not None and known.cells.presence > 0:
-          kept.append((bank.masks, np.clip(known.cells.logits, -LOGIT_LIMIT, LOGIT_LIMIT)))
+          mask = recurrence.mask_to_follow(known.cells.logits, known.cells.presence)
+          kept.append((bank.masks, np.asarray(mask)))
         for ring, value in kept:
           ring.values[row, slot], ring.slices[row, slot], ring.valid[row, slot] = value, z, True
     return jax.tree.map(jnp.asarray, bank)

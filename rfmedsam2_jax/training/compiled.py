@@ -67,6 +67,15 @@ def _costs(cost: Cost) -> Facts:
           "calls_not_counted": dict(cost.calls)}
 
 
+def products_of(compiled: Any) -> float:
+  """FLOP of a step on one device, loops as often as they run; 0 where its text says something new,
+  which is no reason not to train."""
+  try:
+    return cost_of(compiled.as_text() or "").flops
+  except (ValueError, LookupError):
+    return 0.0
+
+
 def lines_of(facts: Facts, chip: Chip | None, remedies: list[str]) -> Iterator[str]:
   """Facts for a person; remedies: said if the step does not fit."""
   if chip is not None:

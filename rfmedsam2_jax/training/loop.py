@@ -20,11 +20,11 @@ from rfmedsam2_jax.base.progress import Progress, Report, duration
 from rfmedsam2_jax.data.datasets import Case
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.parallel import hosts
-from rfmedsam2_jax.parallel.devices import flops_of
 from rfmedsam2_jax.parallel.mesh import batch_shapes, local_rows, place_batch
 from rfmedsam2_jax.report.contact_sheet import save_contact_sheet
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 from rfmedsam2_jax.training.checkpoints import Checkpoints, latest_checkpoint
+from rfmedsam2_jax.training.compiled import products_of
 from rfmedsam2_jax.training.phases import Phase
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.telemetry import Telemetry
@@ -70,7 +70,7 @@ def train_phase(
       return state
     with _listening() as stop_after, contextlib.ExitStack() as stack:
       compiled = _compiled(training, phase, state)
-      log = _Log(training, phase, start, flops_of(compiled), ranking)
+      log = _Log(training, phase, start, products_of(compiled), ranking)
       stack.callback(log.telemetry.close)
       steps = log.steps(state, compiled, cases)
       for step, state in steps:

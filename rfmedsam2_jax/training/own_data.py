@@ -22,6 +22,7 @@ from rfmedsam2_jax.data.datasets import Dataset, read_case, read_dataset
 from rfmedsam2_jax.data.files import load_json, save_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint, make_fingerprint
 from rfmedsam2_jax.data.layouts import Case
+from rfmedsam2_jax.data.names import some
 from rfmedsam2_jax.data.plan import Plan, PlanConfig, load_plan, make_plan, save_plan
 from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess, save_case, stored_cases
 from rfmedsam2_jax.data.run_folder import RunFolder
@@ -55,7 +56,7 @@ def say_unused(
   """Says which cases a file of splits does not name, and what of the folders is no case."""
   if config.file and (spare := _unused(*own)):
     report(f"{config.file}: {len(spare)} of {len(own.dataset.cases)} cases neither train nor "
-           f"validate: {', '.join(spare[:5])}{' and more' if len(spare) > 5 else ''}")
+           f"validate: {some(spare, 5)}")
   for line in own.dataset.left_out:
     warn(str(line))
 

@@ -21,7 +21,7 @@ from rfmedsam2_jax.nn.layers import Array, Params
 from rfmedsam2_jax.nn.losses import RefinerLossConfig, prompted_loss
 from rfmedsam2_jax.nn.prompt_encoder import ABSENT, pack_prompts
 from rfmedsam2_jax.refinement.stages import encode_slices
-from rfmedsam2_jax.tracking.recurrence import MASK_LOGIT, best_mask, limited, remember_cells
+from rfmedsam2_jax.tracking.recurrence import MASK_LOGIT, best_mask, mask_to_follow, remember_cells
 from rfmedsam2_jax.training.step import Batch, Keys, Loss
 from rfmedsam2_jax.training.tracker_prompts import PROMPTED, Plan, corrections, draw_plan
 
@@ -195,7 +195,7 @@ def follow(
     maps = remember_cells(model, params, here.embedding, mask, presence)
     kept = prompted | corrected
     slot = jnp.minimum(jnp.full(count, number), PROMPTED - 1)
-    seen = None if bank.masks is None else jax.lax.stop_gradient(limited(
+    seen = None if bank.masks is None else jax.lax.stop_gradient(mask_to_follow(
       jnp.where(takes_mask[:, None, None], given, state[1][0]), presence))
     bank = memory.add_conditioning(bank, slot, kept, maps, pointer, places, seen)
     bank = memory.add_recent(

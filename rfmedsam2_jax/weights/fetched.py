@@ -7,10 +7,9 @@ from pathlib import Path
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.kept import home, shelf
 from rfmedsam2_jax.base.progress import Report, silent
-from rfmedsam2_jax.data.files import Stored, load_json, replacing_whole, save_json
+from rfmedsam2_jax.data.files import Stored, load_json, replacing_whole, save_json, sha256_of
 from rfmedsam2_jax.weights.download import download, hub_address, meta_address
 from rfmedsam2_jax.weights.published import Published, published
-from rfmedsam2_jax.weights.single_file import sha256 as sha256_of
 
 NOTE = "fetched.json"  # in the checkpoint's folder
 RECORDED = "recorded.json"  # on the shelf: of first downloads, also of what was removed again

@@ -6,7 +6,6 @@ package; the word `builtin` means it. Installed models keep their networks so, i
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.numpy import save
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.places import BUILTIN, check_place
+from rfmedsam2_jax.data.files import sha256_of
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.weights.named import checkpoint_at
 from rfmedsam2_jax.weights.orbax import check_finite, checksum, file_errors, not_finite
@@ -89,13 +89,7 @@ def load_single(path: Path, like: Params) -> Params:
 def read_single(path: Path) -> dict[str, Any]:
   """What a file says of itself, and its `sha256`; UserError for one that says nothing."""
   with _opened(path) as file:
-    return _about(file, path) | {"sha256": sha256(path)}
-
-
-def sha256(path: Path) -> str:
-  """SHA-256 of a file, as hexadecimal digits."""
-  with open(path, "rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
+    return _about(file, path) | {"sha256": sha256_of(path)}
 
 
 def builtin_words() -> str:

@@ -1,5 +1,6 @@
 """Studies with several series, in folders and archives: which one is read, and what is refused."""
 
+import re
 import zipfile
 
 import numpy as np
@@ -137,11 +138,18 @@ def _lie(path, tmp_path):
   path.write_bytes(content)
 
 
+def _unknown(path, tmp_path):
+  _empty(path, tmp_path)
+  path.write_bytes(re.sub(rb"(?s)(PK\x01\x02..).", rb"\1c", path.read_bytes()))
+  assert claimed_bytes(path) == 0  # of a version of the format that is not known
+
+
 @pytest.mark.parametrize(("make", "says"), [
   (_missing, "scan.zip: 2_.* mm apart, others 5 mm"),
   (_damaged, "scan.zip: cannot be read as a .zip"),
   (lambda path, _: path.write_bytes(b"PK rubbish"), "scan.zip: cannot be read as a .zip"),
   (_empty, "scan.zip: has no DICOM"), (_lie, "scan.zip: "),
+  (_unknown, "as a .zip .zip file version 9.9"),
 ])
 def test_archives_without_a_volume_are_one_line(tmp_path, make, says):
   make(tmp_path / "scan.zip", tmp_path)
