@@ -42,8 +42,8 @@ Correct the line. If it names a file that a reader has and the test has not, add
 path to STAND_INS in tests/doc_places.py. If no test can run its program, add the program and the
 reason to NOT_RUN in tests/doc_runner.py and to CONTRIBUTING.md. Output goes into a block ```text.
 """
-# Instead of paths and numbers in the pattern of a command: such a line is parsed, not run. CT and MR
-# are modalities.
+# Instead of paths and numbers in the pattern of a command: such a line is parsed, not run. CT and
+# MR are modalities.
 PLACEHOLDER = re.compile(
   r"^(?!(?:CT|MR)$)\[?-*[A-Z][A-Z0-9]*[A-Z.]*\]?$|^[NK]$|^\[path=value$|^\.\.\.\]?$")
 
