@@ -1,6 +1,7 @@
-"""Numbers for reports: what CASE.json and numbers.csv say of structures, and what is left of them."""
+"""Numbers for reports: what CASE.json and numbers.csv say of structures, and what is left out."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from tests_data import save_series
 import rfmedsam2_jax
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.datasets import Labels, Structure
+from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.volumes import load_image, load_label_map
+from rfmedsam2_jax.report.predictions import CaseFile
 from rfmedsam2_jax.segmentation.chosen import Choice, Removed, with_structures, without_small
 from rfmedsam2_jax.segmentation.measured import numbers_of, table_rows, write_table
 
@@ -176,6 +179,19 @@ def test_chosen_structures_are_as_in_the_whole_and_small_pieces_are_counted(
   python = rfmedsam2_jax.segment_file(
     rfmedsam2_jax.load(tiny_run), scans / f"{case}_0000.nii.gz", None, names, least)
   np.testing.assert_array_equal(python, after)
+
+
+def test_a_report_reads_numbers_and_files_from_before_them(tmp_path):
+  said = {"label": 1, "volume_ml": 2.0, "presence": None, "predicted_iou": None, "boxes": [],
+          "probability": None, "stages": []}
+  numbers = {"pieces": 1, "removed_pieces": 2, "removed_ml": 0.5, "touches": ["left"],
+             "intensities": {"CT": {"mean": 3.5, "std": 0.5, "p5": 3.0, "p95": 4.0}}}
+  content = {"shape": [1, 1, 1], "slice_axis": 0, "warnings": [],
+             "structures": {"old": said, "new": said | {"numbers": numbers}}}
+  (tmp_path / "scan.json").write_text(json.dumps(content))
+  found = load_json(tmp_path / "scan.json", CaseFile).structures
+  assert found["old"].numbers is None
+  assert json.loads(json.dumps(dataclasses.asdict(found["new"])))["numbers"] == numbers
 
 
 def test_other_formats_name_chosen_structures_alone(tiny_run, scans, tmp_path):

@@ -85,13 +85,17 @@ def owned_values(labels: Labels) -> list[tuple[int, ...]]:
 def boxes_of(found: np.ndarray, owned: Sequence[tuple[int, ...]]) -> list[Box | None]:
   """The tight box of every structure in a label map [D, H, W]; None where it has no voxel."""
   by_value = dict(enumerate(ndimage.find_objects(found), 1))
-  result: list[Box | None] = []
-  for values in owned:
-    there = [box for value in values if (box := by_value.get(value)) is not None]
-    a, b, c = (slice(min(side.start for side in sides), max(side.stop for side in sides))
-               for sides in zip(*there, strict=True)) if there else (slice(0),) * 3
-    result.append((a, b, c) if there else None)
-  return result
+  return [_around([box for value in values if (box := by_value.get(value)) is not None])
+          for values in owned]
+
+
+def _around(boxes: Sequence[Box]) -> Box | None:
+  """The smallest box that holds them all."""
+  if not boxes:
+    return None
+  a, b, c = (slice(min(side.start for side in sides), max(side.stop for side in sides))
+             for sides in zip(*boxes, strict=True))
+  return a, b, c
 
 
 def with_structures(found: np.ndarray, labels: Labels, choice: Choice) -> np.ndarray:
