@@ -31,7 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("--structures", metavar="NAME,...", help="only these structures, as the run names them")
   add("--min-volume", type=float, default=0.0, metavar="ML",
       help="pieces of a structure that are smaller go, and are counted")
-  add("--fast", action="store_true", help="at half the resolution: quicker, and worse")
+  add("--fast", action="store_true",
+      help="at half the resolution across slices: quicker, and worse")
   add("--overwrite", action="store_true", help="replace results that exist")
 
 

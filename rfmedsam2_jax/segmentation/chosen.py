@@ -103,16 +103,7 @@ def with_structures(found: np.ndarray, labels: Labels, choice: Choice) -> np.nda
 
   A voxel of a region that is not chosen shows the last chosen one that it lies in.
   """
-  if choice.organs is None:
-    return found
-  organs = choice.organs
-  owned = owned_values(labels)
-  table = np.zeros(max(labels.output_values) + 1, found.dtype)
-  for organ in organs:
-    table[[value for value in owned[organ] if value < len(table)]] = labels.output_values[organ]
-  for organ in organs:
-    table[labels.output_values[organ]] = labels.output_values[organ]
-  return table[found]
+  return found if choice.organs is None else _shown(labels, choice.organs, found.dtype)[found]
 
 
 def without_small(
@@ -140,17 +131,16 @@ def without_small(
     if small.any():
       removed[organ] = Removed(int(small.sum()), int(sizes[small].sum()))
       gone = small[pieces]
-      here[gone] = _below(labels, owned, organs, organ, found.dtype)[here[gone]]
+      around = [other for other in organs if labels.output_values[other] not in owned[organ]]
+      here[gone] = _shown(labels, around, found.dtype)[here[gone]]
   return found, removed
 
 
-def _below(
-  labels: Labels, owned: Sequence[tuple[int, ...]], organs: Sequence[int], organ: int,
-  dtype: np.dtype,
-) -> np.ndarray:
-  """By value of a label map, what a voxel has once it is no part of a structure any more."""
-  table = np.zeros(max(max(values) for values in owned) + 1, dtype)
-  for other in organs:
-    if other != organ and labels.output_values[other] not in owned[organ]:
-      table[list(owned[other])] = labels.output_values[other]
+def _shown(labels: Labels, organs: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """By value of a label map, that of the last of some structures which it belongs to, or 0."""
+  table, owned = np.zeros(max(labels.output_values) + 1, dtype), owned_values(labels)
+  for organ in organs:
+    table[[value for value in owned[organ] if value < len(table)]] = labels.output_values[organ]
+  for organ in organs:  # what says so itself
+    table[labels.output_values[organ]] = labels.output_values[organ]
   return table

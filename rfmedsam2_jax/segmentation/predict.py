@@ -143,7 +143,7 @@ def predict(
       are still segmented, as they decide where these end. None: all.
     min_volume: ml; pieces that are smaller become background (of a region, what is around it), and
       CASE.json counts them. Stages and probabilities are as they were.
-    fast: at half the resolution, see `Segmenter.faster`; CASE.json says so.
+    fast: at half the resolution across slices, see `Segmenter.faster`; CASE.json says so.
 
   Raises:
     UserError: see `make_request`; a volume or label map that cannot be read.
@@ -263,5 +263,5 @@ def _label_map(models: list[Segmenter], volume: Volume, choice: Choice) -> np.nd
 def _making(models: list[Segmenter], prompts: Prompts) -> Making:
   codes = models[0].inference.codes
   details = {"runs": " ".join(m.name for m in models)}
-  details |= {"resolution": "half"} if models[0].fast else {}
+  details |= {"slices": "half"} if models[0].fast else {}
   return Making(prompts == "generated", codes, details)

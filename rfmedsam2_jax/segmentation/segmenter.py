@@ -41,7 +41,7 @@ class Segmenter:
 
   sam_channels, sam_context: what SAM 2 sees in its three colours, see config.DataConfig.
   name: of the run's folder. fingerprint: of the cases that were trained on, if it is known.
-  fast: the plan's voxels are twice as large as those that were trained on, see `faster`.
+  fast: the plan's slices lie twice as far apart as those that were trained on, see `faster`.
   """
 
   plan: Plan
@@ -58,15 +58,15 @@ class Segmenter:
   fast: bool = False
 
   def faster(self) -> "Segmenter":
-    """At half the resolution: volumes are prepared on voxels twice as large along every axis.
+    """At half the resolution across slices: volumes are prepared with half as many.
 
-    So windows of the generator and slices of the stages are fewer; a slice is as large for SAM as
-    it was. The networks were not trained for it.
+    So the generator has half of the windows and the stages half of the slices. Rows and columns
+    stay as they were: on voxels twice as large a generator of one scale loses what it knows.
     """
     if self.fast:
       return self
-    a, b, c = self.plan.spacing
-    plan = dataclasses.replace(self.plan, spacing=(2 * a, 2 * b, 2 * c))
+    apart, *in_plane = self.plan.spacing
+    plan = dataclasses.replace(self.plan, spacing=(2 * apart, *in_plane))
     return dataclasses.replace(self, plan=plan, fast=True)
 
   @property
