@@ -65,8 +65,8 @@ class Segmenter:
     """
     if self.fast:
       return self
-    apart, *in_plane = self.plan.spacing
-    plan = dataclasses.replace(self.plan, spacing=(2 * apart, *in_plane))
+    apart, rows, columns = self.plan.spacing
+    plan = dataclasses.replace(self.plan, spacing=(2 * apart, rows, columns))
     return dataclasses.replace(self, plan=plan, fast=True)
 
   @property
