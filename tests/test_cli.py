@@ -278,8 +278,11 @@ def test_paths_that_do_not_exist_are_named(tmp_path, monkeypatch, capsys, argume
   assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_prediction_is_not_lost(tiny_run, unseen, tmp_path, capsys, monkeypatch):
-  target = tmp_path / unseen.name.replace("_0000", "")
+@pytest.mark.parametrize("name", ["", "numbers.csv"])
+def test_an_existing_prediction_is_not_lost(
+  tiny_run, unseen, tmp_path, capsys, monkeypatch, name
+):
+  target = tmp_path / (name or unseen.name.replace("_0000", ""))
   target.write_text("mine")
   monkeypatch.delattr("rfmedsam2_jax.model.load")  # said before the networks are read
   status, _, error = run(capsys, "predict", tiny_run, unseen, "--out", tmp_path)
@@ -295,6 +298,12 @@ def test_an_existing_prediction_is_not_lost(tiny_run, unseen, tmp_path, capsys, 
   (["SCAN", "--prompts", "given", "--given", '{"scan": []}'], "case scan is not among the inputs"),
   (["SCAN", "--prompts", "given", "--given", '{"CASE": [{"structure": "nose"}]}'], "liver"),
   (["SCAN", "--prompts", "oracle", "--labels", "no_such"], "no_such"),
+  (["SCAN", "--structures", "spleen,Lever"], "--structures Lever: is no structure of this model; "
+   "the nearest known one is liver"),
+  (["SCAN", "--structures", ","], "--structures: names none"),
+  (["SCAN", "--min-volume", "nan"], "--min-volume nan: is no volume"),
+  (["SCAN", "--min-volume", "inf"], "--min-volume inf: is no volume"),
+  (["SCAN", "--min-volume", "-0.1"], "--min-volume -0.1: is no volume"),
 ])
 def test_a_mistake_is_said_before_the_networks_are_read(
   tiny_run, unseen, tmp_path, capsys, monkeypatch, arguments, says

@@ -216,7 +216,8 @@ def test_structures_that_one_side_lacks_are_counted_in_the_scores_file(folders, 
 
 
 def test_what_lies_beside_label_maps_is_said_but_for_what_predict_writes(folders, capsys):
-  for name in ("a.json", "itksnap_labels.txt", "scores.json", "a.png", "._a.nii.gz", "b.tif"):
+  for name in ("a.json", "itksnap_labels.txt", "numbers.csv", "scores.json", "a.png", "._a.nii.gz",
+               "b.tif"):
     (folders / "pred" / name).write_bytes(b"")
   (folders / "pred" / "stage0").mkdir()
   (folders / "ref" / "a.nii.gz").rename(folders / "ref" / "a.NII.GZ")

@@ -124,7 +124,8 @@ def test_two_predictions_are_the_same_bytes(tiny_run, unseen, tmp_path):
   for out in ("one", "two"):
     predict(tiny_run, unseen, "--out", tmp_path / out, "--save-stages", "--probabilities")
   files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.*"))
-  assert len(files) == 5 + 5 + 1  # label maps of four kinds, details, probabilities, names
+  # Label maps of four kinds, details, probabilities, numbers, names.
+  assert len(files) == 5 + 5 + 2
   for file in files:
     assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 

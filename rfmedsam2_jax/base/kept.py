@@ -69,12 +69,17 @@ def run_at(source: str | Path) -> Path:
   return kept(source, "models")
 
 
+def near(text: object, known: Iterable[str]) -> str | None:
+  """The known name that is spelled most like a text, capitals or not; None if none is near."""
+  found = difflib.get_close_matches(str(text).lower(), {x.lower(): x for x in known}, 1, 0.5)
+  return next((x for x in known if found and x.lower() == found[0]), None)
+
+
 def nearest(text: object, known: Iterable[str]) -> str:
   """"; the nearest known name is x", for the end of a line; empty for a path, or if none is near.
   """
-  near = difflib.get_close_matches(str(text).lower(), {x.lower(): x for x in known}, 1, 0.5)
-  found = next((x for x in known if near and x.lower() == near[0]), None)
-  return f"; the nearest known name is {found}" if found and is_name(text) else ""
+  found = near(text, known) if is_name(text) else None
+  return f"; the nearest known name is {found}" if found else ""
 
 
 def no_run(source: str | Path) -> UserError:

@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("paths", nargs="+", type=word_or_path, metavar="RUN... INPUT...",
       help="one run (its folder, or the name of an installed model), or several to be averaged, "
       "then volumes, DICOM series or folders of them")
-  add("--out", type=Path, required=True, help="folder of label maps and CASE.json")
+  add("--out", type=Path, required=True, help="folder of label maps, CASE.json and numbers.csv")
   add("--prompts", choices=("generated", "oracle", "given"), default="generated",
       help="automatic (default), boxes from true labels (upper limit), or a person's")
   add("--labels", type=Path, help="folder of label maps for oracle or given")
@@ -28,12 +28,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
       help="which series of a study (a folder or .zip), also by its description or modality")
   add("--save-stages", action="store_true", help="also write every stage")
   add("--probabilities", action="store_true", help="also write a probability map per structure")
+  add("--structures", metavar="NAME,...", help="only these structures, as the run names them")
+  add("--min-volume", type=float, default=0.0, metavar="ML",
+      help="pieces of a structure that are smaller go, and are counted")
+  add("--fast", action="store_true",
+      help="at half the resolution across slices: quicker, and worse")
   add("--overwrite", action="store_true", help="replace results that exist")
 
 
 def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) -> None:
   """UserError for what is wrong with the command line, before networks are read."""
   from rfmedsam2_jax.data.plan import load_plan
+  from rfmedsam2_jax.segmentation.chosen import make_choice
   from rfmedsam2_jax.segmentation.request import check_alike, make_request
   if options.prompts == "oracle" and options.labels is None:
     raise UserError("--prompts oracle: needs --labels, the folder of true label maps")
@@ -45,8 +51,17 @@ def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) ->
   if all(file.is_file() for file in files):  # else `load` says what the run lacks
     plans = [load_plan(file) for file in files]
     check_alike(plans)
+    names = _names(options)
+    make_choice(plans[0].labels, names, options.min_volume, ("--structures", "--min-volume"))
     make_request(plans[0], inputs, options.out, options.prompts, options.labels, options.given,
-                 options.overwrite, options.format, options.series)
+                 options.overwrite, options.format, options.series, names, options.min_volume)
+
+
+def _names(options: argparse.Namespace) -> list[str] | None:
+  """The structures that are asked for; None for all."""
+  if options.structures is None:
+    return None
+  return [name for part in options.structures.split(",") if (name := part.strip())]
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -77,7 +92,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   written = predict(
     models, inputs, options.out, options.prompts, options.labels, options.given,
     options.save_stages, options.overwrite, console.line, options.probabilities, warn,
-    options.format, options.series)
+    options.format, options.series, _names(options), options.min_volume, options.fast)
   seconds = time.monotonic() - began
   unusual = f"; {len(warnings)} warnings, see above" if warnings else ""
   console.result(

@@ -4,19 +4,22 @@ Their `scl_slope` is 1/255, so that every reader gets numbers from 0 to 1.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.volumes import Geometry, write_on_grid
 
 
-def probability_paths(case: str, labels: Labels) -> dict[str, str]:
-  """Where the probabilities of a case lie in the folder of a prediction, by structure."""
+def probability_paths(case: str, names: Mapping[int, str]) -> dict[str, str]:
+  """Where a case's probabilities lie in the folder of a prediction, by structure.
+
+  `names` are of the values in label maps.
+  """
   # A name of dataset.json may hold what no file name can.
   return {name: f"probabilities/{case}/{value}_{re.sub('[^A-Za-z0-9.-]+', '_', name)}.nii.gz"
-          for value, name in labels.value_names.items()}
+          for value, name in names.items()}
 
 
 def write_probability(path: str | Path, probability: np.ndarray, geometry: Geometry) -> None:

@@ -26,7 +26,7 @@ from rfmedsam2_jax.evaluation.metrics import Missing, Score, mean_score, score
 
 _LOG = logging.getLogger(__name__)
 # What predict, track and evaluate write beside label maps.
-_OURS = re.compile(r".*\.json|.*\.png|itksnap_labels\.txt|stage\d+|probabilities")
+_OURS = re.compile(r".*\.json|.*\.png|itksnap_labels\.txt|numbers\.csv|stage\d+|probabilities")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ from rfmedsam2_jax.data.names import LeftOut
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.prompt_entries import PromptEntry, read_entries_by_case
 from rfmedsam2_jax.data.segmentations import check_format
+from rfmedsam2_jax.segmentation.chosen import Choice, make_choice
+from rfmedsam2_jax.segmentation.measured import TABLE_NAME
 
 Prompts = Literal["generated", "oracle", "given"]
 
@@ -33,6 +35,7 @@ class Request:
   left_out: Sequence[LeftOut]  # of the folders of inputs
   format: Format
   series: str | None  # which of a study's
+  choice: Choice
 
 
 def check_alike(plans: Sequence[Plan]) -> None:
@@ -45,14 +48,16 @@ def check_alike(plans: Sequence[Plan]) -> None:
 def make_request(
   plan: Plan, inputs: Sequence[str | Path], out: str | Path, prompts: Prompts,
   labels: str | Path | None, given: str | Path | None, overwrite: bool, format: Format,
-  series: str | None = None,
+  series: str | None = None, structures: Sequence[str] | None = None, min_volume: float = 0.0,
 ) -> Request:
   """Finds what is asked for, and makes the folder `out`; arguments as those of `predict`.
 
   Raises:
-    UserError: inputs, label maps or prompts that are missing or wrong, arguments that contradict
-      each other, results that exist (`ResultExists`), a format that cannot be written.
+    UserError: inputs, label maps or prompts that are missing or wrong, structures that are unknown,
+      arguments that contradict each other, results that exist (`ResultExists`), a format that
+      cannot be written.
   """
+  choice = make_choice(plan.labels, structures, min_volume)
   left_out: list[LeftOut] = []
   cases = find_inputs(inputs, len(plan.channels), left_out.append, series is not None)
   if prompts == "oracle" and labels is None:
@@ -70,5 +75,6 @@ def make_request(
   out = Path(out)
   targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
   check_format(format, cases=cases)
-  claim(out, [*targets, *(out / f"{case.identifier}.json" for case in cases)], overwrite)
-  return Request(cases, prompts, entries, out, targets, left_out, format, series)
+  details = [out / f"{case.identifier}.json" for case in cases]
+  claim(out, [*targets, *details, out / TABLE_NAME], overwrite)
+  return Request(cases, prompts, entries, out, targets, left_out, format, series, choice)

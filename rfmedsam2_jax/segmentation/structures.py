@@ -13,6 +13,8 @@ from rfmedsam2_jax.data.measures import joint_counts
 from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.nn.boxes import boxes_from_square
 from rfmedsam2_jax.refinement import Fused, StageResult
+from rfmedsam2_jax.segmentation.chosen import owned_values
+from rfmedsam2_jax.segmentation.measured import Numbers
 from rfmedsam2_jax.segmentation.segmenter import Segmentation
 
 
@@ -50,12 +52,15 @@ class StructureDetails:
     presence: of its slices, as the last stage gave it, weighted by the area of their masks; if
       every mask is empty, the largest of any slice; None if no slice was run.
     predicted_iou: likewise; None if every mask is empty.
+    numbers: what a report says of it; None in files of earlier versions.
     probability: mean of the winning probability over its voxels; None if it has none.
+    stages: each as it left the structure, whatever pieces are gone since.
     boxes: on the slices where the last stage had one.
   """
 
   label: int  # its value in the label map
   volume_ml: float
+  numbers: Numbers | None = dataclasses.field(default=None, kw_only=True)
   presence: float | None
   predicted_iou: float | None
   probability: float | None
@@ -71,17 +76,19 @@ def structure_details(
   Predicted IoU and presence are means over the segmentations; boxes are those of the first one.
 
   Args:
-    maps: the label map [z, y, x] of every stage, generator first. last: the last stage's, too.
+    maps: the label map [z, y, x] of every stage, generator first. last: the one that is given
+      out, which is the last stage's or a part of it.
   """
   labels = segmentations[0].segmenter.plan.labels
   values = np.array(sorted({0, *labels.output_values}))
   # bool [K, V]: whether a voxel of that label belongs to structure k; regions may share it.
-  owned = [s.values for s in labels.structures] if labels.regions else labels.output_values
-  member = np.array([np.isin(values, mine) for mine in owned])
+  member = np.array([np.isin(values, mine) for mine in owned_values(labels)])
   rank = np.zeros(values[-1] + 1, np.min_scalar_type(len(values)))
   rank[values] = np.arange(len(values))
-  final = rank[last.labels]
+  final = rank[maps[-1]]
   tables = [joint_counts([rank[found], final], len(values)) for found in maps]
+  final = rank[last.labels]
+  counts = joint_counts([final], len(values))
   planes = (np.bincount(ranks.ravel(), weights.ravel(), minlength=len(values))
             for ranks, weights in zip(final, last.winning, strict=True))
   probability = member @ sum(planes, np.zeros(len(values)))
@@ -93,10 +100,11 @@ def structure_details(
       runs = segmentations if stage else ()
       said = [_of_cells(found.results[stage - 1], organ) for found in runs]
       iou, presence = _mean(iou for iou, _ in said), _mean(presence for _, presence in said)
-      before, voxels = int(table[mine].sum()), int(table[:, mine].sum())
+      before, after = int(table[mine].sum()), int(table[:, mine].sum())
       both = int(table[np.ix_(mine, mine)].sum())
-      dice = 2 * both / (before + voxels) if before + voxels else None
+      dice = 2 * both / (before + after) if before + after else None
       stages.append(StageDetails(stage, before * size, iou, presence, dice))
+    voxels = int(counts[mine].sum())
     sure = float(probability[organ]) / voxels if voxels else None
     result[name] = StructureDetails(
       int(labels.output_values[organ]), voxels * size, presence, iou, sure, tuple(stages),
