@@ -20,7 +20,7 @@ from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.volumes import load_image, load_label_map
 from rfmedsam2_jax.report.predictions import CaseFile
 from rfmedsam2_jax.segmentation.chosen import Choice, Removed, with_structures, without_small
-from rfmedsam2_jax.segmentation.measured import numbers_of, table_rows, write_table
+from rfmedsam2_jax.segmentation.measured import numbers_of, write_table
 
 NESTED = Labels((Structure("whole", (1, 2)), Structure("core", (2,))), True, (1, 2))
 
@@ -128,8 +128,13 @@ def test_a_table_keeps_names_with_commas_and_bytes_that_are_no_text(tmp_path):
   numbers = {"pieces": 0, "removed_pieces": 0, "removed_ml": 0.0, "touches": [],
              "intensities": {"CT": {"mean": None}}}
   structures = {'vein, "left"': {"label": 3, "volume_ml": 0.0, "numbers": numbers}}
-  write_table(tmp_path / "numbers.csv", list(table_rows("scan\udcff", structures)))
-  (row,) = table_of(tmp_path)
+  for case in ("scan\udcff", "before"):
+    content = json.dumps({"case": case, "structures": structures})
+    (tmp_path / f"{len(case)}.json").write_text(content)
+  (tmp_path / "other.json").write_text('{"mean": 1}')
+  write_table(tmp_path)
+  row, before = table_of(tmp_path)
+  assert before["case"] == "before"
   assert row["structure"] == 'vein, "left"' and row["case"].startswith("scan")
   assert (row["volume_ml"], row["touches"], row["CT_mean"]) == ("0.0", "", "")
 

@@ -121,9 +121,9 @@ def _tracked(out: Path, console: Console) -> float:
   progress = Progress("tracked slices", console.line)
   found = open_volume(BUILTIN, volume, progress=progress).track(prompts)
   names = {s.values[0]: s.name for s in dataset.labels.structures}
-  write_tracked(out / "tracked", volume, found, {"checkpoint": BUILTIN}, overwrite=True, names=names)
-  scores = {names[p.label]: dice(found.labels == p.label, truth[p.label])
-            for p in prompts}
+  about = {"checkpoint": BUILTIN}
+  write_tracked(out / "tracked", volume, found, about, overwrite=True, names=names)
+  scores = {names[p.label]: dice(found.labels == p.label, truth[p.label]) for p in prompts}
   each = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
   console.line(f"tracked from one box each, Dice: {each}")
   return float(np.mean(list(scores.values())))

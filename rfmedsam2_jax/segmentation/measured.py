@@ -7,6 +7,7 @@ In: a label map and the intensities of its file, canonical. Out: `Numbers`, whic
 import csv
 import dataclasses
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.segmentation.chosen import TOUCHING, Removed, boxes_of, owned_values
 
 TABLE_NAME = "numbers.csv"
+_HEAD = b"case,structure,label,"
 
 # Where the first and the last voxel of canonical z, y and x lie.
 _SIDES = (("inferior", "superior"), ("anterior", "posterior"), ("right", "left"))
@@ -101,12 +104,27 @@ def table_rows(case: str, structures: Mapping[str, Mapping[str, Any]]) -> Iterat
     yield row
 
 
-def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes rows that all have the same columns as CSV; empty where there is no value."""
+def write_table(folder: Path) -> None:
+  """Writes the table of a folder: every case that has its CASE.json there, of whatever call."""
+  rows: list[dict[str, Any]] = []
+  for path in sorted(folder.glob("*.json")):
+    try:
+      found = json.loads(path.read_bytes())
+      rows += table_rows(found["case"], found["structures"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of others, or from before
+      continue
+  columns = dict.fromkeys(column for row in rows for column in row)
   text = io.StringIO()
-  table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  table = csv.DictWriter(text, list(columns), lineterminator="\n")
   table.writeheader()
   table.writerows(rows)
-  with replacing(path) as temporary:
+  with replacing(folder / TABLE_NAME) as temporary:
     # Names of files may hold bytes that are no text.
     temporary.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def check_table(folder: Path) -> None:
+  """UserError if what has the table's name in a folder is no such table, which would be lost."""
+  path = folder / TABLE_NAME
+  if path.exists() and not (path.is_file() and path.read_bytes().startswith(_HEAD)):
+    raise UserError(f"{path}: exists and is no table of predict; move it away or --overwrite")

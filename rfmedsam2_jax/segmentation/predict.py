@@ -37,7 +37,7 @@ from rfmedsam2_jax.segmentation.chosen import (
 )
 from rfmedsam2_jax.segmentation.details import Details, details_of
 from rfmedsam2_jax.segmentation.given_prompts import prompts_by_hand
-from rfmedsam2_jax.segmentation.measured import TABLE_NAME, table_rows, write_table
+from rfmedsam2_jax.segmentation.measured import write_table
 from rfmedsam2_jax.segmentation.request import Format, Prompts, Request, check_alike, make_request
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_map, segment_volume
 
@@ -123,7 +123,7 @@ def predict(
 ) -> list[Path]:
   """Segments files and folders into `out`/CASE.nii.gz, which it gives, with CASE.json of details.
 
-  `out`/numbers.csv has volume, pieces and intensities of every structure of every case,
+  `out`/numbers.csv has volume, pieces and intensities of every structure of every case in `out`,
   `out`/itksnap_labels.txt names the values, with colours, for ITK-SNAP.
 
   Args:
@@ -154,17 +154,15 @@ def predict(
   for what in request.left_out:
     warn(str(what.folder), what.message)
   left, count = TimeLeft(compiles=True), len(request.cases)
-  rows: list[dict[str, Any]] = []
   for number, case in enumerate(request.cases, 1):
     heading = f"{number}/{count} {case.identifier}"
     begins = f"{heading}{left(number - 1, count)}"
     progress(begins if count > 1 else Passing(begins))
     report = below(progress, f"{heading}: ")
     found = _predict_case(models, request, number - 1, save_stages, probabilities, report)
-    rows += table_rows(case.identifier, found["structures"])
     for notice in found["warnings"]:
       warn(case.identifier, notice["message"])
-  write_table(request.out / TABLE_NAME, rows)
+  write_table(request.out)
   names = value_names(models[0].plan.labels, request.choice)
   write_itksnap_labels(request.out / ITKSNAP_NAME, names)
   return list(request.targets)

@@ -18,7 +18,7 @@ from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.prompt_entries import PromptEntry, read_entries_by_case
 from rfmedsam2_jax.data.segmentations import check_format
 from rfmedsam2_jax.segmentation.chosen import Choice, make_choice
-from rfmedsam2_jax.segmentation.measured import TABLE_NAME
+from rfmedsam2_jax.segmentation.measured import check_table
 
 Prompts = Literal["generated", "oracle", "given"]
 
@@ -76,5 +76,7 @@ def make_request(
   targets = [out / (case.identifier + FORMAT_ENDINGS[format]) for case in cases]
   check_format(format, cases=cases)
   details = [out / f"{case.identifier}.json" for case in cases]
-  claim(out, [*targets, *details, out / TABLE_NAME], overwrite)
+  claim(out, [*targets, *details], overwrite)
+  if not overwrite:
+    check_table(out)
   return Request(cases, prompts, entries, out, targets, left_out, format, series, choice)
