@@ -6,7 +6,8 @@ rfmedsam2 convert nnunet runs/nnunet/results/Dataset004_Benchmark/Trainer__nnUNe
     ckpt/nnunet --fold all --like DATASET/imagesTr/CASE.nii.gz
 python benchmarks/nnunet_agreement.py ckpt/nnunet DATASET runs/nnunet/predictions
 
-Both mirror and use windows of half a patch. Prints, for every case and in all, the share of equal
+With `--planner nnUNetPlannerResEncM` for the first command (and another --work) it is the residual
+encoder that nnU-Net recommends. Both mirror and use windows of half a patch. Prints, for every case and in all, the share of equal
 voxels and the Dice of the two label maps per structure.
 """
 
