@@ -80,7 +80,8 @@ class GeneratorConfig:
   dtype: Precision = "float32"  # of the arithmetic
   remat: Remat = "none"
   # What is kept of a convolution with its norm (residual: of a block) for the backward pass.
-  # "none": all. "block": its input, at a third more time per step. "dots": also the convolution's output, at little more.
+  # "none": all. "block": its input, at a third more time per step. "dots": also the convolutions'
+  # outputs, at little more.
   batch_size: Count = 2
   microbatches: Count = 1  # parts of a batch, one after the other; memory falls, time rises
   oversample_foreground: Share = 0.33  # share of patches centred on some structure
