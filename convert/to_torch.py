@@ -89,7 +89,8 @@ def _generator(source: Path, told: dict[str, Any], report: Report) -> _Content:
   shapes = jax.eval_shape(lambda key: init_generator(unet, channels, key), jax.random.key(0))
   params = (load_single if is_single(source) else load_params)(source, shapes)
   order = _head_order(told["generator"]["structures"], unet.num_outputs)
-  report(f"outputs of nnU-Net, by label value: {list(np.argsort(order))} of the generator's")
+  if list(order) != sorted(order):
+    report(f"outputs are put in the order of label values: {np.argsort(order).tolist()}")
   if config.mirrored:
     report(f"  differs: here it sees axes {list(config.mirrored)} mirrored, there it takes them as "
            "they lie in a file")
