@@ -61,17 +61,15 @@ def convert_nnunet(
   if others:
     network = dataclasses.replace(network, members=len(read))
   outputs = len(found.labels.structures) + (0 if found.labels.regions else 1)
-  params, facts = [], []
-  for one in read:
-    of_one, facts = network_params(
-      one.weights, UNet(found.network, outputs), len(found.rules), found.head_order, str(one.file))
-    params.append(of_one)
+  params, facts = zip(*(network_params(
+    one.weights, UNet(found.network, outputs), len(found.rules), found.head_order, str(one.file))
+    for one in read), strict=True)
   blocks = f", residual blocks {list(network.blocks)}" if network.blocks else ""
   report(f"{first.file}: {first.dataset}, {first.configuration}, "
          f"{len(network.features)} stages{blocks}, {len(found.rules)} channels, {outputs} outputs")
   if others:
     report(f"  {len(read)} folds, whose logits are averaged: {', '.join(wanted.folds)}")
-  for line in (*facts, *found.taken):
+  for line in (*facts[0], *found.taken):
     report(f"  {line}")
   for line in found.differs:
     report(f"  differs: {line}")
