@@ -78,6 +78,7 @@ def main() -> None:
   segmenter = Segmenter(
     plan, unet, load_params(options.checkpoint, shapes), SAM2(config.sam2), None,
     config.refinement, config.inference)
+  run = jax.jit(lambda params, x: unet.apply({"params": params}, x))
   values = dict(zip(plan.labels.names, plan.labels.output_values, strict=True))
   equal, total = 0, 0
   both = {name: np.zeros(2) for name in values}
@@ -87,8 +88,8 @@ def main() -> None:
     if official:
       patch = middle(found.prepared.image, plan.patch_size)
       x = np.flip(patch, [1 + axis for axis in unet.config.mirrored])
-      logits = np.flip(official(x), [axis for axis in unet.config.mirrored])
-      mine = unet.apply({"params": segmenter.generator}, np.moveaxis(patch, 0, -1)[None])[0]
+      logits = np.flip(official(x), unet.config.mirrored)
+      mine = np.asarray(run(segmenter.generator, np.moveaxis(patch, 0, -1)[None])[0])
       print(f"{case.identifier}: logits differ by {np.abs(mine - logits).max():.2g} of "
             f"{np.abs(logits).max():.3g}")
     ours = label_map([found], 0)

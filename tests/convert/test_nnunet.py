@@ -197,7 +197,10 @@ def test_a_converted_network_is_the_generator_of_a_run_without_steps(tmp_path, c
   tree = yaml.safe_load(tiny_config.read_text("utf-8"))
   data = read_dataset(tree["data"]["dataset"])
   labels = {"background": 0} | {s.name: s.values[0] for s in data.labels.structures}
-  write_model(tmp_path / "model", RESIDUAL, 1, labels)
+  sizes = {"strides": ((1, 1, 1), (2, 2, 2)), "kernel_sizes": ((3, 3, 3), (3, 3, 3))}
+  write_model(tmp_path / "model", dict(
+    n_stages=2, features_per_stage=[4, 6], n_blocks_per_stage=[1, 1], n_conv_per_stage_decoder=[1],
+    **sizes), 1, labels)
   assert main(["nnunet", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
   made = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text("utf-8"))
   # The rest of the tiny config, and a refiner without steps; the phantoms' channel has its name.
@@ -207,13 +210,12 @@ def test_a_converted_network_is_the_generator_of_a_run_without_steps(tmp_path, c
   tree["refiner"]["loop"] |= {"steps": 0}
   config.write_text(yaml.safe_dump(tree))
   run = tmp_path / "run"
-  other = ["generator.blocks=[1,2,1,1]"]
+  other = ["generator.blocks=[1,2]"]
   assert rfmedsam2(["train", str(config), "--out", str(run), *other]) == 2
-  assert "its generator has blocks=[1,2,1,2]" in capsys.readouterr().err
+  assert "its generator has blocks=[1,1]" in capsys.readouterr().err
   assert rfmedsam2(["train", str(config), "--out", str(run), "--overwrite"]) == 0
   assert load_plan(run / "plan.json").patch_size == (16, 32, 32)
-  sizes = (tuple(map(tuple, RESIDUAL[key])) for key in ("strides", "kernel_sizes"))
-  unet = UNet(UNetConfig((4, 6, 8, 8), *sizes, blocks=(1, 2, 1, 2)), len(labels))
+  unet = UNet(UNetConfig((4, 6), *sizes.values(), blocks=(1, 1)), len(labels))
   shapes = jax.eval_shape(lambda key: init_generator(unet, 1, key), jax.random.key(0))
   folders = (run / "generator" / "params", tmp_path / "out")
   a, b = (load_params(folder, shapes) for folder in folders)
