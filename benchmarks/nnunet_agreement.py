@@ -5,12 +5,17 @@
 rfmedsam2 convert nnunet runs/nnunet/results/Dataset004_Benchmark/Trainer__nnUNetPlans__3d_fullres
     ckpt/nnunet --fold all --like DATASET/imagesTr/CASE.nii.gz
 python benchmarks/nnunet_agreement.py ckpt/nnunet DATASET runs/nnunet/predictions
+    --trained runs/nnunet/results/Dataset004_Benchmark/Trainer__nnUNetPlans__3d_fullres/fold_all
 
-Both mirror and use windows of half a patch. Prints, for every case and in all, the share of equal
-voxels and the Dice of the two label maps per structure.
+With `--planner nnUNetPlannerResEncM` the first command trains the residual encoder that nnU-Net
+recommends. Both mirror and use windows of half a patch. Prints, for every case and in all, the
+share of equal voxels and the Dice of the two label maps per structure; with `--trained` also the
+largest difference of logits to nnU-Net's class with the same weights, in the middle of each case.
 """
 
 import argparse
+import pydoc
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -27,12 +32,41 @@ from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_map, segment_v
 from rfmedsam2_jax.weights.orbax import load_params
 
 
+def official_logits(file: Path) -> Callable[[np.ndarray], np.ndarray]:
+  """nnU-Net's network: a patch [C, D, H, W] to logits [D, H, W, outputs], by label value."""
+  import torch
+
+  stored = torch.load(file, weights_only=False, map_location="cpu")
+  init = stored["init_args"]
+  told = init["plans"]["configurations"][init["configuration"]]["architecture"]
+  kwargs = {key: pydoc.locate(value) if key in told["_kw_requires_import"] and value else value
+            for key, value in told["arch_kwargs"].items()}
+  network = pydoc.locate(told["network_class_name"])(
+    len(init["dataset_json"]["channel_names"]), num_classes=len(init["dataset_json"]["labels"]),
+    **kwargs)
+  network.load_state_dict(stored["network_weights"])
+
+  def run(patch: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+      return np.moveaxis(network.eval()(torch.tensor(patch.copy())[None])[0].numpy(), 0, -1)
+  return run
+
+
+def middle(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+  """The patch in the middle of [C, D, H, W], with zeros where the volume ends."""
+  starts = [max((n - m) // 2, 0) for n, m in zip(image.shape[1:], size, strict=True)]
+  part = image[:, *(slice(a, a + m) for a, m in zip(starts, size, strict=True))]
+  return np.pad(part, [(0, 0), *((0, m - n) for n, m in zip(part.shape[1:], size, strict=True))])
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("checkpoint", type=Path, help="made by rfmedsam2 convert nnunet")
   parser.add_argument("dataset", type=Path)
   parser.add_argument("predictions", type=Path, help="nnU-Net's label maps of cases of DATASET")
+  parser.add_argument("--trained", type=Path, help="nnU-Net's folder of the fold")
   options = parser.parse_args()
+  official = options.trained and official_logits(options.trained / "checkpoint_final.pth")
   config = load_config(options.checkpoint / "config.yaml")
   dataset = read_dataset(options.dataset)
   named = {file.name.removesuffix(".nii.gz"): file for file in options.predictions.glob("*.nii.gz")}
@@ -44,12 +78,21 @@ def main() -> None:
   segmenter = Segmenter(
     plan, unet, load_params(options.checkpoint, shapes), SAM2(config.sam2), None,
     config.refinement, config.inference)
+  run = jax.jit(lambda params, x: unet.apply({"params": params}, x))
   values = dict(zip(plan.labels.names, plan.labels.output_values, strict=True))
   equal, total = 0, 0
   both = {name: np.zeros(2) for name in values}
   for case in cases:
     volume, _ = read_case(case, len(dataset.channels), dataset.labels)
-    ours = label_map([segment_volume(segmenter, volume)], 0)
+    found = segment_volume(segmenter, volume)
+    if official:
+      patch = middle(found.prepared.image, plan.patch_size)
+      x = np.flip(patch, [1 + axis for axis in unet.config.mirrored])
+      logits = np.flip(official(x), unet.config.mirrored)
+      mine = np.asarray(run(segmenter.generator, np.moveaxis(patch, 0, -1)[None])[0])
+      print(f"{case.identifier}: logits differ by {np.abs(mine - logits).max():.2g} of "
+            f"{np.abs(logits).max():.3g}")
+    ours = label_map([found], 0)
     theirs = load_label_map(named[case.identifier], volume.geometry)
     equal, total = equal + int((ours == theirs).sum()), total + ours.size
     for name, value in values.items():

@@ -15,6 +15,8 @@ from rfmedsam2_jax.data.plan import PLANES, ChannelRule, PlanConfig, Triple
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.nn.unet import UNetConfig
 
+PLAIN, RESIDUAL = "PlainConvUNet", "ResidualEncoderUNet"
+
 
 class Converted(NamedTuple):
   """What nnU-Net's files say, in this program's words.
@@ -170,6 +172,7 @@ def _network(c, source: str) -> UNetConfig:
     kind, k = str(c["UNet_class_name"]), {
       "kernel_sizes": c["conv_kernel_sizes"], "strides": c["pool_op_kernel_sizes"],
       "n_conv_per_stage": c["n_conv_per_stage_encoder"],
+      "n_blocks_per_stage": c["n_conv_per_stage_encoder"],
       "n_conv_per_stage_decoder": c["n_conv_per_stage_decoder"],
       "features_per_stage": [
         min(int(c["UNet_base_num_features"]) * 2**i, int(c["unet_max_num_features"]))
@@ -177,8 +180,9 @@ def _network(c, source: str) -> UNetConfig:
     }
   else:
     kind, k = str(a["network_class_name"]).rpartition(".")[2], a["arch_kwargs"]
-  if kind != "PlainConvUNet":
-    raise UserError(f"{source}: the network is a {kind}; only PlainConvUNet can be converted")
+  if kind not in (PLAIN, RESIDUAL):
+    raise UserError(f"{source}: the network is a {kind}; only {PLAIN} and {RESIDUAL} can be "
+                    "converted")
   norm, leaky = k.get("norm_op_kwargs") or {}, k.get("nonlin_kwargs") or {}
   for what, value, wanted in (
     ("conv_op", _last(k.get("conv_op", "Conv3d")), "Conv3d"),
@@ -189,6 +193,8 @@ def _network(c, source: str) -> UNetConfig:
     ("nonlin", _last(k.get("nonlin", "LeakyReLU")), "LeakyReLU"),
     ("nonlin_kwargs.negative_slope", leaky.get("negative_slope", 0.01), 0.01),
     ("nonlin_first", k.get("nonlin_first", False), False),
+    ("block", _last(k.get("block", "BasicBlockD")), "BasicBlockD"),
+    ("stem_channels", k.get("stem_channels"), None),
   ):
     if value != wanted:
       raise UserError(f"{source}: the network has {what}={value}; the generator has {wanted}")
@@ -198,11 +204,39 @@ def _network(c, source: str) -> UNetConfig:
                     "the resolution, and kernels be odd")
   if "n_stages" in k and int(k["n_stages"]) != len(strides):
     raise ValueError(f"n_stages is {k['n_stages']} with {len(strides)} strides")
-  return UNetConfig(
-    tuple(int(n) for n in k["features_per_stage"]), strides, kernels,
-    _same(k["n_conv_per_stage"], "n_conv_per_stage", source),
-    decoder_convs=_same(k["n_conv_per_stage_decoder"], "n_conv_per_stage_decoder", source),
-  )
+  features = tuple(int(n) for n in k["features_per_stage"])
+  decoder = _same(k["n_conv_per_stage_decoder"], "n_conv_per_stage_decoder", source)
+  if kind == PLAIN:
+    convs = _same(k["n_conv_per_stage"], "n_conv_per_stage", source)
+    return UNetConfig(features, strides, kernels, convs, decoder_convs=decoder)
+  given = k["n_blocks_per_stage"]
+  blocks = tuple(int(n) for n in (given if isinstance(given, list | tuple)
+                                  else [given] * len(strides)))
+  if not all(1 <= n <= 100 for n in blocks):
+    raise UserError(f"{source}: n_blocks_per_stage is {given}; give 1 or more")
+  return UNetConfig(features, strides, kernels, decoder_convs=decoder, blocks=blocks)
+
+
+def architecture(network: UNetConfig, channels: int, outputs: int) -> dict[str, Any]:
+  """The way back: what plans.json says of a network, with what nnU-Net takes from dataset.json."""
+  stages = len(network.features)
+  kwargs = {
+    "n_stages": stages, "features_per_stage": network.features, "kernel_sizes": network.kernels,
+    "strides": network.strides, "n_conv_per_stage_decoder": (network.convs_up,) * (stages - 1),
+    "conv_op": "torch.nn.modules.conv.Conv3d", "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+  }
+  if network.blocks is None:
+    kind, kwargs["n_conv_per_stage"] = PLAIN, (network.convs_per_stage,) * stages
+  else:
+    kind, kwargs["n_blocks_per_stage"] = RESIDUAL, network.blocks
+  return {
+    "network_class_name": f"dynamic_network_architectures.architectures.unet.{kind}",
+    "arch_kwargs": kwargs, "_kw_requires_import": ("conv_op", "norm_op", "dropout_op", "nonlin"),
+    "input_channels": channels, "num_classes": outputs,
+  }
 
 
 def _same(value: Any, name: str, source: str) -> int:

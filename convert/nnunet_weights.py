@@ -1,7 +1,9 @@
-"""Tensors of a PlainConvUNet (dynamic-network-architectures) as parameters of nn.unet."""
+"""Tensors of a PlainConvUNet or ResidualEncoderUNet (dynamic-network-architectures) as parameters
+of nn.unet, and back."""
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,21 @@ from rfmedsam2_jax.nn.unet import UNet
 from .sources import as_float32, check_finite
 from .torch_files import read_torch
 
-# Where each kind of tensor goes, and the order of its axes there.
-_LAYER = r"(en|de)coder\.stages\.(\d+)\.(?:0\.)?convs\.(\d+)\."
-_THERE = r"\1coder/stages_\2/convs_\3/"
-_RULES = (
-  (rf"{_LAYER}conv\.weight", rf"{_THERE}conv/kernel", (2, 3, 4, 1, 0)),
-  (rf"{_LAYER}norm\.weight", rf"{_THERE}norm/scale", (0,)),
-  (rf"{_LAYER}(conv|norm)\.bias", rf"{_THERE}\4/bias", (0,)),
-  (r"decoder\.transpconvs\.(\d+)\.weight", r"decoder/transpconvs_\1/kernel", (0, 2, 3, 4, 1)),
-  (r"decoder\.seg_layers\.(\d+)\.weight", r"decoder/seg_layers_\1/kernel", (2, 3, 4, 1, 0)),
-  (r"decoder\.(transpconvs|seg_layers)\.(\d+)\.bias", r"decoder/\1_\2/bias", (0,)),
+# Their names and ours; {} is a number. Where two of theirs are one of ours, the first is the way
+# back.
+_LAYERS = (
+  ("encoder.stages.{}.0.convs.{}.", "encoder/stages_{}/convs_{}/"),
+  ("encoder.stages.{}.convs.{}.", "encoder/stages_{}/convs_{}/"),
+  ("decoder.stages.{}.convs.{}.", "decoder/stages_{}/convs_{}/"),
+  ("encoder.stem.convs.{}.", "encoder/stem/convs_{}/"),
+  ("encoder.stages.{}.blocks.{}.conv{}.", "encoder/stages_{}/blocks_{}/conv{}/"),
+  ("encoder.stages.{}.blocks.{}.skip.{}.", "encoder/stages_{}/blocks_{}/skip_{}/"),
+  ("decoder.transpconvs.{}.", "decoder/transpconvs_{}/"),
+  ("decoder.seg_layers.{}.", "decoder/seg_layers_{}/"),
 )
+_TENSORS = (
+  ("conv.weight", "conv/kernel"), ("conv.bias", "conv/bias"), ("norm.weight", "norm/scale"),
+  ("norm.bias", "norm/bias"), ("weight", "kernel"), ("bias", "bias"))
 
 
 # nnU-Net's log has numbers of numpy, which nobody needs here.
@@ -76,11 +82,10 @@ def network_params(
     check_finite({full: values}, source)
     path, x = _placed(name, values)
     if path is None:
-      raise UserError(f"{source}: tensor {full} has no place in a plain conv U-Net; only "
-                      "PlainConvUNet without changes can be converted")
+      raise UserError(f"{source}: tensor {full} has no place in the generator; only PlainConvUNet "
+                      "and ResidualEncoderUNet without changes can be converted")
     if "/seg_layers_" in path and x.shape[-1] == len(head_order):
       x = x[..., list(head_order)]
-      x = x[0, 0, 0] if path.endswith("kernel") else x
     if path in found and not np.array_equal(found[path], x):
       raise UserError(f"{source}: tensor {full} differs from its second copy; check the file")
     found[path] = x
@@ -104,9 +109,51 @@ def network_params(
   return unflatten_dict(found, sep="/"), facts
 
 
+def state_dict(params: Mapping[str, Any], head_order: Sequence[int]) -> dict[str, np.ndarray]:
+  """The way back: a state dict that the official class loads strictly, from parameters of one
+  network (no ensemble); head_order as in `network_params`."""
+  found: dict[str, np.ndarray] = {}
+  for path, x in flatten_dict(params, sep="/").items():
+    x = np.asarray(x)
+    x = x[..., np.argsort(head_order)] if "/seg_layers_" in path else x
+    axes = _axes(path)
+    x = np.ascontiguousarray(x.reshape((1,) * (len(axes) - x.ndim) + x.shape).transpose(
+      np.argsort(axes)))
+    name = _translated(path, [pair[::-1] for pair in _LAYERS], [pair[::-1] for pair in _TENSORS])
+    assert name is not None, path
+    names = [name]
+    if match := re.fullmatch(r"(.*\.)(conv|norm)(\.\w+)", name):
+      before, kind, after = match.groups()
+      names.append(f"{before}all_modules.{('conv', 'norm').index(kind)}{after}")
+    found |= dict.fromkeys(names, x)
+    if name.startswith("encoder."):
+      found |= {f"decoder.{name}": x for name in names}
+  return found
+
+
 def _placed(name: str, x: np.ndarray) -> tuple[str | None, np.ndarray]:
-  for pattern, target, axes in _RULES:
-    match = re.fullmatch(pattern, name)
-    if match and x.ndim == len(axes):
-      return match.expand(target), np.ascontiguousarray(x.transpose(axes))
-  return None, x
+  path = _translated(name, _LAYERS, _TENSORS)
+  if path is None or x.ndim != len(axes := _axes(path)):
+    return None, x
+  x = np.ascontiguousarray(x.transpose(axes))
+  return path, x[0, 0, 0] if _is_dense(path) and x.shape[:3] == (1, 1, 1) else x
+
+
+def _translated(name: str, layers: Iterable[Sequence[str]], tensors: Iterable[Sequence[str]]
+                ) -> str | None:
+  for (layer, other_layer), (tensor, other_tensor) in itertools.product(layers, tensors):
+    pattern = re.escape(layer).replace(r"\{\}", r"(\d+)") + re.escape(tensor)
+    if match := re.fullmatch(pattern, name):
+      return other_layer.format(*match.groups()) + other_tensor
+  return None
+
+
+def _axes(path: str) -> tuple[int, ...]:
+  """The order of a PyTorch tensor's axes in ours, a dense layer's with those of its kernel of 1."""
+  if not path.endswith("/kernel"):
+    return (0,)
+  return (0, 2, 3, 4, 1) if "/transpconvs_" in path else (2, 3, 4, 1, 0)
+
+
+def _is_dense(path: str) -> bool:
+  return path.endswith("/kernel") and ("/seg_layers_" in path or "/skip_" in path)

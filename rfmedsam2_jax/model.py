@@ -96,16 +96,21 @@ def generator_network(config: GeneratorConfig, plan: Plan) -> UNet:
   """The generator that a plan asks for; by default nnU-Net's widths, 32 doubling up to 320.
 
   Raises:
-    UserError: `features` has another number of stages than the plan.
+    UserError: `features` or `blocks` has another number of stages than the plan.
   """
   stages = len(plan.strides)
   features = config.features
   if features is None:
     features = tuple(min(32 * 2**stage, 320) for stage in range(stages))
-  if len(features) != stages:
-    raise UserError(
-      f"generator.features: has {len(features)} widths, but the plan's U-Net has {stages} stages; "
-      "give one width per stage or set plan.poolings")
+  blocks = config.blocks
+  if blocks is None and config.encoder == "residual":
+    blocks = ((1, 3, 4) + (6,) * stages)[:stages]
+  for name, what, given in (("features", "widths", features), ("blocks", "numbers", blocks)):
+    if given is not None and len(given) != stages:
+      raise UserError(
+        f"generator.{name}: has {len(given)} {what}, but the plan's U-Net has {stages} stages; "
+        "give one per stage or set plan.poolings")
   outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
-  return UNet(UNetConfig(features, plan.strides, plan.kernels, config.convs_per_stage, config.dtype,
-                         config.remat, config.decoder_convs, config.mirrored), outputs)
+  return UNet(UNetConfig(
+    features, plan.strides, plan.kernels, config.convs_per_stage, config.dtype, config.remat,
+    config.decoder_convs, config.mirrored, blocks, config.members), outputs)

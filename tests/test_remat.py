@@ -26,9 +26,9 @@ def sam2(remat):
   return SAM2(dataclasses.replace(SAM, remat=remat))
 
 
-def unet(remat):
+def unet(remat, blocks=None):
   strides, kernels = ((1, 1, 1), (2, 2, 2)), ((3, 3, 3), (3, 3, 3))
-  return UNet(UNetConfig((6, 12), strides, kernels, convs_per_stage=3, remat=remat), 3)
+  return UNet(UNetConfig((6, 12), strides, kernels, 3, remat=remat, blocks=blocks), 3)
 
 
 def of_images(remat):
@@ -61,15 +61,20 @@ def of_cells(remat):
   return run, drawn(SAM)
 
 
-def of_patches(remat):
+def of_patches(remat, blocks=None):
   """The U-Net."""
   x = random(0, 1, 16, 32, 32, 1)
-  model = unet(remat)
+  model = unet(remat, blocks)
   params = jax.jit(lambda key: model.init(key, x, True)["params"])(jax.random.key(0))
   return lambda params: model.apply({"params": params}, x, True), params
 
 
-NETWORKS = [of_images, of_cells, of_patches]
+def of_residual_patches(remat):
+  """The U-Net with a residual encoder."""
+  return of_patches(remat, (2, 2))
+
+
+NETWORKS = [of_images, of_cells, of_patches, of_residual_patches]
 
 
 def gradient(network, remat):
@@ -95,7 +100,8 @@ def assert_same(found, expected):
 # Of cells: the same kind of blocks once more; what they keep is counted for all networks below.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "network", [of_images, pytest.param(of_cells, marks=pytest.mark.full), of_patches]
+  "network", [of_images, pytest.param(of_cells, marks=pytest.mark.full), of_patches,
+              of_residual_patches]
 )
 def test_blocks_that_are_computed_again_need_less_memory_and_give_the_same_gradients(network):
   (outputs, gradients, most), (*found, least) = (gradient(network, r) for r in ("none", "block"))

@@ -123,6 +123,8 @@ def main() -> None:
   parser.add_argument("--minutes", type=float, required=True)
   parser.add_argument("--work", type=Path, required=True, help="where everything is written")
   parser.add_argument("--epochs", type=int, help="instead of as many as fit")
+  parser.add_argument("--planner", default="ExperimentPlanner",
+                      help="of nnU-Net; nnUNetPlannerResEncM and so on have residual encoders")
   options = parser.parse_args()
   work, source = options.work.absolute(), options.dataset.absolute()
   for name in ("raw", "preprocessed", "results"):
@@ -141,7 +143,8 @@ def main() -> None:
     link_dataset(source, split["train"], work / "raw" / DATASET)
     with clock.runs("preprocessing"):
       api.extract_fingerprints([4], num_processes=2, verbose=False)
-      api.plan_experiments([4])
+      # Under the one name, whichever planner it was: a folder has one plan.
+      api.plan_experiments([4], options.planner, overwrite_plans_name="nnUNetPlans")
       api.preprocess([4], configurations=["3d_fullres"], num_processes=[2])
     plans = json.loads((folder / "nnUNetPlans.json").read_text("utf-8"))
     plans["configurations"]["3d_fullres"]["batch_size"] = BATCH
@@ -169,8 +172,8 @@ def main() -> None:
   predict(trainer, source, split["validation"], work / "predictions", clock)
   about = {
     "what": "nnU-Net", "minutes": options.minutes, "steps": epochs * STEPS_PER_EPOCH,
-    "batch_size": BATCH, "seconds": clock.seconds, "machine": platform.machine(),
-    "cores": os.cpu_count(),
+    "batch_size": BATCH, "planner": options.planner, "seconds": clock.seconds,
+    "machine": platform.machine(), "cores": os.cpu_count(),
     "versions": {name: version(name) for name in ("nnunetv2", "torch")},
   }
   (work / "about.json").write_text(json.dumps(about, indent=1) + "\n")

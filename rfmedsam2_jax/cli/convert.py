@@ -19,7 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
       "--to-torch or --to-safetensors a checkpoint of this program")
   add("out", type=Path, help="the checkpoint's folder, or the file")
   way = parser.add_mutually_exclusive_group().add_argument
-  way("--to-torch", action="store_true", help="write a .pt file that the official class loads")
+  way("--to-torch", action="store_true",
+      help="write a .pt file that the official class loads, of a generator nnU-Net's")
   way("--to-safetensors", action="store_true",
       help="write one file of float16 that track, serve and init_from take")
   add("--about", action="append", default=[], metavar="KEY=TEXT",

@@ -66,15 +66,22 @@ class GeneratorConfig:
   # be the checkpoint's. With loop.steps=0 it is used as it is.
   features: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
   # Per stage; None: 32 doubling up to 320, as in nnU-Net.
-  convs_per_stage: Count = 2
-  decoder_convs: Count | None = None  # per stage of the decoder; None: as many as convs_per_stage
+  encoder: Literal["plain", "residual"] = "plain"
+  # "residual": blocks of two convolutions with a skip, nnU-Net's ResEnc; a step takes longer.
+  convs_per_stage: Count = 2  # of a plain encoder, and of its decoder
+  blocks: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+  # Of a residual encoder, per stage; None: 1, 3, 4, then 6, as in nnU-Net.
+  decoder_convs: Count | None = None  # per stage of the decoder; None: as many as convs_per_stage,
+                                      # behind a residual encoder 1
+  members: Count = 1  # networks whose logits are averaged: the folds of a converted nnU-Net
   mirrored: tuple[Axis, ...] = ()
   # Axes (0 slices, 1 rows, 2 columns) along which the network sees volumes mirrored: one that was
   # trained on files that are not stored as LPS, see docs/convert.md.
   dtype: Precision = "float32"  # of the arithmetic
   remat: Remat = "none"
-  # What is kept of a convolution with its norm for the backward pass. "none": all. "block": its
-  # input, at a third more time per step. "dots": also the convolution's output, at little more.
+  # What is kept of a convolution with its norm (residual: of a block) for the backward pass.
+  # "none": all. "block": its input, at a third more time per step. "dots": also the convolutions'
+  # outputs, at little more.
   batch_size: Count = 2
   microbatches: Count = 1  # parts of a batch, one after the other; memory falls, time rises
   oversample_foreground: Share = 0.33  # share of patches centred on some structure

@@ -1,5 +1,6 @@
-"""The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet), normalised patches to logits
-per class. Submodules are named as in nnU-Net (`encoder/stages_0/convs_0`, `decoder/transpconvs_0`,
+"""The prompt generator: a 3D U-Net in nnU-Net's form (PlainConvUNet, or ResidualEncoderUNet with
+its blocks of ResNet-D), normalised patches to logits per class. Submodules are named as in nnU-Net
+(`encoder/stages_0/convs_0`, `encoder/stages_0/blocks_0/conv1`, `decoder/transpconvs_0`,
 `decoder/seg_layers_0`).
 """
 
@@ -27,8 +28,10 @@ class UNetConfig:
   convs_per_stage: int = 2  # in the encoder, and in the decoder unless that has its own number
   dtype: str = "float32"  # of the arithmetic; bfloat16 halves memory on GPU and TPU
   remat: Remat = "none"  # what training keeps of a convolution's block for the backward pass
-  decoder_convs: int | None = None  # per stage of the decoder; None: as in the encoder
+  decoder_convs: int | None = None  # per stage of the decoder; None: as in a plain encoder, else 1
   mirrored: tuple[int, ...] = ()  # axes (0 D, 1 H, 2 W) along which it sees its input mirrored
+  blocks: tuple[int, ...] | None = None  # residual ones of each encoder stage; None: plain encoder
+  members: int = 1  # networks side by side, whose logits are averaged
 
   def __post_init__(self):
     f, s, k = len(self.features), len(self.strides), len(self.kernels)
@@ -37,6 +40,13 @@ class UNetConfig:
                        f"{f}, {s} and {k}")
     if len(self.features) < 2:
       raise ValueError("a U-Net needs at least two stages")
+    if self.blocks is not None and len(self.blocks) != f:
+      raise ValueError(f"blocks need one entry per stage, got {len(self.blocks)} for {f}")
+
+  @property
+  def convs_up(self) -> int:
+    """Convolutions per stage of the decoder."""
+    return self.decoder_convs or (self.convs_per_stage if self.blocks is None else 1)
 
   @property
   def divisor(self) -> Triple:
@@ -49,10 +59,13 @@ class InstanceNorm(nn.Module):
   """Instance norm over D, H, W with scale and bias, as torch.nn.InstanceNorm3d(affine=True), with
   float32 statistics in two passes: a fast variance loses digits where the mean is far from zero."""
 
+  silent: bool = False  # starts at zero
+
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     channels = x_BDHWC.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    start = nn.initializers.zeros if self.silent else nn.initializers.ones
+    scale = self.param("scale", start, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
     x = x_BDHWC.astype(jnp.float32)
     mean = x.mean((1, 2, 3), keepdims=True)
@@ -63,6 +76,7 @@ class InstanceNorm(nn.Module):
 
 _HE_NORMAL = settled(nn.initializers.variance_scaling(
   2.0, "fan_in", "normal", in_axis=0, out_axis=-1, batch_axis=(1, 2, 3)))
+_HE_NORMAL_DENSE = settled(nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
 
 
 class TransposedConv3D(nn.Module):
@@ -92,13 +106,61 @@ class ConvBlock(nn.Module):
   stride: Triple
   dtype: jnp.dtype
   platform: Platform
+  closing: bool = False  # the end of a residual block: starts at zero, has no activation of its own
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     sizes = self.features, self.kernel, self.stride
     conv = Conv3D(*sizes, self.dtype, self.platform, name="conv")
     y = checkpoint_name(conv(x_BDHWC), CONVOLUTION)
-    return nn.leaky_relu(InstanceNorm(name="norm")(y), 0.01)
+    y = InstanceNorm(self.closing, name="norm")(y)
+    return y if self.closing else nn.leaky_relu(y, 0.01)
+
+
+class Projection(nn.Module):
+  """A dense layer without bias, and an instance norm."""
+
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array) -> Array:
+    dense = nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=_HE_NORMAL_DENSE,
+                     name="conv")
+    return InstanceNorm(name="norm")(dense(x_BDHWC))
+
+
+class ResidualBlock(nn.Module):
+  """BasicBlockD of dynamic-network-architectures (ResNet-D, arXiv:1812.01187): two convolutions
+  beside a skip, which is averaged where they stride and projected where they change the width. A
+  fresh block is its skip."""
+
+  features: int
+  kernel: Triple
+  stride: Triple
+  dtype: jnp.dtype
+  platform: Platform
+
+  @nn.compact
+  def __call__(self, x_BDHWC: Array) -> Array:
+    f, kernel, of_all = self.features, self.kernel, (self.dtype, self.platform)
+    y = ConvBlock(f, kernel, self.stride, *of_all, name="conv1")(x_BDHWC)
+    y = ConvBlock(f, kernel, (1, 1, 1), *of_all, closing=True, name="conv2")(y)
+    skip, strided = x_BDHWC.astype(y.dtype), max(self.stride) > 1
+    if strided:
+      skip = averaged(skip, self.stride)
+    if x_BDHWC.shape[-1] != f:
+      # Named by its place in nnU-Net's sequence, where the pooling comes first.
+      skip = Projection(f, self.dtype, name=f"skip_{int(strided)}")(skip)
+    return nn.leaky_relu(y + skip, 0.01)
+
+
+def averaged(x_BDHWC: Array, stride: Triple) -> Array:
+  """Means over windows of the size of the stride, which divides D, H and W."""
+  b, d, h, w, channels = x_BDHWC.shape
+  sd, sh, sw = stride
+  windows = x_BDHWC.reshape(b, d // sd, sd, h // sh, sh, w // sw, sw, channels)
+  return windows.mean((2, 4, 6))
 
 
 class Stage(nn.Module):
@@ -107,17 +169,19 @@ class Stage(nn.Module):
   features: int
   kernel: Triple
   stride: Triple
-  convs: int
+  count: int
   dtype: jnp.dtype
   remat: Remat
   platform: Platform
+  residual: bool = False
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
-    block_of = rematerialised(ConvBlock, self.remat)
-    for i in range(self.convs):
+    kind, name = (ResidualBlock, "blocks") if self.residual else (ConvBlock, "convs")
+    block_of = rematerialised(kind, self.remat)
+    for i in range(self.count):
       sizes = self.features, self.kernel, (1, 1, 1) if i else self.stride
-      x_BDHWC = block_of(*sizes, self.dtype, self.platform, name=f"convs_{i}")(x_BDHWC)
+      x_BDHWC = block_of(*sizes, self.dtype, self.platform, name=f"{name}_{i}")(x_BDHWC)
     return x_BDHWC
 
 
@@ -128,12 +192,15 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> list[Array]:
     """Features of every stage, full resolution first."""
-    c, skips = self.config, [x_BDHWC]
-    dtype, platform = jnp.dtype(c.dtype), self.platform
-    for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, strict=True)):
-      stage = Stage(*sizes, c.convs_per_stage, dtype, c.remat, platform, name=f"stages_{i}")
-      skips.append(stage(skips[-1]))
-    return skips[1:]
+    c, x, skips = self.config, x_BDHWC, []
+    of_all, residual = (jnp.dtype(c.dtype), c.remat, self.platform), c.blocks is not None
+    if residual:
+      x = Stage(c.features[0], c.kernels[0], (1, 1, 1), 1, *of_all, name="stem")(x)
+    counts = c.blocks or (c.convs_per_stage,) * len(c.features)
+    for i, sizes in enumerate(zip(c.features, c.kernels, c.strides, counts, strict=True)):
+      x = Stage(*sizes, *of_all, residual, name=f"stages_{i}")(x)
+      skips.append(x)
+    return skips
 
 
 class Decoder(nn.Module):
@@ -150,7 +217,7 @@ class Decoder(nn.Module):
     for i, level in enumerate(reversed(range(len(skips) - 1))):
       up = TransposedConv3D(c.features[level], c.strides[level + 1], dtype, name=f"transpconvs_{i}")
       x = jnp.concatenate([up(x), skips[level]], axis=-1)
-      sizes = c.features[level], c.kernels[level], (1, 1, 1), c.decoder_convs or c.convs_per_stage
+      sizes = c.features[level], c.kernels[level], (1, 1, 1), c.convs_up
       x = Stage(*sizes, dtype, c.remat, self.platform, name=f"stages_{i}")(x)
       # All heads are made at initialisation, so that the tree does not depend on the call.
       if deep_supervision or level == 0 or self.is_initializing():
@@ -160,7 +227,8 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-  """nnU-Net's PlainConvUNet, channels last."""
+  """nnU-Net's PlainConvUNet or ResidualEncoderUNet, channels last, or several, as it averages its
+  folds."""
 
   config: UNetConfig
   num_outputs: int  # logits per voxel: background and atoms, or one per region
@@ -174,6 +242,11 @@ class UNet(nn.Module):
     shape, divisor = x_BDHWC.shape[1:4], self.config.divisor
     if any(size % d for size, d in zip(shape, divisor, strict=True)):
       raise ValueError(f"patch {shape} is not divisible by {divisor}")
+    if self.config.members > 1:
+      one = dataclasses.replace(self.config, members=1)
+      every = [UNet(one, self.num_outputs, self.platform, name=f"members_{i}")(
+        x_BDHWC, deep_supervision) for i in range(self.config.members)]
+      return jax.tree.map(lambda *logits: sum(logits) / len(logits), *every)
     axes = tuple(axis + 1 for axis in self.config.mirrored)
     x_BDHWC = jnp.flip(x_BDHWC, axes) if axes else x_BDHWC
     platform = self.platform or default_platform()

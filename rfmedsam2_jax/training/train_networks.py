@@ -64,9 +64,10 @@ def train_generator(
   params: Params = {}
   init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), 0))
   if not run.params(phase.name).is_dir():
-    params = jax.jit(phase.init)(init_key)
-    if settings.init_from and not _begun(run, phase.name):
-      params = load_params(settings.init_from, params)
+    if not settings.init_from or _begun(run, phase.name):
+      params = jax.jit(phase.init)(init_key)
+    else:  # compiling what draws all members of an ensemble would take minutes
+      params = load_params(settings.init_from, jax.eval_shape(phase.init, init_key))
       about = json.dumps(read_about(settings.init_from), indent=1)
       run.write("generator_init_from.json", about + "\n")
       training.report(f"generator: starts from {settings.init_from}")

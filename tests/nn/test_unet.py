@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rfmedsam2_jax.nn import convolutions
-from rfmedsam2_jax.nn.unet import UNet, UNetConfig
+from rfmedsam2_jax.nn.platform import default_platform
+from rfmedsam2_jax.nn.unet import ResidualBlock, UNet, UNetConfig
 from rfmedsam2_jax.nn.winograd import winograd_conv3d
 
 torch = pytest.importorskip("torch")
@@ -139,6 +140,15 @@ def test_unet_equals_the_same_network_in_torch_at_every_resolution_and_in_its_gr
 def test_a_patch_that_does_not_divide_is_refused():
   with pytest.raises(ValueError, match="not divisible by \\(2, 4, 4\\)"):
     jax.eval_shape(UNet(CONFIG, 2).init, jax.random.key(0), jnp.zeros((1, 6, 12, 10, 1)))
+
+
+def test_a_fresh_residual_block_is_its_skip_and_learns():
+  block = ResidualBlock(4, (3, 3, 3), (1, 1, 1), jnp.float32, default_platform())
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 4, 4)), jnp.float32)
+  params = block.init(jax.random.key(0), x)
+  np.testing.assert_array_equal(block.apply(params, x), jnp.where(x < 0, 0.01 * x, x))
+  found = jax.grad(lambda p: (block.apply(p, x) ** 2).sum())(params)
+  assert np.abs(found["params"]["conv2"]["norm"]["scale"]).min() > 0
 
 
 def gradients(f, x, kernel, weight):
