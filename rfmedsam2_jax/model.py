@@ -102,10 +102,7 @@ def generator_network(config: GeneratorConfig, plan: Plan) -> UNet:
   features = config.features
   if features is None:
     features = tuple(min(32 * 2**stage, 320) for stage in range(stages))
-  blocks = config.blocks
-  if blocks is None and config.encoder == "residual":
-    blocks = ((1, 3, 4) + (6,) * stages)[:stages]
-  for name, what, given in (("features", "widths", features), ("blocks", "numbers", blocks)):
+  for name, what, given in (("features", "widths", features), ("blocks", "numbers", config.blocks)):
     if given is not None and len(given) != stages:
       raise UserError(
         f"generator.{name}: has {len(given)} {what}, but the plan's U-Net has {stages} stages; "
@@ -113,4 +110,4 @@ def generator_network(config: GeneratorConfig, plan: Plan) -> UNet:
   outputs = len(plan.labels.structures) + (0 if plan.labels.regions else 1)
   return UNet(UNetConfig(
     features, plan.strides, plan.kernels, config.convs_per_stage, config.dtype, config.remat,
-    config.decoder_convs, config.mirrored, blocks, config.members), outputs)
+    config.decoder_convs, config.mirrored, config.blocks, config.members), outputs)

@@ -64,9 +64,6 @@ class Config:
     if self.data.sam_context and len(self.data.sam_channels) == 3:
       raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
     generator = self.generator
-    if generator.blocks and generator.encoder == "plain":
-      raise ValueError("generator.blocks is given, but generator.encoder is plain; set it to "
-                       "residual or leave blocks out")
     if generator.members > 1 and generator.loop.steps:
       raise ValueError(f"generator.members is {generator.members}, but generator.loop.steps is "
                        f"{generator.loop.steps}: an ensemble is used as it is; set steps to 0, or "

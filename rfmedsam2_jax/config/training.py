@@ -66,11 +66,10 @@ class GeneratorConfig:
   # be the checkpoint's. With loop.steps=0 it is used as it is.
   features: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
   # Per stage; None: 32 doubling up to 320, as in nnU-Net.
-  encoder: Literal["plain", "residual"] = "plain"
-  # "residual": blocks of two convolutions with a skip, nnU-Net's ResEnc; a step takes longer.
   convs_per_stage: Count = 2  # of a plain encoder, and of its decoder
   blocks: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-  # Of a residual encoder, per stage; None: 1, 3, 4, then 6, as in nnU-Net.
+  # Per stage, of two convolutions with a skip each, as in nnU-Net's ResEnc, which has 1, 3, 4, 6, 6,
+  # ...; a step takes longer. None: a plain encoder.
   decoder_convs: Count | None = None  # per stage of the decoder; None: as many as convs_per_stage,
                                       # behind a residual encoder 1
   members: Count = 1  # networks whose logits are averaged: the folds of a converted nnU-Net
