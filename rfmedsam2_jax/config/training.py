@@ -68,8 +68,8 @@ class GeneratorConfig:
   # Per stage; None: 32 doubling up to 320, as in nnU-Net.
   convs_per_stage: Count = 2  # of a plain encoder, and of its decoder
   blocks: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-  # Per stage, of two convolutions with a skip each, as in nnU-Net's ResEnc, which has 1, 3, 4, 6, 6,
-  # ...; a step takes longer. None: a plain encoder.
+  # Per stage, of two convolutions with a skip each: nnU-Net's ResEnc, which has 1, 3, 4, 6, 6 ...
+  # and takes longer. None: a plain encoder.
   decoder_convs: Count | None = None  # per stage of the decoder; None: as many as convs_per_stage,
                                       # behind a residual encoder 1
   members: Count = 1  # networks whose logits are averaged: the folds of a converted nnU-Net
