@@ -113,9 +113,9 @@ def _tracked(out: Path, console: Console) -> float:
   prompts = []
   for value, mask in truth.items():
     slices = np.flatnonzero(mask.any(axis=(1, 2)))
-    if len(slices):
-      z = int(slices[len(slices) // 2])
-      (y0, x0), (y1, x1) = bounds([mask[z]])
+    z = int(slices[len(slices) // 2]) if len(slices) else 0
+    if (corners := bounds([mask[z]])) is not None:
+      (y0, x0), (y1, x1) = corners
       prompts.append(VoxelPrompt(value, box=((z, y0, x0), (z, y1, x1))))
   console.line("tracking: compiling the network")
   progress = Progress("tracked slices", console.line)
