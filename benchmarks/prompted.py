@@ -2,7 +2,7 @@
 
 python benchmarks/prompted.py [--checkpoint CKPT] --out FILE.json
     [--case NAME IMAGE LABELS VALUES WINDOW ...] [--dataset FOLDER --splits FILE [--cases N]]
-    [--ways slices boxes middle clicks] [--curve FILE.png]
+    [--ways slices boxes middle clicks] [--curve FILE.png] [--sheet FILE.png]
 
 Every structure is prompted from its reference, in four ways:
   slices: a box on every slice, each slice for itself, as if it were the volume;
@@ -11,7 +11,8 @@ Every structure is prompted from its reference, in four ways:
   clicks: the innermost point there, followed, and two corrections, each on the slice with most
     wrong voxels, in the middle of the largest error (SAM 2's "center"), followed again.
 Dice is of whole volumes, on the image's grid, each structure for itself. Beside it stand the filled
-boxes of every slice and an ellipse in each. WINDOW as in `track`: soft-tissue, percentiles, ...
+boxes of every slice and an ellipse in each. VALUES: 1,2 or 1=spleen,2=liver. WINDOW as in `track`:
+soft-tissue, percentiles, ...
 """
 
 import argparse
@@ -27,7 +28,7 @@ from scipy import ndimage
 from scipy.stats import spearmanr
 
 from rfmedsam2_jax import TrackingConfig, VoxelPrompt
-from rfmedsam2_jax.data.datasets import read_dataset
+from rfmedsam2_jax.data.datasets import Structure, read_dataset
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.data.volumes import Volume, load_image, load_label_map
 from rfmedsam2_jax.nn import SAM2
@@ -38,9 +39,12 @@ from rfmedsam2_jax.prompted.tracked import (
   parse_window,
 )
 from rfmedsam2_jax.prompted.zoom import bounds
+from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
 WAYS = "slices", "boxes", "middle", "clicks"
+TITLES = {"slices": "a box on every slice", "boxes": "the same, followed",
+          "middle": "one box, followed", "clicks": "three clicks, followed"}
 CORRECTIONS = 2
 
 
@@ -49,6 +53,7 @@ class Labelled(NamedTuple):
   volume: Volume
   truth: dict[int, np.ndarray]  # bool [D, H, W] by value
   window: tuple[float, float] | None
+  names: dict[int, str]
 
 
 class Found(NamedTuple):
@@ -63,8 +68,10 @@ def volumes(options: argparse.Namespace) -> Iterator[Labelled]:
   for name, image, labels, values, window in options.case:
     volume = load_image(image)
     array = load_label_map(labels, volume.geometry)
-    truth = {value: array == value for value in map(int, values.split(","))}
-    yield Labelled(name, volume, truth, parse_window(window))
+    pairs = [each.partition("=") for each in values.split(",")]
+    names = {int(value): called or value for value, _, called in pairs}
+    truth = {value: array == value for value in names}
+    yield Labelled(name, volume, truth, parse_window(window), names)
   if options.dataset is None:
     return
   dataset, split = read_dataset(options.dataset), load_split(options.splits)
@@ -73,7 +80,8 @@ def volumes(options: argparse.Namespace) -> Iterator[Labelled]:
     volume = load_image(case.images, len(dataset.channels))
     array = load_label_map(case.label, volume.geometry)
     truth = {s.values[0]: np.isin(array, s.values) for s in dataset.labels.structures}
-    yield Labelled(case.identifier, volume, truth, parse_window(options.window))
+    names = {s.values[0]: s.name for s in dataset.labels.structures}
+    yield Labelled(case.identifier, volume, truth, parse_window(options.window), names)
 
 
 def box_of(truth: np.ndarray, value: int, z: int) -> VoxelPrompt:
@@ -173,10 +181,15 @@ def percentiles(volume: Volume) -> tuple[float, float]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   rows: list[dict[str, Any]] = []
   cells: dict[str, list[tuple[float, float]]] = {way: [] for way in options.ways}
+  sheets: list[SheetCase] = []
+  names: dict[int, str] = {}
   network = load_checkpoint(options.checkpoint)
   config = TrackingConfig(dynamic_multimask=options.dynamic, looks=options.looks)
   for case in volumes(options):
     window = case.window or percentiles(case.volume)
+    names |= case.names
+    maps = {way: np.zeros(case.volume.array.shape[1:], np.uint16)
+            for way in ("reference", *options.ways)}
 
     def opened(volume: Volume, window=window) -> PromptedVolume:
       return PromptedVolume(SAM2(network.config), network.params, volume, config, window=window,
@@ -186,12 +199,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
       if not truth.any():
         continue
       boxes, ellipses = shapes(truth)
+      maps["reference"][truth] = value
       row: dict[str, Any] = {"case": case.name, "structure": value,
                              "box": dice(boxes, truth), "ellipse": dice(ellipses, truth)}
       for way in options.ways:
         began = time.perf_counter()
         found = follow(opened, case, way, truth, value)
         row[way], row[f"{way} s"] = dice(found.mask, truth), time.perf_counter() - began
+        maps[way][found.mask] = value
         for z in np.flatnonzero(found.presence > 0.5):
           union = (found.mask[z] | truth[z]).sum()
           cells[way].append(
@@ -199,6 +214,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
       rows.append(row)
       print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()),
             flush=True)
+    truth = maps.pop("reference")
+    titles = {TITLES[way]: found for way, found in maps.items()}
+    sheets.append(SheetCase(case.name, case.volume.array[0], truth, titles, case.volume.spacing,
+                            window))
+  if options.sheet:
+    structures = [Structure(name, tuple(v for v, n in names.items() if n == name))
+                  for name in dict.fromkeys(names.values())]
+    save_contact_sheet(options.sheet, sheets, structures)
   return {"checkpoint": str(options.checkpoint), "zoom": options.zoom, "rows": rows,
           "cells": cells}
 
@@ -255,7 +278,8 @@ def main() -> None:
   add("--zoom", type=float)
   add("--looks", type=int, help="times that every mask is decoded")
   add("--dynamic", action="store_true", help="of several masks where a single one is unstable")
-  add("--curve", type=Path)
+  add("--curve", type=Path, help="picture of the true IoU by the predicted one")
+  add("--sheet", type=Path, help="picture of the masks beside the reference")
   options = parser.parse_args()
   measured = measure(options)
   options.out.write_text(json.dumps(measured, indent=1) + "\n")
