@@ -122,8 +122,7 @@ def _read(file: Path, source: Path, wanted: Wanted, progress: Report) -> _Read:
 
 def _config(found: Converted, n: UNetConfig, out: Path) -> dict[str, Any]:
   plan = {key: value for key, value in dataclasses.asdict(found.plan).items() if value is not None}
-  encoder = ({"blocks": n.blocks} if n.blocks else
-             {"convs_per_stage": n.convs_per_stage})
+  encoder = {"blocks": n.blocks} if n.blocks else {"convs_per_stage": n.convs_per_stage}
   ensemble = {"members": n.members} if n.members > 1 else {}
   generator = {"init_from": str(out), "features": n.features, **encoder,
                "decoder_convs": n.decoder_convs, "mirrored": n.mirrored, **ensemble,

@@ -140,7 +140,7 @@ class Conv2D(nn.Module):
 
 
 # As in nnU-Net.
-_HE_NORMAL = settled(nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
+HE_NORMAL = settled(nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
 
 
 class Conv3D(nn.Module):
@@ -156,7 +156,7 @@ class Conv3D(nn.Module):
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
     shape = (*self.kernel, x_BDHWC.shape[-1], self.features)
-    weight = self.param("kernel", _HE_NORMAL, shape, jnp.float32)
+    weight = self.param("kernel", HE_NORMAL, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = conv3d(x_BDHWC.astype(self.dtype), weight.astype(self.dtype), self.stride,
                self.platform)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from rfmedsam2_jax.nn.convolutions import Conv3D, Triple
+from rfmedsam2_jax.nn.convolutions import HE_NORMAL, Conv3D, Triple
 from rfmedsam2_jax.nn.layers import Array, settled
 from rfmedsam2_jax.nn.platform import Platform, default_platform
 from rfmedsam2_jax.nn.remat import CONVOLUTION, Remat, rematerialised
@@ -74,9 +74,8 @@ class InstanceNorm(nn.Module):
     return ((x - mean) * factor + bias).astype(x_BDHWC.dtype)
 
 
-_HE_NORMAL = settled(nn.initializers.variance_scaling(
+_HE_NORMAL_TRANSPOSED = settled(nn.initializers.variance_scaling(
   2.0, "fan_in", "normal", in_axis=0, out_axis=-1, batch_axis=(1, 2, 3)))
-_HE_NORMAL_DENSE = settled(nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
 
 
 class TransposedConv3D(nn.Module):
@@ -91,7 +90,8 @@ class TransposedConv3D(nn.Module):
   def __call__(self, x_BDHWC: Array) -> Array:
     b, d, h, w, channels = x_BDHWC.shape
     sd, sh, sw = self.stride
-    kernel = self.param("kernel", _HE_NORMAL, (channels, sd, sh, sw, self.features), jnp.float32)
+    shape = (channels, sd, sh, sw, self.features)
+    kernel = self.param("kernel", _HE_NORMAL_TRANSPOSED, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     y = x_BDHWC.astype(self.dtype) @ kernel.astype(self.dtype).reshape(channels, -1)
     y = y.reshape(b, d, h, w, sd, sh, sw, self.features).transpose(0, 1, 4, 2, 5, 3, 6, 7)
@@ -125,8 +125,8 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x_BDHWC: Array) -> Array:
-    dense = nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=_HE_NORMAL_DENSE,
-                     name="conv")
+    dense = nn.Dense(
+      self.features, use_bias=False, dtype=self.dtype, kernel_init=HE_NORMAL, name="conv")
     return InstanceNorm(name="norm")(dense(x_BDHWC))
 
 
