@@ -300,6 +300,7 @@ def test_an_existing_prediction_is_not_lost(
   (["SCAN", "--prompts", "oracle", "--labels", "no_such"], "no_such"),
   (["SCAN", "--structures", "spleen,Lever"], "--structures Lever: is no structure of this model; "
    "the nearest known one is liver"),
+  (["SCAN", "--structures", 'spleen, "kidney, left"'], "--structures kidney, left: is no"),
   (["SCAN", "--structures", ","], "--structures: names none"),
   (["SCAN", "--min-volume", "nan"], "--min-volume nan: is no volume"),
   (["SCAN", "--min-volume", "inf"], "--min-volume inf: is no volume"),

@@ -4,6 +4,7 @@ The file is a small one that the official class and PyTorch wrote; the server is
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import http.server
 import json
@@ -198,6 +199,17 @@ def test_what_had_arrived_before_an_end_is_not_fetched_again(server, state, tmp_
   assert main(["fetch", "tiny"]) == 0
   assert server.ranges == [None, "bytes=5000-", "bytes=5000-"] and left(tmp_path) == []
   assert_official("tiny", state, 128)
+
+
+def test_a_file_that_another_process_fetches_is_left_alone(server, state, tmp_path, capsys):
+  lock = tmp_path / "home" / "downloads" / "tiny.pt.lock"
+  lock.parent.mkdir(parents=True)
+  with open(lock, "w") as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert "in use by another process" in refused(capsys, "fetch", "tiny")
+    assert server.ranges == [] and left(tmp_path) == [lock.name]
+  assert main(["fetch", "tiny"]) == 0
+  assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("way", ["another file", "no ranges", "too much"])

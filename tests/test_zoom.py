@@ -12,7 +12,7 @@ from rfmedsam2_jax import VoxelPrompt
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.nn import SAM2
-from rfmedsam2_jax.prompted import tracked
+from rfmedsam2_jax.prompted.first_cut import first_cut
 from rfmedsam2_jax.prompted.slice_frame import SliceFrame
 from rfmedsam2_jax.prompted.tracked import PromptedVolume
 from rfmedsam2_jax.prompted.zoom import Cut, around, around_points, whole
@@ -61,7 +61,7 @@ def test_a_cut_is_a_square_of_millimetres_around_what_is_prompted():
   # Never more than the slice, nor a few pixels of it.
   assert around(low, high, 9.0, np.array([1.0, 1.0]), (64, 64)) == whole((64, 64))
   assert min(around(low, low, 1.0, np.array([1.0, 1.0]), (64, 64)).shape) == 8
-  assert around_points(low, low, np.array([1.0, 2.0]), (64, 50)).shape == (32, 16)
+  assert around_points(0.5, low, low, np.array([1.0, 2.0]), (64, 50)).shape == (32, 16)
 
 
 def test_only_borders_beyond_which_the_slice_goes_on_are_touched():
@@ -163,15 +163,29 @@ def test_a_correction_beyond_the_cut_begins_anew_around_all_prompts(scan, monkey
   assert after.parts[0].cut.holds(np.array([12, 8]), np.array([30, 25]))
 
 
-def test_points_alone_look_for_the_size_of_what_they_mean(scan, monkeypatch):
-  """Around what is found at the points, the first cut being half of the slice."""
-  seen = []
-  around_of = tracked.around
-  monkeypatch.setattr(tracked, "around", lambda *args: seen.append(args) or around_of(*args))
-  found = prompted(scan, zoom=2.0).track([VoxelPrompt(3, points=((2, 15, 11, True),))])
-  assert len(seen) <= 2 and found.parts[0].cut.holds(np.array([15, 11]), np.array([15, 11]))
-  for low, high, factor, *_ in seen:
-    assert (low <= [15, 11]).all() and (high >= [15, 11]).all() and factor == 2.0
+def test_points_alone_look_for_the_size_of_what_they_mean():
+  """In four first cuts, twice in each; what most of them find alike is the structure."""
+  frame = SliceFrame(volume(np.zeros((3, 80, 60))), "axial", 64)
+  inside = VoxelPrompt(3, points=((2, 15, 11, True),))
+  looked = []
+
+  def look(cut):
+    """The largest cuts show a body, all others the structure that is in it, or a part of it."""
+    looked.append(cut)
+    found = np.zeros((1, *frame.shape), bool)
+    found[:, 13:18, 9:14] = True
+    if len(looked) == 1:
+      found[:, 5:30, 3:20] = True
+    elif len(looked) == 2:
+      found[:, 2:50, 2:50] = True
+    return cut.of(found)
+
+  cut = first_cut([inside], frame, 2.0, look)
+  assert cut == around(np.array([13, 9]), np.array([17, 13]), 2.0, frame.spacing, frame.shape)
+  assert len(looked) == 8 and len({cut.width for cut in looked[::2]}) == 4
+  # Nothing to be seen: around the points.
+  nothing = first_cut([inside], frame, 2.0, lambda cut: np.zeros((1, *cut.shape), bool))
+  assert nothing.holds(np.array([15, 11]), np.array([15, 11])) and nothing == looked[0]
 
 
 def test_networks_that_were_trained_on_cuts_zoom_unless_told_otherwise(scan):

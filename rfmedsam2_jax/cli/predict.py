@@ -1,6 +1,7 @@
 """`rfmedsam2 predict`: segment volumes with a trained run."""
 
 import argparse
+import csv
 import itertools
 import time
 from pathlib import Path
@@ -28,7 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
       help="which series of a study (a folder or .zip), also by its description or modality")
   add("--save-stages", action="store_true", help="also write every stage")
   add("--probabilities", action="store_true", help="also write a probability map per structure")
-  add("--structures", metavar="NAME,...", help="only these structures, as the run names them")
+  add("--structures", metavar="NAME,...",
+      help="only these structures, as the run names them; a name with a comma in double quotes")
   add("--min-volume", type=float, default=0.0, metavar="ML",
       help="pieces of a structure that are smaller go, and are counted")
   add("--fast", action="store_true",
@@ -58,10 +60,11 @@ def _check(options: argparse.Namespace, runs: list[Path], inputs: list[Path]) ->
 
 
 def _names(options: argparse.Namespace) -> list[str] | None:
-  """The structures that are asked for; None for all."""
+  """The structures that are asked for, of which one with a comma is quoted; None for all."""
   if options.structures is None:
     return None
-  return [name for part in options.structures.split(",") if (name := part.strip())]
+  row = next(csv.reader([options.structures], skipinitialspace=True), [])
+  return [name for part in row if (name := part.strip())]
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

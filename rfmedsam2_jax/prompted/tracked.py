@@ -21,15 +21,9 @@ from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
 from rfmedsam2_jax.data.sam_slices import as_rgb, resize_linear
 from rfmedsam2_jax.data.volumes import LARGEST, Volume
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.prompted.first_cut import first_cut
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
-from rfmedsam2_jax.prompted.zoom import (
-  Cut,
-  around,
-  around_points,
-  bounds,
-  check_zoom,
-  whole,
-)
+from rfmedsam2_jax.prompted.zoom import Cut, around, check_zoom, whole
 from rfmedsam2_jax.tracking import TrackingConfig, Tracks, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import gated_logits
 from rfmedsam2_jax.tracking.tracks import HostCells, cells_at
@@ -218,7 +212,8 @@ class PromptedVolume:
     for prompts in given:
       rounds = (*rounds, prompts)
       if cut is None:
-        cut = self._first_cut(prompts, values)
+        look = functools.partial(self._look, prompts, values)
+        cut = first_cut(prompts, frame, self._zoom, look)
       partial = cut != whole(frame.shape)
       if partial and not cut.holds(*(found := frame.bounds([p for some in rounds for p in some]))):
         cut, tracks = around(*found, self._zoom, frame.spacing, frame.shape), None
@@ -243,25 +238,11 @@ class PromptedVolume:
     assert tracks is not None
     return tracks
 
-  def _first_cut(self, prompts: Sequence[VoxelPrompt], values: tuple[int, ...]) -> Cut:
-    """Around the prompts; of points alone around what they find, looked at twice."""
-    frame = self._frame
-    if not self._zoom:
-      return whole(frame.shape)
-    low, high = frame.bounds(prompts)
-    if any(p.box is not None or p.mask is not None for p in prompts):
-      return around(low, high, self._zoom, frame.spacing, frame.shape)
-    cut = around_points(low, high, frame.spacing, frame.shape)
-    for _ in range(2):
-      view = self._view(cut)
-      seen = view.tracker.look(view.frame.place(prompts, values))
-      masks = [view.logits(cells_at(known.cells, None))[0] > 0 for known in seen.values()]
-      if (found := bounds(masks)) is None:
-        break
-      corner = np.array([cut.top, cut.left])
-      mask_low, mask_high = np.minimum(low, found[0] + corner), np.maximum(high, found[1] + corner)
-      cut = around(mask_low, mask_high, self._zoom, frame.spacing, frame.shape)
-    return cut
+  def _look(self, prompts: Sequence[VoxelPrompt], values: tuple[int, ...], cut: Cut) -> np.ndarray:
+    """The masks of prompted slices in a cut, bool [n, height, width]; nothing is followed."""
+    view = self._new_view(cut)
+    seen = view.tracker.look(view.frame.place(prompts, values))
+    return np.stack([view.logits(cells_at(known.cells, None))[0] > 0 for known in seen.values()])
 
   def _touched(self, cut: Cut, tracks: Tracks) -> bool:
     """Whether a mask goes on where the cut ends."""
@@ -273,21 +254,23 @@ class PromptedVolume:
   def _view(self, cut: Cut) -> _View:
     """The slices through a cut; the last ones are kept, with what is encoded of them."""
     if cut not in self._views:
-      side, config = self._model.config.image_size, self._config
-      frame = SliceFrame(self._volume, self._plane, side, cut)
-
-      def slices(numbers: np.ndarray) -> np.ndarray:
-        rgb = as_rgb(resize_linear(cut.of(self.shown(numbers)), side)[None])
-        return (rgb - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
-
-      tracker = VolumeTracker(
-        self._model, self._params, config, slices, len(self._slices), self._report)
-      matrices = [linear_matrix(side // 4, size) for size in cut.shape]
-      self._views[cut] = _View(frame, tracker, matrices)
+      self._views[cut] = self._new_view(cut)
       while len(self._views) > VIEWS:
         self._views.popitem(last=False)
     self._views.move_to_end(cut)
     return self._views[cut]
+
+  def _new_view(self, cut: Cut) -> _View:
+    side, config = self._model.config.image_size, self._config
+    frame = SliceFrame(self._volume, self._plane, side, cut)
+
+    def slices(numbers: np.ndarray) -> np.ndarray:
+      rgb = as_rgb(resize_linear(cut.of(self.shown(numbers)), side)[None])
+      return (rgb - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+
+    tracker = VolumeTracker(
+      self._model, self._params, config, slices, len(self._slices), self._report)
+    return _View(frame, tracker, [linear_matrix(side // 4, size) for size in cut.shape])
 
   def _report(self, done: int, total: int) -> None:
     turn, turns = self._turn

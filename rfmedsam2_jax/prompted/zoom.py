@@ -12,7 +12,6 @@ import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
 
-_POINTS_SEE = 0.5  # side of the first cut around points alone, in shorter sides of the slice
 _GROWTH = 1.5  # of a cut whose border the mask touches
 _MOST = 100
 _LEAST = 8  # voxels along its shorter side
@@ -95,10 +94,11 @@ def around(
   return Cut(top, left, *size.tolist())
 
 
-def around_points(low: np.ndarray, high: np.ndarray, spacing: np.ndarray, shape: tuple[int, int]
-                  ) -> Cut:
-  """A first cut around points, which say nothing of a structure's size."""
-  side = _POINTS_SEE * float((np.array(shape) * spacing).min())
+def around_points(
+  share: float, low: np.ndarray, high: np.ndarray, spacing: np.ndarray, shape: tuple[int, int]
+) -> Cut:
+  """A cut around points alone: `share` of the slice's shorter side, or what holds them all."""
+  side = share * float((np.array(shape) * spacing).min())
   extent = float(((high - low + 1) * spacing).max())
   return around(low, high, max(side, 1.5 * extent) / extent, spacing, shape)
 

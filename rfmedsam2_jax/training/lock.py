@@ -6,13 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.base.locking import hold
 from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.data.run_folder import RunFolder
 
 LOCK = ".lock"
+_OTHERWISE = " or choose another folder"
 
 
 def check_folder(path: Path, resume: bool, overwrite: bool) -> None:
@@ -29,7 +30,8 @@ def check_folder(path: Path, resume: bool, overwrite: bool) -> None:
     raise UserError(f"{path}: is a file; give a folder for the run")
   if (path / LOCK).exists() and os.access(path / LOCK, os.W_OK):
     with open(path / LOCK, "a+") as file:
-      _lock(file, path, fcntl.LOCK_SH)  # who only looks does not get in another one's way
+      # Who only looks does not get in another one's way.
+      hold(file, path, _OTHERWISE, fcntl.LOCK_SH)
   exists = (path / "config.yaml").exists()
   if resume and not exists:
     raise UserError(f"{path}: holds no run to resume; check the path, or do not resume it")
@@ -58,17 +60,9 @@ def open_run(path: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFol
     raise UserError(
       f"{path}: cannot be written ({error.strerror}); choose another folder") from None
   with lock:
-    _lock(lock, path, fcntl.LOCK_EX)
+    hold(lock, path, _OTHERWISE)
     if overwrite:
       for child in path.iterdir():
         if child.name != LOCK:
           shutil.rmtree(child) if child.is_dir() else child.unlink()
     yield RunFolder(path)
-
-
-def _lock(file: IO[str], path: Path, kind: int) -> None:
-  try:
-    fcntl.flock(file, kind | fcntl.LOCK_NB)
-  except OSError:
-    raise UserError(
-      f"{path}: is in use by another process; wait for it or choose another folder") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.kept import home, shelf
+from rfmedsam2_jax.base.locking import hold
 from rfmedsam2_jax.base.progress import Report, silent
 from rfmedsam2_jax.data.files import Stored, load_json, replacing_whole, save_json, sha256_of
 from rfmedsam2_jax.weights.download import download, hub_address, meta_address
@@ -52,6 +53,21 @@ def fetch(
     address = meta_address(what)
   report(f"from {address}")
   file = home() / "downloads" / what.file
+  file.parent.mkdir(parents=True, exist_ok=True)
+  lock = file.with_name(f"{what.file}.lock")
+  with open(lock, "w") as held:
+    hold(held, file)  # two that wrote to one file would mix their bytes
+    try:
+      return _fetched(name, what, address, by_hub, file, convert, sha256, progress)
+    finally:
+      lock.unlink(missing_ok=True)
+
+
+def _fetched(
+  name: str, what: Published, address: str, by_hub: str, file: Path,
+  convert: Callable[[Path, Path, Published], None], sha256: str | None,
+  progress: Callable[[int, int], None],
+) -> Path:
   download(address, file, progress)
   found, recorded = sha256_of(file), _recorded()
   candidates = (("given", (sha256 or "").lower()), ("pinned", what.sha256),
