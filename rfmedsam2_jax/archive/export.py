@@ -31,7 +31,8 @@ from rfmedsam2_jax.data.names import own_name
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.model import load
-from rfmedsam2_jax.weights.checkpoint import config_json, load_checkpoint
+from rfmedsam2_jax.segmentation.segmenter import Segmenter
+from rfmedsam2_jax.weights.checkpoint import Checkpoint, config_json, load_checkpoint
 from rfmedsam2_jax.weights.generator import generator_json
 from rfmedsam2_jax.weights.single_file import single_bytes
 
@@ -55,11 +56,14 @@ class _Contents(NamedTuple):
   plan: Plan | None
   files: dict[str, bytes]
   networks: tuple[str, ...]
+  model: Segmenter | None
+  tracker: Checkpoint | None
 
 
 def export(
   source: str | Path, out: str | Path, name: str | None = None, card: Path | None = None,
-  licence: str | None = None, overwrite: bool = False, report: Report = silent,
+  licence: str | None = None, programs: bool = False, overwrite: bool = False,
+  report: Report = silent,
 ) -> Exported:
   """Writes the archive `out` of a run.
 
@@ -68,6 +72,7 @@ def export(
     name: by which it is to be known; the run's own.
     card: its model card; else `model_card.md` of the run, else one of what the run's files know.
     licence: of the weights: a file with its text, or its name. An installed model has both.
+    programs: its functions, too, as programs that run without this package (program_files).
 
   Raises:
     UserError: no finished run, an archive that exists, a text that names a place of this machine.
@@ -81,14 +86,17 @@ def export(
     raise UserError(f"{out}: exists; replace it with --overwrite or choose another name")
   report(Passing(f"reading {run.path}"))
   contents = _contents(source, run)
-  plan = contents.plan
+  plan, added = contents.plan, {}
+  if programs:
+    from rfmedsam2_jax.archive.program_files import program_files
+    added = program_files(contents.model, contents.tracker, contents.files, report)
   said, text = _licence(run) if licence is None else _stated(licence)
   manifest = Manifest(
     FORMAT, name, contents.networks, tuple(c.name for c in plan.channels) if plan else (),
     tuple(plan.labels.names) if plan else (), said, {})
   by_hand = card or next((run / x for x in _cards(run) if (run / x).is_file()), None)
   words = _read(by_hand) if by_hand else card_of(run, contents.config, plan, manifest)
-  files = contents.files | {CARD: words.encode(), LICENCE: text.encode()}
+  files = contents.files | added | {CARD: words.encode(), LICENCE: text.encode()}
   manifest = dataclasses.replace(
     manifest, files={path: entry_of(content) for path, content in sorted(files.items())})
   files = {NAME: _json(manifest), **dict(sorted(files.items()))}
@@ -117,7 +125,7 @@ def write_zip(path: Path, files: dict[str, bytes]) -> None:
 def _contents(source: str | Path, run: RunFolder) -> _Contents:
   """What a finished run needs to be loaded again, after it was loaded."""
   files: dict[str, bytes] = {}
-  tracker = run.params("tracker")
+  tracker, model, followed = run.params("tracker"), None, None
   config = load_config(run.config, trained=True) if run.config.exists() else None
   if config is not None and config.tracker_alone:
     if not tracker.exists():
@@ -136,13 +144,14 @@ def _contents(source: str | Path, run: RunFolder) -> _Contents:
     about = {"sam2": config_json(model.sam2.config)}
     files["refiner/params.safetensors"] = _weights(model.refiner, about)
   if "tracker" in networks:
-    sam2, params, _ = load_checkpoint(tracker)
-    files["tracker/params.safetensors"] = _weights(params, {"sam2": config_json(sam2)})
+    followed = load_checkpoint(tracker)
+    files["tracker/params.safetensors"] = _weights(
+      followed.params, {"sam2": config_json(followed.config)})
   config = portable_config(config)
   files["config.yaml"] = config_yaml(config).encode()
   if (run / "versions.json").is_file():
     files["versions.json"] = _json(read_json(run / "versions.json"))
-  return _Contents(config, plan, files, tuple(networks))
+  return _Contents(config, plan, files, tuple(networks), model, followed)
 
 
 def _weights(params: Any, about: dict[str, Any]) -> bytes:
@@ -177,7 +186,7 @@ def _check(files: dict[str, bytes], run: RunFolder, card: Path | None, licence: 
   places = [run.path.absolute(), run.path.resolve(), Path.cwd()]
   by_hand = {CARD: card, LICENCE: licence}
   for name, content in files.items():
-    if not name.endswith(".safetensors"):
+    if not name.endswith((".safetensors", ".jaxexport")):
       written = by_hand.get(name) is not None
       check_portable(str(by_hand[name]) if written else f"{name} of {run.path}",
                      content.decode(), places, written)
