@@ -4,6 +4,8 @@
 and memories are those of the programs before.
 """
 
+from typing import Any
+
 import numpy as np
 
 from rfmedsam2_jax.archive.program_functions import TOKENS, Given
@@ -27,16 +29,15 @@ def check_input(name: str, inputs: dict[str, Given]) -> np.ndarray:
   """A stored input of a program: a bright disc, prompted by a box and by a point, is followed over
   three slices."""
   shape = sized(inputs[name])
+  values: dict[str, Any] = {
+    "slice": np.zeros(shape), "slot": np.zeros(shape), "start": np.zeros(shape),
+    "slices": 1 + np.arange(SIZES["l"]), "run": np.ones(shape), "depth": 1 + SIZES["l"],
+    "reverse": False}
   if name in ("images", "patches"):
-    values = _discs(shape)
+    values[name] = _discs(shape)
   elif name in ("points", "labels"):
-    values = _prompts(name, 16 * sized(inputs["embedding"])[1])
-  else:
-    values = {
-      "slice": np.zeros(shape), "slot": np.zeros(shape), "start": np.zeros(shape),
-      "slices": 1 + np.arange(SIZES["l"]), "run": np.ones(shape), "depth": 1 + SIZES["l"],
-      "reverse": False}[name]
-  return np.asarray(values, inputs[name].dtype)
+    values[name] = _prompts(name, 16 * sized(inputs["embedding"])[1])
+  return np.asarray(values[name], inputs[name].dtype)
 
 
 def _discs(shape: tuple[int, ...]) -> np.ndarray:

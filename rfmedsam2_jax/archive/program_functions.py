@@ -170,11 +170,11 @@ def _named_bank(bank: memory.MemoryBank) -> Named:
 
 def _one_bank(mine: Named) -> memory.MemoryBank:
   """The bank of one object, from arrays without a leading axis."""
-  def ring(name: str) -> memory.Ring | None:
-    fields = [mine.get(f"{_BANK}{name}/{field}") for field in memory.Ring._fields]
-    return None if fields[0] is None else memory.Ring(*(x[None] for x in fields))
+  def ring(name: str) -> memory.Ring:
+    return memory.Ring(*(mine[f"{_BANK}{name}/{field}"][None] for field in memory.Ring._fields))
 
-  return memory.MemoryBank(*map(ring, memory.MemoryBank._fields))
+  masks = ring("masks") if f"{_BANK}masks/values" in mine else None
+  return memory.MemoryBank(ring("maps"), ring("pointers"), masks)
 
 
 def _named(bank: memory.MemoryBank, cells: Cells, of_one: Callable[[Array], Array]) -> Named:

@@ -71,7 +71,8 @@ class Program:
     Raises:
       ValueError: an input is missing or has another shape than the manifest says.
     """
-    given, sizes = {}, {}
+    given: Arrays = {}
+    sizes: dict[str, int] = {}
     with jax.default_device(self._device):
       for value in self.about["inputs"]:
         if value["name"] not in inputs:
@@ -169,13 +170,15 @@ def _content(manifest: dict[str, Any], folder: Path, path: str) -> bytes:
   return content
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None, folder: Path = HERE) -> int:
+  """The exit status: 1 where an output differs by more than its program allows."""
   parser = argparse.ArgumentParser(description="checks the programs of a model on this machine")
   parser.add_argument("--platform", help="cpu, cuda or tpu (what JAX uses here)")
-  options = parser.parse_args()
-  platform, before, wrong = options.platform or here(), {}, 0
-  for name, about in _manifest(HERE)["programs"].items():
-    differences, found = check(name, platform, HERE, before)
+  options = parser.parse_args(arguments)
+  platform, wrong = options.platform or here(), 0
+  before: Arrays = {}
+  for name, about in _manifest(folder)["programs"].items():
+    differences, found = check(name, platform, folder, before)
     before |= found
     most, limit = max(differences.items(), key=lambda x: x[1]), about["tolerance"][platform]
     said = "as expected" if most[1] <= limit else "WRONG"

@@ -26,7 +26,7 @@ def lowered(function: Callable, platform: Platform, *arguments: Any) -> jax.expo
   """
   name = "cuda" if platform.name == "gpu" else platform.name
   checks = [jax.export.DisabledSafetyCheck.custom_call(call) for call in CUDNN_CALLS]
-  run = function if hasattr(function, "trace") else jax.jit(function)
+  run: Any = function if hasattr(function, "trace") else jax.jit(function)
   with _without_places(), as_if_there(platform):
     return jax.export.export(run, platforms=[name], disabled_checks=checks)(*arguments)
 
