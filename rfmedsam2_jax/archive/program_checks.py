@@ -13,10 +13,11 @@ from rfmedsam2_jax.nn.prompt_encoder import ABSENT, BOX_END, BOX_START, NOT_A_PO
 
 SIZES = {"b": 3, "n": 2, "l": 3}  # for the letters in shapes
 # What outputs may differ by, as run_programs.difference has it, where networks compute in float32
-# or bfloat16. On a CPU float32 is rounding alone; GPUs and TPUs multiply float32 with the bits of
-# TF32 and of bfloat16, unless the program was made otherwise.
-TOLERANCE = {"float32": {"cpu": 1e-4, "cuda": 5e-2, "tpu": 1e-1},
-             "bfloat16": {"cpu": 1e-1, "cuda": 1e-1, "tpu": 1e-1}}
+# or bfloat16. In float32 on a CPU it is rounding, most of it that of memories, which are kept in
+# bfloat16: 4e-5 with the built-in weights. GPUs multiply float32 with the bits of TF32 where they
+# can, TPUs with those of bfloat16; the built-in network as a whole in bfloat16 is 1e-2 away.
+TOLERANCE = {"float32": {"cpu": 1e-3, "cuda": 2e-2, "tpu": 5e-2},
+             "bfloat16": {"cpu": 5e-2, "cuda": 5e-2, "tpu": 5e-2}}
 _COARSE = 16  # pixels or voxels along an axis, at most
 
 

@@ -71,15 +71,8 @@ def program_files(
   stored: dict[str, np.ndarray] = {}
   before: Named = {}
   for name, network in _networks(model, tracker).items():
-    part = network.part(CPU)
-    used = _used(part, network.params)
-    whole = _shapes(network.params)
-    exported = {}
-    for platform, kind in PLATFORMS.items():
-      report(Passing(f"{name} for {platform}"))
-      function = _of_used(network.part(kind).function, whole)
-      exported[platform] = lowered(function, kind, _shapes(used), _symbolic(part.inputs))
-      files[f"{FOLDER}/{name}.{platform}{ENDING}"] = bytes(exported[platform].serialize())
+    part, exported = network.part(CPU), _exported(name, network, report)
+    files |= {_path(name, platform): bytes(made.serialize()) for platform, made in exported.items()}
     listed[name] = about = _about(name, network, part, exported, before)
     report(Passing(f"checks of {name}"))
     tensors = {f"{name}/in/{value['name']}": check_input(value["name"], part.inputs)
@@ -133,6 +126,22 @@ def _networks(model: Segmenter | None, tracker: Checkpoint | None) -> dict[str, 
   return found
 
 
+def _path(name: str, platform: str) -> str:
+  return f"{FOLDER}/{name}.{platform}{ENDING}"
+
+
+def _exported(name: str, network: Network, report: Report) -> dict[str, jax.export.Exported]:
+  """A network's program for each platform, of the parameters that it looks at."""
+  inputs = network.part(CPU).inputs
+  used, whole = shapes_of(_used(network.part(CPU), network.params)), shapes_of(network.params)
+  found = {}
+  for platform, kind in PLATFORMS.items():
+    report(Passing(f"{name} for {platform}"))
+    function = _of_used(network.part(kind).function, whole)
+    found[platform] = lowered(function, kind, used, symbolic(inputs))
+  return found
+
+
 def _about(
   name: str, network: Network, part: Part, exported: dict[str, jax.export.Exported], before: Named,
 ) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def _about(
            for platform, program in exported.items()}
   return {
     "weights": network.weights,
-    "files": {platform: f"{FOLDER}/{name}.{platform}{ENDING}" for platform in exported},
+    "files": {platform: _path(name, platform) for platform in exported},
     # What else has to be there: jax.export vouches for no program with such calls in other versions
     # of JAX.
     "custom_calls": {platform: found for platform, found in calls.items() if found},
@@ -166,7 +175,7 @@ def _used(part: Part, params: Named) -> Named:
   """The parameters that a function looks at."""
   sizes = {name: jax.ShapeDtypeStruct(sized(given), given.dtype)
            for name, given in part.inputs.items()}
-  traced = jax.jit(part.function).trace(_shapes(params), sizes).jaxpr.jaxpr
+  traced = jax.jit(part.function).trace(shapes_of(params), sizes).jaxpr.jaxpr
   _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
   return {name: params[name] for name, one in zip(sorted(params), used, strict=False) if one}
 
@@ -179,11 +188,12 @@ def _of_used(function: Function, whole: Named) -> Function:
   return run
 
 
-def _shapes(params: Named) -> Named:
+def shapes_of(params: Named) -> Named:
   return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
 
 
-def _symbolic(inputs: dict[str, Given]) -> Named:
+def symbolic(inputs: dict[str, Given]) -> Named:
+  """Inputs whose letters stand for any number."""
   scope = jax.export.SymbolicScope()
   return {name: jax.ShapeDtypeStruct(
     jax.export.symbolic_shape(",".join(map(str, given.shape)), scope=scope), given.dtype)

@@ -11,6 +11,8 @@ In Python:
     from run_programs import load
     encoder = load("encoder")
     features = encoder({"images": images})  # programs.json has names, shapes, dtypes, meanings
+
+`track` shows how the programs of SAM 2 work together.
 """
 
 import argparse
@@ -86,6 +88,43 @@ class Program:
                            f"{value['shape']} ({', '.join(f'{k}={v}' for k, v in sizes.items())})")
         given[value["name"]] = jax.device_put(x, self._device)
       return self._call(self._parameters, given)
+
+
+def track(
+  images: np.ndarray, points: np.ndarray, labels: np.ndarray, prompted: int,
+  platform: str | None = None, folder: str | Path = HERE,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Follows N objects, prompted on one slice, through a volume in both directions.
+
+  Args:
+    images: [D, S, S, 3], as `encoder` takes them. points, labels: [N, 8, 2] and [N, 8], as `begin`.
+    prompted: number of the slice that the points are on.
+
+  Returns:
+    float32: masks as logits [N, D, S / 4, S / 4], and presence [N, D], whether each object is on
+    each slice; both positive where it is.
+  """
+  encoder, begin, sweep = (load(name, platform, folder) for name in ("encoder", "begin", "sweep"))
+  (count, *_), depth = np.shape(points), len(images)
+  features = encoder({"images": images})
+  here = {name: jnp.repeat(x[prompted : prompted + 1], count, 0) for name, x in features.items()}
+  # Memories are empty at first.
+  empty = {x["name"]: jnp.zeros([count, *x["shape"][1:]]) for x in begin.about["inputs"]
+           if x["name"].startswith("bank/")}
+  start = {"slice": np.full(count, prompted), "slot": np.zeros(count)}
+  found = begin(empty | here | start | {"points": points, "labels": labels})
+  logits = np.zeros((count, depth, *found["logits"].shape[1:]), np.float32)
+  presence = np.zeros((count, depth), np.float32)
+  logits[:, prompted], presence[:, prompted] = found["logits"], found["presence"]
+  for reverse in (False, True):
+    way = np.arange(prompted - 1, -1, -1) if reverse else np.arange(prompted + 1, depth)
+    if len(way):
+      there = {name: x[way] for name, x in features.items()}
+      course = {"slices": way, "run": np.ones((count, len(way))), "start": np.full(count, prompted),
+                "depth": depth, "reverse": reverse}
+      found = sweep(found | there | course)  # with the memories, and into them
+      logits[:, way], presence[:, way] = found["logits"], found["presence"]
+  return logits, presence
 
 
 def check(

@@ -1,4 +1,4 @@
-"""`rfmedsam2 export`: pack a finished run into one file that others install."""
+"""`rfmedsam2 export`: pack a finished run, or a checkpoint, into one file that others install."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from rfmedsam2_jax.cli.console import Console
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("source", type=word_or_path, metavar="RUN",
-      help="the run's folder, or the name of an installed model")
+      help="the run's folder, the name of an installed model, or a checkpoint of SAM 2, builtin too")
   add("out", type=Path, help="the archive, model.zip")
   add("--name", help="by which others know it (the run's)")
   add("--card", type=Path,
