@@ -10,7 +10,7 @@ from rfmedsam2_jax.cli.console import Console
 def arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("source", type=word_or_path, metavar="RUN",
-      help="the run's folder, the name of an installed model, or a checkpoint of SAM 2, builtin too")
+      help="the run's folder, the name of an installed model, or a checkpoint (or builtin)")
   add("out", type=Path, help="the archive, model.zip")
   add("--name", help="by which others know it (the run's)")
   add("--card", type=Path,
