@@ -24,11 +24,25 @@ def main(folder, inputs, out):
   from run_programs import load, track
 
   given, results = np.load(inputs), {}
-  for name in ("box", "point"):
-    prompt = given[f"{name}_points"], given[f"{name}_labels"]
-    results[f"{name}_logits"], results[f"{name}_presence"] = track(
-      given["images"], *prompt, int(given["prompted"]))
-  results["embedding"] = load("encoder")({"images": given["images"][:1]})["embedding"]
+  images, (first, second) = given["images"], given["slices"]
+  points, labels = given["points"], given["labels"]
+  results["logits"], results["presence"] = track(images, points, labels, first)
+  # The second slice prompted, too, each object as the other was on the first one.
+  encoder, begin, sweep = map(load, ("encoder", "begin", "sweep"))
+  features, found = encoder({"images": images}), {}
+  for slot, z in enumerate((first, second)):
+    here = {name: np.repeat(x[z : z + 1], 2, 0) for name, x in features.items()}
+    turn = slice(None, None, -1 if slot else 1)
+    empty = {x["name"]: np.zeros([2, *x["shape"][1:]]) for x in begin.about["inputs"]
+             if x["name"].startswith("bank/")}
+    found = begin(empty | found | here | {
+      "points": points[turn], "labels": labels[turn], "slice": [z, z], "slot": [slot, slot]})
+  way = np.arange(first + 1, len(images))
+  found = sweep(found | {name: x[way] for name, x in features.items()} | {
+    "slices": way, "run": np.tile(way != second, (2, 1)), "start": [first, first],
+    "depth": len(images), "reverse": False})
+  results["two_slices"] = np.asarray(found["logits"])[:, way != second]
+  results["embedding"] = encoder({"images": images[:1]})["embedding"]
   results["voxel_logits"] = load("generator")({"patches": given["patches"]})["voxel_logits"]
   np.savez(out, **results)
   assert "rfmedsam2_jax" not in sys.modules

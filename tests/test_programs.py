@@ -33,12 +33,14 @@ from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.slow  # what is exported is traced for three platforms
 ROOT = Path(__file__).parents[1]
-DEPTH, PROMPTED = 5, 2
-PROMPTS = {
-  "box": tracking.SlicePrompt(0, PROMPTED, box=(10, 12, 40, 37)),
-  "point": tracking.SlicePrompt(
-    0, PROMPTED, np.array([[25, 24]], np.float32), np.ones(1, np.int32)),
-}
+DEPTH, SLICES = 5, (2, 4)
+
+
+def prompts(z, first=0):
+  """A box and a point on a slice, of two objects."""
+  point = np.array([[25, 24]], np.float32), np.ones(1, np.int32)
+  return [tracking.SlicePrompt(first, z, box=(10, 12, 40, 37)),
+          tracking.SlicePrompt(1 - first, z, *point)]
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +77,16 @@ def tokens(prompt):
   box = () if prompt.box is None else np.reshape(prompt.box, (2, 2))
   where = np.concatenate([np.reshape(box, (-1, 2)), prompt.points])
   labels = [*((2, 3) if len(box) else ()), *prompt.labels, -1]
-  return (np.pad(where, ((0, 8 - len(where)), (0, 0)))[None].astype(np.float32),
-          np.array([labels + [-2] * (8 - len(labels))], np.int32))
+  return (np.pad(where, ((0, 8 - len(where)), (0, 0))).astype(np.float32),
+          np.array(labels + [-2] * (8 - len(labels)), np.int32))
 
 
 def test_a_process_without_the_package_computes_what_the_package_does(run, unpacked, tmp_path):
   slices = images(DEPTH)
   model = load(run)
   patches = np.random.default_rng(0).normal(size=(2, *model.plan.patch_size, 1))
-  given = {"images": slices, "prompted": PROMPTED, "patches": patches.astype(np.float32)}
-  for name, prompt in PROMPTS.items():
-    given[f"{name}_points"], given[f"{name}_labels"] = tokens(prompt)
+  given = {"images": slices, "slices": SLICES, "patches": patches.astype(np.float32)}
+  given["points"], given["labels"] = map(np.stack, zip(*map(tokens, prompts(0)), strict=True))
   np.savez(tmp_path / "in.npz", **given)
   worker = [sys.executable, program_worker.__file__, unpacked / "programs", tmp_path / "in.npz",
             tmp_path / "out.npz"]
@@ -96,11 +97,13 @@ def test_a_process_without_the_package_computes_what_the_package_does(run, unpac
   sam2, params = SAM2(SMALL), drawn()
   follower = tracking.VolumeTracker(
     sam2, params, tracking.TrackingConfig(cache="float32"), lambda z: slices[z], DEPTH)
-  for name, prompt in PROMPTS.items():
-    cells = follower.track([prompt]).cells
-    assert (cells.presence[0] > 0).any()
-    for field in ("logits", "presence"):
-      assert relative(theirs[f"{name}_{field}"], getattr(cells, field)) < 2e-5, (name, field)
+  cells = follower.track(prompts(SLICES[0])).cells
+  assert (cells.presence > 0).any()
+  for name in ("logits", "presence"):
+    assert relative(theirs[name], getattr(cells, name)) < 2e-5, name
+  twice = follower.track([*prompts(SLICES[0]), *prompts(SLICES[1], first=1)]).cells
+  followed = [z for z in range(SLICES[0] + 1, DEPTH) if z != SLICES[1]]
+  assert relative(theirs["two_slices"], twice.logits[:, followed]) < 2e-5
   ours = jax.jit(tracking.encode_images, static_argnums=0)(sam2, params, slices[:1])
   assert relative(theirs["embedding"], ours.embedding) < 2e-6
   logits = jax.jit(model.unet.apply)({"params": model.generator}, given["patches"])
