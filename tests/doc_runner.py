@@ -33,6 +33,9 @@ NOT_RUN = {
   "--distributed": "needs several processes; the command is parsed, its config read",
   "rfmedsam2_jax.report.niivue": "downloads; that the module exists is checked",
   "rfmedsam2 fetch": "downloads; its arguments are parsed",
+  "--programs": "traces networks for three platforms; tests/test_programs.py does it",
+  "run_programs.py": "is in what `--programs` makes; tests/test_programs.py runs it",
+  "unzip": "unpacks what `--programs` makes",
   "scontrol": "needs a cluster",
   "sudo": "changes the machine",
   "tensorboard": "is not installed with the package",
@@ -114,7 +117,8 @@ class Runner:
 
   def _rfmedsam2(self, words: list[str]) -> None:
     named = len(words) == 1
-    parsed = words[0] == "fetch" or "--distributed" in words  # no network, no cluster
+    # No network, no cluster, no minute.
+    parsed = words[0] == "fetch" or "--distributed" in words or "--programs" in words
     if "--topology" in words:  # its compiler is in an extra of its own
       parsed = parsed or importlib.util.find_spec("libtpu") is None
     if self._places is None or named or _is_pattern(words) or parsed:
@@ -155,6 +159,8 @@ class Runner:
       if rest[2:]:
         self._rfmedsam2(rest[2:])
     elif rest[0] == "-m" and rest[1] in NOT_RUN and importlib.util.find_spec(rest[1]):
+      pass
+    elif Path(rest[0]).name in NOT_RUN:
       pass
     elif rest[:2] == ["-m", "pip"]:
       self._pip(rest[1:])

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractMesh
 from tiny_config import TINY
 
@@ -36,6 +35,7 @@ from rfmedsam2_jax.nn.remat import compiler_options
 from rfmedsam2_jax.parallel import mesh as meshes
 from rfmedsam2_jax.parallel.mesh import AXES, MeshConfig, batch_shapes, make_mesh, mesh_platform
 from rfmedsam2_jax.parallel.rules import over_mesh, shardings
+from rfmedsam2_jax.programs.lowering import as_if_there, lowered
 from rfmedsam2_jax.tracking.image import encode_images
 from rfmedsam2_jax.training.phases import PHASES
 from rfmedsam2_jax.training.shard import _plan_of_shapes
@@ -55,32 +55,21 @@ def shaped(*shape, dtype=jnp.float32):
 
 @contextlib.contextmanager
 def traced_for(platform):
-  """What JAX asks of a GPU and its cuDNN is answered as `platform` would; that the program here
-  asks for the default platform is a mistake."""
+  """What JAX asks of a GPU is answered as `platform` would; that the program here asks for the
+  default platform is a mistake."""
 
   def refused(device):
     raise AssertionError("a part of the network does not know its platform")
 
-  capability = platform.capability or (0, 0)
-  answers = {
-    "check_cudnn_version": lambda: 91100,
-    "check_compute_capability": lambda asked: capability >= tuple(map(int, asked.split("."))),
-    "is_cuda_compute_capability_equal": lambda asked: False,
-  }
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, as_if_there(platform):
     patch.setattr(platforms, "platform_of", refused)
-    for name, answer in answers.items():
-      patch.setattr(cudnn, name, answer)
     yield
 
 
 def program(function, platform, *arguments):
   """StableHLO of a function that is jitted, for a platform."""
-  name = "cuda" if platform.name == "gpu" else platform.name
-  calls = [jax.export.DisabledSafetyCheck.custom_call(x) for x in cudnn._custom_name_maps.values()]
   with traced_for(platform):
-    exported = jax.export.export(function, platforms=[name], disabled_checks=calls)(*arguments)
-  return exported.mlir_module()
+    return lowered(function, platform, *arguments).mlir_module()
 
 
 def fused(text):

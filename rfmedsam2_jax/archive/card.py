@@ -7,15 +7,25 @@ from rfmedsam2_jax.config import Config
 from rfmedsam2_jax.data.files import read_json
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.run_folder import RunFolder
+from rfmedsam2_jax.weights.checkpoint import Checkpoint
 
 _UNKNOWN = "*not said*"
 
 
-def card_of(run: RunFolder, config: Config, plan: Plan | None, manifest: Manifest) -> str:
-  """Markdown with the headings of docs/templates/model_card.md that a program can fill."""
-  rows = [("networks", ", ".join(manifest.networks)),
-          ("SAM 2", f"images of {config.sam2.image_size} pixels, {len(config.refinement.stages)} "
-                    "stages")]
+def card_of(
+  run: RunFolder, config: Config | None, plan: Plan | None, tracker: Checkpoint | None,
+  manifest: Manifest,
+) -> str:
+  """Markdown with the headings of docs/templates/model_card.md that a program can fill.
+
+  config, plan: of a run. tracker: where there is one; without a config it is all of the model.
+  """
+  rows = [("networks", ", ".join(manifest.networks))]
+  if config is not None:
+    rows += [("SAM 2", f"images of {config.sam2.image_size} pixels, "
+                       f"{len(config.refinement.stages)} stages")]
+  elif tracker is not None:
+    rows += [("SAM 2", f"images of {tracker.config.image_size} pixels")]
   if plan is not None:
     spacing = " x ".join(f"{x:g}" for x in plan.spacing)
     values = ", ".join(f"{value} {name}" for value, name in plan.labels.value_names.items())
@@ -23,7 +33,7 @@ def card_of(run: RunFolder, config: Config, plan: Plan | None, manifest: Manifes
              ("output", values), ("grid inside", f"{spacing} mm")]
   made_with = read_json(run / "versions.json") if (run / "versions.json").is_file() else {}
   rows += [("made with", ", ".join(f"{k} {v}" for k, v in made_with.items())),
-           ("started from", _started_from(run) or "random weights")]
+           ("started from", _started_from(run) or ("random weights" if config else _UNKNOWN))]
   table = "\n".join(f"| {key} | {value} |" for key, value in rows)
   return "\n\n".join([
     f"# Model card: {manifest.name}", f"| | |\n|---|---|\n{table}",
