@@ -17,7 +17,7 @@ from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
 from rfmedsam2_jax.prompted.tracked import PromptedVolume
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 
-pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
+pytest.importorskip("fastapi", reason="pip install 'rfmedsam2-jax[serve]'")
 
 SHAPE = (48, 40, 12)  # x, y, z
 MM = (2.0, 2.5, 4.0)
