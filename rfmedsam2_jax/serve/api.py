@@ -30,8 +30,8 @@ from rfmedsam2_jax.serve import schema
 from rfmedsam2_jax.serve.automatic import Models, wanted
 from rfmedsam2_jax.serve.folder import ENDINGS, find_below, is_volume_name, volumes_below
 from rfmedsam2_jax.serve.opened import Job, Opened
-from rfmedsam2_jax.serve.prompts import voxel_prompts
 from rfmedsam2_jax.serve.studio import Studio, Unknown
+from rfmedsam2_jax.serve.voxel_prompts import voxel_prompts
 
 PREFIX = "/api/v1"
 UPLOADS = f"{PREFIX}/uploads"
