@@ -7,8 +7,11 @@
     labels = volume.labels()           # labels.array [i, j, k], labels.affine, labels.names
     volume.save("ct.seg.nrrd")
 
-This file needs nothing else of the package: it can be copied to where JAX is not installed.
+This file needs nothing else of the package and Python 3.9: it can be copied to where JAX is not
+installed, for example into 3D Slicer.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -124,7 +127,7 @@ class Client:
     """What the server has: "checkpoint", "models", "files" that can be opened, "formats"."""
     return self._json("GET", "/server")
 
-  def open(self, file: str, plane: str = "axial", window: str = "percentiles") -> "Volume":
+  def open(self, file: str, plane: str = "axial", window: str = "percentiles") -> Volume:
     """Opens a volume of the server's folder, by its name in the list.
 
     Args:
@@ -136,7 +139,7 @@ class Client:
 
   def upload(
     self, path: str | Path, plane: str = "axial", window: str = "percentiles"
-  ) -> "Volume":
+  ) -> Volume:
     """Sends a file (.nii, .nii.gz, .nrrd, .mha, .zip) or the folder of a DICOM series."""
     path = Path(path)
     with contextlib.ExitStack() as stack:
@@ -151,11 +154,11 @@ class Client:
   def upload_array(
     self, array: np.ndarray, affine: np.ndarray, name: str = "array", plane: str = "axial",
     window: str = "percentiles",
-  ) -> "Volume":
+  ) -> Volume:
     """Sends voxels [i, j, k] of real numbers; affine: [4, 4], to millimetres, RAS+."""
     return self._uploaded(f"{name}.nii.gz", io.BytesIO(nifti_bytes(array, affine)), plane, window)
 
-  def _uploaded(self, name: str, file: IO[bytes], plane: str, window: str) -> "Volume":
+  def _uploaded(self, name: str, file: IO[bytes], plane: str, window: str) -> Volume:
     query = urllib.parse.urlencode({"name": name, "plane": plane, "window": window})
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -281,7 +284,7 @@ class Volume:
     """Lets the server forget the volume."""
     self._client._ask("DELETE", self._at)
 
-  def __enter__(self) -> "Volume":
+  def __enter__(self) -> Volume:
     return self
 
   def __exit__(self, *error: object) -> None:
