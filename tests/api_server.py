@@ -26,12 +26,12 @@ def save_scan(path, shape=(30, 26, 11)):
   return path
 
 
-def make_pages(folder, models=None):
+def make_pages(folder, models=None, upload=1 << 20, max_voxels=1_000_000):
   from rfmedsam2_jax.serve.api import Pages
   from rfmedsam2_jax.serve.studio import Studio
 
-  studio = Studio(MODEL, drawn(), TrackingConfig(), keep=2, max_voxels=1_000_000)
-  return Pages(studio, folder, 1 << 20, "small", models or {})
+  studio = Studio(MODEL, drawn(), TrackingConfig(), keep=2, max_voxels=max_voxels)
+  return Pages(studio, folder, upload, "small", models or {})
 
 
 @contextlib.contextmanager
@@ -54,3 +54,16 @@ def served(pages, host="127.0.0.1"):
     finally:
       server.should_exit = True
       thread.join(10)
+
+
+@contextlib.contextmanager
+def documented(folder, run):
+  """The server that docs/api.md asks: the volumes of a folder, a run as the model hippocampus."""
+  import dataclasses
+
+  from rfmedsam2_jax.model import load
+  from rfmedsam2_jax.serve.automatic import by_name
+
+  models = by_name([dataclasses.replace(load(run), name="hippocampus")])
+  with served(make_pages(folder, models, upload=1 << 26, max_voxels=10**8)) as address:
+    yield address

@@ -124,6 +124,16 @@ class Places:
     labels = json.loads((self._phantoms / "dataset.json").read_text("utf-8"))["labels"]
     model.write_model(path, model.ISOTROPIC, 1, labels)
 
+  def key(self, path: Path) -> None:
+    path.write_text("0123456789abcdef" * 2 + "\n")
+
+  def server(self, folder: Path):
+    """A context: the address of a server of `folder`, see api_server."""
+    pytest.importorskip("fastapi")
+    from api_server import documented
+
+    return documented(folder.resolve(), self._run)
+
   def network(self, folder: Path) -> Path:
     """The YAML file that describes `official`: no size that convert recognises is small enough."""
     path = folder / "tiny_network.yaml"
@@ -164,6 +174,7 @@ STAND_INS: dict[str, Callable[[Places, Path], None]] = {
   "dicom/*": Places.scan,
   "studies/*": Places.study,
   "prompts.json": Places.given,
+  "key.txt": Places.key,
 }
 
 

@@ -5,7 +5,7 @@ the one file of the client, rfmedsam2_jax/client.py, which it finds in a clone o
 RFMedSAM2Lib/ beside this file. To add it: Edit, Application Settings, Modules, Additional module
 paths, the folder of this file. docs/slicer.md has more.
 
-All places in Slicer's nodes are world coordinates, millimetres in RAS+; so is what the server takes.
+Places in Slicer's nodes are millimetres in RAS+, as matrices of its volumes and of NIfTI give them.
 """
 
 import importlib.util
