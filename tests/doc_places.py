@@ -128,11 +128,14 @@ class Places:
     path.write_text("0123456789abcdef" * 2 + "\n")
 
   def server(self, folder: Path):
-    """A context: the address of a server of `folder`, see api_server."""
+    """A context: the address of a server of the documented CT, see api_server."""
     pytest.importorskip("fastapi")
     from api_server import documented
 
-    return documented(folder.resolve(), self._run)
+    served = folder.resolve() / "served"
+    served.mkdir()
+    shutil.copy(self._once("ct.nii.gz", _write_ct), served)  # links out of it are refused
+    return documented(served, self._run)
 
   def network(self, folder: Path) -> Path:
     """The YAML file that describes `official`: no size that convert recognises is small enough."""

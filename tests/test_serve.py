@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import nibabel as nib
@@ -340,8 +341,8 @@ def test_the_command_prints_its_address_and_ends_at_once(tmp_path):
     )
     with urllib.request.urlopen(request, timeout=20) as answer:
       said = json.load(answer)
-      assert len(said.pop("colours")) == 9
-      assert said == {"checkpoint": "small", "files": [], "upload_limit": 1 << 30}
+      assert len(said["colours"]) == 9 and said["upload_limit"] == 1 << 30
+      assert (said["checkpoint"], said["files"], said["models"]) == ("small", [], [])
     began = time.monotonic()
     process.send_signal(signal.SIGINT)  # while it compiles, which nothing can stop
     out, error = process.communicate(timeout=20)
@@ -351,10 +352,41 @@ def test_the_command_prints_its_address_and_ends_at_once(tmp_path):
     process.kill()
 
 
+@pytest.mark.slow
+def test_a_key_is_made_for_other_hosts_and_taken_from_a_file(tmp_path):
+  save_checkpoint(tmp_path / "small", SMALL, drawn(), {"source": "drawn"})
+  (tmp_path / "key").write_text("a-key-of-a-file-1\n")
+  for more, key in ((["--host", "0.0.0.0"], None), (["--key-file", tmp_path / "key"],
+                                                    "a-key-of-a-file-1")):
+    process = started(tmp_path / "small", "--port", "0", *map(str, more))
+    try:
+      said = json.loads(process.stdout.readline())
+      while "result" not in said:  # the warning goes before
+        said = json.loads(process.stdout.readline())
+      result = said["result"]
+      assert ("key" in result) == (key is None)
+      port = result["address"].split("#")[0].rstrip("/").rpartition(":")[2]
+      for given, status in ((key or result["key"], 200), ("another", 401)):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/server",
+                                         headers={"Authorization": f"Bearer {given}"})
+        try:
+          with urllib.request.urlopen(request, timeout=20) as answer:
+            assert answer.status == status
+        except urllib.error.HTTPError as error:
+          assert error.code == status
+    finally:
+      process.kill()
+
+
 def test_a_mistake_is_said_before_the_network_is_loaded(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "rfmedsam2_jax.weights.checkpoint", None)  # cannot be imported
+  short = tmp_path / "short"
+  short.write_text("too short\n")
   for given, said in (
     (["no"], "no such checkpoint"), ([".", "--image-size", "100"], "--image-size 100: give"),
+    ([".", "--model", "no"], "no: is no run"),
+    ([".", "--key-file", str(tmp_path / "none")], "cannot be read"),
+    ([".", "--key-file", str(short)], "is no key; give 16"),
     ([".", "--keep", "0"], "--keep 0: give 1 or more"), ([".", "--port", "-1"], "--port -1: give"),
   ):
     assert main(["serve", str(tmp_path / given[0]), *given[1:]]) == 2
