@@ -77,6 +77,21 @@ def line(label: int, path: Sequence[Place], inside: bool = True, round: int = 0)
   return {"label": label, "round": round, "lines": [drawn]}
 
 
+def mask(label: int, array: np.ndarray, round: int = 0) -> Prompt:
+  """A mask, truth values [i, j, k] of the whole volume, that counts as it is on its slices."""
+  runs = min((_runs(np.asarray(array, bool), axis) for axis in range(3)), key=len)
+  return {"label": label, "round": round, "mask": runs}
+
+
+def _runs(array: np.ndarray, axis: int) -> list[list[list[float]]]:
+  """First and last voxel of every run along an axis."""
+  along = np.moveaxis(array, axis, -1).astype(np.int8)
+  steps = np.diff(along, axis=-1, prepend=0, append=0)
+  ends = [np.argwhere(steps == 1), np.argwhere(steps == -1) - [0, 0, 1]]
+  own = np.insert(np.arange(2), axis, 2)  # where i, j and k stand in a row of `ends`
+  return np.stack([found[:, own] for found in ends], axis=1).astype(float).tolist()
+
+
 def _place(place: Place) -> list[float]:
   i, j, k = (float(x) for x in place)
   return [i, j, k]
@@ -141,14 +156,7 @@ class Client:
     self, path: str | Path, plane: str = "axial", window: str = "percentiles"
   ) -> Volume:
     """Sends a file (.nii, .nii.gz, .nrrd, .mha, .zip) or the folder of a DICOM series."""
-    path = Path(path)
-    with contextlib.ExitStack() as stack:
-      if path.is_dir():
-        file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
-        _zip(path, file)
-        name = f"{path.resolve().name}.zip"
-      else:
-        file, name = stack.enter_context(path.open("rb")), path.name
+    with _sendable(Path(path)) as (name, file):
       return self._uploaded(name, file, plane, window)
 
   def upload_array(
@@ -159,11 +167,16 @@ class Client:
     return self._uploaded(f"{name}.nii.gz", io.BytesIO(nifti_bytes(array, affine)), plane, window)
 
   def _uploaded(self, name: str, file: IO[bytes], plane: str, window: str) -> Volume:
-    query = urllib.parse.urlencode({"name": name, "plane": plane, "window": window})
+    query = {"name": name, "plane": plane, "window": window}
+    return Volume(self, self._send("POST", "/uploads", query, file))
+
+  def _send(
+    self, method: str, path: str, query: Mapping[str, str], file: IO[bytes]
+  ) -> dict[str, Any]:
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     headers = {"Content-Type": _BYTES, "Content-Length": str(length)}
-    return Volume(self, json.loads(self._ask("POST", f"/uploads?{query}", file, headers)))
+    return json.loads(self._ask(method, f"{path}?{urllib.parse.urlencode(query)}", file, headers))
 
   def _json(self, method: str, path: str, value: Any = None) -> dict[str, Any]:
     body = None if value is None else json.dumps(value).encode()
@@ -249,6 +262,15 @@ class Volume:
     self._prompts = []
     return found
 
+  def begin_with(self, path: str | Path) -> None:
+    """Sends a label map on the volume's grid, such as one of `predict`, to be corrected by prompts.
+
+    Structures that are tracked afterwards replace those of their labels.
+    """
+    with _sendable(Path(path)) as (name, file):
+      self._client._send("PUT", f"{self._at}/labels", {"name": name}, file)
+    self._prompts = []
+
   def labels(self) -> Labels:
     """The label map that is there now."""
     content = self._client._ask("GET", f"{self._at}/labels")
@@ -328,6 +350,18 @@ def _said(error: urllib.error.HTTPError) -> str:
     return str(json.loads(error.read(1 << 16))["error"])
   except (ValueError, KeyError, TypeError, OSError):
     return f"{error.url}: {error.code} {error.reason}"
+
+
+@contextlib.contextmanager
+def _sendable(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+  """A name and the bytes of a file, or of a folder as an archive."""
+  if path.is_dir():
+    with tempfile.TemporaryFile() as file:
+      _zip(path, file)
+      yield f"{path.resolve().name}.zip", file
+  else:
+    with path.open("rb") as file:
+      yield path.name, file
 
 
 def _zip(folder: Path, file: IO[bytes]) -> None:

@@ -13,10 +13,14 @@ pytest.importorskip("fastapi", reason="pip install 'rfmedsam2-jax[serve]'")
 pytest.importorskip("httpx", reason="pip install 'rfmedsam2-jax[test]'")
 
 from api_server import AFFINE, KEY, TOKEN, make_pages, save_scan  # noqa: E402
+from small_sam2 import MODEL, drawn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from rfmedsam2_jax.base.errors import UserError  # noqa: E402
 from rfmedsam2_jax.data.datasets import Labels, Structure  # noqa: E402
+from rfmedsam2_jax.data.volumes import load_image  # noqa: E402
+from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt  # noqa: E402
+from rfmedsam2_jax.prompted.tracked import PromptedVolume  # noqa: E402
 from rfmedsam2_jax.serve.app import make_app  # noqa: E402
 
 V1 = "/api/v1"
@@ -80,8 +84,8 @@ def test_the_document_says_every_route_what_it_wants_and_how_it_fails(client):
         schema = operation["responses"][status]["content"]["application/json"]["schema"]
         assert schema["$ref"].endswith("/Error")
   assert names == {
-    "server", "open", "upload", "volume", "close", "image", "labels", "label_map", "track",
-    "segment", "details", "export", "job", "cancel"}
+    "server", "open", "upload", "volume", "close", "image", "labels", "values", "label_map",
+    "open_labels", "upload_labels", "track", "segment", "details", "export", "job", "cancel"}
   assert "path" in known["Line"]["properties"] and known["Error"]["required"] == ["error"]
 
 
@@ -166,6 +170,72 @@ def test_a_line_is_four_points_along_it(client):
     found.append(label_map(client, volume))
   np.testing.assert_array_equal(found[0], found[1])
   assert (found[0] != found[2]).any()
+
+
+def test_slices_of_every_plane_hold_what_the_file_holds(client, folder):
+  volume = opened(client)["volume"]
+  canonical = load_image(folder / "scan.nii.gz").array[0]
+  for plane, axis, number in (("axial", 0, 4), ("coronal", 1, 20), ("sagittal", 2, 25)):
+    at = f"{V1}/volumes/{volume}/values/{number}?plane={plane}"
+    values = np.frombuffer(client.get(at).content, "<f4")
+    np.testing.assert_array_equal(values, canonical.take(number, axis).ravel())
+    image = np.frombuffer(client.get(at.replace("values", "image")).content, np.uint8)
+    assert np.all(np.diff(image[np.argsort(values)].astype(int)) >= 0)  # windowed, in one order
+  assert client.get(f"{V1}/volumes/{volume}/labels/11").status_code == 404
+  assert client.get(f"{V1}/volumes/{volume}/labels/11?plane=coronal").status_code == 200
+
+
+def test_a_mask_of_pieces_is_that_of_track_and_may_be_corrected(client, folder):
+  prompts = [{"label": 3, "mask": [[[4, 6, 5], [11, 9, 5]], [[6, 13, 5], [8, 10, 5]]]},
+             {"label": 3, "round": 1, "points": [[20, 20, 7, 0]]}]
+  volume = opened(client)["volume"]
+  assert ended(client, volume, "track", {"prompts": prompts})["state"] == "done"
+  read = load_image(folder / "scan.nii.gz")
+  native = np.zeros((30, 26, 11), bool)
+  native[4:12, 6:10, 5] = native[6:9, 10:14, 5] = True
+  found = PromptedVolume(MODEL, drawn(), read).track([
+    VoxelPrompt(3, mask=read.geometry.to_canonical(native)),
+    VoxelPrompt(3, points=((7.0, 9.0, 20.0, False),), round=1)])
+  np.testing.assert_array_equal(label_map(client, volume), read.geometry.to_native(found.labels))
+  for wrong, says in (({"mask": [[[0, 0, 0], [30, 0, 0]]]}, "outside"),
+                      ({**prompts[0], "points": [[1, 1, 5, 1]]}, "besides")):
+    answer = client.post(f"{V1}/volumes/{volume}/track", json={"prompts": [{"label": 1, **wrong}]})
+    assert answer.status_code == 400 and says in answer.json()["error"]
+  many = client.post(f"{V1}/volumes/{volume}/track", json={"prompts": [prompts[0]] * 33})
+  assert many.status_code == 400 and "32 masks" in many.json()["error"]
+
+
+def test_a_label_map_is_opened_and_its_structures_replaced(client, folder, tmp_path):
+  labels = np.zeros((30, 26, 11), np.uint8)
+  labels[4:12, 6:14, 2:9], labels[20:25, 15:20, 3:6] = 1, 200
+  nib.save(nib.Nifti1Image(labels, AFFINE), folder / "labels.nii.gz")
+  volume = opened(client)["volume"]
+  at = f"{V1}/volumes/{volume}/labels"
+  told = client.post(at, json={"file": "labels.nii.gz"})
+  assert told.status_code == 200, told.text
+  assert [s["label"] for s in told.json()["structures"]] == [1, 200]
+  np.testing.assert_array_equal(label_map(client, volume), labels)
+  assert client.get(f"{V1}/volumes/{volume}/details").status_code == 404
+  prompts = [{"label": 200, "box": [[19, 14, 4], [25, 20, 4]]}]
+  assert ended(client, volume, "track", {"prompts": prompts})["state"] == "done"
+  corrected = label_map(client, volume)
+  ours = corrected == 200
+  assert (ours != (labels == 200)).any()
+  np.testing.assert_array_equal(corrected[~ours], np.where(labels == 200, 0, labels)[~ours])
+  sent = client.put(f"{at}?name=mine.nii.gz", content=(folder / "labels.nii.gz").read_bytes())
+  assert sent.status_code == 200
+  np.testing.assert_array_equal(label_map(client, volume), labels)
+
+  nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / "elsewhere.nii.gz")
+  nib.save(nib.Nifti1Image(labels.astype(np.uint16) + 200, AFFINE), folder / "large.nii.gz")
+  for name, says in (("elsewhere.nii.gz", "different space"), ("large.nii.gz", "from 1 to 255"),
+                     ("scan.nii.gz", "scan.nii.gz: "), ("../labels.nii.gz", "is no volume")):
+    answer = client.post(at, json={"file": name})
+    assert answer.status_code == 400 and says in answer.json()["error"], answer.text
+    assert str(tmp_path) not in answer.text and "/tmp" not in answer.text
+  assert client.put(f"{at}?name=x.txt", content=b"0").status_code == 400
+  assert client.put(f"{at}?name=x.nii", content=b"0" * ((1 << 20) + 1)).status_code == 400
+  np.testing.assert_array_equal(label_map(client, volume), labels)
 
 
 def test_a_closed_volume_is_forgotten(client):

@@ -18,7 +18,15 @@ pytest.importorskip("fastapi", reason="pip install 'rfmedsam2-jax[serve]'")
 from api_server import AFFINE, KEY, make_pages, save_scan, served  # noqa: E402
 from small_sam2 import MODEL, drawn  # noqa: E402
 
-from rfmedsam2_jax.client import Client, ServerError, box, line, nifti_bytes, points  # noqa: E402
+from rfmedsam2_jax.client import (  # noqa: E402
+  Client,
+  ServerError,
+  box,
+  line,
+  mask,
+  nifti_bytes,
+  points,
+)
 from rfmedsam2_jax.data.volumes import load_image  # noqa: E402
 from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt  # noqa: E402
 from rfmedsam2_jax.prompted.tracked import PromptedVolume  # noqa: E402
@@ -109,6 +117,29 @@ def test_an_array_is_opened_where_its_affine_says(address):
   volume = Client(address, KEY).upload_array(np.ones((9, 8, 7), np.float64), AFFINE, "mine")
   assert volume.name == "mine.nii.gz" and volume.shape == (9, 8, 7)
   np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_mask_travels_as_runs(axis):
+  array = np.zeros((5, 6, 7), bool)
+  np.moveaxis(array, axis, 0)[2] = np.random.default_rng(axis).random(
+    np.moveaxis(array, axis, 0)[2].shape) > 0.4
+  pieces = mask(4, array)["mask"]
+  again = np.zeros_like(array)
+  for first, last in np.array(pieces, int):
+    again[tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))] = True
+  np.testing.assert_array_equal(again, array)
+  assert len(pieces) < array.sum()
+
+
+def test_a_label_map_is_sent_and_comes_back(address, tmp_path):
+  labels = np.zeros((30, 26, 11), np.uint8)
+  labels[4:12, 6:14, 2:9] = 9
+  nib.save(nib.Nifti1Image(labels, AFFINE), tmp_path / "labels.nii.gz")
+  volume = Client(address, KEY).open("scan.nii.gz")
+  volume.begin_with(tmp_path / "labels.nii.gz")
+  np.testing.assert_array_equal(volume.labels().array, labels)
+  assert volume.labels().names == {9: "label 9"}
 
 
 def test_errors_are_the_servers_lines(address, place):

@@ -24,6 +24,7 @@ from rfmedsam2_jax.data.formats import FORMAT_ENDINGS
 from rfmedsam2_jax.data.names import ending_of
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.segmentations import write_segmentation
+from rfmedsam2_jax.prompted.slice_frame import Plane
 from rfmedsam2_jax.prompted.tracked import parse_window
 from rfmedsam2_jax.segmentation.chosen import Choice, value_names
 from rfmedsam2_jax.serve import schema
@@ -31,15 +32,16 @@ from rfmedsam2_jax.serve.automatic import Models, wanted
 from rfmedsam2_jax.serve.folder import ENDINGS, find_below, is_volume_name, volumes_below
 from rfmedsam2_jax.serve.opened import Job, Opened
 from rfmedsam2_jax.serve.studio import Studio, Unknown
-from rfmedsam2_jax.serve.voxel_prompts import voxel_prompts
+from rfmedsam2_jax.serve.voxel_prompts import given_prompts
 
 PREFIX = "/api/v1"
-UPLOADS = f"{PREFIX}/uploads"
+UPLOADED = rf"POST {PREFIX}/uploads|PUT {PREFIX}/volumes/[^/]+/labels"  # bodies of any length
 LABELS = 9  # that the page offers, one key each
 SAVED = tuple(ending.removeprefix(".") for ending in FORMAT_ENDINGS.values())
 BYTES = "application/octet-stream"
 _FAST = 1  # of gzip's levels; label maps shrink a hundredfold with any
 
+Across = Annotated[Plane | None, Query(description="default: the volume's own plane")]
 Slice = Annotated[int, InPath(ge=0, description="counted from 0 along the plane")]
 
 
@@ -74,19 +76,24 @@ class Pages:
     self, request: Request, asked: Annotated[schema.Upload, Query()]
   ) -> schema.Volume:
     """Opens a volume that is sent: the file's bytes as they are."""
-    if not is_volume_name(asked.name) or Path(asked.name).name != asked.name:
-      raise UserError(f"{asked.name}: is no name of a volume; upload a file that ends in "
+    with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
+      path = await self._sent(request, asked.name, place)
+      return await run_in_threadpool(self._opened, path, asked.name, asked, path.parent)
+
+  async def _sent(self, request: Request, name: str, place: str) -> Path:
+    """The file that a request sends, in the folder `place`; UserError for its name or size."""
+    if not is_volume_name(name) or Path(name).name != name:
+      raise UserError(f"{name}: is no name of a volume; upload a file that ends in "
                       f"{', '.join(ENDINGS)}")
-    too_large = UserError(f"{asked.name}: is larger than {self.limit} bytes; put it into the "
+    too_large = UserError(f"{name}: is larger than {self.limit} bytes; put it into the "
                           "folder, or let the server take larger uploads")
     if int(request.headers.get("content-length", "0")) > self.limit:
       raise too_large
-    with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
-      # The name is the client's; the file has one of ours, and the ending that readers go by.
-      path = Path(place).resolve() / f"upload{ending_of(asked.name)}"
-      with path.open("wb") as file:
-        await _receive(request, file, self.limit, too_large)
-      return await run_in_threadpool(self._opened, path, asked.name, asked, path.parent)
+    # The name is the client's; the file has one of ours, and the ending that readers go by.
+    path = Path(place).resolve() / f"upload{ending_of(name)}"
+    with path.open("wb") as file:
+      await _receive(request, file, self.limit, too_large)
+    return path
 
   def _opened(
     self, path: Path, name: str, asked: schema.Open | schema.Upload, place: Path
@@ -106,16 +113,21 @@ class Pages:
     """Forgets a volume; what was not saved is lost."""
     self.studio.close(volume)
 
-  def image(self, volume: str, number: Slice) -> Response:
+  def image(self, volume: str, number: Slice, plane: Across = None) -> Response:
     """A slice as SAM 2 sees it: a byte for each voxel, row after row, canonical (LPS+)."""
-    opened = self._with(volume, number)
-    shown = opened.prompted.shown(np.array([number]))
+    opened, plane = self._with(volume, number, plane)
+    shown = opened.prompted.shown(np.array([number]), plane)
     return _bytes(np.rint(shown[0] * 255).astype(np.uint8))
 
-  def labels(self, volume: str, number: Slice) -> Response:
+  def labels(self, volume: str, number: Slice, plane: Across = None) -> Response:
     """The labels of a slice, in the order of `image`; also while a tracking runs."""
-    opened = self._with(volume, number)
-    return _bytes(opened.labels.take(number, PLANES[opened.plane]))
+    opened, plane = self._with(volume, number, plane)
+    return _bytes(opened.labels.take(number, PLANES[plane]))
+
+  def values(self, volume: str, number: Slice, plane: Across = None) -> Response:
+    """The intensities of a slice, in the order of `image`: float32, the lowest byte first."""
+    opened, plane = self._with(volume, number, plane)
+    return _bytes(opened.volume.array[0].take(number, PLANES[plane]).astype("<f4"))
 
   def label_map(
     self, volume: str, accept_encoding: Annotated[str, Header()] = ""
@@ -129,17 +141,44 @@ class Pages:
     return Response(content, media_type=BYTES,
                     headers={"Content-Encoding": "gzip"} if packed else None)
 
-  def _with(self, volume: str, number: int) -> Opened:
-    """An open volume that has a slice of that number."""
+  def _with(self, volume: str, number: int, plane: Plane | None) -> tuple[Opened, Plane]:
+    """An open volume that has a slice of that number, and the plane; by default its own."""
     opened = self.studio.volume(volume)
-    if number >= opened.slices[0]:
-      raise Unknown(f"slice {number}: {opened.name} has {opened.slices[0]}, counted from 0")
-    return opened
+    plane = plane or opened.plane
+    if number >= (count := opened.labels.shape[PLANES[plane]]):
+      raise Unknown(f"slice {number}: {opened.name} has {count}, counted from 0")
+    return opened, plane
+
+  def open_labels(self, volume: str, asked: schema.LabelFile) -> schema.Volume:
+    """Takes a label map of the server's folder as the volume's, to be corrected by prompts.
+
+    It has to be on the volume's grid. Structures that are tracked later replace those of their
+    labels.
+    """
+    if self.folder is None:
+      raise UserError("the server was started without a folder; send the label map")
+    return self._labelled(volume, find_below(self.folder, asked.file), asked.file, self.folder)
+
+  async def upload_labels(
+    self, volume: str, request: Request,
+    name: Annotated[str, Query(max_length=1000, description="of the file, for its ending")] = "",
+  ) -> schema.Volume:
+    """As `open_labels`, of a label map that is sent: the file's bytes as they are."""
+    with tempfile.TemporaryDirectory(prefix="rfmedsam2-") as place:
+      path = await self._sent(request, name, place)
+      return await run_in_threadpool(self._labelled, volume, path, name, path.parent)
+
+  def _labelled(self, volume: str, path: Path, name: str, place: Path) -> schema.Volume:
+    try:
+      return _volume(volume, self.studio.read_labels(volume, path))
+    except (UserError, OSError) as error:
+      said = str(error).replace(str(path), name).replace(f"{place}/", "")
+      raise UserError(self.studio.volume(volume).told(UserError(said))) from None
 
   def track(self, volume: str, asked: schema.Track) -> schema.Job:
     """Follows structures from prompts; the answer is a job that is asked for until it has ended."""
     opened = self.studio.volume(volume)
-    return _job(self.studio.track(volume, voxel_prompts(asked, opened.volume.geometry)))
+    return _job(self.studio.track(volume, given_prompts(asked, opened.volume.geometry)))
 
   def segment(self, volume: str, asked: schema.Segment) -> schema.Job:
     """Lets a model segment the volume, without prompts; it replaces the label map that is there.
@@ -151,10 +190,10 @@ class Pages:
 
   def details(self, volume: str) -> schema.Details:
     """How sure the model was that segmented the volume, and what it measured."""
-    automatic = self.studio.volume(volume).automatic
-    if automatic is None:
+    ground = self.studio.volume(volume).ground
+    if ground is None or ground.details is None:
       raise Unknown("no model has segmented this volume; ask it to")
-    return schema.Details(**automatic.details)
+    return schema.Details(**ground.details)
 
   def job(self, job: str) -> schema.Job:
     """How far a job is."""
@@ -199,12 +238,15 @@ def make_router(pages: Pages) -> APIRouter:
     "response_class": Response, "responses": {200: {"content": {BYTES: {"schema": binary}}}}}
   add("GET", "/server", pages.server)
   add("POST", "/volumes", pages.open)
-  add("POST", UPLOADS.removeprefix(PREFIX), pages.upload, openapi_extra={
-    "requestBody": {"required": True, "content": {BYTES: {"schema": binary}}}})
+  sent = {"requestBody": {"required": True, "content": {BYTES: {"schema": binary}}}}
+  add("POST", "/uploads", pages.upload, openapi_extra=sent)
   add("GET", volume, pages.volume)
   add("DELETE", volume, pages.close, 204)
   add("GET", volume + "/image/{number}", pages.image, **content)
   add("GET", volume + "/labels/{number}", pages.labels, **content)
+  add("GET", volume + "/values/{number}", pages.values, **content)
+  add("POST", volume + "/labels", pages.open_labels)
+  add("PUT", volume + "/labels", pages.upload_labels, openapi_extra=sent)
   add("GET", volume + "/labels", pages.label_map, **content)
   add("POST", volume + "/track", pages.track, 202)
   add("POST", volume + "/segment", pages.segment, 202)

@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.data.derived import software_version
-from rfmedsam2_jax.serve.api import PREFIX, UPLOADS, Pages, make_router
+from rfmedsam2_jax.serve.api import PREFIX, UPLOADED, Pages, make_router
 from rfmedsam2_jax.serve.guard import Bounded, Guard
 from rfmedsam2_jax.serve.studio import Unknown
 
@@ -48,7 +48,7 @@ def make_app(pages: Pages, host: str, token: str, key: str | None = None) -> Fas
     description="Segmentation of CT and MRI volumes by prompts and by models. For research.",
     docs_url=None, redoc_url=None,  # their pages load scripts from elsewhere
     middleware=[Middleware(Guard, host=host, token=token, key=key),
-                Middleware(Bounded, limit=BODY, free=(UPLOADS,))],
+                Middleware(Bounded, limit=BODY, free=UPLOADED)],
     exception_handlers=handlers)
   app.include_router(make_router(pages))
   app.mount("/", StaticFiles(directory=_STATIC, html=True))

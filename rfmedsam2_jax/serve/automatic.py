@@ -5,6 +5,7 @@ In: an open volume. Out: the label map and the details that `rfmedsam2 predict` 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Report
 from rfmedsam2_jax.data.derived import Making
-from rfmedsam2_jax.data.volumes import Volume
+from rfmedsam2_jax.data.geometry import Geometry
+from rfmedsam2_jax.data.segments import segments_of
+from rfmedsam2_jax.data.volumes import Volume, load_label_map
 from rfmedsam2_jax.segmentation.chosen import Choice, make_choice, value_names
 from rfmedsam2_jax.segmentation.details import details_of
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, segment_volume
@@ -22,13 +25,13 @@ LARGEST_LABEL = 255  # the page draws bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Automatic:
-  """What a model found in a volume."""
+class LabelMap:
+  """What a model found in a volume, or a file holds of it."""
 
   labels: np.ndarray  # uint8 [D, H, W], canonical
   names: Mapping[int, str]  # by value
-  details: dict[str, Any]  # as in CASE.json
   how: Making
+  details: dict[str, Any] | None = None  # as in CASE.json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,15 +42,30 @@ class Wanted:
   choice: Choice
   fast: bool
 
-  def of(self, volume: Volume, report: Report) -> Automatic:
+  def of(self, volume: Volume, report: Report) -> LabelMap:
     """Segments a volume, as `predict` does."""
     model = self.model.faster() if self.fast else self.model
     found = details_of([segment_volume(model, volume, progress=report)], volume, report=report,
                        choice=self.choice)
     slices = {"slices": "half"} if self.fast else {}
     how = Making(True, model.inference.codes, {"runs": model.name, **slices})
-    return Automatic(found.final.astype(np.uint8), value_names(model.plan.labels, self.choice),
-                     {"runs": [model.name], **found.as_dict()}, how)
+    return LabelMap(found.final.astype(np.uint8), value_names(model.plan.labels, self.choice), how,
+                    {"runs": [model.name], **found.as_dict()})
+
+
+def read_labels(path: Path, geometry: Geometry) -> LabelMap:
+  """The label map of a file on the grid of a volume.
+
+  UserError as `load_label_map`, and for values that are none from 0 to `LARGEST_LABEL`.
+  """
+  labels = load_label_map(path, geometry)
+  if (least := int(labels.min())) < 0 or (largest := int(labels.max())) > LARGEST_LABEL:
+    raise UserError(f"{path}: has the label {least if least < 0 else largest}, and serve shows "
+                    f"labels from 1 to {LARGEST_LABEL}; is it an image?")
+  said = {segment.value: segment.name for segment in segments_of(path)}
+  names = {value: said.get(value) or f"label {value}" for value in np.unique(labels).tolist()}
+  names.pop(0, None)
+  return LabelMap(labels.astype(np.uint8), names, Making())
 
 
 def by_name(models: Sequence[Segmenter]) -> Models:

@@ -8,7 +8,7 @@ the key, and what a proxy calls the server is for its owner to say.
 
 import hmac
 import ipaddress
-from collections.abc import Collection
+import re
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -31,11 +31,11 @@ _HEADERS = (
 class Bounded:
   """ASGI middleware: no more than `limit` bytes are read of a request.
 
-  free: paths of uploads, which count for themselves.
+  free: methods and paths of uploads, as a pattern; these count for themselves.
   """
 
-  def __init__(self, app: ASGIApp, limit: int, free: Collection[str]):
-    self._app, self._limit, self._free = app, limit, free
+  def __init__(self, app: ASGIApp, limit: int, free: str):
+    self._app, self._limit, self._free = app, limit, re.compile(free)
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     left = self._limit
@@ -49,7 +49,7 @@ class Bounded:
           413, f"the request has more than {self._limit} bytes; give fewer prompts")
       return message
 
-    free = scope["type"] != "http" or scope["path"] in self._free
+    free = scope["type"] != "http" or self._free.fullmatch(f"{scope['method']} {scope['path']}")
     await self._app(scope, receive if free else counted, send)
 
 

@@ -1,7 +1,7 @@
 """A volume that is open on the server, and the jobs that are computed for it.
 
-In: prompts, or a model to segment with. Out: one label map, of what a model found and, over it,
-what was tracked since.
+In: prompts, a model to segment with, or a label map that is there. Out: one label map, of what a
+model found or a file holds and, over it, what was tracked since.
 """
 
 import collections
@@ -16,10 +16,11 @@ import numpy as np
 from rfmedsam2_jax.data.derived import Making
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.volumes import Volume
-from rfmedsam2_jax.prompted.slice_frame import Plane, VoxelPrompt
+from rfmedsam2_jax.prompted.slice_frame import Plane
 from rfmedsam2_jax.prompted.tracked import PromptedVolume, TrackedVolume
-from rfmedsam2_jax.serve.automatic import Automatic, Wanted
+from rfmedsam2_jax.serve.automatic import LabelMap, Wanted
 from rfmedsam2_jax.serve.schema import State
+from rfmedsam2_jax.serve.voxel_prompts import Given
 
 RESULTS = 4  # of a volume, so that an undo costs nothing
 
@@ -60,12 +61,13 @@ class Opened:
   # uint8 [D, H, W], canonical: what is there, and slice by slice what a tracking finds.
   labels: np.ndarray
   # Of the last trackings by their prompts, newest last.
-  results: collections.OrderedDict[frozenset[VoxelPrompt], TrackedVolume] = dataclasses.field(
+  results: collections.OrderedDict[frozenset[str], TrackedVolume] = dataclasses.field(
     default_factory=collections.OrderedDict
   )
-  # What a model found; structures that were tracked since then replace those of their labels.
-  automatic: Automatic | None = None
-  job: Job = dataclasses.field(default_factory=lambda: Job(""))  # that computes for it now
+  # What a model found or a file holds; structures that were tracked since then replace those of
+  # their labels.
+  ground: LabelMap | None = None
+  job: Job = dataclasses.field(default_factory=lambda: Job("", "done"))  # the last one
   closed: bool = False  # jobs that wait for it need not begin
   _replaced: tuple[int, ...] = ()  # labels that are being tracked
 
@@ -77,10 +79,10 @@ class Opened:
   @property
   def names(self) -> dict[int, str] | None:
     """Of the labels that there are by now, by value; None before anything was computed."""
-    found, automatic = self.found, self.automatic
-    if found is None and automatic is None:
+    found, ground = self.found, self.ground
+    if found is None and ground is None:
       return None
-    names = dict(automatic.names) if automatic else {}
+    names = dict(ground.names) if ground else {}
     for value in found.structures if found else ():
       names.setdefault(value, f"label {value}")
     return names
@@ -88,7 +90,7 @@ class Opened:
   @property
   def how(self) -> Making:
     """How they were found."""
-    return self.automatic.how if self.automatic and self.found is None else Making()
+    return self.ground.how if self.ground and self.found is None else Making()
 
   def told(self, error: Exception) -> str:
     """What an error says, with the volume's name instead of its place on this machine."""
@@ -100,19 +102,19 @@ class Opened:
     """How many there are, and their rows and columns."""
     return np.moveaxis(self.labels, PLANES[self.plane], 0).shape
 
-  def follow(self, prompts: tuple[VoxelPrompt, ...]) -> None:
+  def follow(self, given: tuple[Given, ...]) -> None:
     """`PromptedVolume.track` of all prompts; goes on from the results that are there."""
-    self._replaced = tuple({p.label for p in prompts})
-    rounds = sorted({p.round for p in prompts})
-    stages = [frozenset(p for p in prompts if p.round <= number) for number in rounds]
+    self._replaced = tuple({g.prompt.label for g in given})
+    rounds = sorted({g.prompt.round for g in given})
+    stages = [frozenset(g.key for g in given if g.prompt.round <= number) for number in rounds]
     begun = max((i for i, stage in enumerate(stages) if stage in self.results), default=-1)
     results = self.results.copy()  # a tracking that is cancelled leaves nothing
     found = results[stages[begun]] if begun >= 0 else None
     for number, stage in list(zip(rounds, stages, strict=True))[begun + 1 :]:
-      given = [p for p in prompts if p.round == number]
+      prompts = [g.prompt for g in given if g.prompt.round == number]
       found = results[stage] = (
-        self.prompted.correct(found, given, self._show) if found
-        else self.prompted.track(given, self._show)
+        self.prompted.correct(found, prompts, self._show) if found
+        else self.prompted.track(prompts, self._show)
       )
     results.move_to_end(stages[-1])
     drop_oldest(results, RESULTS)
@@ -120,8 +122,11 @@ class Opened:
 
   def segment(self, wanted: Wanted) -> None:
     """Lets a model segment the volume, and forgets what was tracked before."""
-    self.automatic = wanted.of(self.volume, self._say)
-    self.results = collections.OrderedDict()
+    self.begin_with(wanted.of(self.volume, self._say))
+
+  def begin_with(self, ground: LabelMap) -> None:
+    """Takes a label map, and forgets what was tracked before."""
+    self.ground, self.results = ground, collections.OrderedDict()
 
   def settle(self) -> None:
     """Shows what is there, after a job has ended in whatever way."""
@@ -137,10 +142,10 @@ class Opened:
     self.job.fresh += 1
 
   def _below(self, where: Any, replaced: Collection[int]) -> np.ndarray:
-    """What the model found, but for labels that are replaced."""
-    if self.automatic is None:
+    """What is there besides trackings, but for labels that are replaced."""
+    if self.ground is None:
       return np.zeros_like(self.labels[where])
-    below = self.automatic.labels[where]
+    below = self.ground.labels[where]
     return np.where(np.isin(below, list(replaced)), np.uint8(0), below)
 
   def _say(self, text: str) -> None:

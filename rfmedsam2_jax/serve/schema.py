@@ -10,6 +10,8 @@ import pydantic
 from rfmedsam2_jax.prompted.slice_frame import Plane
 
 MOST_PROMPTS = 1000  # of a request
+MOST_MASKS = 32  # of a request; each is as large as the volume
+MOST_PIECES = 10_000  # of a mask
 MOST_VERTICES = 10_000  # of a line
 
 Space = Literal["ijk", "ras", "zyx"]
@@ -49,7 +51,8 @@ class Line(_Asked):
 
 
 class Prompt(_Asked):
-  """What is said of one structure on one slice: a box, points, lines, or several of them."""
+  """What is said of one structure on one slice: a box, points, lines, several of them, or a mask.
+  """
 
   label: Label
   round: int = pydantic.Field(
@@ -61,6 +64,10 @@ class Prompt(_Asked):
     default_factory=list, max_length=MOST_PROMPTS,
     description="a place each, and whether it lies inside the structure")
   lines: list[Line] = pydantic.Field(default_factory=list, max_length=100)
+  mask: list[tuple[Place, Place]] = pydantic.Field(
+    default_factory=list, max_length=MOST_PIECES,
+    description="boxes of voxels by two corners each, rows for example; their union on every slice "
+    "is a mask that counts as it is. Excludes the other kinds")
 
 
 class Track(_Asked):
@@ -73,6 +80,14 @@ class Track(_Asked):
     "affine (right, anterior, superior), zyx voxels of the volume in LPS+ order")
 
 
+  @pydantic.field_validator("prompts")
+  @classmethod
+  def _few_masks(cls, prompts: list[Prompt]) -> list[Prompt]:
+    if sum(bool(prompt.mask) for prompt in prompts) > MOST_MASKS:
+      raise ValueError(f"more than {MOST_MASKS} masks; give several slices in one")
+    return prompts
+
+
 class Segment(_Asked):
   """What automatic segmentation shall do; fields as the options of `rfmedsam2 predict`."""
 
@@ -81,6 +96,10 @@ class Segment(_Asked):
     None, max_length=MOST_PROMPTS, description="names of those that are wanted; default: all")
   min_volume: float = pydantic.Field(0.0, description="ml; pieces that are smaller go")
   fast: bool = pydantic.Field(False, description="at half the resolution across slices")
+
+
+class LabelFile(_Asked):
+  file: str = pydantic.Field(max_length=1000, description="a name of the server's list")
 
 
 class Structure(pydantic.BaseModel):

@@ -19,12 +19,13 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.nn import SAM2
-from rfmedsam2_jax.prompted.slice_frame import Plane, VoxelPrompt
+from rfmedsam2_jax.prompted.slice_frame import Plane
 from rfmedsam2_jax.prompted.tracked import PromptedVolume
-from rfmedsam2_jax.serve.automatic import Wanted
+from rfmedsam2_jax.serve.automatic import Wanted, read_labels
 from rfmedsam2_jax.serve.folder import check_volume
 from rfmedsam2_jax.serve.opened import Cancelled, Job, Opened, drop_oldest
 from rfmedsam2_jax.serve.schema import State
+from rfmedsam2_jax.serve.voxel_prompts import Given
 from rfmedsam2_jax.tracking import SlicePrompt, TrackingConfig, VolumeTracker
 
 WAITING = 8  # jobs; more are a page gone wrong
@@ -95,13 +96,27 @@ class Studio:
     del opened
     gc.collect()
 
-  def track(self, key: str, prompts: tuple[VoxelPrompt, ...]) -> Job:
+  def read_labels(self, key: str, path: Path) -> Opened:
+    """Takes a file's label map as that of a volume.
+
+    UserError as `automatic.read_labels`, or while a job runs.
+    """
+    opened = self.volume(key)
+    if opened.job.state == "running":
+      raise UserError(f"{opened.name}: is being computed for; wait or cancel, then open labels")
+    with self._reading:
+      check_volume(path, self._max_voxels)
+      opened.begin_with(read_labels(path, opened.volume.geometry))
+    opened.settle()
+    return opened
+
+  def track(self, key: str, prompts: tuple[Given, ...]) -> Job:
     """Queues the tracking of all prompts, in rounds. Rounds that are known are not run again.
 
     UserError as `SliceFrame.rounds`, or if too many jobs wait.
     """
     opened = self.volume(key)
-    opened.prompted.check(prompts)
+    opened.prompted.check([given.prompt for given in prompts])
     return self._queue(opened, functools.partial(opened.follow, prompts))
 
   def segment(self, key: str, wanted: Wanted) -> Job:
