@@ -272,7 +272,8 @@ def _volume(key: str, opened: Opened) -> schema.Volume:
   own = dict(zip(geometry.axes, spacing, strict=True))
   return schema.Volume(
     volume=key, name=opened.name, shape=geometry.shape, spacing=(own[0], own[1], own[2]),
-    affine=geometry.affine_mm.tolist(), plane=opened.plane, slices=depth, rows=height,
+    affine=geometry.affine_mm.tolist(), zyx_shape=geometry.canonical_shape, zyx_spacing=spacing,
+    plane=opened.plane, slices=depth, rows=height,
     columns=width, row_mm=row, column_mm=column, structures=_structures(opened.names or {}),
     warnings=list(geometry.remarks))
 

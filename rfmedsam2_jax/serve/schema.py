@@ -134,6 +134,8 @@ class Volume(pydantic.BaseModel):
   spacing: Place = pydantic.Field(description="mm along i, j, k")
   affine: list[list[float]] = pydantic.Field(description="4 x 4, from (i, j, k, 1) to millimetres, "
                                              "RAS+")
+  zyx_shape: tuple[int, int, int] = pydantic.Field(description="in LPS+ order, as `image` has it")
+  zyx_spacing: Place
   plane: Plane
   slices: int = pydantic.Field(description="of the plane, as `image` and `labels` count them")
   rows: int

@@ -32,8 +32,21 @@ export const upload = (file, plane, window) => json(
   `uploads?${new URLSearchParams({ name: file.name, plane, window })}`,
   { method: "POST", body: file },
 );
-export const image = (volume, slice) => bytes(`volumes/${volume}/image/${slice}`);
-export const labels = (volume, slice) => bytes(`volumes/${volume}/labels/${slice}`);
+export const image = (volume, slice, plane) => bytes(
+  `volumes/${volume}/image/${slice}?plane=${plane}`,
+);
+export const labels = (volume, slice, plane) => bytes(
+  `volumes/${volume}/labels/${slice}?plane=${plane}`,
+);
+export const values = async (volume, slice, plane) => new Float32Array(
+  (await bytes(`volumes/${volume}/values/${slice}?plane=${plane}`)).buffer,
+);
+export const about = (volume) => json(`volumes/${volume}`);
+export const begin = (volume, file) => json(
+  `volumes/${volume}/labels?${new URLSearchParams({ name: file.name })}`,
+  { method: "PUT", body: file },
+);
+export const segment = (volume, model) => post(`volumes/${volume}/segment`, { model });
 export const track = (volume, prompts) => post(
   `volumes/${volume}/track`, { prompts, space: "zyx" },
 );
