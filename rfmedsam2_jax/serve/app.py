@@ -62,6 +62,7 @@ def _error(message: str, status: int) -> Response:
 def _refused(request: Request, error: Exception) -> Response:
   assert isinstance(error, HTTPException)
   said = {
+    400: "the request: cannot be read as JSON; correct it",  # what the framework finds by itself
     404: "there is nothing at this address; see the API's document",
     405: "is not asked in this way; see the API's document"}
   return _error(said.get(error.status_code, error.detail), error.status_code)
