@@ -192,7 +192,9 @@ def test_odd_names_are_told_as_they_are_or_left_out(client, folder):
 def test_odd_requests_are_one_line(client, folder):
   nib.save(nib.Nifti1Image(voxels(), AFFINE), folder / "scan.nii.gz")
   volume = opened(client, "scan.nii.gz")
-  for path in ("image/-1", "image/1.5", "labels/11", "labels/" + "9" * 400, "image/nan", "export/zip"):
+  for path in (
+    "image/-1", "image/1.5", "labels/11", "labels/" + "9" * 400, "image/nan", "export/zip",
+  ):
     assert client.get(f"/api/v1/volumes/{volume}/{path}").status_code == 404, path
   for content, says in (
     (b"[" * 100_000, "JSON"), (b'"\\ud800"', "the request"), (b"\xff\xfe", "JSON"),
