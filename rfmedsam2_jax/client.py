@@ -207,8 +207,8 @@ class Client:
 class Volume:
   """A volume that is open on the server.
 
-  It has a name, and shape, spacing and affine of its array [i, j, k] as `Labels` has them; `info` is
-  all that the server said when it was opened.
+  It has a name, and shape, spacing and affine of its array [i, j, k] as `Labels` has them; `info`
+  is all that the server said when it was opened.
   """
 
   def __init__(self, client: Client, info: dict[str, Any]):
