@@ -49,15 +49,15 @@ def session(site: str, token: str, name: str) -> dict[str, tuple[float, float]]:
   """
   def ask(path: str, value: dict | None = None) -> dict:
     request = urllib.request.Request(
-      f"{site}api/{path}", json.dumps(value).encode() if value else None,
-      {"Authorization": f"Bearer {token}"},
+      f"{site}api/v1/{path}", json.dumps(value).encode() if value else None,
+      {"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request) as answer:
       return json.load(answer)
 
   def wait(what: str) -> None:
     began, shown = time.monotonic(), 0.0
-    job = ask(f"volumes/{volume['volume']}/track", {"prompts": prompts})
+    job = ask(f"volumes/{volume['volume']}/track", {"prompts": prompts, "space": "zyx"})
     key = job["job"]
     while job["state"] in ("queued", "running"):
       time.sleep(0.01)

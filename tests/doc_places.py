@@ -124,6 +124,19 @@ class Places:
     labels = json.loads((self._phantoms / "dataset.json").read_text("utf-8"))["labels"]
     model.write_model(path, model.ISOTROPIC, 1, labels)
 
+  def key(self, path: Path) -> None:
+    path.write_text("0123456789abcdef" * 2 + "\n")
+
+  def server(self, folder: Path):
+    """A context: the address of a server of the documented CT, see api_server."""
+    pytest.importorskip("fastapi")
+    from api_server import documented
+
+    served = folder.resolve() / "served"
+    served.mkdir()
+    shutil.copy(self._once("ct.nii.gz", _write_ct), served)  # links out of it are refused
+    return documented(served, self._run)
+
   def network(self, folder: Path) -> Path:
     """The YAML file that describes `official`: no size that convert recognises is small enough."""
     path = folder / "tiny_network.yaml"
@@ -164,6 +177,7 @@ STAND_INS: dict[str, Callable[[Places, Path], None]] = {
   "dicom/*": Places.scan,
   "studies/*": Places.study,
   "prompts.json": Places.given,
+  "key.txt": Places.key,
 }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import os
 import re
 import runpy
 import shutil
@@ -12,6 +13,7 @@ import tomllib
 from pathlib import Path
 from unittest import mock
 
+from api_server import KEY
 from doc_lines import ROOT, commands_of
 from doc_places import Places, small
 
@@ -74,6 +76,9 @@ class Runner:
 
   def __call__(self, text: str) -> None:
     text = re.sub(r"\b([A-Z]+)\|[A-Z]+\b", r"\1", text)  # RUN|PREDICTIONS, in a pattern
+    if "$SERVER" in text:
+      self._ask_server(text)
+      return
     for words in commands_of(text):
       try:
         self._command(words)
@@ -82,6 +87,21 @@ class Runner:
       except SystemExit as error:
         if error.code:
           raise Wrong(words, "its arguments are wrong; see below") from None
+
+  def _ask_server(self, text: str) -> None:
+    """A script that asks a server by curl: run by bash, with the address of one of the tests."""
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    if self._places is None or shutil.which("curl") is None:
+      return
+    self._places.provide(re.findall(r"[\w./]+\.nii\.gz", text), self._folder)
+    with self._places.server(self._folder) as address:
+      own = re.sub(r"^SERVER=http://[^/]+", f"SERVER={address}", text, flags=re.M)
+      done = subprocess.run(
+        ["bash", "-euo", "pipefail"], input=own, cwd=self._folder, capture_output=True, text=True,
+        env={**os.environ, "RFMEDSAM2_KEY": KEY})
+    print(done.stdout, done.stderr)
+    if done.returncode:
+      raise Wrong(["bash"], f"exit status {done.returncode}; what it said is above")
 
   def _command(self, words: list[str]) -> None:
     words = list(words)

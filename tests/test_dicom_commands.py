@@ -142,38 +142,40 @@ def test_codes_of_a_config_are_read_strictly(tmp_path, capsys):
 
 
 def test_the_page_opens_an_archive_and_saves_dicom(study, tmp_path):
-  pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
+  pytest.importorskip("fastapi", reason="pip install 'rfmedsam2-jax[serve]'")
   from starlette.testclient import TestClient
 
-  from rfmedsam2_jax.serve.app import Pages, make_app
+  from rfmedsam2_jax.serve.api import Pages
+  from rfmedsam2_jax.serve.app import make_app
   from rfmedsam2_jax.serve.studio import Studio
 
   studio = Studio(MODEL, drawn(), TrackingConfig(), keep=2, max_voxels=10**6)
   client = TestClient(make_app(Pages(studio, study, 1 << 24, "small"), "127.0.0.1", "t0ken"),
                       "http://127.0.0.1:8765", headers={"Authorization": "Bearer t0ken"})
-  assert {"patient.nii.gz", "patient/ct", "packed.zip"} <= set(client.get("/api/start").json()[
+  assert {"patient.nii.gz", "patient/ct", "packed.zip"} <= set(client.get("/api/v1/server").json()[
     "files"])
   shutil.make_archive(str(tmp_path / "ct"), "zip", study / "patient" / "ct")
-  sent = client.post("/api/uploads?name=ct.zip", content=(tmp_path / "ct.zip").read_bytes())
+  sent = client.post("/api/v1/uploads?name=ct.zip", content=(tmp_path / "ct.zip").read_bytes())
   assert sent.status_code == 200, sent.text
-  nifti = client.post("/api/volumes", json={"file": "patient.nii.gz"}).json()["volume"]
-  several = client.post("/api/volumes", json={"file": "packed.zip"})
+  nifti = client.post("/api/v1/volumes", json={"file": "patient.nii.gz"}).json()["volume"]
+  several = client.post("/api/v1/volumes", json={"file": "packed.zip"})
   assert several.status_code == 400 and "packed.zip: has 2 series" in several.json()["error"]
   for volume in (sent.json()["volume"], nifti):
     prompt = {"label": 2, "box": [[3, 4, 4], [3, 12, 12]]}
-    job = client.post(f"/api/volumes/{volume}/track", json={"prompts": [prompt]}).json()["job"]
-    while (state := client.get(f"/api/jobs/{job}").json()["state"]) in ("queued", "running"):
+    asked = {"prompts": [prompt], "space": "zyx"}
+    job = client.post(f"/api/v1/volumes/{volume}/track", json=asked).json()["job"]
+    while (state := client.get(f"/api/v1/jobs/{job}").json()["state"]) in ("queued", "running"):
       pass
     assert state == "done"
-  labels = client.get(f"/api/volumes/{nifti}/nii.gz").content
+  labels = client.get(f"/api/v1/volumes/{nifti}/export/nii.gz").content
   (tmp_path / "labels.nii.gz").write_bytes(labels)
   expected = np.asarray(nib.load(tmp_path / "labels.nii.gz").dataobj)
   for form in DICOM:
     kind = FORMAT_ENDINGS[form][1:]
-    saved = client.get(f"/api/volumes/{sent.json()['volume']}/{kind}")
+    saved = client.get(f"/api/v1/volumes/{sent.json()['volume']}/export/{kind}")
     (tmp_path / kind).write_bytes(saved.content)
     like = load_image(study / "patient.nii.gz").geometry
     found = like.to_native(load_by_name(tmp_path / kind, like, {}))
     np.testing.assert_array_equal(found, expected)
-    refused = client.get(f"/api/volumes/{nifti}/{kind}")
+    refused = client.get(f"/api/v1/volumes/{nifti}/export/{kind}")
     assert refused.status_code == 400 and "patient.nii.gz: was not read" in refused.json()["error"]

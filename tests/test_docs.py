@@ -5,6 +5,7 @@ Commands run in a folder with stand-ins for the files that they name, small enou
 tutorial follow each other in one folder, others have one each.
 """
 
+import contextlib
 import json
 import re
 import shlex
@@ -13,10 +14,12 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from api_server import KEY
 from doc_lines import PAGES, ROOT, SHELL, Block, blocks_of
 from doc_places import Places, prepare
 from doc_runner import NOT_RUN, Runner, few_phantoms
 
+from rfmedsam2_jax.client import Client
 from rfmedsam2_jax.config import parse_config
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -42,6 +45,8 @@ boxes = np.array([[20.0, 30.0, 100.0, 120.0]], np.float32)
 """,
   "docs/trust.md": 'import rfmedsam2_jax; model = rfmedsam2_jax.load("runs/hippocampus")',
 }
+# Pages whose Python asks a server.
+SERVED = ("docs/api.md",)
 # What a page's Python makes itself.
 MADE = {"docs/tutorials/own_data.md": {"phantoms"}}
 
@@ -99,16 +104,26 @@ def test_a_command_within_the_text_runs(block, runner):
   runner(block.text)
 
 
+@pytest.fixture
+def stack():
+  with contextlib.ExitStack() as stack:
+    yield stack
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "page", sorted({block.page for block in BLOCKS if block.language == "python"})
 )
-def test_the_python_of_a_page_runs(page, places, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs(page, places, tmp_path, monkeypatch, stack):
   here = prepare(tmp_path)
   monkeypatch.chdir(here)
   monkeypatch.setattr("rfmedsam2_jax.data.phantom.PhantomConfig", few_phantoms)
   names: dict = {}
   code = GIVEN.get(page, "")
+  if page in SERVED:
+    address = stack.enter_context(places.server(here))
+    monkeypatch.setenv("RFMEDSAM2_KEY", KEY)
+    monkeypatch.setattr("rfmedsam2_jax.client.Client", lambda documented: Client(address))
   for block in BLOCKS:
     if (block.page, block.language) == (page, "python"):
       named = set(re.findall(r'"([^"\n]+)"', code + block.text))

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "rfmedsam2_jax"
 # From the ground up: a room imports itself and what stands before it.
 ORDER = (
   "base", "nn", "data", "programs", "parallel", "weights", "tracking", "refinement", "evaluation",
-  "segmentation", "report", "prompted", "config", "model", "archive", "serve", "training", "cli",
+  "segmentation", "report", "prompted", "config", "model", "archive", "client", "serve",
+  "training", "cli",
 )
 # Rooms that stand side by side.
 APART = [{"evaluation", "segmentation"}, {"evaluation", "prompted"}, {"segmentation", "prompted"}]
@@ -98,3 +99,9 @@ def test_the_package_never_imports_torch_or_the_converter():
   # But for its command, and that by name, when it runs.
   by_name = [p for p in PACKAGE.rglob("*.py") if "rfmedsam2_jax.convert" in p.read_text("utf-8")]
   assert by_name == [PACKAGE / "cli" / "convert.py"]
+
+
+def test_the_client_knows_nothing_of_the_package():
+  assert not imports_of(PACKAGE / "client.py")
+  for path in PACKAGE.rglob("*.py"):
+    assert "client" not in imports_of(path), path

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import nibabel as nib
@@ -22,17 +23,19 @@ from rfmedsam2_jax.prompted.tracked import PromptedVolume
 from rfmedsam2_jax.tracking import TrackingConfig, tracker
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 
-pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
+pytest.importorskip("fastapi", reason="pip install 'rfmedsam2-jax[serve]'")
 pytest.importorskip("httpx", reason="pip install 'rfmedsam2-jax[test]'")
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from rfmedsam2_jax.serve.app import Pages, make_app  # noqa: E402
+from rfmedsam2_jax.serve.api import Pages  # noqa: E402
+from rfmedsam2_jax.serve.app import make_app  # noqa: E402
 from rfmedsam2_jax.serve.studio import Studio  # noqa: E402
 
 TOKEN = "t0ken"
 UPLOAD = 20_000
 BOX = {"label": 2, "box": [[5, 6, 4], [5, 13, 11]]}
+JSON = {"Content-Type": "application/json"}
 POINTS = {"label": 2, "round": 1, "points": [[8, 10, 8, True], [8, 20, 25, False]]}
 
 
@@ -87,13 +90,14 @@ def client(studio, place):
 
 
 def opened(client, **more):
-  response = client.post("/api/volumes", json={"file": "sub/scan.nii.gz", **more})
+  response = client.post("/api/v1/volumes", json={"file": "sub/scan.nii.gz", **more})
   assert response.status_code == 200, response.text
   return response.json()
 
 
 def track(client, volume, *prompts):
-  response = client.post(f"/api/volumes/{volume}/track", json={"prompts": prompts})
+  asked = {"prompts": prompts, "space": "zyx"}
+  response = client.post(f"/api/v1/volumes/{volume}/track", json=asked)
   assert response.status_code == 202, response.text
   return ended(client, response.json()["job"])
 
@@ -101,7 +105,7 @@ def track(client, volume, *prompts):
 def ended(client, job):
   until = time.monotonic() + 120
   while time.monotonic() < until:
-    answer = client.get(f"/api/jobs/{job}").json()
+    answer = client.get(f"/api/v1/jobs/{job}").json()
     if answer["state"] not in ("queued", "running"):
       return answer
     time.sleep(0.02)
@@ -109,7 +113,7 @@ def ended(client, job):
 
 
 def saved(client, volume):
-  response = client.get(f"/api/volumes/{volume}/nii.gz")
+  response = client.get(f"/api/v1/volumes/{volume}/export/nii.gz")
   assert response.status_code == 200, response.text
   return nib.Nifti1Image.from_bytes(gzip.decompress(response.content))
 
@@ -123,7 +127,7 @@ def test_what_is_saved_is_what_track_gives_and_corrections_encode_nothing(
     tracker, "_encode", lambda *args: encoded.append(len(args[2])) or encode(*args)
   )
   volume = opened(client)["volume"]
-  assert client.get(f"/api/volumes/{volume}/nii.gz").status_code == 400  # nothing is there yet
+  assert client.get(f"/api/v1/volumes/{volume}/export/nii.gz").status_code == 400  # nothing yet
   first = track(client, volume, BOX)
   assert first["state"] == "done", first
   calls, before = len(encoded), np.asarray(saved(client, volume).dataobj)
@@ -145,7 +149,7 @@ def test_what_is_saved_is_what_track_gives_and_corrections_encode_nothing(
     np.testing.assert_array_equal(affine, theirs)
     assert its == code
   for number in (5, 8):
-    shown = client.get(f"/api/volumes/{volume}/labels/{number}").content
+    shown = client.get(f"/api/v1/volumes/{volume}/labels/{number}").content
     assert shown == found.labels[number].astype(np.uint8).tobytes()
 
 
@@ -167,7 +171,7 @@ def test_labels_that_begin_later_and_undo_give_what_track_gives(client, studio, 
   assert set(np.unique(labels)) == {0, 2, 9}
   assert track(client, volume, box, points)["state"] == "done"
   assert len(ran) == 3 and set(np.unique(np.asarray(saved(client, volume).dataobj))) == {0, 2}
-  assert 9 not in client.get(f"/api/volumes/{volume}/labels/9").content
+  assert 9 not in client.get(f"/api/v1/volumes/{volume}/labels/9").content
   assert track(client, volume, box, points, other)["state"] == "done" and len(ran) == 3
   monkeypatch.undo()
   read = load_image(place / "folder" / "sub" / "scan.nii.gz")
@@ -183,23 +187,23 @@ def test_labels_that_begin_later_and_undo_give_what_track_gives(client, studio, 
 def test_slices_are_windowed_bytes(client, place, plane, shape):
   answer = opened(client, plane=plane, window="100,200")
   assert (answer["slices"], answer["rows"], answer["columns"]) == shape
-  image = client.get(f"/api/volumes/{answer['volume']}/image/5").content
+  image = client.get(f"/api/v1/volumes/{answer['volume']}/image/5").content
   array = load_image(place / "folder" / "sub" / "scan.nii.gz").array[0]
   theirs = array[5] if plane == "axial" else array[:, 5]
   ours = np.frombuffer(image, np.uint8).reshape(shape[1:])
   np.testing.assert_allclose(ours, np.clip(theirs / 200, 0, 1) * 255, atol=0.51)
-  assert client.get(f"/api/volumes/{answer['volume']}/image/{shape[0]}").status_code == 404
+  assert client.get(f"/api/v1/volumes/{answer['volume']}/image/{shape[0]}").status_code == 404
 
 
 def test_only_volumes_of_the_folder_are_listed_and_opened(client):
-  listed = client.get("/api/start").json()["files"]
+  listed = client.get("/api/v1/server").json()["files"]
   assert listed == ["cut.nii.gz", "large.nii", "text.nii.gz", "sub/scan.nii.gz"]
   for name in (
     "../secret/other.nii.gz", "sub/../../secret/other.nii.gz", "link.nii.gz",
     "out/other.nii.gz", "circle.nii.gz", "notes.txt", "", ".", "a\0.nii.gz", "x" * 900 + ".nii",
     "no.nii.gz", "/etc/passwd",
   ):
-    response = client.post("/api/volumes", json={"file": name})
+    response = client.post("/api/v1/volumes", json={"file": name})
     assert response.status_code == 400 and "is no volume" in response.json()["error"], name
   for path in ("/../app.py", "/%2e%2e/app.py", "/..%2f..%2fapp.py"):
     assert client.get(path).status_code == 404
@@ -215,7 +219,7 @@ def test_only_volumes_of_the_folder_are_listed_and_opened(client):
   ({}, "file"),
 ])
 def test_a_bad_volume_is_one_line(client, asked, says):
-  response = client.post("/api/volumes", json=asked)
+  response = client.post("/api/v1/volumes", json=asked)
   error = response.json()["error"]
   assert response.status_code == 400 and says in error and "\n" not in error
 
@@ -223,7 +227,7 @@ def test_a_bad_volume_is_one_line(client, asked, says):
 def test_uploads_are_bounded_and_leave_nothing(client, tmp_path, monkeypatch):
   monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
   good = scan(tmp_path / "up.nii.gz", (12, 11, 10)).read_bytes()
-  answer = client.post("/api/uploads?name=up.nii.gz&plane=sagittal", content=good)
+  answer = client.post("/api/v1/uploads?name=up.nii.gz&plane=sagittal", content=good)
   assert answer.status_code == 200 and answer.json()["slices"] == 12
   for name, content, says in (
     ("up.nii.gz", b"0" * (UPLOAD + 1), "larger than 20000 bytes"),
@@ -233,13 +237,13 @@ def test_uploads_are_bounded_and_leave_nothing(client, tmp_path, monkeypatch):
     ("../up.nii.gz", good, "is no name of a volume"),
     ("up.txt", good, "is no name of a volume"),
   ):
-    response = client.post("/api/uploads", params={"name": name}, content=content)
+    response = client.post("/api/v1/uploads", params={"name": name}, content=content)
     assert response.status_code == 400 and says in response.json()["error"], response.text
   assert [p.name for p in tmp_path.iterdir()] == ["up.nii.gz"]
 
 
 def test_other_sites_names_and_users_are_refused(client):
-  def status(path="/api/start", **headers):
+  def status(path="/api/v1/server", **headers):
     return client.get(path, headers=headers).status_code
 
   assert status() == status(origin="http://127.0.0.1:8765") == status(host="localhost:1") == 200
@@ -247,7 +251,7 @@ def test_other_sites_names_and_users_are_refused(client):
   assert status(host="10.0.0.7:8765") == status(host="127.0.0.1.evil.example") == 421
   assert status(origin="http://evil.example") == status(origin="null") == 403
   assert status(authorization="Bearer other") == status(authorization="") == 401
-  assert "default-src 'none'" in client.get("/api/start").headers["content-security-policy"]
+  assert "default-src 'none'" in client.get("/api/v1/server").headers["content-security-policy"]
 
 
 @pytest.mark.parametrize("prompts, says", [
@@ -264,10 +268,12 @@ def test_other_sites_names_and_users_are_refused(client):
 ])
 def test_bad_prompts_are_one_line(client, prompts, says):
   volume = opened(client)["volume"]
-  response = client.post(f"/api/volumes/{volume}/track", json={"prompts": prompts})
-  assert response.status_code == 400 and says in response.json()["error"], response.text
+  response = client.post(f"/api/v1/volumes/{volume}/track", json={
+    "prompts": prompts, "space": "zyx"})
+  assert response.status_code == (413 if says == "bytes" else 400), response.text
+  assert says in response.json()["error"]
   for content in (b"{", b"[NaN]", b'{"prompts": [{"label": 1, "points": [[NaN, 1, 1, true]]}]}'):
-    answer = client.post(f"/api/volumes/{volume}/track", content=content)
+    answer = client.post(f"/api/v1/volumes/{volume}/track", content=content, headers=JSON)
     assert answer.status_code == 400
 
 
@@ -284,11 +290,11 @@ def test_a_running_tracking_is_cancelled_and_its_slices_go_back(client, studio):
     report(done, total)
 
   held.report = slow
-  asked = {"prompts": [BOX, POINTS]}
-  job = client.post(f"/api/volumes/{volume}/track", json=asked).json()["job"]
+  asked = {"prompts": [BOX, POINTS], "space": "zyx"}
+  job = client.post(f"/api/v1/volumes/{volume}/track", json=asked).json()["job"]
   assert running.wait(60)
-  assert client.get(f"/api/jobs/{job}").json()["fresh"] and (held.labels != before).any()
-  client.delete(f"/api/jobs/{job}")
+  assert client.get(f"/api/v1/jobs/{job}").json()["fresh"] and (held.labels != before).any()
+  client.delete(f"/api/v1/jobs/{job}")
   go_on.set()
   assert ended(client, job)["state"] == "cancelled"
   np.testing.assert_array_equal(held.labels, before)
@@ -297,18 +303,18 @@ def test_a_running_tracking_is_cancelled_and_its_slices_go_back(client, studio):
 
 def test_a_tracking_that_waits_is_cancelled_and_the_next_one_runs(client):
   volume = opened(client)["volume"]
-  ask = {"prompts": [BOX]}
-  jobs = [client.post(f"/api/volumes/{volume}/track", json=ask).json()["job"] for _ in range(2)]
-  client.delete(f"/api/jobs/{jobs[1]}")
+  ask = {"prompts": [BOX], "space": "zyx"}
+  jobs = [client.post(f"/api/v1/volumes/{volume}/track", json=ask).json()["job"] for _ in range(2)]
+  client.delete(f"/api/v1/jobs/{jobs[1]}")
   assert ended(client, jobs[0])["state"] == "done"
   assert ended(client, jobs[1])["state"] == "cancelled"
   assert track(client, volume, BOX, POINTS)["state"] == "done"
-  assert client.get("/api/jobs/none").status_code == 404
+  assert client.get("/api/v1/jobs/none").status_code == 404
 
 
 def test_the_oldest_volume_goes_and_a_fault_is_no_traceback(client, studio, monkeypatch):
   first, second, _ = (opened(client)["volume"] for _ in range(3))
-  assert client.get(f"/api/volumes/{first}/image/0").status_code == 404
+  assert client.get(f"/api/v1/volumes/{first}/image/0").status_code == 404
   monkeypatch.setattr(PromptedVolume, "track", lambda *args: 1 / 0)
   ended_so = track(client, second, BOX)
   assert ended_so["state"] == "failed" and "terminal" in ended_so["error"]
@@ -331,12 +337,12 @@ def test_the_command_prints_its_address_and_ends_at_once(tmp_path):
     with urllib.request.urlopen(site, timeout=20) as page:
       assert b"<html" in page.read()
     request = urllib.request.Request(
-      f"{site}api/start", headers={"Authorization": f"Bearer {token}"}
+      f"{site}api/v1/server", headers={"Authorization": f"Bearer {token}"}
     )
     with urllib.request.urlopen(request, timeout=20) as answer:
       said = json.load(answer)
-      assert len(said.pop("colours")) == 9
-      assert said == {"checkpoint": "small", "files": [], "upload_limit": 1 << 30}
+      assert len(said["colours"]) == 9 and said["upload_limit"] == 1 << 30
+      assert (said["checkpoint"], said["files"], said["models"]) == ("small", [], [])
     began = time.monotonic()
     process.send_signal(signal.SIGINT)  # while it compiles, which nothing can stop
     out, error = process.communicate(timeout=20)
@@ -346,10 +352,41 @@ def test_the_command_prints_its_address_and_ends_at_once(tmp_path):
     process.kill()
 
 
+@pytest.mark.slow
+def test_a_key_is_made_for_other_hosts_and_taken_from_a_file(tmp_path):
+  save_checkpoint(tmp_path / "small", SMALL, drawn(), {"source": "drawn"})
+  (tmp_path / "key").write_text("a-key-of-a-file-1\n")
+  for more, key in ((["--host", "0.0.0.0"], None), (["--key-file", tmp_path / "key"],
+                                                    "a-key-of-a-file-1")):
+    process = started(tmp_path / "small", "--port", "0", *map(str, more))
+    try:
+      said = json.loads(process.stdout.readline())
+      while "result" not in said:  # the warning goes before
+        said = json.loads(process.stdout.readline())
+      result = said["result"]
+      assert ("key" in result) == (key is None)
+      port = result["address"].split("#")[0].rstrip("/").rpartition(":")[2]
+      for given, status in ((key or result["key"], 200), ("another", 401)):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/api/v1/server",
+                                         headers={"Authorization": f"Bearer {given}"})
+        try:
+          with urllib.request.urlopen(request, timeout=20) as answer:
+            assert answer.status == status
+        except urllib.error.HTTPError as error:
+          assert error.code == status
+    finally:
+      process.kill()
+
+
 def test_a_mistake_is_said_before_the_network_is_loaded(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "rfmedsam2_jax.weights.checkpoint", None)  # cannot be imported
+  short = tmp_path / "short"
+  short.write_text("too short\n")
   for given, said in (
     (["no"], "no such checkpoint"), ([".", "--image-size", "100"], "--image-size 100: give"),
+    ([".", "--model", "no"], "no: is no run"),
+    ([".", "--key-file", str(tmp_path / "none")], "cannot be read"),
+    ([".", "--key-file", str(short)], "is no key; give 16"),
     ([".", "--keep", "0"], "--keep 0: give 1 or more"), ([".", "--port", "-1"], "--port -1: give"),
   ):
     assert main(["serve", str(tmp_path / given[0]), *given[1:]]) == 2

@@ -12,12 +12,13 @@ import pytest
 from browser import browser_page
 from small_sam2 import MODEL, SMALL, drawn
 
+from rfmedsam2_jax.data.segmentations import write_segmentation
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
 from rfmedsam2_jax.prompted.tracked import PromptedVolume
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 
-pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
+pytest.importorskip("fastapi", reason="pip install 'rfmedsam2-jax[serve]'")
 
 SHAPE = (48, 40, 12)  # x, y, z
 MM = (2.0, 2.5, 4.0)
@@ -120,3 +121,71 @@ def test_a_person_prompts_tracks_corrects_and_saves_what_track_gives(address, tm
   labels = np.asarray(saved.dataobj)
   assert set(np.unique(labels)) == {0, 3}
   np.testing.assert_array_equal(labels, volume.geometry.to_native(found.labels))
+
+
+@pytest.mark.slow
+def test_a_label_map_is_opened_and_corrected_by_mask_line_and_brush(address, tmp_path):
+  pytest.importorskip("SimpleITK")
+  volume = load_image(tmp_path / "scans" / "scan.nii.gz")
+  labels = np.zeros(volume.geometry.canonical_shape, np.uint8)
+  labels[3:9, 17:32, 10:26] = 5
+  write_segmentation(tmp_path / "labels.seg.nrrd", labels, volume.geometry, {5: "liver"})
+  with browser_page() as (page, wrong):
+    page.goto(address)
+    page.wait_for_selector("#file option", state="attached")
+    page.get_by_role("button", name="Open").click()
+    page.wait_for_selector("#view[data-slice='6']")
+    page.set_input_files("#ground", tmp_path / "labels.seg.nrrd")
+    page.locator("#structures li", has_text="5: liver").wait_for()
+    page.locator("#status", has_text="take its mask").wait_for()
+    assert colours(page) > 1000
+    page.mouse.move(*place(page, 12, 20))
+    page.locator("#where", has_text="liver").wait_for()
+    value = float(re.search(r"slice 6: (-?[\d.]+), liver", page.locator("#where").inner_text())[1])
+    assert value == volume.array[0, 6, 20, 12]
+    # A click at the head of the coronal plane goes to the last slice.
+    side = page.locator("#sides canvas").first.bounding_box()
+    width, height = SHAPE[0] * MM[0], SHAPE[2] * MM[2]
+    scale = min(side["width"] / width, side["height"] / height)
+    top = side["y"] + (side["height"] - height * scale) / 2
+    page.mouse.click(side["x"] + side["width"] / 2, top + 2)
+    page.wait_for_selector("#view[data-slice='11']")
+    for number in range(10, 5, -1):
+      page.keyboard.press("ArrowDown")
+      page.wait_for_selector(f"#view[data-slice='{number}']")
+
+    page.keyboard.press("5")
+    page.keyboard.press("k")
+    page.locator("#prompts li", has_text="5: mask, slice 6").wait_for()
+    for number in (7, 8):
+      page.keyboard.press("ArrowUp")
+      page.wait_for_selector(f"#view[data-slice='{number}']")
+    page.keyboard.press("n")
+    page.mouse.click(*place(page, 40, 6))
+    page.keyboard.press("l")
+    drag(page, 12, 20, 20, 20)
+    page.keyboard.press("6")
+    page.keyboard.press("m")
+    page.locator("#radius").fill("0.5")
+    page.locator("#view").focus()
+    drag(page, 30, 30, 34, 30)
+    said = page.locator("#prompts li").all_inner_texts()
+    assert said[1:] == ["5: point outside, slice 8 (correction 1)",
+                        "5: line inside, slice 8 (correction 1)", "6: mask, slice 8"]
+    track(page)
+    if os.environ.get("SCREENSHOT"):
+      page.screenshot(path=os.environ["SCREENSHOT"])
+    with page.expect_download() as download:
+      page.keyboard.press("s")
+    download.value.save_as(tmp_path / "saved.nii.gz")
+    assert wrong == []
+
+  shown, brushed = np.zeros((2, *labels.shape), bool)
+  shown[6], brushed[8, 30, 30:35] = labels[6] == 5, True
+  points = [(8, 20, x, True) for x in (13, 15, 17, 19)]
+  found = PromptedVolume(MODEL, drawn(), volume).track([
+    VoxelPrompt(5, mask=shown), VoxelPrompt(6, mask=brushed),
+    VoxelPrompt(5, points=((8, 6, 40, False), *points), round=1),
+  ])
+  saved = np.asarray(nib.load(tmp_path / "saved.nii.gz").dataobj)
+  np.testing.assert_array_equal(saved, volume.geometry.to_native(found.labels))

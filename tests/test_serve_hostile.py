@@ -23,17 +23,19 @@ from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.tracking import TrackingConfig
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 
-pytest.importorskip("starlette", reason="pip install 'rfmedsam2-jax[serve]'")
+pytest.importorskip("fastapi", reason="pip install 'rfmedsam2-jax[serve]'")
 pytest.importorskip("httpx", reason="pip install 'rfmedsam2-jax[test]'")
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from rfmedsam2_jax.serve.app import Pages, make_app  # noqa: E402
+from rfmedsam2_jax.serve.api import Pages  # noqa: E402
+from rfmedsam2_jax.serve.app import make_app  # noqa: E402
 from rfmedsam2_jax.serve.studio import Studio  # noqa: E402
 
 COS, SIN = np.cos(0.025), np.sin(0.025)
 AFFINE = np.array(
   [[0, -2 * COS, 4 * SIN, 5], [2.5, 0, 0, -7], [0, 2 * SIN, 4 * COS, 9], [0, 0, 0, 1]])
+JSON = {"Content-Type": "application/json"}
 BOX = {"label": 2, "box": [[5, 6, 4], [5, 13, 11]]}
 
 
@@ -61,7 +63,7 @@ def client(studio, folder):
 
 
 def refused(client, name):
-  response = client.post("/api/volumes", json={"file": name})
+  response = client.post("/api/v1/volumes", json={"file": name})
   assert response.status_code == 400, response.text
   error = response.json()["error"]
   assert "\n" not in error and str(os.getcwd()) not in error and "/tmp" not in error
@@ -69,16 +71,17 @@ def refused(client, name):
 
 
 def opened(client, name):
-  response = client.post("/api/volumes", json={"file": name})
+  response = client.post("/api/v1/volumes", json={"file": name})
   assert response.status_code == 200, response.text
   return response.json()["volume"]
 
 
 def ended(client, volume, *prompts):
-  job = client.post(f"/api/volumes/{volume}/track", json={"prompts": prompts}).json()["job"]
+  asked = {"prompts": prompts, "space": "zyx"}
+  job = client.post(f"/api/v1/volumes/{volume}/track", json=asked).json()["job"]
   until = time.monotonic() + 120
   while time.monotonic() < until:
-    answer = client.get(f"/api/jobs/{job}").json()
+    answer = client.get(f"/api/v1/jobs/{job}").json()
     if answer["state"] not in ("queued", "running"):
       return answer["state"]
     time.sleep(0.02)
@@ -121,7 +124,7 @@ def test_the_formats_of_itk_are_opened_saved_and_bounded(client, folder):
     writer.SetFileName(str(series / f"{z}.dcm"))
     writer.Execute(one)
   sitk.WriteImage(large, str(folder / "large.mha"))
-  listed = client.get("/api/start").json()["files"]
+  listed = client.get("/api/v1/server").json()["files"]
   assert listed == ["large.mha", "scan.mha", "scan.nrrd", "series"]
   assert "22500 voxels where 20000" in refused(client, "large.mha")
   for name in ("scan.mhd", "scan.nhdr"):
@@ -129,19 +132,19 @@ def test_the_formats_of_itk_are_opened_saved_and_bounded(client, folder):
   for name in ("scan.nrrd", "scan.mha", "series"):
     volume = opened(client, name)
     assert ended(client, volume, BOX) == "done"
-    content = client.get(f"/api/volumes/{volume}/seg.nrrd").content
+    content = client.get(f"/api/v1/volumes/{volume}/export/seg.nrrd").content
     (folder / "saved.seg.nrrd").write_bytes(content)
     saved = sitk.ReadImage(str(folder / "saved.seg.nrrd"))
     assert saved.GetSize() == image.GetSize() and saved.GetSpacing() == image.GetSpacing()
     np.testing.assert_allclose(saved.GetOrigin(), image.GetOrigin())
     labels = np.asarray(nib.Nifti1Image.from_bytes(
-      gzip.decompress(client.get(f"/api/volumes/{volume}/nii.gz").content)
+      gzip.decompress(client.get(f"/api/v1/volumes/{volume}/export/nii.gz").content)
     ).dataobj)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(saved).T, labels)
     header = nrrd.read_header(str(folder / "saved.seg.nrrd"))
     assert [header[f"Segment{i}_LabelValue"] for i in (0, 1)] == ["1", "2"]
     colour = [round(255 * float(part)) for part in header["Segment1_Color"].split()]
-    told = client.get("/api/start").json()["colours"][1]
+    told = client.get("/api/v1/server").json()["colours"][1]
     assert "#{:02x}{:02x}{:02x}".format(*colour) == told
     assert "rfmedsam2-" not in str(header)
   # A file of the series that is a link to elsewhere takes the series out.
@@ -166,7 +169,7 @@ def test_a_header_cannot_name_a_file_outside_as_its_voxels(client, folder, name,
   secret.write_bytes(bytes(range(64)))
   (folder / name).write_text(header.format(secret=secret))
   assert "names another file" in refused(client, name)
-  answer = client.post(f"/api/uploads?name={name}", content=(folder / name).read_bytes())
+  answer = client.post(f"/api/v1/uploads?name={name}", content=(folder / name).read_bytes())
   assert answer.status_code == 400 and "names another file" in answer.json()["error"]
 
 
@@ -181,7 +184,7 @@ def test_odd_names_are_told_as_they_are_or_left_out(client, folder):
   with open(os.fsencode(folder) + b"/\xff\xfe.nii.gz", "wb") as file:  # no text at all
     file.write(b"0")
   os.mkfifo(folder / "pipe.nii")
-  assert sorted(client.get("/api/start").json()["files"]) == sorted(good)
+  assert sorted(client.get("/api/v1/server").json()["files"]) == sorted(good)
   for name in good:
     opened(client, name)
 
@@ -189,27 +192,35 @@ def test_odd_names_are_told_as_they_are_or_left_out(client, folder):
 def test_odd_requests_are_one_line(client, folder):
   nib.save(nib.Nifti1Image(voxels(), AFFINE), folder / "scan.nii.gz")
   volume = opened(client, "scan.nii.gz")
-  for path in ("image/-1", "image/1.5", "labels/11", "labels/" + "9" * 400, "image/nan", "zip"):
-    assert client.get(f"/api/volumes/{volume}/{path}").status_code == 404, path
-  for content in (b"[" * 100_000, b'"\\ud800"', b"\xff\xfe", b'{"prompts": 1e999}', b""):
-    response = client.post(f"/api/volumes/{volume}/track", content=content)
-    assert response.status_code == 400 and "error" in response.json()
+  for path in (
+    "image/-1", "image/1.5", "labels/11", "labels/" + "9" * 400, "image/nan", "export/zip",
+  ):
+    assert client.get(f"/api/v1/volumes/{volume}/{path}").status_code == 404, path
+  for content, says in (
+    (b"[" * 100_000, "JSON"), (b'"\\ud800"', "the request"), (b"\xff\xfe", "JSON"),
+    (b'{"prompts": 1e999}', "prompts"), (b"", "the request"),
+  ):
+    response = client.post(
+      f"/api/v1/volumes/{volume}/track", content=content, headers=JSON)
+    assert response.status_code == 400 and says in response.json()["error"], response.text
   for number in ("1e300", "Infinity", "NaN", "-1", "12", "null"):
-    body = f'{{"prompts": [{{"label": 1, "points": [[{number}, 1, 1, true]]}}]}}'
-    assert client.post(f"/api/volumes/{volume}/track", content=body).status_code == 400
+    body = f'{{"prompts": [{{"label": 1, "points": [[{number}, 1, 1, true]]}}], "space": "zyx"}}'
+    answer = client.post(f"/api/v1/volumes/{volume}/track", content=body, headers=JSON)
+    assert answer.status_code == 400
 
 
 def test_two_pages_follow_two_volumes_and_memory_is_given_back(client, studio, folder):
   nib.save(nib.Nifti1Image(voxels(), AFFINE), folder / "one.nii.gz")
   nib.save(nib.Nifti1Image(voxels()[::-1], AFFINE), folder / "two.nii.gz")
   one, two = opened(client, "one.nii.gz"), opened(client, "two.nii.gz")
+  asked = {"prompts": [BOX], "space": "zyx"}
   jobs = [
-    client.post(f"/api/volumes/{volume}/track", json={"prompts": [BOX]}).json()["job"]
+    client.post(f"/api/v1/volumes/{volume}/track", json=asked).json()["job"]
     for volume in (one, two)
   ]
   for volume, job in zip((one, two), jobs, strict=True):
     assert ended(client, volume, BOX) == "done"
-    assert client.get(f"/api/jobs/{job}").json()["state"] == "done"
+    assert client.get(f"/api/v1/jobs/{job}").json()["state"] == "done"
   held = [weakref.ref(studio.volume(volume)) for volume in (one, two)]
   assert (held[0]().labels != held[1]().labels).any()
   gc.disable()  # what is given back is given back at once
@@ -243,8 +254,8 @@ def test_a_cut_upload_leaves_nothing_and_an_interrupt_ends_a_tracking(tmp_path):
 
   def ask(path, value=None):
     request = urllib.request.Request(
-      f"{site}api/{path}", json.dumps(value).encode() if value else None,
-      {"Authorization": f"Bearer {token}"},
+      f"{site}api/v1/{path}", json.dumps(value).encode() if value else None,
+      {"Authorization": f"Bearer {token}", **JSON},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
       return json.load(answer)
@@ -254,13 +265,13 @@ def test_a_cut_upload_leaves_nothing_and_an_interrupt_ends_a_tracking(tmp_path):
     place = urllib.parse.urlparse(site)
     with socket.create_connection((place.hostname, place.port)) as cut:
       cut.sendall(
-        f"POST /api/uploads?name=a.nii HTTP/1.1\r\nHost: {place.netloc}\r\n"
+        f"POST /api/v1/uploads?name=a.nii HTTP/1.1\r\nHost: {place.netloc}\r\n"
         f"Authorization: Bearer {token}\r\nContent-Length: 1000\r\n\r\nhalf".encode()
       )
       time.sleep(0.5)
     volume = ask("volumes", {"file": "scan.nii.gz"})["volume"]
     assert list((tmp_path / "tmp").iterdir()) == []
-    job = ask(f"volumes/{volume}/track", {"prompts": [BOX]})["job"]
+    job = ask(f"volumes/{volume}/track", {"prompts": [BOX], "space": "zyx"})["job"]
     until = time.monotonic() + 100
     while ask(f"jobs/{job}")["done"] == 0 and time.monotonic() < until:
       time.sleep(0.02)

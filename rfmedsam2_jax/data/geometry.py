@@ -88,7 +88,7 @@ class Geometry:
 
   @property
   def voxel_ml(self) -> float:
-    """Volume of a voxel in ml: less than the product of its sides where axes lean."""
+    """How many ml a voxel has: less than the product of its sides where axes lean."""
     return voxel_ml(self.spacing) * round(float(abs(np.linalg.det(self.directions))), 6)
 
   def canonical_points(self, points: ArrayLike, world: bool = False) -> np.ndarray:

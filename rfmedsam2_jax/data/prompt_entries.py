@@ -1,9 +1,10 @@
-"""Boxes and points that a person has written into a JSON file.
+"""Boxes, points and lines that a person has written into a JSON file.
 
 Entries are {"structure": NAME} or {"label": VALUE} with "box": [[i, j, k], [i, j, k]], "points":
-[[i, j, k, 1], [i, j, k, 0]] or both. Coordinates are voxels of the image file from 0, corners are
-inclusive, and an entry lies on one slice; the last number of a point says whether it lies inside.
-"round" is tracking's: entries of a later round correct what was found before them.
+[[i, j, k, 1], [i, j, k, 0]], "lines": [{"path": [[i, j, k], ...], "inside": true}] or several of
+them. Coordinates are voxels of the image file from 0, corners are inclusive, and an entry lies on
+one slice; the last number of a point says whether it lies inside. A line becomes a few points
+(data.scribbles). "round" is tracking's: entries of a later round correct what was found before.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ import numpy as np
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.datasets import Labels
 from rfmedsam2_jax.data.files import read_json
+from rfmedsam2_jax.data.scribbles import points_of_line
 
-_KEYS = ("box", "label", "points", "round", "structure")
+_KEYS = ("box", "label", "lines", "points", "round", "structure")
 _FURTHEST = 1e9  # voxels or mm
 
 
@@ -26,7 +28,7 @@ class PromptEntry:
 
   structure: str | int  #: its name, or its value in label maps
   box: np.ndarray  #: corners, float64 [2, 3], in the file's own coordinates; [0, 3] without a box
-  points: np.ndarray  #: float64 [n, 3], likewise
+  points: np.ndarray  #: float64 [n, 3], likewise; also those that lines became
   inside: tuple[bool, ...]  #: of each point
   round: int
   source: str  #: what is named if something is wrong with it
@@ -61,10 +63,14 @@ def _entry(entry: Any, source: str, labels: Labels | None) -> PromptEntry:
   if type(number) is not int or number < 0:
     raise UserError(f"{source}: needs a whole number as round; correct it")
   structure = _structure(entry, source, labels)
-  box, points = entry.get("box") or [], entry.get("points") or []
-  if not (_are_rows(box, 3) and _are_rows(points, 4) and len(box) in (0, 2) and (box or points)):
-    raise UserError(f"{source}: a box is two corners [i, j, k], points are [i, j, k, 1 or 0]")
-  places = np.array(points, float).reshape(-1, 4)
+  box, points, lines = (entry.get(key) or [] for key in ("box", "points", "lines"))
+  if not (_are_rows(box, 3) and _are_rows(points, 4) and len(box) in (0, 2) and _are_lines(lines)
+          and (box or points or lines)):
+    raise UserError(f"{source}: a box is two corners [i, j, k], points are [i, j, k, 1 or 0], "
+                    'lines are {"path": [[i, j, k], ...], "inside": true or false}')
+  drawn = [(*place, line.get("inside", True))
+           for line in lines for place in points_of_line(line["path"])]
+  places = np.array([*points, *drawn], float).reshape(-1, 4)
   return PromptEntry(structure, np.array(box, float).reshape(-1, 3), places[:, :3],
                      tuple(map(bool, places[:, 3])), number, source)
 
@@ -80,6 +86,12 @@ def _structure(entry: dict[str, Any], source: str, labels: Labels | None) -> str
   if type(label) is int and label in labels.output_values and name is None:
     return label
   raise UserError(f"{source}: needs a structure, one of {', '.join(labels.names)}, or its label")
+
+
+def _are_lines(lines: Any) -> bool:
+  return isinstance(lines, list) and all(
+    isinstance(line, dict) and {"path"} <= set(line) <= {"path", "inside"} and line["path"]
+    and _are_rows(line["path"], 3) and line.get("inside", True) in (True, False) for line in lines)
 
 
 def _are_rows(rows: Any, width: int) -> bool:

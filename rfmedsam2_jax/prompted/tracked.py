@@ -128,9 +128,13 @@ class PromptedVolume:
     self._zoom = (ZOOM if model.config.drawn_prompts else 0.0) if zoom is None else zoom
     self._views: collections.OrderedDict[Cut, _View] = collections.OrderedDict()
 
-  def shown(self, numbers: np.ndarray) -> np.ndarray:
-    """Slices [n] at their own resolution, windowed: float32 [n, H, W] in [0, 1]."""
-    chosen = self._slices[numbers].astype(np.float32)
+  def shown(self, numbers: np.ndarray, plane: Plane | None = None) -> np.ndarray:
+    """Slices [n] at their own resolution, windowed: float32 [n, H, W] in [0, 1].
+
+    plane: across which they are cut; None: the one whose slices are followed.
+    """
+    slices = np.moveaxis(self._volume.array[0], PLANES[plane], 0) if plane else self._slices
+    chosen = slices[numbers].astype(np.float32)
     return np.clip((chosen - self._low) / (self._high - self._low), 0, 1)
 
   def check(self, prompts: Sequence[VoxelPrompt]) -> None:

@@ -111,22 +111,22 @@ def uploads():
       def make(folder, rng, stage, name=name, damage=damage):
         nib.save(nib.load(stage.scan), folder / name)
         content = damage((folder / name).read_bytes(), rng)
-        return of(stage, lambda c: c.post(f"/api/uploads?name={name}", content=content),
+        return of(stage, lambda c: c.post(f"/api/v1/uploads?name={name}", content=content),
                   shape_is_the_files(content, name.endswith(".gz")))
       yield f"{name} {way}", make
   for name in ("scan.nrrd", "../scan.nii.gz", "/etc/passwd.nii", ".scan.nii.gz", "", "a/scan.nii",
                "x" * 5000 + "scan.nii", "%00scan.nii", "scan.nii%0a.nii"):
     def named(folder, rng, stage, name=name):
       content = stage.scan.read_bytes()
-      return of(stage, lambda c: c.post(f"/api/uploads?name={name}", content=content))
+      return of(stage, lambda c: c.post(f"/api/v1/uploads?name={name}", content=content))
     yield f"name {name[:20]}", named
   for query in ("window=0,0", "window=nan,1", "window=x", "plane=x", "plane=", "more=1",
                 "window=1e300,1e-300", "window=1e5,1e-9"):
     def queried(folder, rng, stage, query=query):
       content = stage.scan.read_bytes()
       read = (lambda answer: "") if "1e5" in query else None
-      return of(stage, lambda c: c.post(f"/api/uploads?name=scan.nii.gz&{query}", content=content),
-                read)
+      address = f"/api/v1/uploads?name=scan.nii.gz&{query}"
+      return of(stage, lambda c: c.post(address, content=content), read)
     yield query, queried
   for name, body in {
     "not JSON": b"{", "null": b"null", "nested": b"[" * 10**5, "not UTF-8": b"\xff", "NaN":
@@ -139,8 +139,9 @@ def uploads():
   }.items():
     def asked(folder, rng, stage, body=body):
       def ask(c):
-        key = c.post("/api/uploads?name=scan.nii.gz", content=stage.scan.read_bytes()).json()
-        return c.post(f"/api/volumes/{key['volume']}/track", content=body)
+        key = c.post("/api/v1/uploads?name=scan.nii.gz", content=stage.scan.read_bytes()).json()
+        return c.post(f"/api/v1/volumes/{key['volume']}/track", content=body,
+                      headers={"Content-Type": "application/json"})
       attempt = of(stage, ask)
       return Attempt(attempt.call, (*attempt.names, "prompt", "bytes", "the request"), None)
     yield f"track {name}", asked
@@ -155,7 +156,8 @@ def client(stage):
     from starlette.testclient import TestClient
 
     from rfmedsam2_jax.nn import SAM2
-    from rfmedsam2_jax.serve.app import Pages, make_app
+    from rfmedsam2_jax.serve.api import Pages
+    from rfmedsam2_jax.serve.app import make_app
     from rfmedsam2_jax.serve.studio import Studio
     from rfmedsam2_jax.tracking import TrackingConfig
     from rfmedsam2_jax.weights.checkpoint import load_checkpoint

@@ -5,7 +5,7 @@ const token = location.hash.slice(1);
 async function ask(path, options = {}) {
   let answer;
   try {
-    answer = await fetch(`api/${path}`, {
+    answer = await fetch(`api/v1/${path}`, {
       ...options, headers: { Authorization: `Bearer ${token}`, ...options.headers },
     });
   } catch {
@@ -21,18 +21,35 @@ async function ask(path, options = {}) {
 }
 
 const json = async (path, options) => (await ask(path, options)).json();
-const post = (path, value) => json(path, { method: "POST", body: JSON.stringify(value) });
+const post = (path, value) => json(path, {
+  method: "POST", body: JSON.stringify(value), headers: { "Content-Type": "application/json" },
+});
 const bytes = async (path) => new Uint8Array(await (await ask(path)).arrayBuffer());
 
-export const start = () => json("start");
+export const start = () => json("server");
 export const open = (file, plane, window) => post("volumes", { file, plane, window });
 export const upload = (file, plane, window) => json(
   `uploads?${new URLSearchParams({ name: file.name, plane, window })}`,
   { method: "POST", body: file },
 );
-export const image = (volume, slice) => bytes(`volumes/${volume}/image/${slice}`);
-export const labels = (volume, slice) => bytes(`volumes/${volume}/labels/${slice}`);
-export const track = (volume, prompts) => post(`volumes/${volume}/track`, { prompts });
+export const image = (volume, slice, plane) => bytes(
+  `volumes/${volume}/image/${slice}?plane=${plane}`,
+);
+export const labels = (volume, slice, plane) => bytes(
+  `volumes/${volume}/labels/${slice}?plane=${plane}`,
+);
+export const values = async (volume, slice, plane) => new Float32Array(
+  (await bytes(`volumes/${volume}/values/${slice}?plane=${plane}`)).buffer,
+);
+export const about = (volume) => json(`volumes/${volume}`);
+export const begin = (volume, file) => json(
+  `volumes/${volume}/labels?${new URLSearchParams({ name: file.name })}`,
+  { method: "PUT", body: file },
+);
+export const segment = (volume, model) => post(`volumes/${volume}/segment`, { model });
+export const track = (volume, prompts) => post(
+  `volumes/${volume}/track`, { prompts, space: "zyx" },
+);
 export const job = (name) => json(`jobs/${name}`);
 export const cancel = (name) => json(`jobs/${name}`, { method: "DELETE" });
-export const save = async (volume, kind) => (await ask(`volumes/${volume}/${kind}`)).blob();
+export const save = async (volume, kind) => (await ask(`volumes/${volume}/export/${kind}`)).blob();

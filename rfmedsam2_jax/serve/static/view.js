@@ -66,7 +66,8 @@ export class View {
     return [f.x + ((x + 0.5) / columns) * f.w, f.y + ((down + 0.5) / rows) * f.h];
   }
 
-  draw(prompts, dragged) {
+  // `cross`: a voxel (x, y) whose row and column are marked.
+  draw(prompts, dragged, cross = null) {
     const { canvas } = this;
     const ratio = window.devicePixelRatio || 1;
     canvas.width = Math.max(1, Math.round(canvas.clientWidth * ratio));
@@ -83,18 +84,40 @@ export class View {
     pen.drawImage(this.picture, f.x, f.y, f.w, f.h);
     pen.restore();
     for (const prompt of dragged ? [...prompts, dragged] : prompts) this.mark(pen, prompt, ratio);
+    if (cross) this.cross(pen, cross, ratio);
   }
 
-  mark(pen, { label, box, points = [] }, ratio) {
+  cross(pen, { x, y }, ratio) {
+    const [left, top] = this.place(x, y);
+    const f = this.frame();
+    pen.strokeStyle = "#ffffff88";
+    pen.lineWidth = ratio;
+    pen.beginPath();
+    pen.moveTo(f.x, top);
+    pen.lineTo(f.x + f.w, top);
+    pen.moveTo(left, f.y);
+    pen.lineTo(left, f.y + f.h);
+    pen.stroke();
+  }
+
+  mark(pen, { label, box, points = [], line, inside, mask }, ratio) {
     pen.strokeStyle = pen.fillStyle = colourOf(label);
     pen.lineWidth = 2 * ratio;
+    if (mask) this.fill(pen, mask);
+    if (line) {
+      pen.setLineDash(inside ? [] : [6 * ratio, 4 * ratio]);
+      pen.beginPath();
+      for (const [x, y] of line) pen.lineTo(...this.place(x, y));
+      pen.stroke();
+      pen.setLineDash([]);
+    }
     if (box) {
       // Around the voxels of both corners: they belong to the box.
       const [x0, y0] = this.place(box[0] - 0.5, box[1] - 0.5);
       const [x1, y1] = this.place(box[2] + 0.5, box[3] + 0.5);
       pen.strokeRect(Math.min(x0, x1), Math.min(y0, y1), Math.abs(x1 - x0), Math.abs(y1 - y0));
     }
-    for (const [x, y, inside] of points) {
+    for (const [x, y, yes] of points) {
       const [left, top] = this.place(x, y);
       pen.beginPath();
       pen.arc(left, top, 6 * ratio, 0, 2 * Math.PI);
@@ -103,11 +126,26 @@ export class View {
       pen.beginPath(); // + inside, - outside
       pen.moveTo(left - 4 * ratio, top);
       pen.lineTo(left + 4 * ratio, top);
-      if (inside) {
+      if (yes) {
         pen.moveTo(left, top - 4 * ratio);
         pen.lineTo(left, top + 4 * ratio);
       }
       pen.stroke();
     }
+  }
+
+  // The voxels of a mask in the colour that the pen has.
+  fill(pen, mask) {
+    const { columns } = this.volume;
+    pen.globalAlpha = 0.6;
+    for (let at = 0; at < mask.length; at += 1) {
+      if (!mask[at]) continue;
+      const x = at % columns;
+      const y = Math.floor(at / columns);
+      const [x0, y0] = this.place(x - 0.5, y - 0.5);
+      const [x1, y1] = this.place(x + 0.5, y + 0.5);
+      pen.fillRect(x0, Math.min(y0, y1), x1 - x0, Math.abs(y1 - y0));
+    }
+    pen.globalAlpha = 1;
   }
 }
