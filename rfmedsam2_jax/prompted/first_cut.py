@@ -42,7 +42,7 @@ def _found(
     seen = look(cut)
     masks = np.zeros((len(seen), *frame.shape), bool)
     cut.put(masks, seen)
-    if (ends := bounds(masks)) is None:
+    if (ends := bounds(list(masks))) is None:
       break
     cut = around(np.minimum(low, ends[0]), np.maximum(high, ends[1]), zoom, frame.spacing,
                  frame.shape)
