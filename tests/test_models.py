@@ -22,8 +22,9 @@ from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.files import save_json
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.plan import make_plan, save_plan
-from rfmedsam2_jax.model import NETWORKS, init_generator, load, untrained
+from rfmedsam2_jax.model import NETWORKS, load, untrained
 from rfmedsam2_jax.nn import init_params
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 from rfmedsam2_jax.weights.orbax import save_params
 

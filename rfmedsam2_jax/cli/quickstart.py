@@ -5,11 +5,15 @@ import argparse
 import importlib.resources
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.base.progress import Progress, below
 from rfmedsam2_jax.cli.console import Console
+
+if TYPE_CHECKING:
+  from rfmedsam2_jax.evaluation.scores import Scores
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +44,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.line(f"phantoms: {dataset}")
   resume = resume and (trained / "config.yaml").exists()
   train(config, trained, resume, options.overwrite, console.line, warn=console.warning)
-  means = _predicted(out, console)
+  means, mended, agreement = _predicted(out, console)
   pages = write_report(out / "report", trained, out / "predictions", dataset / "labelsTs",
                        dataset / "imagesTs", overwrite=True, progress=console.line)
   for remark in pages.remarks:
@@ -48,13 +52,18 @@ def run(options: argparse.Namespace, console: Console) -> None:
   tracked = _tracked(out, console)
   each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
   console.result(
-    f"mean Dice of unseen phantoms: {each}\nof the structures of one, each tracked from one box by "
+    f"mean Dice of unseen phantoms: {each}\n{mended}\nof the structures of one, each tracked from one box by "
     f"the built-in weights: {tracked:.4f}\nall results: {out}; open {pages.index} in a browser",
-    {"out": out, "dice": means, "tracked": tracked})
+    {"out": out, "dice": means, "iou_rank_correlation": agreement, "tracked": tracked})
 
 
-def _predicted(out: Path, console: Console) -> dict[str, float | None]:
-  """Segments, scores and pictures unseen phantoms; mean Dice per stage, None where undefined."""
+def _predicted(out: Path, console: Console) -> tuple[dict[str, float | None], str, float | None]:
+  """Segments, scores and pictures unseen phantoms.
+
+  Returns:
+    Mean Dice per stage, None where undefined; lines with that of every structure by the generator
+    and after the last stage, and with what `_agreement` gives, which comes last.
+  """
   from rfmedsam2_jax.data.files import replacing
   from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
@@ -66,7 +75,7 @@ def _predicted(out: Path, console: Console) -> dict[str, float | None]:
   predict(model, [images], predictions, save_stages=True, overwrite=True,
           progress=below(console.line, "unseen phantoms: "),
           warn=lambda case, message: console.warning(f"{case}: {message}"))
-  means, stages = {}, {}
+  means, stages, found = {}, {}, []
   for stage in range(model.stages):
     title, folder = f"stage {stage}" if stage else "generator", predictions / f"stage{stage}"
     stages[title] = folder
@@ -74,6 +83,7 @@ def _predicted(out: Path, console: Console) -> dict[str, float | None]:
     scores = evaluate_folders(folder, truths, model.plan.labels, progress=progress)
     save_scores(folder / "scores.json", scores)
     means[folder.name] = as_dict(scores)["mean"]["dice"]
+    found.append(scores)
   save_scores(predictions / "scores.json", scores)
   for line in ("unseen phantoms, after the last stage:", *table(scores).splitlines()):
     console.line(line)
@@ -88,7 +98,31 @@ def _predicted(out: Path, console: Console) -> dict[str, float | None]:
     cases.append(SheetCase(name, volume.array[0], truth, maps, volume.spacing))
   sheet = save_contact_sheet(out / "contact_sheet.png", cases, model.plan.labels.structures)
   console.line(f"picture: {sheet}")
-  return means
+  mended = "  ".join(
+    f"{name} {found[0].of_structure(name).dice:.3f} to {scores.of_structure(name).dice:.3f}"
+    for name in scores.structures)
+  agreement = _agreement(predictions, scores)
+  said = "undefined" if agreement is None else f"{agreement:.2f}"
+  return means, (f"of every structure, generator to last stage: {mended}\n"
+                 f"rank correlation of predicted IoU and Dice: {said}"), agreement
+
+
+def _agreement(predictions: Path, scores: "Scores") -> float | None:
+  """Rank correlation of the predicted IoU of structures with their Dice; None where all are alike.
+
+  By ranks Dice and IoU are one.
+  """
+  from scipy.stats import spearmanr
+
+  from rfmedsam2_jax.data.files import read_json
+  pairs = []
+  for name, case in scores.cases.items():
+    structures = read_json(predictions / f"{name}.json")["structures"]
+    pairs += [(structures[key]["predicted_iou"], score.dice) for key, score in case.items()
+              if structures[key]["predicted_iou"] is not None and score.dice == score.dice]
+  if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:
+    return None
+  return float(spearmanr(*zip(*pairs, strict=True))[0])
 
 
 def _tracked(out: Path, console: Console) -> float:

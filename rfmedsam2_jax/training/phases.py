@@ -22,8 +22,9 @@ from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data import pipeline
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.run_folder import RunFolder
-from rfmedsam2_jax.model import Network, generator_network, init_generator
+from rfmedsam2_jax.model import Network, generator_network
 from rfmedsam2_jax.nn import SAM2, init_params
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.parallel.mesh import check_batch, mesh_platform
