@@ -1,5 +1,5 @@
 """`rfmedsam2 quickstart`: generate phantoms, train on them, segment unseen ones, score and picture
-them; then track the structures of one from a box each, with the built-in weights."""
+them."""
 
 import argparse
 import importlib.resources
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.base.progress import Progress, below
 from rfmedsam2_jax.cli.console import Console
 
@@ -49,12 +48,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
                        dataset / "imagesTs", overwrite=True, progress=console.line)
   for remark in pages.remarks:
     console.warning(remark)
-  tracked = _tracked(out, console)
   each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
   console.result(
-    f"mean Dice of unseen phantoms: {each}\n{mended}\nof the structures of one, each tracked from one box by "
-    f"the built-in weights: {tracked:.4f}\nall results: {out}; open {pages.index} in a browser",
-    {"out": out, "dice": means, "iou_rank_correlation": agreement, "tracked": tracked})
+    f"mean Dice of unseen phantoms: {each}\n{mended}\nall results: {out}; open {pages.index} in a "
+    "browser", {"out": out, "dice": means, "iou_rank_correlation": agreement})
 
 
 def _predicted(out: Path, console: Console) -> tuple[dict[str, float | None], str, float | None]:
@@ -123,41 +120,3 @@ def _agreement(predictions: Path, scores: "Scores") -> float | None:
   if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:
     return None
   return float(spearmanr(*zip(*pairs, strict=True))[0])
-
-
-def _tracked(out: Path, console: Console) -> float:
-  """Mean Dice of the structures of the first unseen phantom, each tracked from one box.
-
-  The box is the reference's, on the middle one of the structure's slices.
-  """
-  import numpy as np
-
-  from rfmedsam2_jax.data.datasets import read_dataset
-  from rfmedsam2_jax.data.volumes import load_image, load_label_map
-  from rfmedsam2_jax.evaluation.metrics import dice
-  from rfmedsam2_jax.prompted.files import open_volume, write_tracked
-  from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
-  from rfmedsam2_jax.prompted.zoom import bounds
-  dataset = read_dataset(out / "phantoms")
-  image = sorted((out / "phantoms/imagesTs").glob("*.nii.gz"))[0]
-  volume = load_image(image)
-  name = image.name.replace("_0000.nii.gz", ".nii.gz")
-  labels = load_label_map(out / "phantoms/labelsTs" / name, volume.geometry)
-  truth = {s.values[0]: labels == s.values[0] for s in dataset.labels.structures}
-  prompts = []
-  for value, mask in truth.items():
-    slices = np.flatnonzero(mask.any(axis=(1, 2)))
-    z = int(slices[len(slices) // 2]) if len(slices) else 0
-    if (corners := bounds([mask[z]])) is not None:
-      (y0, x0), (y1, x1) = corners
-      prompts.append(VoxelPrompt(value, box=((z, y0, x0), (z, y1, x1))))
-  console.line("tracking: compiling the network")
-  progress = Progress("tracked slices", console.line)
-  found = open_volume(BUILTIN, volume, progress=progress).track(prompts)
-  names = {s.values[0]: s.name for s in dataset.labels.structures}
-  about = {"checkpoint": BUILTIN}
-  write_tracked(out / "tracked", volume, found, about, overwrite=True, names=names)
-  scores = {names[p.label]: dice(found.labels == p.label, truth[p.label]) for p in prompts}
-  each = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
-  console.line(f"tracked from one box each, Dice: {each}")
-  return float(np.mean(list(scores.values())))
