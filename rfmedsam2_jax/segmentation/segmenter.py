@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.progress import Progress, Report, compiling, silent
@@ -100,7 +101,7 @@ class Segmentation:
   def probability(self, stage: int, organ: int) -> np.ndarray:
     """Foreground probability of one organ after a stage (0: generator), float32 [z, y, x]."""
     made, result = self.generated, self.results[stage - 1] if stage else None
-    log_odds = _resize(made.log_odds[organ], self.prepared.image.shape[1:])
+    log_odds = _on_slices(made.log_odds[organ], self.prepared.image.shape[1:])
     probability = blended(log_odds, made.prompts.logits[organ], result, organ,
                           self.segmenter.refinement, _resize_plane)
     return self.prepared.restore.to_native(probability, fill=0.0)
@@ -152,7 +153,8 @@ def run_generator(
   image = (seen or prepared).image
   side, mask_side = segmenter.sam2.config.image_size, 4 * segmenter.sam2.config.grid
   log_odds = np.empty((organs, *image.shape[1:]), np.float16)
-  logits = np.empty((organs, image.shape[1], mask_side, mask_side), np.float16)
+  logits = np.empty((organs, prepared.image.shape[1], mask_side, mask_side), np.float16)
+  shape = prepared.image.shape[1:]
   batch = config.batch_size * device_count()
   program = segmenter.unet, plan.patch_size, batch
   new = compiling("the generator", _unet_forward, program, report)
@@ -164,19 +166,13 @@ def run_generator(
   for where, slab in slabs:
     for organ, mine in enumerate(_log_odds(slab, regions)):
       log_odds[organ, where] = mine
-      logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
-  logits = _between_slices(logits, prepared.image.shape[1])
+      if image.shape[1:] == shape:
+        logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
+  if image.shape[1:] != shape:  # slices between those of the generator need both of their sides
+    for organ, mine in enumerate(log_odds):
+      fine = resize_linear(_on_slices(mine, shape), mask_side)
+      logits[organ] = np.clip(fine, -LOGIT_LIMIT, LOGIT_LIMIT)
   return Generated(log_odds, generated(logits, side, segmenter.refinement.box_margin))
-
-
-def _between_slices(logits: np.ndarray, depth: int) -> np.ndarray:
-  """Mask logits float16 [K, d, m, m] of the generator's slices, for those of the stages."""
-  if depth == logits.shape[1]:
-    return logits
-  result = np.empty((len(logits), depth, *logits.shape[2:]), np.float16)
-  for organ, mine in enumerate(logits):
-    result[organ] = _resize(mine, (depth, *mine.shape[1:]))
-  return result
 
 
 def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
@@ -250,9 +246,17 @@ def _resize_plane(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   return apply_separable(masks, [linear_matrix(before, after) for before, after in pairs])
 
 
-def _resize(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Linear resize of [d, h, w] of the same field of view to `shape`; itself if it has that."""
-  if array.shape == shape:
-    return array
-  return apply_separable(array, [None if before == after else linear_matrix(before, after)
-                                 for before, after in zip(array.shape, shape, strict=True)])
+def _on_slices(log_odds: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Log-odds of the generator's grid [d, h, w] for `shape`, that of the slices; or as they are.
+
+  Probabilities are interpolated: between a voxel that is sure of the background and one that is
+  less sure of the organ, log-odds would move the border into the organ.
+  """
+  if log_odds.shape == shape:
+    return log_odds
+  matrices = [None if before == after else linear_matrix(before, after)
+              for before, after in zip(log_odds.shape, shape, strict=True)]
+  # Both sides for themselves, because 1 - p has no digits where p is almost 1.
+  inside, outside = (apply_separable(expit(sign * log_odds.astype(np.float32)), matrices)
+                     for sign in (1, -1))
+  return np.log(inside) - np.log(outside)
