@@ -152,9 +152,9 @@ def run_generator(
   organs, regions = len(plan.labels.structures), plan.labels.regions
   image = (seen or prepared).image
   side, mask_side = segmenter.sam2.config.image_size, 4 * segmenter.sam2.config.grid
-  log_odds = np.empty((organs, *image.shape[1:]), np.float16)
-  logits = np.empty((organs, prepared.image.shape[1], mask_side, mask_side), np.float16)
   shape = prepared.image.shape[1:]
+  log_odds = np.empty((organs, *image.shape[1:]), np.float16)
+  logits = np.empty((organs, shape[0], mask_side, mask_side), np.float16)
   batch = config.batch_size * device_count()
   program = segmenter.unet, plan.patch_size, batch
   new = compiling("the generator", _unet_forward, program, report)
