@@ -123,7 +123,7 @@ def test_the_faster_way_leaves_a_generator_of_distant_slices_as_it_is(tiny_run):
 
 def test_a_run_trains_its_generator_on_its_own_grid(tiny_config, tiny_run, tmp_path, phantoms):
   run = tmp_path / "run"
-  # The generator has the steps of the tiny run, whose compiled program will do; no refiner's is made.
+  # The generator has the steps of the tiny run, whose program will do; a refiner is not trained.
   assert main(["train", str(tiny_config), "--out", str(run), "refiner.loop.steps=0",
                "plan.generator_spacing=[14,9,13]"]) == 0
   case = sorted((run / "prompts").glob("*.npy"))[0].stem
