@@ -39,7 +39,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SMALLER = (
   "plan={spacing: [7.2, 6.6, 6.6], patch_size: [24, 32, 32], poolings: 2}",
   "generator.features=[8, 16, 32]",
-  "sam2.image_size=96",
+  "sam2={preset: nano, image_size: 96}",
   "refiner.slices=4",
   "refiner.structures=2",
 )
@@ -54,7 +54,9 @@ def settings(dataset: Path, steps: int, overrides: list[str]) -> Config:
     for phase in ("generator", "refiner")
   ]
   held_out = "data.split={fraction: 0.34}"
-  return load_config(QUICKSTART, [f"data.dataset={dataset}", held_out, *loops, *overrides])
+  scratch = 'refiner.trainable=["*"]'
+  return load_config(
+    QUICKSTART, [f"data.dataset={dataset}", held_out, scratch, *loops, *overrides])
 
 
 def starting_weights(folder: Path, config: Config) -> dict[str, str]:

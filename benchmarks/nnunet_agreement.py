@@ -26,8 +26,9 @@ from rfmedsam2_jax.data.datasets import read_case, read_dataset
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.plan import make_plan
 from rfmedsam2_jax.data.volumes import load_label_map
-from rfmedsam2_jax.model import generator_network, init_generator
+from rfmedsam2_jax.model import generator_network
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.segmentation.segmenter import Segmenter, label_map, segment_volume
 from rfmedsam2_jax.weights.orbax import load_params
 

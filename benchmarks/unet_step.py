@@ -21,7 +21,7 @@ def ours(features, patch, batch, image, target):
   import jax
 
   from rfmedsam2_jax.config.training import GeneratorConfig
-  from rfmedsam2_jax.model import init_generator
+  from rfmedsam2_jax.nn.initialisation import init_generator
   from rfmedsam2_jax.nn.unet import UNet, UNetConfig
   from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh, place_batch
   from rfmedsam2_jax.parallel.rules import place

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.model import init_generator
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.nn.unet import UNet
 
 from .sources import as_float32, check_finite

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Passing, Report, silent
 from rfmedsam2_jax.data.files import replacing_whole
-from rfmedsam2_jax.model import init_generator
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 from rfmedsam2_jax.weights.generator import generator_of
 from rfmedsam2_jax.weights.names import to_official

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.kept import no_run, run_at
@@ -19,6 +18,7 @@ from rfmedsam2_jax.data.names import own_name
 from rfmedsam2_jax.data.plan import Plan, load_plan
 from rfmedsam2_jax.data.run_folder import RunFolder
 from rfmedsam2_jax.nn import SAM2, init_params
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
@@ -84,12 +84,6 @@ def shapes(segmenter: Segmenter, network: Network) -> Any:
   init = (functools.partial(init_params, segmenter.sam2.config) if network == "refiner" else
           functools.partial(init_generator, segmenter.unet, len(segmenter.plan.channels)))
   return jax.eval_shape(init, jax.random.key(0))
-
-
-def init_generator(unet: UNet, channels: int, key: jax.Array) -> Params:
-  # Fully convolutional: the smallest patch will do.
-  image = jnp.zeros((1, *unet.config.divisor, channels))
-  return unet.init(key, image, deep_supervision=True)["params"]
 
 
 def generator_network(config: GeneratorConfig, plan: Plan) -> UNet:

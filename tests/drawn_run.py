@@ -12,8 +12,9 @@ from rfmedsam2_jax.data.datasets import read_dataset
 from rfmedsam2_jax.data.files import save_json
 from rfmedsam2_jax.data.fingerprint import make_fingerprint
 from rfmedsam2_jax.data.plan import make_plan, save_plan
-from rfmedsam2_jax.model import init_generator, untrained
+from rfmedsam2_jax.model import untrained
 from rfmedsam2_jax.nn import init_params
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.weights.checkpoint import save_checkpoint
 from rfmedsam2_jax.weights.orbax import save_params
 

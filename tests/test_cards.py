@@ -12,8 +12,9 @@ import pytest
 
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.plan import load_plan
-from rfmedsam2_jax.model import generator_network, init_generator
+from rfmedsam2_jax.model import generator_network
 from rfmedsam2_jax.nn import init
+from rfmedsam2_jax.nn.initialisation import init_generator
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

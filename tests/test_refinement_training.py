@@ -112,7 +112,8 @@ def test_training_and_prediction_begin_with_the_same_prompts(monkeypatch, tmp_pa
   slab[1, 5, 7, 2] = 90  # a voxel between the pixels of the mask grid
   monkeypatch.setattr(segmenter, "predict_slabs", lambda *_: [(slice(0, depth), slab.copy())])
   labels = Labels(tuple(Structure(x, (n,)) for n, x in enumerate("abc", 1)), False, (1, 2, 3))
-  plan = SimpleNamespace(labels=labels, patch_size=(depth, height, width))
+  plan = SimpleNamespace(labels=labels, patch_size=(depth, height, width),
+                         generator_spacing=None)
   unet = UNet(UNetConfig(), 4)
   owner = segmenter.Segmenter(plan, unet, {}, MODEL, None, CONFIG)
   shape = depth, height, width

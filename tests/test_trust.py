@@ -218,6 +218,11 @@ def test_stages_that_disagree_are_named_once_and_others_not():
   assert [n.kind for n in notices] == ["stages"] * 2
   assert notices[0].message.startswith("spleen: stage 1 found 1230 ml")
   assert notices[1].message.startswith("kidney: the generator found 1230 ml and the last")
+  # A coarse generator is meant to be corrected, but not to be contradicted.
+  found = {"liver": structure(0.6, 0.97, 1.0), "spleen": structure(0.6, 0.5, 1.0),
+           "kidney": structure(0.0, 1.0)}
+  said = [n.message.split(":")[0] for n in stage_notices(found, WarningConfig(), coarse=True)]
+  assert said == ["spleen", "kidney"]
 
 
 def test_python_gives_the_same_details_and_probabilities(tiny_run, unseen):

@@ -24,7 +24,7 @@ from scipy import ndimage
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import IGNORED, read_case, read_dataset
-from rfmedsam2_jax.data.preprocessing import prepare_atoms, preprocess
+from rfmedsam2_jax.data.preprocessing import prepare_atoms
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.evaluation.scores import Scores, as_dict, evaluate_arrays
@@ -36,6 +36,7 @@ from rfmedsam2_jax.segmentation.segmenter import (
   Segmentation,
   Segmenter,
   label_maps,
+  prepare,
   run_generator,
   sam_slices,
   truth_boxes,
@@ -73,6 +74,8 @@ def corrupted_generator(
   """The generator's result with mistakes, as `run_generator` would have given it."""
   rng = np.random.default_rng(seed)
   odds = np.stack([corrupted(organ, kind, rng) for organ in made.log_odds])
+  if odds.shape[1] != made.prompts.logits.shape[1]:
+    raise SystemExit("--corrupt: is for a generator whose slices are those of the stages")
   side, margin = segmenter.sam2.config.image_size, segmenter.refinement.box_margin
   logits = np.clip(resize_linear(odds, side // 4), -LOGIT_LIMIT, LOGIT_LIMIT)
   return Generated(odds.astype(np.float16), generated(logits.astype(np.float16), side, margin))
@@ -100,8 +103,8 @@ def main() -> None:
   for number, case in enumerate(cases):
     volume, atoms = read_case(case, len(dataset.channels), labels)
     began = time.monotonic()
-    prepared = preprocess(volume, segmenter.plan)
-    made = run_generator(segmenter, prepared)
+    prepared, seen = prepare(volume, segmenter.plan)
+    made = run_generator(segmenter, prepared, seen=seen)
     if options.corrupt:
       made = corrupted_generator(made, options.corrupt, number, segmenter)
     prompts = made.prompts

@@ -31,6 +31,9 @@ def card_of(
     values = ", ".join(f"{value} {name}" for value, name in plan.labels.value_names.items())
     rows += [("input", ", ".join(f"{c.name} ({c.kind})" for c in plan.channels)),
              ("output", values), ("grid inside", f"{spacing} mm")]
+    if plan.generator_spacing:
+      coarse = " x ".join(f"{x:g}" for x in plan.generator_spacing)
+      rows += [("grid of the generator", f"{coarse} mm")]
   made_with = read_json(run / "versions.json") if (run / "versions.json").is_file() else {}
   rows += [("made with", ", ".join(f"{k} {v}" for k, v in made_with.items())),
            ("started from", _started_from(run) or ("random weights" if config else _UNKNOWN))]

@@ -1,15 +1,18 @@
 """`rfmedsam2 quickstart`: generate phantoms, train on them, segment unseen ones, score and picture
-them; then track the structures of one from a box each, with the built-in weights."""
+them."""
 
 import argparse
 import importlib.resources
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.base.progress import Progress, below
 from rfmedsam2_jax.cli.console import Console
+
+if TYPE_CHECKING:
+  from rfmedsam2_jax.evaluation.scores import Scores
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,21 +43,24 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.line(f"phantoms: {dataset}")
   resume = resume and (trained / "config.yaml").exists()
   train(config, trained, resume, options.overwrite, console.line, warn=console.warning)
-  means = _predicted(out, console)
+  means, mended, agreement = _predicted(out, console)
   pages = write_report(out / "report", trained, out / "predictions", dataset / "labelsTs",
                        dataset / "imagesTs", overwrite=True, progress=console.line)
   for remark in pages.remarks:
     console.warning(remark)
-  tracked = _tracked(out, console)
   each = "  ".join(f"{k} {v:.4f}" for k, v in means.items() if v is not None)
   console.result(
-    f"mean Dice of unseen phantoms: {each}\nof the structures of one, each tracked from one box by "
-    f"the built-in weights: {tracked:.4f}\nall results: {out}; open {pages.index} in a browser",
-    {"out": out, "dice": means, "tracked": tracked})
+    f"mean Dice of unseen phantoms: {each}\n{mended}\nall results: {out}; open {pages.index} in a "
+    "browser", {"out": out, "dice": means, "iou_rank_correlation": agreement})
 
 
-def _predicted(out: Path, console: Console) -> dict[str, float | None]:
-  """Segments, scores and pictures unseen phantoms; mean Dice per stage, None where undefined."""
+def _predicted(out: Path, console: Console) -> tuple[dict[str, float | None], str, float | None]:
+  """Segments, scores and pictures unseen phantoms.
+
+  Returns:
+    Mean Dice per stage, None where undefined; lines with that of every structure by the generator
+    and after the last stage, and with what `_agreement` gives, which comes last.
+  """
   from rfmedsam2_jax.data.files import replacing
   from rfmedsam2_jax.data.volumes import load_image, load_label_map
   from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders, save_scores, table
@@ -66,7 +72,7 @@ def _predicted(out: Path, console: Console) -> dict[str, float | None]:
   predict(model, [images], predictions, save_stages=True, overwrite=True,
           progress=below(console.line, "unseen phantoms: "),
           warn=lambda case, message: console.warning(f"{case}: {message}"))
-  means, stages = {}, {}
+  means, stages, found = {}, {}, []
   for stage in range(model.stages):
     title, folder = f"stage {stage}" if stage else "generator", predictions / f"stage{stage}"
     stages[title] = folder
@@ -74,6 +80,7 @@ def _predicted(out: Path, console: Console) -> dict[str, float | None]:
     scores = evaluate_folders(folder, truths, model.plan.labels, progress=progress)
     save_scores(folder / "scores.json", scores)
     means[folder.name] = as_dict(scores)["mean"]["dice"]
+    found.append(scores)
   save_scores(predictions / "scores.json", scores)
   for line in ("unseen phantoms, after the last stage:", *table(scores).splitlines()):
     console.line(line)
@@ -88,42 +95,28 @@ def _predicted(out: Path, console: Console) -> dict[str, float | None]:
     cases.append(SheetCase(name, volume.array[0], truth, maps, volume.spacing))
   sheet = save_contact_sheet(out / "contact_sheet.png", cases, model.plan.labels.structures)
   console.line(f"picture: {sheet}")
-  return means
+  mended = "  ".join(
+    f"{name} {found[0].of_structure(name).dice:.3f} to {scores.of_structure(name).dice:.3f}"
+    for name in scores.structures)
+  agreement = _agreement(predictions, scores)
+  said = "undefined" if agreement is None else f"{agreement:.2f}"
+  return means, (f"of every structure, generator to last stage: {mended}\n"
+                 f"rank correlation of predicted IoU and Dice: {said}"), agreement
 
 
-def _tracked(out: Path, console: Console) -> float:
-  """Mean Dice of the structures of the first unseen phantom, each tracked from one box.
+def _agreement(predictions: Path, scores: "Scores") -> float | None:
+  """Rank correlation of the predicted IoU of structures with their Dice; None where all are alike.
 
-  The box is the reference's, on the middle one of the structure's slices.
+  By ranks Dice and IoU are one.
   """
-  import numpy as np
+  from scipy.stats import spearmanr
 
-  from rfmedsam2_jax.data.datasets import read_dataset
-  from rfmedsam2_jax.data.volumes import load_image, load_label_map
-  from rfmedsam2_jax.evaluation.metrics import dice
-  from rfmedsam2_jax.prompted.files import open_volume, write_tracked
-  from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
-  from rfmedsam2_jax.prompted.zoom import bounds
-  dataset = read_dataset(out / "phantoms")
-  image = sorted((out / "phantoms/imagesTs").glob("*.nii.gz"))[0]
-  volume = load_image(image)
-  name = image.name.replace("_0000.nii.gz", ".nii.gz")
-  labels = load_label_map(out / "phantoms/labelsTs" / name, volume.geometry)
-  truth = {s.values[0]: labels == s.values[0] for s in dataset.labels.structures}
-  prompts = []
-  for value, mask in truth.items():
-    slices = np.flatnonzero(mask.any(axis=(1, 2)))
-    z = int(slices[len(slices) // 2]) if len(slices) else 0
-    if (corners := bounds([mask[z]])) is not None:
-      (y0, x0), (y1, x1) = corners
-      prompts.append(VoxelPrompt(value, box=((z, y0, x0), (z, y1, x1))))
-  console.line("tracking: compiling the network")
-  progress = Progress("tracked slices", console.line)
-  found = open_volume(BUILTIN, volume, progress=progress).track(prompts)
-  names = {s.values[0]: s.name for s in dataset.labels.structures}
-  about = {"checkpoint": BUILTIN}
-  write_tracked(out / "tracked", volume, found, about, overwrite=True, names=names)
-  scores = {names[p.label]: dice(found.labels == p.label, truth[p.label]) for p in prompts}
-  each = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
-  console.line(f"tracked from one box each, Dice: {each}")
-  return float(np.mean(list(scores.values())))
+  from rfmedsam2_jax.data.files import read_json
+  pairs = []
+  for name, case in scores.cases.items():
+    structures = read_json(predictions / f"{name}.json")["structures"]
+    pairs += [(structures[key]["predicted_iou"], score.dice) for key, score in case.items()
+              if structures[key]["predicted_iou"] is not None and score.dice == score.dice]
+  if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:
+    return None
+  return float(spearmanr(*zip(*pairs, strict=True))[0])

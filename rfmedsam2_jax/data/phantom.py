@@ -20,11 +20,11 @@ from rfmedsam2_jax.data.files import replacing
 
 @dataclasses.dataclass(frozen=True)
 class PhantomConfig:
-  cases: int = 24  # labelled volumes for training (imagesTr, labelsTr)
-  test_cases: int = 6  # further volumes that training never sees (imagesTs, labelsTs)
+  cases: int = 16  # labelled volumes for training (imagesTr, labelsTr)
+  test_cases: int = 4  # further volumes that training never sees (imagesTs, labelsTs)
   seed: int = 0  # case i depends on (seed, i) only: more cases leave the first ones as they are
-  slice_spacing: tuple[float, float] = (3.8, 4.8)  # mm between axial slices, drawn per case
-  pixel_spacing: tuple[float, float] = (2.6, 3.2)  # mm within a slice, drawn per case
+  slice_spacing: tuple[float, float] = (5.4, 6.6)  # mm between axial slices, drawn per case
+  pixel_spacing: tuple[float, float] = (1.9, 2.3)  # mm within a slice, drawn per case
   field_of_view: tuple[float, float, float] = (208.0, 208.0, 208.0)  # mm, z y x; less is faster
   noise: float = 16.0  # HU, standard deviation before a slight smoothing
   bias: float = 0.06  # greatest relative change of intensity by the smooth bias field

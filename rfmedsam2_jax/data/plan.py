@@ -62,8 +62,11 @@ class PlanConfig:
   plane: Literal["axial", "coronal", "sagittal"] | None = None  # of the slices; None: across the
                                                                 # coarsest axis, axial if tied
   spacing: tuple[_Size, _Size, _Size] | None = None  # mm, slice axis first; None: the median
-  patch_size: tuple[_Side, _Side, _Side] | None = None  # voxels, slice axis first; rounded up to
-                                                        # what pooling divides
+  generator_spacing: tuple[_Size, _Size, _Size] | None = None
+  # mm of the voxels that the generator sees, slice axis first; None: as the slices. A coarser
+  # generator sees more of the volume at once and is faster; the stages bring the detail.
+  patch_size: tuple[_Side, _Side, _Side] | None = None  # the generator's voxels, slice axis
+                                                        # first; rounded up to what pooling divides
   voxel_budget: ClassVar[int] = 128**3  # of a patch that is not given, nnU-Net's
   poolings: Annotated[int, Field(ge=0, le=16)] | None = None
   # At most so many halvings per axis; fewer see less context.
@@ -80,17 +83,21 @@ class Plan:
   __pydantic_config__ = STRICT
   name: str
   slice_axis: SliceAxis  #: canonical axis (0 z, 1 y, 2 x) that becomes the first
-  spacing: tuple[float, float, float]  #: mm of the prepared volumes
+  spacing: tuple[float, float, float]  #: mm of the prepared volumes, which the stages see
   median_shape: Triple  #: voxels of the median case at that spacing
   channels: tuple[ChannelRule, ...]
   patch_size: Triple  #: voxels of the generator's patches
   strides: tuple[Triple, ...]  #: of each U-Net stage; the first is 1, 1, 1
   kernels: tuple[Triple, ...]  #: of each U-Net stage
   labels: Labels
+  #: mm of the volumes that the generator sees; None: those of the slices
+  generator_spacing: tuple[float, float, float] | None = None
 
   def __post_init__(self):
-    if not all(_FINEST <= size <= _COARSEST for size in self.spacing):
-      raise ValueError(f"spacing is {self.spacing}; it must be {_FINEST:g} to {_COARSEST:g} mm")
+    for name in ("spacing", "generator_spacing"):
+      if not all(_FINEST <= size <= _COARSEST for size in getattr(self, name) or ()):
+        raise ValueError(
+          f"{name} is {getattr(self, name)}; it must be {_FINEST:g} to {_COARSEST:g} mm")
     if len(self.strides) != len(self.kernels) or not self.strides:
       raise ValueError("strides and kernels need one entry for each stage")
     sizes = (*self.patch_size, *self.median_shape, *(n for s in self.strides for n in s))
@@ -114,6 +121,12 @@ class Plan:
     return self.slice_axis, first, second
 
   @property
+  def of_generator(self) -> "Plan":
+    """The plan by which volumes are prepared for the generator."""
+    spacing = self.generator_spacing or self.spacing
+    return dataclasses.replace(self, spacing=spacing, generator_spacing=None)
+
+  @property
   def crops_to_nonzero(self) -> bool:
     """Whether volumes are cropped to their nonzero box; air in CT is a value like any other."""
     return all(rule.kind != "ct" for rule in self.channels)
@@ -131,20 +144,25 @@ def make_plan(fingerprint: Fingerprint, config: PlanConfig | None = None) -> Pla
                 else PLANES[config.plane])
   order = [slice_axis, *(axis for axis in range(3) if axis != slice_axis)]
   spacings, shapes = spacings[:, order], shapes[:, order]
-  if config.spacing and not min(config.spacing) > 0:
-    raise UserError(f"plan.spacing: is {config.spacing}; give three sizes in mm above 0")
+  for key in ("spacing", "generator_spacing"):
+    if (given := getattr(config, key)) and not min(given) > 0:
+      raise UserError(f"plan.{key}: is {given}; give three sizes in mm above 0")
   spacing = np.array(config.spacing or choose_spacing(spacings, shapes), float)
-  median_shape = np.median(np.maximum(np.rint(shapes * spacings / spacing), 1), axis=0)
+  seen = spacing if config.generator_spacing is None else np.array(config.generator_spacing)
+  # By the slices' grid and by the generator's, whose patch is cut to it.
+  median_shape, most = (np.median(np.maximum(np.rint(shapes * spacings / size), 1), axis=0)
+                        for size in (spacing, seen))
   if config.patch_size and not min(config.patch_size) > 0:
     raise UserError(f"plan.patch_size: is {config.patch_size}; give three sizes above 0")
   patch = np.array(config.patch_size or choose_patch(
-    spacing, median_shape, config.voxel_budget, config.poolings))
+    seen, most, config.voxel_budget, config.poolings))
   if config.strides is None and config.kernels is None:
-    strides, kernels, patch = pooling(spacing, patch, config.poolings)
+    strides, kernels, patch = pooling(seen, patch, config.poolings)
   else:
     strides, kernels = _given_stages(config, patch)
   return Plan(fingerprint.name, slice_axis, _floats(spacing), _ints(median_shape), channels,
-              _ints(patch), strides, kernels, fingerprint.labels)
+              _ints(patch), strides, kernels, fingerprint.labels,
+              None if _floats(seen) == _floats(spacing) else _floats(seen))
 
 
 def save_plan(path: str | Path, plan: Plan) -> None:

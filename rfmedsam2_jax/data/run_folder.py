@@ -1,8 +1,8 @@
 """The folder of a run: who may write to it, and what lies where.
 
 config.yaml, splits.json, cases.json, fingerprint.json, plan.json, versions.json, log.jsonl,
-preprocessed/, prompts/, checkpoints and final params in generator/, refiner/ and, where it is
-trained apart, mask_adapter/, validation.json.
+preprocessed/ (and in it generator/ where that sees another grid), prompts/, checkpoints and final
+params in generator/, refiner/ and, where it is trained apart, mask_adapter/, validation.json.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rfmedsam2_jax.data.files import replacing
+from rfmedsam2_jax.data.plan import Plan
 
 
 class RunFolder:
@@ -36,6 +37,11 @@ class RunFolder:
     """The averaged weights: a folder, or one file where a model was installed."""
     file = self.path / phase / "params.safetensors"
     return file if file.is_file() else self.path / phase / "params"
+
+  def prepared(self, plan: Plan, for_generator: bool = False) -> Path:
+    """Where prepared training cases lie, those that the generator sees or those of the slices."""
+    whole = self.path / "preprocessed"
+    return whole / "generator" if for_generator and plan.generator_spacing else whole
 
   def write(self, name: str, text: str) -> None:
     if self.writes:

@@ -82,6 +82,8 @@ def _of_plan(plan: Plan) -> list[tuple[str, str]]:
     ("channels", ", ".join(f"{channel.name} ({channel.kind})" for channel in plan.channels)),
     ("structures", ", ".join(plan.labels.names)),
     ("voxels", f"{_list(plan.spacing, ' x ')} mm, slices first"),
+    *([("voxels of the generator", f"{_list(plan.generator_spacing, ' x ')} mm")]
+      if plan.generator_spacing else []),
     ("median shape", _list(plan.median_shape, " x ")),
     ("patch", _list(plan.patch_size, " x ")),
     ("slices", ("axial", "coronal", "sagittal")[plan.slice_axis]),

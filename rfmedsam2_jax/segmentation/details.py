@@ -119,7 +119,8 @@ def details_of(
   notices = [Notice("file", said) for said in volume.geometry.remarks]
   notices += [notice for found in segmentations
               for notice in input_notices(found.segmenter, found.prepared.restore, volume.array)]
-  notices += stage_notices(structures, first.inference.warnings)
+  coarse = first.plan.generator_spacing is not None
+  notices += stage_notices(structures, first.inference.warnings, coarse)
   # Runs that were trained on the same cases say the same.
   warnings = tuple(dict.fromkeys(notices))
   return Details(segmentations, volume.geometry, tuple(maps), final, choice.min_volume, structures,

@@ -83,12 +83,17 @@ def _short(number: float) -> str:
 
 
 def stage_notices(
-  structures: Mapping[str, StructureDetails], config: WarningConfig
+  structures: Mapping[str, StructureDetails], config: WarningConfig, coarse: bool = False
 ) -> Iterator[Notice]:
-  """Structures that a stage saw otherwise than the last one."""
+  """Structures that a stage saw otherwise than the last one.
+
+  coarse: the generator's voxels are others than the stages', which are meant to change its masks:
+  it counts only where nothing of its mask is left, or all is new.
+  """
   for name, found in structures.items():
     apart = [(stage.dice_with_last, stage.stage, stage.volume_ml)
-             for stage in found.stages if stage.dice_with_last is not None]
+             for stage in found.stages if stage.dice_with_last is not None
+             and not (coarse and stage.stage == 0 and stage.dice_with_last > 0)]
     dice, number, volume = min(apart, default=(math.inf, 0, 0.0))
     if dice < config.stage_dice:
       stage = f"stage {number}" if number else "the generator"

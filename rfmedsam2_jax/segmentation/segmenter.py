@@ -1,7 +1,8 @@
 """Preprocessing, generator by sliding window, prompts, stages of refinement, fusion by class.
 
 In: a volume. Out: a label map on its own grid. Host memory stays bounded: logits of all classes
-exist for a slab at a time; what is kept of the generator is float16 log-odds on the prepared grid.
+exist for a slab at a time; what is kept of the generator is float16 log-odds on its own grid, which
+may be coarser than that of the slices.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.progress import Progress, Report, compiling, silent
@@ -60,13 +62,17 @@ class Segmenter:
   def faster(self) -> "Segmenter":
     """At half the resolution across slices: volumes are prepared with half as many.
 
-    So the generator has half of the windows and the stages half of the slices. Rows and columns
-    stay as they were: on voxels twice as large a generator of one scale loses what it knows.
+    So the generator has half of the windows and the stages half of the slices; a generator that
+    sees slices as far apart already stays as it is. Rows and columns stay as they were: on voxels
+    twice as large a generator of one scale loses what it knows.
     """
     if self.fast:
       return self
     apart, rows, columns = self.plan.spacing
     plan = dataclasses.replace(self.plan, spacing=(2 * apart, rows, columns))
+    if seen := self.plan.generator_spacing:  # slices that lie as far apart already stay
+      seen = max(2 * apart, seen[0]), *seen[1:]
+      plan = dataclasses.replace(plan, generator_spacing=seen)
     return dataclasses.replace(self, plan=plan, fast=True)
 
   @property
@@ -79,8 +85,8 @@ class Segmenter:
 class Generated:
   """What the generator says of a prepared volume."""
 
-  log_odds: np.ndarray  # float16 [K, D, H, W]
-  prompts: VolumePrompts  # for the first stage
+  log_odds: np.ndarray  # float16 [K, d, h, w], on the generator's grid
+  prompts: VolumePrompts  # for the first stage, on the slices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +101,8 @@ class Segmentation:
   def probability(self, stage: int, organ: int) -> np.ndarray:
     """Foreground probability of one organ after a stage (0: generator), float32 [z, y, x]."""
     made, result = self.generated, self.results[stage - 1] if stage else None
-    probability = blended(made.log_odds[organ], made.prompts.logits[organ], result, organ,
+    log_odds = _on_slices(made.log_odds[organ], self.prepared.image.shape[1:])
+    probability = blended(log_odds, made.prompts.logits[organ], result, organ,
                           self.segmenter.refinement, _resize_plane)
     return self.prepared.restore.to_native(probability, fill=0.0)
 
@@ -111,8 +118,8 @@ def segment_volume(
     truth_atoms: uint8 [z, y, x] on the native canonical grid: prompts come from it (oracle).
     by_hand: gives a person's prompts on the grid that this segmenter has prepared.
   """
-  prepared = preprocess(volume, segmenter.plan)
-  made = run_generator(segmenter, prepared, progress)
+  prepared, seen = prepare(volume, segmenter.plan)
+  made = run_generator(segmenter, prepared, progress, seen)
   if segmenter.refiner is None:
     return Segmentation(segmenter, prepared, made, [])
   side, prompts = segmenter.sam2.config.image_size, made.prompts
@@ -127,26 +134,44 @@ def segment_volume(
   return Segmentation(segmenter, prepared, made, results)
 
 
-def run_generator(segmenter: Segmenter, prepared: Prepared, report: Report = silent) -> Generated:
-  """The generator over a prepared volume, and the first stage's prompts from it."""
+def prepare(volume: Volume, plan: Plan) -> tuple[Prepared, Prepared]:
+  """A volume as the stages see it and as the generator does, of one field of view."""
+  prepared = preprocess(volume, plan)
+  return prepared, prepared if plan.generator_spacing is None else preprocess(
+    volume, plan.of_generator)
+
+
+def run_generator(
+  segmenter: Segmenter, prepared: Prepared, report: Report = silent, seen: Prepared | None = None
+) -> Generated:
+  """The generator over a prepared volume, and the first stage's prompts from it.
+
+  seen: the same volume as the generator sees it; None where that is `prepared`, too.
+  """
   plan, config = segmenter.plan, segmenter.inference
   organs, regions = len(plan.labels.structures), plan.labels.regions
-  cells = organs, prepared.image.shape[1]
+  image = (seen or prepared).image
   side, mask_side = segmenter.sam2.config.image_size, 4 * segmenter.sam2.config.grid
-  log_odds = np.empty((organs, *prepared.image.shape[1:]), np.float16)
-  logits = np.empty((*cells, mask_side, mask_side), np.float16)
+  shape = prepared.image.shape[1:]
+  log_odds = np.empty((organs, *image.shape[1:]), np.float16)
+  logits = np.empty((organs, shape[0], mask_side, mask_side), np.float16)
   batch = config.batch_size * device_count()
   program = segmenter.unet, plan.patch_size, batch
   new = compiling("the generator", _unet_forward, program, report)
   slabs = predict_slabs(
     functools.partial(_unet_forward, segmenter.unet, everywhere(segmenter.generator)),
-    prepared.image, plan.patch_size, config.overlap, batch, config.mirror_axes,
+    image, plan.patch_size, config.overlap, batch, config.mirror_axes,
     segmenter.unet.config.mirrored, Progress("generator, windows", report, new),
   )
   for where, slab in slabs:
     for organ, mine in enumerate(_log_odds(slab, regions)):
       log_odds[organ, where] = mine
-      logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
+      if image.shape[1:] == shape:
+        logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
+  if image.shape[1:] != shape:  # slices between those of the generator need both of their sides
+    for organ, mine in enumerate(log_odds):
+      fine = resize_linear(_on_slices(mine, shape), mask_side)
+      logits[organ] = np.clip(fine, -LOGIT_LIMIT, LOGIT_LIMIT)
   return Generated(log_odds, generated(logits, side, segmenter.refinement.box_margin))
 
 
@@ -219,3 +244,19 @@ def _resize_plane(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   """Linear resize of [n, h, w] to [n, H, W]."""
   pairs = zip(masks.shape[1:], shape, strict=True)
   return apply_separable(masks, [linear_matrix(before, after) for before, after in pairs])
+
+
+def _on_slices(log_odds: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Log-odds of the generator's grid [d, h, w] for `shape`, that of the slices; or as they are.
+
+  Probabilities are interpolated: between a voxel that is sure of the background and one that is
+  less sure of the organ, log-odds would move the border into the organ.
+  """
+  if log_odds.shape == shape:
+    return log_odds
+  matrices = [None if before == after else linear_matrix(before, after)
+              for before, after in zip(log_odds.shape, shape, strict=True)]
+  # Both sides for themselves, because 1 - p has no digits where p is almost 1.
+  inside, outside = (apply_separable(expit(sign * log_odds.astype(np.float32)), matrices)
+                     for sign in (1, -1))
+  return np.log(inside) - np.log(outside)

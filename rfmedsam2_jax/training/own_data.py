@@ -4,7 +4,7 @@ In: `data` and `plan` of a config. Out: cases in `preprocessed/` of the run's fo
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +119,8 @@ def plan_of(run: RunFolder, own: OwnData, config: PlanConfig, report: Report) ->
       write_plan(run.path, dataset, train_cases, config, Progress("fingerprint, cases", report))
   plan = load_plan(run / "plan.json")
   size = " x ".join(map(str, plan.patch_size))
-  report(f"plan: {plan.name}, spacing {plan.spacing} mm, patch {size}, "
+  seen = f", the generator's {plan.generator_spacing} mm" if plan.generator_spacing else ""
+  report(f"plan: {plan.name}, spacing {plan.spacing} mm{seen}, patch {size}, "
          f"{len(plan.labels.structures)} structures")
   return plan
 
@@ -136,25 +137,30 @@ def write_plan(
 def prepare(run: RunFolder, plan: Plan, own: OwnData, seed: int, report: Report) -> None:
   """Preprocesses the training cases, as far as that is not done."""
   began, names = time.monotonic(), own.split.train
-  store_cases(run / "preprocessed", own.cases(names), own.dataset, plan, seed, report)
+  places = {run.prepared(plan, of_generator): plan.of_generator if of_generator else plan
+            for of_generator in (True, False)}
+  store_cases(places, own.cases(names), own.dataset, seed, report)
   report(f"prepared {len(names)} training cases, {duration(time.monotonic() - began)}")
 
 
 def store_cases(
-  folder: Path, cases: Sequence[Case], dataset: Dataset, plan: Plan, seed: int, report: Report
+  places: Mapping[Path, Plan], cases: Sequence[Case], dataset: Dataset, seed: int, report: Report
 ) -> None:
-  """Preprocesses cases into a folder, those that it does not have yet."""
-  stored = set(stored_cases(folder)) if folder.is_dir() else set()
+  """Preprocesses cases into folders, by a plan each; those that one does not have yet."""
+  stored = {folder: set(stored_cases(folder)) if folder.is_dir() else set() for folder in places}
 
   def store(case: Case) -> None:
-    if case.identifier in stored:
+    missing = {folder: plan for folder, plan in places.items()
+               if case.identifier not in stored[folder]}
+    if not missing:
       return
     volume, atoms = read_case(case, len(dataset.channels), dataset.labels)
     for said in volume.geometry.remarks:
       report(f"warning: {case.identifier}: {said}")
     assert atoms is not None, "training cases have labels"
-    prepared = preprocess(volume, plan)
-    save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
-              plan.labels, seed)
+    for folder, plan in missing.items():
+      prepared = preprocess(volume, plan)
+      save_case(folder, case.identifier, prepared, prepare_atoms(atoms, plan, prepared.restore),
+                plan.labels, seed)
 
   hosts.each(cases, store, Progress("preprocessing, cases", report))

@@ -21,8 +21,10 @@ from rfmedsam2_jax.config.tracker import TrackerConfig
 from rfmedsam2_jax.config.training import GeneratorConfig, RefinerConfig
 from rfmedsam2_jax.data import pipeline
 from rfmedsam2_jax.data.plan import Plan
-from rfmedsam2_jax.model import Network, generator_network, init_generator
+from rfmedsam2_jax.data.run_folder import RunFolder
+from rfmedsam2_jax.model import Network, generator_network
 from rfmedsam2_jax.nn import SAM2, init_params
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.platform import Platform
 from rfmedsam2_jax.parallel.mesh import check_batch, mesh_platform
@@ -108,7 +110,8 @@ def generator_phase(config: Config, plan: Plan) -> Phase:
 
   def batches(run: Path, cases: Sequence[str], rows: Sequence[int], start: int) -> Any:
     return pipeline.generator_batches(
-      pipeline.Cases(run / "preprocessed", cases, config.seed), plan.patch_size,
+      pipeline.Cases(RunFolder(run).prepared(plan, for_generator=True), cases, config.seed),
+      plan.patch_size,
       settings.augmentation, settings.oversample_foreground,
       pipeline.BatchConfig(settings.batch_size, rows, start, config.data.loader))
 

@@ -82,17 +82,19 @@ def shard(
 def _plan_of_shapes(config: PlanConfig, channels: int, structures: int) -> Plan:
   """A plan that has the sizes of a real one."""
   patch, spacing = config.patch_size, config.spacing or (1.0, 1.0, 1.0)
+  seen = config.generator_spacing or spacing
   if patch is None:
     raise UserError("plan.patch_size: is left to the data set, which is not read here; give it, as "
                     "in plan.patch_size=[96,160,160]")
-  strides, kernels, size = pooling(np.array(spacing), np.array(patch), config.poolings)
+  strides, kernels, size = pooling(np.array(seen), np.array(patch), config.poolings)
   values = tuple(range(1, structures + 1))
   labels = Labels(tuple(Structure(f"structure {k}", (k,)) for k in values), False, values)
   rules = tuple(ChannelRule(f"channel {k}", "zscore") for k in range(channels))
   depth, height, width = map(int, size)
   patch = depth, height, width
   try:
-    return Plan("shapes", 0, spacing, patch, rules, patch, strides, kernels, labels)
+    return Plan("shapes", 0, spacing, patch, rules, patch, strides, kernels, labels,
+                config.generator_spacing)
   except ValueError as error:
     raise UserError(f"plan: {error}; give others") from None
 

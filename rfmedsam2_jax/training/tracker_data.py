@@ -44,8 +44,8 @@ def prepare_sources(
         folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(f"{dataset.name}: fingerprint, cases", report)
         write_plan(folder, dataset, cases, PlanConfig(), progress)
-    store_cases(folder / "preprocessed", cases, dataset, load_plan(folder / "plan.json"),
-                config.seed, report)
+    plan = load_plan(folder / "plan.json")
+    store_cases({folder / "preprocessed": plan}, cases, dataset, config.seed, report)
 
 
 def case_names(run: Path, config: Config) -> list[str]:

@@ -165,9 +165,11 @@ def write_prompts(
     path = run / "prompts" / f"{identifier}.npy"
     if path.exists():
       return
-    case = load_case(run / "preprocessed", identifier)
-    prepared = Prepared(np.asarray(case.image), case.window, case.restore)
-    made = run_generator(segmenter, prepared, report)
+    stored = (load_case(run.prepared(segmenter.plan, for_generator), identifier)
+              for for_generator in (False, True))
+    prepared, seen = (
+      Prepared(np.asarray(case.image), case.window, case.restore) for case in stored)
+    made = run_generator(segmenter, prepared, report, seen)
     with replacing(path) as temporary:
       np.save(temporary, made.prompts.logits)
 

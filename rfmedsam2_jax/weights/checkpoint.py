@@ -101,7 +101,11 @@ def with_adapters(params: Params, config: SAM2Config, key: Array) -> Params:
   Fresh adapters are the identity: the network computes the same bits with them as without.
   ValueError if `params` is of another network, or has adapters that `config` has not.
   """
-  fresh, given = flatten_dict(init_params(config, key), sep="/"), flatten_dict(params, sep="/")
+  given, shapes = flatten_dict(params, sep="/"), flatten_dict(param_shapes(config), sep="/")
+  if given.keys() == shapes.keys():  # none is asked for, and fresh ones are slow to make
+    fresh = shapes
+  else:
+    fresh = flatten_dict(init_params(config, key), sep="/")
   for path, x in given.items():
     if path not in fresh or fresh[path].shape != x.shape:
       raise ValueError(f"{path} {x.shape} is not in the network that the config describes")

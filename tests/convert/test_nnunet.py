@@ -17,7 +17,8 @@ from rfmedsam2_jax.cli import main as rfmedsam2
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import read_dataset, read_labels
 from rfmedsam2_jax.data.plan import Plan, load_plan
-from rfmedsam2_jax.model import generator_network, init_generator
+from rfmedsam2_jax.model import generator_network
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.weights.orbax import load_params, read_about
 

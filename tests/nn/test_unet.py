@@ -1,11 +1,15 @@
 """The U-Net and its convolutions against PyTorch and lax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from rfmedsam2_jax.nn import convolutions
+from rfmedsam2_jax.nn.initialisation import init_generator
 from rfmedsam2_jax.nn.platform import default_platform
 from rfmedsam2_jax.nn.unet import ResidualBlock, UNet, UNetConfig
 from rfmedsam2_jax.nn.winograd import winograd_conv3d
@@ -219,3 +223,24 @@ def test_depthwise_convolution_equals_the_native_one(size):
     (3, 3, 1, 5),
     1e-5,
   )
+
+
+def test_fresh_generators_have_the_distributions_of_the_modules():
+  """numpy's draws against Linen's own, tensor by tensor, of a network that has all kinds."""
+  config = UNetConfig((16, 24), ((1, 1, 1), (1, 2, 2)), ((1, 3, 3),) * 2, blocks=(1, 1))
+  unet, key = UNet(config, 5), jax.random.key(0)
+  ours = flatten_dict(init_generator(unet, 2, key), sep="/")
+  # As one program: operation by operation they would be compiled one by one.
+  draw = jax.jit(functools.partial(unet.init, deep_supervision=True))
+  theirs = flatten_dict(draw(key, jnp.zeros((1, *config.divisor, 2)))["params"], sep="/")
+  assert ours.keys() == theirs.keys()
+  assert {path.split("/")[-2].rstrip("_0123456789") for path in ours} == {
+    "conv", "norm", "transpconvs", "seg_layers"}
+  for path, x in theirs.items():
+    y, spread = np.asarray(ours[path]), float(x.std())
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    if np.ptp(x) == 0:
+      np.testing.assert_array_equal(y, x, err_msg=path)
+    else:
+      bound = spread * (0.05 + 5 / np.sqrt(x.size))
+      assert abs(y.std() - spread) < bound and abs(y.mean()) < bound, path
