@@ -2,12 +2,13 @@
 
 python benchmarks/prompted.py [--checkpoint CKPT] --out FILE.json
     [--case NAME IMAGE LABELS VALUES WINDOW ...] [--dataset FOLDER --splits FILE [--cases N]]
-    [--ways slices boxes middle clicks] [--curve FILE.png] [--sheet FILE.png]
+    [--ways slices boxes middle ends clicks] [--curve FILE.png] [--sheet FILE.png]
 
-Every structure is prompted from its reference, in four ways:
+Every structure is prompted from its reference, in five ways:
   slices: a box on every slice, each slice for itself, as if it were the volume;
   boxes: a box on every slice;
   middle: one box, on the middle one of its slices, and followed;
+  ends: a box on its first, its middle and its last slice, and followed between these;
   clicks: the innermost point there, followed, and two corrections, each on the slice with most
     wrong voxels, in the middle of the largest error (SAM 2's "center"), followed again.
 Dice is of whole volumes, on the image's grid, each structure for itself. Beside it stand the filled
@@ -32,19 +33,20 @@ from rfmedsam2_jax.data.datasets import Structure, read_dataset
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.data.volumes import Volume, load_image, load_label_map
 from rfmedsam2_jax.nn import SAM2
+from rfmedsam2_jax.prompted.reference_boxes import box_of, boxes_of_ends
 from rfmedsam2_jax.prompted.tracked import (
   PERCENTILES,
   PromptedVolume,
   TrackedVolume,
   parse_window,
 )
-from rfmedsam2_jax.prompted.zoom import bounds
 from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
-WAYS = "slices", "boxes", "middle", "clicks"
+WAYS = "slices", "boxes", "middle", "ends", "clicks"
 TITLES = {"slices": "a box on every slice", "boxes": "the same, followed",
-          "middle": "one box, followed", "clicks": "three clicks, followed"}
+          "middle": "one box, followed", "ends": "three boxes, followed between them",
+          "clicks": "three clicks, followed"}
 CORRECTIONS = 2
 
 
@@ -84,14 +86,6 @@ def volumes(options: argparse.Namespace) -> Iterator[Labelled]:
     yield Labelled(case.identifier, volume, truth, parse_window(options.window), names)
 
 
-def box_of(truth: np.ndarray, value: int, z: int) -> VoxelPrompt:
-  """The box of a structure on a slice."""
-  found = bounds([truth[z]])
-  assert found is not None, "nothing to prompt"
-  (y0, x0), (y1, x1) = (corner.tolist() for corner in found)
-  return VoxelPrompt(value, box=((z, y0, x0), (z, y1, x1)))
-
-
 def innermost(mask: np.ndarray) -> tuple[int, int]:
   """Row and column furthest from the border of a mask [H, W], the image's border included."""
   distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
@@ -117,7 +111,7 @@ def found_of(tracked: TrackedVolume) -> Found:
 
 
 def follow(
-  opened: Callable[[Volume], PromptedVolume], case: Labelled, way: str, truth: np.ndarray,
+  opened: Callable[..., PromptedVolume], case: Labelled, way: str, truth: np.ndarray,
   value: int,
 ) -> Found:
   """One structure, prompted in one of WAYS."""
@@ -127,12 +121,14 @@ def follow(
     nothing = Found(np.zeros_like(truth[:1]), np.zeros(1), np.zeros(1))
     return Found(*map(np.concatenate, zip(
       *(parts.get(z, nothing) for z in range(len(truth))), strict=True)))
-  prompted = opened(case.volume)
+  prompted = opened(case.volume, between=way == "ends")
   middle = int(slices[len(slices) // 2])
   if way == "boxes":
     return found_of(prompted.track([box_of(truth, value, int(z)) for z in slices]))
   if way == "middle":
     return found_of(prompted.track([box_of(truth, value, middle)]))
+  if way == "ends":
+    return found_of(prompted.track(boxes_of_ends(truth, value)))
   y, x = innermost(truth[middle])
   tracked = prompted.track([VoxelPrompt(value, points=((middle, y, x, True),))])
   found = found_of(tracked)
@@ -191,8 +187,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     maps = {way: np.zeros(case.volume.array.shape[1:], np.uint16)
             for way in ("reference", *options.ways)}
 
-    def opened(volume: Volume, window=window) -> PromptedVolume:
-      return PromptedVolume(SAM2(network.config), network.params, volume, config, window=window,
+    def opened(volume: Volume, between: bool = False, window=window) -> PromptedVolume:
+      how = dataclasses.replace(config, between=between)
+      return PromptedVolume(SAM2(network.config), network.params, volume, how, window=window,
                             zoom=options.zoom)
 
     for value, truth in case.truth.items():

@@ -205,3 +205,15 @@ def test_the_bank_is_as_large_for_a_deep_volume_as_for_a_flat_one():
 
   grid = SMALL.grid
   assert carried(5) == carried(37) and min(carried(5)) >= 13 * grid * grid * SMALL.mem_dim
+
+
+def test_between_prompts_alone_a_track_is_what_it_is_and_beyond_them_nothing():
+  params = drawn()
+  sides = [tracking.SlicePrompt(0, z, box=tuple(BOX.tolist())) for z in (1, 4)]
+  whole, between = (
+    tracking.VolumeTracker(MODEL, params, tracking.TrackingConfig(between=between),
+                           lambda numbers: images(DEPTH)[numbers], DEPTH).track(sides).cells
+    for between in (False, True))
+  for ours, expected in zip(between, whole, strict=True):
+    np.testing.assert_array_equal(ours[:, 1:5], expected[:, 1:5])
+  assert (between.presence[:, [0, 5]] < 0).all() and (between.logits[:, [0, 5]] < -100).all()

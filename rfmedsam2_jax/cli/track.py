@@ -37,6 +37,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
   add("--zoom", type=float, metavar="FACTOR",
       help="side of the cut around each structure, in sides of what its prompts enclose; 0: whole "
       "slices (2 for networks trained so, else 0)")
+  add("--between", action="store_true",
+      help="a structure ends at its first and its last prompted slice")
   add("--single-mask", action="store_true",
       help="one mask per slice instead of the best of three, for networks trained so")
   add("--no-cache", action="store_true",
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   with named_options():
     result_paths(options.out, options.image, options.overwrite, options.format)
   several = not options.single_mask
-  config = TrackingConfig(multimask=several, dynamic_multimask=several,
+  config = TrackingConfig(multimask=several, dynamic_multimask=several, between=options.between,
                           cache="none" if options.no_cache else "bfloat16")
   if options.checkpoint == BUILTIN:
     console.line(f"{single_file.builtin_words()}; --checkpoint brings another")

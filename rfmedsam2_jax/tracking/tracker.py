@@ -113,7 +113,7 @@ class VolumeTracker:
     ways = [(np.arange(start, self._depth), False), (np.arange(start, -1, -1), True)]
     # A volume that begins with the first prompted slice has no way back.
     batches = [
-      (chunk, np.array([[(t, z) not in prompted for z in chunk] for t in moved]), reverse)
+      (chunk, np.array([self._runs(prompted, t, chunk) for t in moved]), reverse)
       for slices, reverse in (ways if start > 0 else ways[:1])
       for chunk in np.split(slices, range(size, len(slices), size))
     ]
@@ -133,6 +133,12 @@ class VolumeTracker:
       done += len(chunk)
       self._progress(done, total)
       yield chunk, cells, reverse
+
+  def _runs(self, prompted: AllPrompted, track: int, slices: np.ndarray) -> list[bool]:
+    """On which slices a track is followed."""
+    own = [z for t, z in prompted if t == track]
+    low, high = (min(own), max(own)) if self._config.between else (0, self._depth)
+    return [low <= z <= high and z not in own for z in slices.tolist()]
 
   def _collected(
     self, prompted: AllPrompted, added: set[tuple[int, int]], known: Tracks | None, arrived: Arrived

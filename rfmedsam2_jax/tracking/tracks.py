@@ -25,6 +25,7 @@ class TrackingConfig:
   dynamic_multimask: bool = True  # for a box or several points: best of three where one is unstable
   looks: int | None = None        # times that a mask is decoded, each but the first with the mask
                                   # before as a prompt; None: 3 where prompts are drawn, else 1
+  between: bool = False           # an object ends at its first and its last prompted slice
   memory_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of memories; SAM 2 keeps bfloat16
   slices_per_batch: int = 4       # encoded and swept in one call; device memory grows with it
   objects_per_batch: int = 8      # objects that step together; device memory grows with it
