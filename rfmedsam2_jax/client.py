@@ -142,22 +142,26 @@ class Client:
     """What the server has: "checkpoint", "models", "files" that can be opened, "formats"."""
     return self._json("GET", "/server")
 
-  def open(self, file: str, plane: str = "axial", window: str = "percentiles") -> Volume:
+  def open(
+    self, file: str, plane: str = "axial", window: str = "percentiles", series: str | None = None
+  ) -> Volume:
     """Opens a volume of the server's folder, by its name in the list.
 
     Args:
       plane: axial, coronal or sagittal: whose slices are prompted and followed.
       window: intensities that SAM 2 sees: a name such as soft-tissue, or "CENTRE,WIDTH".
+      series: which one of a DICOM study: its number, UID, description or modality.
     """
-    return Volume(self, self._json(
-      "POST", "/volumes", {"file": file, "plane": plane, "window": window}))
+    asked = {"file": file, "plane": plane, "window": window, "series": series}
+    return Volume(self, self._json("POST", "/volumes", asked))
 
   def upload(
-    self, path: str | Path, plane: str = "axial", window: str = "percentiles"
+    self, path: str | Path, plane: str = "axial", window: str = "percentiles",
+    series: str | None = None,
   ) -> Volume:
-    """Sends a file (.nii, .nii.gz, .nrrd, .mha, .zip) or the folder of a DICOM series."""
+    """Sends a file (.nii, .nii.gz, .nrrd, .mha, .zip) or the folder of a DICOM series or study."""
     with _sendable(Path(path)) as (name, file):
-      return self._uploaded(name, file, plane, window)
+      return self._uploaded(name, file, plane, window, series)
 
   def upload_array(
     self, array: np.ndarray, affine: np.ndarray, name: str = "array", plane: str = "axial",
@@ -166,8 +170,11 @@ class Client:
     """Sends voxels [i, j, k] of real numbers; affine: [4, 4], to millimetres, RAS+."""
     return self._uploaded(f"{name}.nii.gz", io.BytesIO(nifti_bytes(array, affine)), plane, window)
 
-  def _uploaded(self, name: str, file: IO[bytes], plane: str, window: str) -> Volume:
+  def _uploaded(
+    self, name: str, file: IO[bytes], plane: str, window: str, series: str | None = None
+  ) -> Volume:
     query = {"name": name, "plane": plane, "window": window}
+    query |= {} if series is None else {"series": series}
     return Volume(self, self._send("POST", "/uploads", query, file))
 
   def _send(

@@ -149,7 +149,7 @@ def test_the_page_opens_an_archive_and_saves_dicom(study, tmp_path):
   from rfmedsam2_jax.serve.app import make_app
   from rfmedsam2_jax.serve.studio import Studio
 
-  studio = Studio(MODEL, drawn(), TrackingConfig(), keep=2, max_voxels=10**6)
+  studio = Studio(MODEL, drawn(), TrackingConfig(), keep=4, max_voxels=10**6)
   client = TestClient(make_app(Pages(studio, study, 1 << 24, "small"), "127.0.0.1", "t0ken"),
                       "http://127.0.0.1:8765", headers={"Authorization": "Bearer t0ken"})
   assert {"patient.nii.gz", "patient/ct", "packed.zip"} <= set(client.get("/api/v1/server").json()[
@@ -160,6 +160,11 @@ def test_the_page_opens_an_archive_and_saves_dicom(study, tmp_path):
   nifti = client.post("/api/v1/volumes", json={"file": "patient.nii.gz"}).json()["volume"]
   several = client.post("/api/v1/volumes", json={"file": "packed.zip"})
   assert several.status_code == 400 and "packed.zip: has 2 series" in several.json()["error"]
+  # Which one it is may be said.
+  chosen = client.post("/api/v1/volumes", json={"file": "packed.zip", "series": "CT"}).json()
+  packed = (study / "packed.zip").read_bytes()
+  also = client.post("/api/v1/uploads?name=packed.zip&series=CT", content=packed).json()
+  assert chosen["shape"] == also["shape"] == sent.json()["shape"]
   for volume in (sent.json()["volume"], nifti):
     prompt = {"label": 2, "box": [[3, 4, 4], [3, 12, 12]]}
     asked = {"prompts": [prompt], "space": "zyx"}

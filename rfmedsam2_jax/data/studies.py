@@ -83,15 +83,15 @@ def chosen(
     if len(found) == 1:
       return found[0], ""
     what = f"{len(found)} series" if found else "no series"
-    raise UserError(f"{path}: has {what} that --series {asked} names; it has "
+    raise UserError(f"{path}: has {what} that '{asked}' names; it has "
                     f"{some(every, _LISTED)}")
   if len(every) == 1:
     return every[0], ""
   alike = [one for one in every if modality and one.modality == modality]
   if len(alike) == 1:
     return alike[0], f"of {len(every)} series the one of {modality} is taken, {alike[0]}"
-  raise UserError(f"{path}: has {len(every)} series, {some(every, _LISTED)}; choose one by "
-                  f"--series with its number, UID, description or modality{advice}")
+  raise UserError(f"{path}: has {len(every)} series, {some(every, _LISTED)}; choose one "
+                  f"(series) by its number, UID, description or modality{advice}")
 
 
 def _by_uid(headers: Mapping[Path, Any]) -> list[Series]:

@@ -100,7 +100,7 @@ class Pages:
   ) -> schema.Volume:
     try:
       window = parse_window(asked.window)
-      key, opened = self.studio.open(path, name, asked.plane, window)
+      key, opened = self.studio.open(path, name, asked.plane, window, asked.series)
     except (UserError, OSError) as error:
       raise UserError(str(error).replace(str(path), name).replace(f"{place}/", "")) from None
     return _volume(key, opened)

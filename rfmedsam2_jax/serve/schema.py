@@ -31,6 +31,9 @@ class _Settings(_Asked):
     "percentiles", max_length=100,
     description="intensities that SAM 2 sees: a name (soft-tissue, liver, lung, bone, brain), "
     "CENTRE,WIDTH, or percentiles of the volume")
+  series: str | None = pydantic.Field(
+    None, max_length=200, description="which series of a DICOM study: its number, UID, "
+    "description or modality; a refusal lists them")
 
 
 class Open(_Settings):

@@ -61,12 +61,13 @@ class Studio:
     threading.Thread(target=self._compute, args=(prepare,), daemon=True, name="compute").start()
 
   def open(
-    self, path: Path, name: str, plane: Plane, window: tuple[float, float] | None
+    self, path: Path, name: str, plane: Plane, window: tuple[float, float] | None,
+    series: str | None = None,
   ) -> tuple[str, Opened]:
     """Reads a volume, one at a time to bound memory; UserError as `load_image`, or for its size."""
     with self._reading:
       check_volume(path, self._max_voxels)
-      volume = load_image(path)
+      volume = load_image(path, series=series)
       prompted = PromptedVolume(
         self._model, self._params, volume, self._config, plane, window,
         lambda done, total: opened.report(done, total), self._zoom,

@@ -57,9 +57,9 @@ def test_a_series_is_chosen_by_uid_number_description_or_modality(place, asked, 
 
 @pytest.mark.parametrize(("asked", "says"), [
   (None, "has 3 series, 2 ('Abdomen 5.0', CT, 6 files, 1.2.31), 3 ("),
-  ("abdomen", "has 2 series that --series abdomen names; it has 2 ('Abdomen"),
-  ("CT", "has 2 series that --series CT names"), ("4", "has no series that --series 4 names"),
-  ("", "has no series that --series  names"),
+  ("abdomen", "has 2 series that 'abdomen' names; it has 2 ('Abdomen"),
+  ("CT", "has 2 series that 'CT' names"), ("4", "has no series that '4' names"),
+  ("", "has no series that '' names"),
 ])
 def test_the_refusal_lists_the_series(place, asked, says):
   with pytest.raises(UserError) as error:

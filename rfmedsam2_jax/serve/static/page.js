@@ -141,9 +141,16 @@ async function open() {
   if (job) throw new Error("a tracking runs; cancel it or wait");
   const upload = $("upload").files[0];
   say("reading ...");
-  const settings = [$("plane").value, $("window").value || $("custom").value];
-  volume = upload ? await server.upload(upload, ...settings)
-    : await server.open($("file").value, ...settings);
+  const settings = { plane: $("plane").value, window: $("window").value || $("custom").value };
+  if ($("series").value) settings.series = $("series").value;
+  try {
+    volume = upload ? await server.upload(upload, settings)
+      : await server.open($("file").value, settings);
+  } catch (error) {
+    // A study of several, which the error lists.
+    if (/choose one \(series\)/.test(error.message)) $("study").hidden = false;
+    throw error;
+  }
   prompts = new Prompts();
   found = false;
   ({ structures } = volume);

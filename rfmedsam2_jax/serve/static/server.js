@@ -27,9 +27,10 @@ const post = (path, value) => json(path, {
 const bytes = async (path) => new Uint8Array(await (await ask(path)).arrayBuffer());
 
 export const start = () => json("server");
-export const open = (file, plane, window) => post("volumes", { file, plane, window });
-export const upload = (file, plane, window) => json(
-  `uploads?${new URLSearchParams({ name: file.name, plane, window })}`,
+// Settings: plane, window, and series where one of a study is meant.
+export const open = (file, settings) => post("volumes", { file, ...settings });
+export const upload = (file, settings) => json(
+  `uploads?${new URLSearchParams({ name: file.name, ...settings })}`,
   { method: "POST", body: file },
 );
 export const image = (volume, slice, plane) => bytes(
