@@ -16,8 +16,9 @@ from rfmedsam2_jax.evaluation.scores import evaluate_folders
 from rfmedsam2_jax.parallel.mesh import MeshConfig, make_mesh
 from rfmedsam2_jax.parallel.rules import place, whole
 from rfmedsam2_jax.report import contact_sheet
-from rfmedsam2_jax.training import loop, validation
+from rfmedsam2_jax.training import loop, time_spent, validation
 from rfmedsam2_jax.training.compiled import products_of
+from rfmedsam2_jax.training.time_spent import TimeSpent
 
 LABELS = Labels((Structure("left", (1,)), Structure("right", (2,))), False, (1, 2), ignore=9)
 AFFINE = np.diag([-2.0, 1.5, 3.0, 1.0])
@@ -51,13 +52,14 @@ def cases(tmp_path, monkeypatch):
                tmp_path / "labels" / f"{name}.nii.gz") for name in truth]
 
 
-def log_of(tmp_path, held_out, told):
+def log_of(tmp_path, held_out, told, began=0.0):
   run = RunFolder(tmp_path / "run")
   run.path.mkdir()
   training = loop.Training(run, None, 0, held_out, {}, told.append, False)
   settings = types.SimpleNamespace(loop=LoopConfig(steps=40))
   phase = types.SimpleNamespace(name="refiner", samples={"slices": 8}, settings=settings)
-  return loop._Log(training, phase, 0, 1e12, validation.Ranking(run, "refiner", 0)), run
+  ranking, spent = validation.Ranking(run, "refiner", 0), TimeSpent(began - 40.0, began)
+  return loop._Log(training, phase, 0, 1e12, ranking, spent), run
 
 
 def test_scores_are_those_of_evaluate_and_the_one_that_ranks_is_named(cases, tmp_path):
@@ -107,17 +109,18 @@ def test_pictures_leave_ignored_voxels_out_of_their_dice():
 
 def test_validation_is_no_time_of_training(tmp_path, monkeypatch):
   now = [0.0]
-  monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+  for module in (loop, time_spent):
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
   told = []
   log, run = log_of(tmp_path, [], told)
   log._kept.append({"loss": np.float32(1)})
   now[0] += 10
-  with log.apart():
+  with log._spent.on("validation"):
     now[0] += 30
   log._line(20)
   (line,) = run.logged()
   assert line["steps_per_second"] == 2 and line["slices_per_second"] == 16
-  assert line["tflops_per_device"] == 2
+  assert line["tflops_per_device"] == 2 and line["goodput"] == 10 / 80  # compiled for 40 s
   assert "0:40 left" in told[-1]  # 20 steps more, and as much validation
 
 

@@ -28,6 +28,7 @@ from rfmedsam2_jax.training.compiled import products_of
 from rfmedsam2_jax.training.phases import Phase
 from rfmedsam2_jax.training.state import TrainState
 from rfmedsam2_jax.training.telemetry import Telemetry
+from rfmedsam2_jax.training.time_spent import TimeSpent
 from rfmedsam2_jax.training.validation import RANKED_BY, Ranking, score_stages
 
 
@@ -56,6 +57,7 @@ def train_phase(
     UserError: the loss is not finite.
     Stopped: after SIGTERM, when everything is saved.
   """
+  entered = time.monotonic()
   run, loop, name = training.run, phase.settings.loop, phase.name
   checkpoints = Checkpoints(run.checkpoints(name), loop.keep_checkpoints, loop.keep_best)
   with contextlib.closing(checkpoints):
@@ -70,7 +72,8 @@ def train_phase(
       return state
     with _listening() as stop_after, contextlib.ExitStack() as stack:
       compiled = _compiled(training, phase, state)
-      log = _Log(training, phase, start, products_of(compiled), ranking)
+      spent = TimeSpent(entered, time.monotonic())
+      log = _Log(training, phase, start, products_of(compiled), ranking, spent)
       stack.callback(log.telemetry.close)
       steps = log.steps(state, compiled, cases)
       for step, state in steps:
@@ -78,13 +81,14 @@ def train_phase(
         validates = bool(training.held_out and every) and step % every == 0
         if validates and segmenter is not None:
           log.check(step)
-          with log.apart():
+          with spent.on("validation"):
             networks: Any = {phase.network: phase.final(state, training.mesh)}
             score = log.validation(step, dataclasses.replace(segmenter, **networks))
         asked, last = stop_after(step), step == loop.steps
         if asked or last or validates or step % loop.checkpoint_every == 0:
           log.check(step)
-          checkpoints.save(step, state, score)
+          with spent.on("saving"):
+            checkpoints.save(step, state, score)
         if asked and not last:
           checkpoints.wait()
           raise Stopped(f"{run.path}: stopped by SIGTERM; the {name} is saved at step {step} of "
@@ -125,13 +129,16 @@ def _compiled(training: Training, phase: Phase, state: TrainState) -> Any:
 class _Log:
   """What is told of the steps of a phase: in log.jsonl, in TensorBoard and on the way."""
 
-  def __init__(self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking):
+  def __init__(
+    self, training: Training, phase: Phase, start: int, flops: float, ranking: Ranking,
+    spent: TimeSpent,
+  ):
     self.start, self.stop = start, phase.settings.loop.steps
     self.telemetry = Telemetry(training.run, phase.name, phase.samples, flops, training.profile)
     self._training, self._phase, self._ranking = training, phase, ranking
+    self._spent = spent
     self._progress = Progress(f"{phase.name}: step", training.report)
     self._progress(start, self.stop)
-    self._began, self._apart = time.monotonic(), 0.0
     self._kept: list[dict[str, jax.Array]] = []  # metrics, from one line of the log to the next
     # Steps whose loss may not be finite: number, metrics, the cases that they come from.
     self._unchecked: list[tuple[int, dict[str, jax.Array], list[str]]] = []
@@ -144,7 +151,8 @@ class _Log:
     rows = local_rows(mesh, settings.batch_size)
     batches = self._phase.batches(self._training.run.path, cases, rows, self.start)
     for done, step in enumerate(range(self.start + 1, self.stop + 1)):
-      batch = dict(next(batches))
+      with self._spent.on("waiting"):
+        batch = dict(next(batches))
       drawn = [cases[i] for i in batch.pop("case")]
       self.telemetry.before(done)
       state, metrics = compiled(state, place_batch(batch, mesh))
@@ -158,26 +166,18 @@ class _Log:
         self._line(step)
       yield step, state
 
-  @contextlib.contextmanager
-  def apart(self) -> Iterator[None]:
-    """For what is no training: it does not count in the steps per second, nor in what is of them.
-
-    To be entered when no step is under way, see `check`.
-    """
-    began = time.monotonic()
-    yield
-    self._apart += time.monotonic() - began
-
   def _line(self, step: int) -> None:
     """Tells the means over the steps since the last line."""
     self.check(step)
-    done, seconds = step - self.start, time.monotonic() - self._began
-    rate = done / max(seconds - self._apart, 1e-6)
+    done, now = step - self.start, time.monotonic()
+    rate = done / self._spent.stepping(now)
     fetched, self._kept = jax.device_get(self._kept), []
     means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[-1]}
     values = means | {"steps_per_second": round(rate, 3)} | self.telemetry.measured(rate)
+    values |= self._spent.shares(now)
     self._write(step, values)
-    left = duration((self.stop - step) * seconds / done)  # with as much validation as so far
+    # With as much validation as so far.
+    left = duration((self.stop - step) * (now - self._spent.began) / done)
     self._training.report(f"{self._phase.name}: step {step}/{self.stop}  loss "
                           f"{values['loss']:.4f}  {rate:.2f} steps/s  {left} left")
 
