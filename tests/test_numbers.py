@@ -202,20 +202,24 @@ def test_a_report_reads_numbers_and_files_from_before_them(tmp_path):
 def test_other_formats_name_chosen_structures_alone(tiny_run, scans, tmp_path):
   image = sitk.ReadImage(str(sorted(scans.glob("*.nii.gz"))[0]))
   save_series(tmp_path / "ct", image)
+  predict(tiny_run, tmp_path / "ct", "--out", tmp_path / "all")
+  volumes = {name: said["volume_ml"]
+             for name, said in details_of(tmp_path / "all")["ct"]["structures"].items()}
+  largest = max(volumes, key=volumes.__getitem__)
   for form, *more in (("nrrd",), ("dicom-rtstruct",), ("dicom-seg", "--fast")):
     predict(tiny_run, tmp_path / "ct", "--out", tmp_path / form, "--format", form, "--structures",
-            "liver", "--min-volume", "0.7", *more)
+            largest, "--min-volume", "0.1", *more)
   reader = sitk.ImageFileReader()
   reader.SetFileName(str(tmp_path / "nrrd" / "ct.seg.nrrd"))
   reader.ReadImageInformation()
   assert [reader.GetMetaData(key) for key in reader.GetMetaDataKeys()
-          if key.startswith("Segment") and key.endswith("_Name")] == ["liver"]
+          if key.startswith("Segment") and key.endswith("_Name")] == [largest]
   seg = pydicom.dcmread(tmp_path / "dicom-seg" / "ct.seg.dcm")
-  assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["liver"]
+  assert [segment.SegmentLabel for segment in seg.SegmentSequence] == [largest]
   (how,) = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence
   assert how.AlgorithmParameters == "runs=tiny,slices=half"
   outlines = pydicom.dcmread(tmp_path / "dicom-rtstruct" / "ct.rtstruct.dcm")
-  assert [roi.ROIName for roi in outlines.StructureSetROISequence] == ["liver"]
+  assert [roi.ROIName for roi in outlines.StructureSetROISequence] == [largest]
   tables = [table_of(tmp_path / form) for form in ("nrrd", "dicom-rtstruct")]
   assert tables[0] == tables[1] and int(tables[0][0]["pieces"]) > 0
 
