@@ -121,7 +121,7 @@ def _agreement(predictions: Path, scores: "Scores") -> float | None:
     structures = read_json(predictions / f"{name}.json")["structures"]
     pairs += [(structures[key]["predicted_iou"], score.dice) for key, score in case.items()
               if structures[key]["predicted_iou"] is not None and score.dice == score.dice]
-  if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:
+  if not pairs or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
     return None
   return float(spearmanr(*zip(*pairs, strict=True))[0])
 

@@ -216,7 +216,8 @@ class PromptedVolume:
     for prompts in given:
       rounds = (*rounds, prompts)
       if cut is None:
-        look = functools.partial(self._look, prompts, values)
+        # First cuts of several sizes often lead to the same second one.
+        look = functools.cache(functools.partial(self._look, prompts, values))
         cut = first_cut(prompts, frame, self._zoom, look)
       partial = cut != whole(frame.shape)
       if partial and not cut.holds(*(found := frame.bounds([p for some in rounds for p in some]))):

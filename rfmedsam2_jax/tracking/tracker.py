@@ -111,9 +111,10 @@ class VolumeTracker:
     groups = np.array_split(range(len(moved)), -(-len(moved) // self._config.objects_per_batch))
     banks = [self._bank([moved[row] for row in rows], prompted) for rows in groups]
     ways = [(np.arange(start, self._depth), False), (np.arange(start, -1, -1), True)]
+    followed = self._followed(prompted, moved)
     # A volume that begins with the first prompted slice has no way back.
     batches = [
-      (chunk, np.array([self._runs(prompted, t, chunk) for t in moved]), reverse)
+      (chunk, followed[:, chunk], reverse)
       for slices, reverse in (ways if start > 0 else ways[:1])
       for chunk in np.split(slices, range(size, len(slices), size))
     ]
@@ -134,11 +135,15 @@ class VolumeTracker:
       self._progress(done, total)
       yield chunk, cells, reverse
 
-  def _runs(self, prompted: AllPrompted, track: int, slices: np.ndarray) -> list[bool]:
-    """On which slices a track is followed."""
-    own = [z for t, z in prompted if t == track]
-    low, high = (min(own), max(own)) if self._config.between else (0, self._depth)
-    return [low <= z <= high and z not in own for z in slices.tolist()]
+  def _followed(self, prompted: AllPrompted, moved: Sequence[int]) -> np.ndarray:
+    """On which slices tracks are followed, bool [N, D]: not where they are prompted."""
+    followed = np.ones((len(moved), self._depth), bool)
+    for row, track in enumerate(moved):
+      own = [z for t, z in prompted if t == track]
+      if self._config.between:
+        followed[row, : min(own)] = followed[row, max(own) + 1 :] = False
+      followed[row, own] = False
+    return followed
 
   def _collected(
     self, prompted: AllPrompted, added: set[tuple[int, int]], known: Tracks | None, arrived: Arrived

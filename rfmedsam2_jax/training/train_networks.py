@@ -165,11 +165,13 @@ def write_prompts(
     path = run / "prompts" / f"{identifier}.npy"
     if path.exists():
       return
-    stored = (load_case(run.prepared(segmenter.plan, for_generator), identifier)
-              for for_generator in (False, True))
-    prepared, seen = (
+    # Most generators see what the stages see: then there is one place, and it is read once.
+    places = dict.fromkeys(run.prepared(segmenter.plan, for_generator)
+                           for for_generator in (False, True))
+    stored = (load_case(place, identifier) for place in places)
+    prepared, *seen = (
       Prepared(np.asarray(case.image), case.window, case.restore) for case in stored)
-    made = run_generator(segmenter, prepared, report, seen)
+    made = run_generator(segmenter, prepared, report, *seen)
     with replacing(path) as temporary:
       np.save(temporary, made.prompts.logits)
 
