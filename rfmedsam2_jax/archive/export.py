@@ -5,12 +5,9 @@ Weights are float32 in safetensors, bit for bit those of the run. The same run g
 """
 
 import dataclasses
-import json
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pydantic
 
 from rfmedsam2_jax.archive.card import card_of
 from rfmedsam2_jax.archive.manifest import (
@@ -20,6 +17,7 @@ from rfmedsam2_jax.archive.manifest import (
   NAME,
   Manifest,
   entry_of,
+  json_bytes,
   read_manifest,
 )
 from rfmedsam2_jax.archive.portable import check_portable, portable_config, portable_fingerprint
@@ -102,7 +100,7 @@ def export(
   files = contents.files | added | {CARD: words.encode(), LICENCE: text.encode()}
   manifest = dataclasses.replace(
     manifest, files={path: entry_of(content) for path, content in sorted(files.items())})
-  files = {NAME: _json(manifest), **dict(sorted(files.items()))}
+  files = {NAME: json_bytes(manifest), **dict(sorted(files.items()))}
   _check(files, run, by_hand, licence)
   report(Passing(f"writing {out}"))
   with replacing(out) as temporary:
@@ -153,9 +151,9 @@ def _contents(source: str | Path, run: RunFolder, checkpoint: Path | None) -> _C
     model = load(source)
     config, plan = load_config(run.config, trained=True), model.plan
     networks = ["generator", "refiner", *(["tracker"] if tracker.exists() else [])]
-    files["plan.json"] = _json(plan)
+    files["plan.json"] = json_bytes(plan)
     if model.fingerprint is not None:
-      files["fingerprint.json"] = _json(portable_fingerprint(model.fingerprint))
+      files["fingerprint.json"] = json_bytes(portable_fingerprint(model.fingerprint))
     structures = [[s.name, s.values] for s in plan.labels.structures]
     about = {"generator": generator_json(model.unet, len(plan.channels), structures)}
     files["generator/params.safetensors"] = _weights(model.generator, about)
@@ -169,7 +167,7 @@ def _contents(source: str | Path, run: RunFolder, checkpoint: Path | None) -> _C
     config = portable_config(config)
     files["config.yaml"] = config_yaml(config).encode()
   if (run / "versions.json").is_file():
-    files["versions.json"] = _json(read_json(run / "versions.json"))
+    files["versions.json"] = json_bytes(read_json(run / "versions.json"))
   return _Contents(config, plan, files, tuple(networks), model, followed)
 
 
@@ -224,8 +222,3 @@ def _read(path: Path) -> str:
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, "strerror", None) or "is not text"
     raise UserError(f"{path}: {reason}; give a file of text") from None
-
-
-def _json(value: Any) -> bytes:
-  plain = pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
-  return (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode()

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 from pathlib import PurePosixPath
+from typing import Any
 
 import pydantic
 
@@ -66,3 +68,9 @@ def read_manifest(content: bytes) -> Manifest:
   if found.format != FORMAT:
     raise ValueError(f"its format is {found.format}, this version reads {FORMAT}")
   return found
+
+
+def json_bytes(value: Any) -> bytes:
+  """A JSON file of an archive, of a dataclass or of plain values."""
+  plain = pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
+  return (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode()

@@ -6,7 +6,6 @@ runs them without this package and compares with `check.safetensors` on whatever
 """
 
 import importlib.metadata
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from safetensors.numpy import save
 
 from rfmedsam2_jax.archive import program_functions as functions
 from rfmedsam2_jax.archive import run_programs
-from rfmedsam2_jax.archive.manifest import entry_of
+from rfmedsam2_jax.archive.manifest import entry_of, json_bytes
 from rfmedsam2_jax.archive.program_checks import SIZES, TOLERANCE, check_input, sized
 from rfmedsam2_jax.archive.program_functions import Function, Given, Named, Part
 from rfmedsam2_jax.base.errors import UserError
@@ -86,7 +85,7 @@ def program_files(
   of_weights = {about["weights"] for about in listed.values()}
   hashed = files | {path: content for path, content in weights.items() if path in of_weights}
   files[RUNNER] = Path(run_programs.__file__).read_bytes()
-  files[MANIFEST] = _json({
+  files[MANIFEST] = json_bytes({
     "format": FORMAT,
     "made_with": {x: importlib.metadata.version(x) for x in ("rfmedsam2-jax", "jax", "jaxlib")},
     "calling_convention_version": exported["cpu"].calling_convention_version,
@@ -213,7 +212,3 @@ def _check_packages() -> None:
   except ImportError:
     raise UserError("--programs: needs flatbuffers, with which JAX writes programs; pip install "
                     "'rfmedsam2-jax[programs]'") from None
-
-
-def _json(value: Any) -> bytes:
-  return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
