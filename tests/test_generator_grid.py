@@ -75,7 +75,8 @@ def test_first_prompts_are_the_coarse_masks_between_slices_and_pixels(monkeypatc
     plan, UNet(UNetConfig(), 3), {}, MODEL, None, RefinementConfig())
   seen, prepared = (types.SimpleNamespace(image=np.zeros((1, *shape), np.float32))
                     for shape in (coarse_shape, (depth, 44, 30)))
-  made = segmenter_lib.run_generator(owner, prepared, seen=seen)
+  made = segmenter_lib.first_prompts(
+    owner, prepared, segmenter_lib.run_generator(owner, prepared, seen=seen))
   odds = np.moveaxis(np.asarray(stage0_logits(jnp.asarray(slab), False)), -1, 0)
   for organ, mine in enumerate(odds):
     inside, outside = (zoomed(expit(sign * np.float64(mine)), (depth, 44, 30)) for sign in (1, -1))
