@@ -25,7 +25,7 @@ from rfmedsam2_jax.segmentation.structures import structure_details
 
 SHAPE = 6, 60, 48
 WINDOW = np.array([[-1, 2]], np.float32)
-LABELS = Labels((Structure("a", (1,)), Structure("b", (2,))), False, (0, 1, 2))
+LABELS = Labels((Structure("a", (1,)), Structure("b", (2,))), False, (1, 2))
 
 
 def prepared_of(array):
