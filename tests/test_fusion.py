@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rfmedsam2_jax.data.cuts import whole
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig, StageResult, blended, fuse
-from rfmedsam2_jax.data.cuts import whole
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
 from rfmedsam2_jax.segmentation.segmenter import label_map
 

@@ -82,7 +82,8 @@ def test_a_structure_is_refined_as_if_the_volume_ended_where_its_cut_does(scan):
 def test_cuts_hold_what_is_shown_beside_what_was_found(scan):
   array, odds = scan
   prepared, model = prepared_of(array), model_of(1.25)
-  given = [GivenPrompt(0, 3, box=np.array([40, 2, 45, 9])), GivenPrompt(1, 0, points=((20, 30, 1),))]
+  given = [GivenPrompt(0, 3, box=np.array([40, 2, 45, 9])),
+           GivenPrompt(1, 0, points=((20, 30, True),))]
   shown = segmenter_lib.shown_by(given, 2, SHAPE[1:])
   assert np.argwhere(shown[0]).min(axis=0).tolist() == [2, 40]
   assert np.argwhere(shown[0]).max(axis=0).tolist() == [9, 45]

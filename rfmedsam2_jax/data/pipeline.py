@@ -229,7 +229,7 @@ class _RunSample:
     masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), side)
     known = np.broadcast_to(resize_area(annotated, side), masks.shape)
     # Of the truth as it is: on the grid of masks thin structures fill no pixel by half.
-    present = truth.any(axis=(1, 2)).T[structures] & inside
+    present = np.asarray(truth.any(axis=(1, 2))).T[structures] & inside
     absent = ~present & annotated.all(axis=(1, 2)) & inside
     expected = (truth.shape[-1], depth, side, side)
     if prompts is not None and prompts.shape != expected:

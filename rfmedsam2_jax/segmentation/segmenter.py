@@ -207,8 +207,8 @@ def first_prompts(
     fine = _on_slices(mine, shape)
     cut = whole(shape[1:])
     if config.zoom:
-      found = (fine > 0).any(axis=0)
-      place = bounds([found] if shown is None else [found, shown[organ]])
+      found = [np.asarray((fine > 0).any(axis=0))]
+      place = bounds(found if shown is None else [*found, shown[organ]])
       if place is not None:
         cut = around(*place, config.zoom, np.array(prepared.spacing[1:]), shape[1:])
     seen = resize_linear(cut.of(fine, -LOGIT_LIMIT), side)
