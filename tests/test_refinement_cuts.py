@@ -16,9 +16,10 @@ from rfmedsam2_jax.data.augmentation import transform_slices
 from rfmedsam2_jax.data.cuts import Cut
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore
+from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.refinement import refine as refine_lib
-from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
+from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, with_given
 from rfmedsam2_jax.segmentation import segmenter as segmenter_lib
 from rfmedsam2_jax.segmentation.segmenter import Segmentation, Segmenter, first_prompts, refine
 from rfmedsam2_jax.segmentation.structures import structure_details
@@ -95,6 +96,18 @@ def test_cuts_hold_what_is_shown_beside_what_was_found(scan):
   # Nothing was found and nothing is shown: all of the slice.
   nothing = first_prompts(model, prepared, np.full_like(odds, -8.0))
   assert set(nothing.cuts) == {Cut(0, 0, *SHAPE[1:])}
+
+
+def test_a_mask_by_hand_lies_in_the_cut_as_its_box_does(scan):
+  array, odds = scan
+  model, mask = model_of(1.5), np.zeros(SHAPE[1:], np.float32)
+  mask[20:31, 24:34] = 1
+  made = first_prompts(model, prepared_of(array), odds)
+  given = [GivenPrompt(0, 2, mask=mask), GivenPrompt(0, 3, box=np.array([24, 20, 33, 30]))]
+  prompts = with_given(made.prompts, given, made.cuts, SIDE, SIDE // 4, resize_linear)
+  np.testing.assert_allclose(prompts.boxes[0, 2], prompts.boxes[0, 3], rtol=1e-6)
+  seen = resize_linear(made.cuts[0].of(mask)[None], SIDE // 4)[0]
+  np.testing.assert_array_equal(prompts.logits[0, 2] > 0, seen > 0.5)
 
 
 def test_a_box_that_is_told_lies_where_the_mask_did(scan):

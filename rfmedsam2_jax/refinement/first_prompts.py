@@ -68,7 +68,8 @@ class GivenPrompt:
   """One prompt of a person for structure `organ` on slice `slice` of the prepared grid.
 
   box: x0 y0 x1 y1, inclusive, points: ((x, y, is_inside), ...), both real voxels of the slice.
-  mask: bool [H, W] of the slice.
+  mask: real [H, W], which share of each voxel is the structure's; `box` is around it, or None for
+  that of the voxels above one half.
   """
 
   organ: int
@@ -90,7 +91,7 @@ def shown_by(
     for x0, y0, x1, y1 in np.clip(np.rint(places).astype(int), 0, None).tolist():
       shown[prompt.organ, y0 : y1 + 1, x0 : x1 + 1] = True
     if prompt.mask is not None:
-      shown[prompt.organ] |= prompt.mask
+      shown[prompt.organ] |= prompt.mask > 0
   return shown
 
 
@@ -122,8 +123,9 @@ def with_given(
       share = resize(seen.astype(np.float32), mask_side)[0]
       # A person's mask is certain; a soft edge keeps what lies between pixels.
       new.logits[cell] = np.clip((share - 0.5) * 2 * LOGIT_LIMIT, -LOGIT_LIMIT, LOGIT_LIMIT)
-      boxes, found = scaled_boxes(seen, side, 0.0)
-      box = boxes[0] if found[0] else None
+      if box is None:
+        boxes, found = scaled_boxes(seen > 0.5, side, 0.0)
+        box = boxes[0] if found[0] else None
     if box is not None:
       new.boxes[cell] = box
       new.has_box[cell] = new.fixed_boxes[cell] = True

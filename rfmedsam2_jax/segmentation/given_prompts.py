@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data.cuts import bounds
 from rfmedsam2_jax.data.datasets import Labels, load_labels
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore
 from rfmedsam2_jax.data.prompt_entries import PromptEntry
+from rfmedsam2_jax.data.resampling import antialiased_matrix, apply_separable
 from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
@@ -67,10 +69,16 @@ def _of_labels(labels: Labels, restore: Restore, sparse: np.ndarray) -> Iterator
   """Masks of the slices that a sparse label map int [z, y, x] has labels on."""
   # Sparse slices would be lost in resampling, so each is brought over by itself.
   moved = sparse[tuple(map(slice, restore.lower, restore.upper))].transpose(restore.order)
+  matrices = [None if a == b else antialiased_matrix(a, b) for a, b in zip(
+    moved.shape[1:], restore.prepared_shape[1:], strict=True)]
+  scale = np.divide(restore.prepared_shape[1:], moved.shape[1:])
   for native in np.flatnonzero(moved.any(axis=(1, 2))):
     place = (native + 0.5) * restore.prepared_shape[0] / moved.shape[0] - 0.5
     at = int(np.clip(np.rint(place), 0, restore.prepared_shape[0] - 1))
     for organ, structure in enumerate(labels.structures):
       mask = np.isin(moved[native], structure.values)
-      if mask.any():
-        yield GivenPrompt(organ, at, mask=mask)
+      if (found := bounds([mask])) is not None:
+        # Outer edges of the voxels, which mean the same on every grid.
+        (y0, x0), (y1, x1) = found[0] * scale, (found[1] + 1) * scale - 1
+        yield GivenPrompt(organ, at, np.array([x0, y0, x1, y1]),
+                          mask=apply_separable(mask.astype(np.float32), matrices))
