@@ -117,7 +117,8 @@ def with_given(
     new.given[cell], new.presence[cell] = True, 1.0
     box = None
     if prompt.box is not None:
-      box = boxes_to_square(np.asarray(prompt.box) - np.tile(corner, 2), *cut.shape, side)
+      inner = np.asarray(prompt.box, np.float32) - np.tile(corner, 2)
+      box = boxes_to_square(inner, *cut.shape, side)
     if prompt.mask is not None:
       seen = cut.of(prompt.mask[None])
       share = resize(seen.astype(np.float32), mask_side)[0]
