@@ -1,4 +1,4 @@
-"""Results of accuracy runs as small JSON files, and tables that compare them case by case.
+r"""Results of accuracy runs as small JSON files, and tables that compare them case by case.
 
 python benchmarks/accuracy/results.py score WORK DATASET --out FILE.json    a run of nnunet.py
 python benchmarks/accuracy/results.py table FILE.json ... [--against NAME] [--group PATTERN]
