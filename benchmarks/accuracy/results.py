@@ -7,8 +7,8 @@ python benchmarks/accuracy/results.py stages FILE.json ... [--group PATTERN]
 A file holds what was run, seconds by part, and the scores of every stage (rfmedsam2_jax's
 `evaluate`, the same for all). `table` prints means over the cases and, against one of them, the
 mean paired differences of Dice and HD95 with their 95 % intervals: 10,000 resamplings of the cases,
-seed 0. With a group (data.split.group, as in patient\d+) whole groups are drawn. `stages` prints one
-line per file: what its last stage has more than its own stage 0.
+seed 0. With a group (as `data.split.group`) whole groups are drawn. `stages` prints one line per
+file: what its last stage has more than its own stage 0.
 """
 
 import argparse
