@@ -44,8 +44,7 @@ def _nifti(path: Path) -> Witnessed:
   kind = nib.Nifti2Image if content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
   image = kind.from_bytes(content)
   array = np.asarray(image.dataobj)
-  shape = array.shape
-  if array.ndim == 4 and shape[3] == 1:
+  while array.ndim > 3 and array.shape[-1] == 1:
     array = array[..., 0]
   if array.ndim != 3:
     raise ValueError(f"{array.ndim} axes")
