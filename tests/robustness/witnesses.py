@@ -8,6 +8,7 @@ and zlib.
 
 import contextlib
 import gzip
+import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,11 @@ def _nifti(path: Path) -> Witnessed:
   scale = {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)
   affine = image.affine
   with contextlib.suppress(RuntimeError):  # of types of voxels, and axes, that ITK does not have
-    affine = np.diag([1 / scale, 1 / scale, 1 / scale, 1]) @ _affine(sitk.ReadImage(str(path)))
+    with tempfile.TemporaryDirectory() as folder:  # ITK does not read every name
+      ending = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+      (link := Path(folder) / f"scan{ending}").symlink_to(path.absolute())
+      seen = _affine(sitk.ReadImage(str(link)))
+    affine = np.diag([1 / scale, 1 / scale, 1 / scale, 1]) @ seen
   return _turned(array, affine, scale)
 
 
