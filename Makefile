@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Processes that share the tests; each may need 4 GiB.
 JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+# Files in the order of tests/conftest.py, and not those with many tests first, however short.
+PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-full lint docs clean
 

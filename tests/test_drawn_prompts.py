@@ -82,6 +82,7 @@ def test_previous_logits_else_the_box_and_discs_of_points_over_both():
     np.testing.assert_allclose(found.mask[number], by_hand(**case), atol=1e-5, err_msg=str(case))
 
 
+@pytest.mark.slow
 def test_tracker_and_stages_decode_what_is_drawn_alike_and_others_draw_nothing(monkeypatch):
   params, cells = drawn(DRAWS), packed(CASES)
   rng, count, grid, width = np.random.default_rng(1), len(CASES), SMALL.grid, SMALL.d_model

@@ -50,6 +50,7 @@ def trained(converted, tiny_config, tmp_path_factory):
   return folder / "run"
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_the_checkpoints_and_adapters_are_trained(trained, converted):
   start = flatten_dict(load_checkpoint(converted).params)
   config, params, _ = load_checkpoint(trained / "refiner" / "params")

@@ -87,6 +87,7 @@ def test_a_mask_adapter_alone_corrects_as_beside_a_decoder_that_is_silent():
     assert relative(ours.logits[live], theirs.logits[live]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_stream_hears_its_mask_adapter():
   """Trained as `neighbours`, it adds the same to its masks."""
   params = drawn(CORRECTED.config)

@@ -71,6 +71,7 @@ def assert_same(outputs, live, expected, tolerance=1e-5):
     assert error < tolerance, (name, error)
 
 
+@pytest.mark.slow
 def test_masked_neighbours_equal_the_neighbours_that_exist():
   """Two stages; pinned points 1 to 5 and 8 to 10 as a plain loop over cells."""
   params, cells = params_of(), start_cells()

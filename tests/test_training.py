@@ -117,6 +117,7 @@ class _Killed(Exception):
   pass
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_off_resumes_to_the_same_parameters_bit_for_bit(
   tiny_run, tiny_config, tmp_path, monkeypatch, capsys
 ):
@@ -209,6 +210,7 @@ def test_cases_that_a_file_of_splits_leaves_out_are_said(
     assert (line in capsys.readouterr().err) == said
 
 
+@pytest.mark.slow
 def test_the_mask_adapter_is_trained_first_and_alone(tiny_config, tmp_path, monkeypatch, capsys):
   """Terminated on the way, with the same result; the refiner, without a step, is left with it."""
   before = Telemetry.before

@@ -134,6 +134,7 @@ class LowRankAdapters(AdapterConfig):
   after_attention = LowRank
 
 
+@pytest.mark.slow
 def test_an_adapter_of_ones_own_stands_in_the_places_of_ours_starts_as_itself_and_is_trained():
   plain = dataclasses.replace(SMALL, adapters=AdapterConfig(dwconv=False, cnn=False))
   own = dataclasses.replace(SMALL, adapters=LowRankAdapters(cnn=False, width=2))

@@ -8,6 +8,7 @@ so that the devices' order is not that of one slice. With DISTRIBUTED=HOST:PORT,
 "auto" and PROCESSES, the devices are those of several processes.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -26,10 +27,11 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from small_sam2 import MODEL, SIDE, drawn
+from small_sam2 import SIDE, SMALL, drawn
 
 from rfmedsam2_jax.config.tracker import TrackerConfig
 from rfmedsam2_jax.config.training import GeneratorConfig, OptimizerConfig, RefinerConfig
+from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.parallel import hosts, rules
 from rfmedsam2_jax.parallel.mesh import (
@@ -51,6 +53,8 @@ from rfmedsam2_jax.training.step import (
 from rfmedsam2_jax.training.tracker_step import tracker_loss_fn
 
 BEGAN = time.time()
+# One layer of the decoder is spread as two are, and compiles in less time.
+MODEL = SAM2(dataclasses.replace(SMALL, decoder_depth=1))
 STEPS, BATCH = 5, 8
 STAGES = int(os.environ.get("STAGES", "1"))
 # Not Adam: where a gradient is zero but for rounding (biases before a norm), it makes of any
@@ -98,7 +102,7 @@ def refiner():
     "inside": inside,
     "depth": np.arange(5, 5 + BATCH, dtype=np.int32),
   }
-  return drawn(), refiner_loss_fn(MODEL, config, refinement), batch
+  return drawn(MODEL.config), refiner_loss_fn(MODEL, config, refinement), batch
 
 
 def tracker():
@@ -113,7 +117,7 @@ def tracker():
     "images": rng.random((BATCH, 3, SIDE, SIDE, 3), np.float32),
     "objects": objects, "has": objects.any((2, 3, 4)),
   }
-  return drawn(), tracker_loss_fn(MODEL, config), batch
+  return drawn(MODEL.config), tracker_loss_fn(MODEL, config), batch
 
 
 def run(params, trained, loss, batch, mesh: Mesh, microbatches: int = 1) -> dict:
