@@ -120,6 +120,8 @@ def _opened(scheme: str, process: int) -> Any:
   """One for every process: they do not survive a fork."""
   import fsspec
   name, package, extra = _SYSTEMS[scheme]
+  # Else gcsfs asks, by another protocol, of what kind every bucket is, for a minute if it may not.
+  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   # Other processes write there too. Of the process, so that Orbax's own has this setting as well.
   fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
   try:
