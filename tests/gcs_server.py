@@ -80,6 +80,8 @@ def environment(address: str) -> dict[str, str]:
     "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nothing",
     "GOOGLE_CLOUD_PROJECT": "test",
     "FSSPEC_GCS_TOKEN": "anon",
+    # As base.storage has it; where gcsfs is imported before.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
   }
 
 
