@@ -1,7 +1,7 @@
 """A run in a bucket: trained, killed, resumed on two hosts, used for prediction.
 
-Hosts are processes with a disk each. The bucket is gcs_server's; Orbax, TensorStore and gcsfs ask it
-with the variables that they have for that.
+Hosts are processes with a disk each. The bucket is gcs_server's; Orbax, TensorStore and gcsfs are
+told of it by the variables that they have for that.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from tiny_config import TINY
 from rfmedsam2_jax.base import storage
 from rfmedsam2_jax.base.addresses import ENVIRONMENT
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 
 # Every part of a run, but that only the generator is trained: compiling is what takes long.
 QUICK = TINY | {
@@ -36,7 +37,7 @@ WORKER = Path(__file__).with_name("bucket_worker.py")
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory, phantoms):
-  """A server whose bucket `lab` has the phantoms and a config that trains on them, on two devices."""
+  """A server whose bucket `lab` has the phantoms and a config that trains on them."""
   if importlib.util.find_spec("gcsfs") is None:
     pytest.skip("the extra gcs is not installed")
   with gcs_server.serving() as server, pytest.MonkeyPatch.context() as patch:
@@ -73,6 +74,7 @@ def wait_for(server, name: str, process: subprocess.Popen) -> None:
   raise AssertionError(f"{name} never came")
 
 
+@pytest.mark.slow
 def test_a_run_is_killed_resumed_on_two_hosts_and_predicts(bucket, tmp_path, phantoms, capsys):
   first = start(tmp_path / "one")
   try:
@@ -103,9 +105,15 @@ def test_a_run_is_killed_resumed_on_two_hosts_and_predicts(bucket, tmp_path, pha
   for host in ("two_0", "two_1"):
     assert list((tmp_path / host).rglob("preprocessed/*_image.npy")), host
 
-  assert main(["predict", "gs://lab/run", "gs://lab/phantoms/imagesTs", "--out", "gs://lab/out"]) == 0
+  # What tracking and `init_from` read.
+  assert load_checkpoint("gs://lab/run/refiner/params").about["phase"] == "refiner"
+  predict = ["predict", "gs://lab/run", "gs://lab/phantoms/imagesTs", "--out", "gs://lab/out"]
+  assert main(predict) == 0
   written = [name for name in bucket.names("lab/out/") if name.endswith(".nii.gz")]
   assert len(written) == 2
   capsys.readouterr()
-  assert main(["predict", "gs://lab/run", "gs://lab/phantoms/imagesTs", "--out", "gs://lab/out"]) == 2
+  assert main(predict) == 2
   assert capsys.readouterr().err.startswith(f"rfmedsam2: gs://{written[0]}: exists already")
+  assert main(["train", "gs://lab/tiny.yaml", "--out", "gs://lab/run"]) == 2
+  assert capsys.readouterr().err == (
+    "rfmedsam2: gs://lab/run: holds a run; resume it or overwrite it\n")

@@ -39,8 +39,9 @@ def large_later(name: str, size: int) -> bool:
 def staged(place: str | Path) -> Path:
   """The copy of what lies at an address, whole and as it is now; any other path as it is.
 
-  That also of a copy that is written, of which another is read; one that is read is here already.
-  Of a run only what prediction and reports read. Nothing lies at the path where nothing lies at the address. UserError if that cannot be known.
+  Also of a copy that is written, of which another one is read; one that is read is here already. Of
+  a run only what prediction and reports read. Nothing lies at the path where nothing lies at the
+  address. UserError if that cannot be known.
   """
   if (address := address_of(place)) is None or is_copy(place, "read"):
     return Path(place)

@@ -35,8 +35,8 @@ class Stored:
 def replacing(path: str | Path) -> Iterator[Path]:
   """Gives a temporary name beside `path` that becomes `path` if the block ends without an error.
 
-  The name is hidden and keeps the ending, by which writers choose the format. What becomes of a copy
-  of a bucket's is uploaded first.
+  The name is hidden and keeps the ending, by which writers choose the format. What will be the copy
+  of a bucket's file is uploaded first.
   """
   path = copy_of(path, "written")
   path.parent.mkdir(parents=True, exist_ok=True)
