@@ -18,6 +18,8 @@ from rfmedsam2_jax.base.addresses import ENVIRONMENT, copy_of
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.files import replacing, replacing_whole
+from rfmedsam2_jax.training.checkpoints import latest_checkpoint
+from rfmedsam2_jax.training.lock import check_folder, open_run
 
 NEEDED = {"gs": ("gcsfs",), "emulated gs": ("gcsfs", "gcp_storage_emulator"),
           "s3": ("s3fs", "moto", "flask_cors")}
@@ -234,6 +236,36 @@ def test_a_holder_that_was_taken_for_gone_is_told(address, quick):
     assert told.wait(5)
   assert lines[0].startswith(f"{folder}: was taken over by another")
   assert b"given_back" not in storage.read(f"{folder}/.lease/00000099")  # it is not his
+
+
+@pytest.mark.parametrize("address", ["gs"], indirect=True)
+def test_the_folder_of_a_run_goes_from_host_to_host(address, tmp_path, monkeypatch):
+  place = f"{address}/run4"
+  with open_run(place, resume=False, overwrite=False) as run:
+    run.write("config.yaml", "{}")
+    storage.write(f"{place}/generator/checkpoints/2/large", b"Orbax'")
+    run.log("generator", 2, {"loss": 1.0})
+    run.sync()
+    run.log("generator", 3, {"loss": 0.5})  # and the host is gone: this was not sent
+
+  monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "another host"))
+  with pytest.raises(UserError, match="run4: holds a run; resume it"):
+    check_folder(place, resume=False, overwrite=False)
+  with open_run(place, resume=True, overwrite=False) as run:
+    assert [line["step"] for line in run.logged()] == [2]
+    run.log("generator", 4, {"loss": 0.4})
+    run.sync()
+    assert [line["step"] for line in run.logged()] == [2, 4]
+    assert not (run / "generator").exists()  # Orbax reads it where it lies
+    assert latest_checkpoint(run.checkpoints("generator")) is None  # it was never finished
+    storage.write(f"{place}/generator/checkpoints/2/commit_success.txt", b"")
+    assert latest_checkpoint(run.checkpoints("generator")) == run.checkpoints("generator") / "2"
+
+  with open_run(place, resume=False, overwrite=True) as run:
+    assert storage.objects(place) == {} and run.logged() == []
+    run.lost = "gs://lab/run4: was taken over"
+    with pytest.raises(UserError, match="was taken over"):
+      run.sync()
 
 
 @KNOW_CONDITIONS
