@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import gcs_server
+import numpy as np
 import pytest
 
 from rfmedsam2_jax.base import buckets, leases, storage
@@ -18,6 +19,7 @@ from rfmedsam2_jax.base.addresses import ENVIRONMENT, copy_of
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
 from rfmedsam2_jax.data.files import replacing, replacing_whole
+from rfmedsam2_jax.data.preprocessing import open_array
 from rfmedsam2_jax.training.checkpoints import latest_checkpoint
 from rfmedsam2_jax.training.lock import check_folder, open_run
 
@@ -244,6 +246,9 @@ def test_the_folder_of_a_run_goes_from_host_to_host(address, tmp_path, monkeypat
   with open_run(place, resume=False, overwrite=False) as run:
     run.write("config.yaml", "{}")
     storage.write(f"{place}/generator/checkpoints/2/large", b"Orbax'")
+    for name in ("one", "other"):  # a small one, and yet
+      with replacing(run / "prompts" / f"{name}.npy") as temporary:
+        np.save(temporary, np.arange(3))
     run.log("generator", 2, {"loss": 1.0})
     run.sync()
     run.log("generator", 3, {"loss": 0.5})  # and the host is gone: this was not sent
@@ -253,6 +258,8 @@ def test_the_folder_of_a_run_goes_from_host_to_host(address, tmp_path, monkeypat
     check_folder(place, resume=False, overwrite=False)
   with open_run(place, resume=True, overwrite=False) as run:
     assert [line["step"] for line in run.logged()] == [2]
+    assert open_array(run / "prompts" / "one.npy", "r", "").tolist() == [0, 1, 2]
+    assert (run / "prompts" / "other.npy").stat().st_size == 0  # this host has not read it
     run.log("generator", 4, {"loss": 0.4})
     run.sync()
     assert [line["step"] for line in run.logged()] == [2, 4]

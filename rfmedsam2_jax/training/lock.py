@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rfmedsam2_jax.base import command
-from rfmedsam2_jax.base.addresses import address_of, check_for_orbax, copy_of
-from rfmedsam2_jax.base.buckets import names, outlined, remove
+from rfmedsam2_jax.base.addresses import address_of, check_for_orbax, copy_of, shown
+from rfmedsam2_jax.base.buckets import large_later, names, outlined, remove
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.leases import held
 from rfmedsam2_jax.base.locking import hold
@@ -80,8 +80,12 @@ def open_run(
 
 
 def bring_run(path: Path) -> None:
-  """Brings the copy of a run that is trained in a bucket up to date, but for what is large."""
-  outlined(path, "written", without=NOT_BROUGHT)
+  """Brings the copy of a run that is trained in a bucket up to date.
+
+  Of prepared cases and prompts the arrays come when they are read.
+  """
+  outlined(path, "written", lambda name, size: name.endswith(".npy") or large_later(name, size),
+           NOT_BROUGHT)
 
 
 @contextlib.contextmanager
@@ -102,7 +106,7 @@ def _leased(run: RunFolder, report: Report) -> Iterator[None]:
   def lost(line: str) -> None:
     run.lost = f"{line}; this process ends, the other one goes on"
     if command.running():  # at once: the main thread may be in a step, or save next
-      print(f"rfmedsam2: {run.lost}", file=sys.stderr, flush=True)
+      print(f"rfmedsam2: {shown(run.lost)}", file=sys.stderr, flush=True)
       os._exit(2)
 
   with held(str(address_of(run.path)), report, lost):
