@@ -28,7 +28,7 @@ from rfmedsam2_jax.weights.checkpoint import load_checkpoint
 # Every part of a run, but that only the generator is trained: compiling is what takes long.
 QUICK = TINY | {
   "data": {"split": {"fraction": 0, "train_cases": 2}, "dataset": "gs://lab/phantoms"},
-  "generator": TINY["generator"] | {"loop": {"steps": 6, "log_every": 1, "checkpoint_every": 2}},
+  "generator": TINY["generator"] | {"loop": {"steps": 6, "log_every": 1, "checkpoint_every": 3}},
   "refiner": TINY["refiner"] | {"loop": {"steps": 0}, "batch_size": 2},
   "refinement": {"cells_per_batch": 16, "stages": [{"residual": True}]},
 }
@@ -66,11 +66,11 @@ def ended(process: subprocess.Popen) -> str:
 
 
 def wait_for(server, name: str, process: subprocess.Popen) -> None:
-  for _ in range(3000):
+  for _ in range(1500):
     if name in server.names(name):
       return
     assert process.poll() is None, process.communicate()[0][-5000:]
-    time.sleep(0.05)
+    time.sleep(0.2)
   raise AssertionError(f"{name} never came")
 
 
@@ -78,7 +78,7 @@ def wait_for(server, name: str, process: subprocess.Popen) -> None:
 def test_a_run_is_killed_resumed_on_two_hosts_and_predicts(bucket, tmp_path, phantoms, capsys):
   first = start(tmp_path / "one")
   try:
-    wait_for(bucket, "lab/run/generator/checkpoints/2/commit_success.txt", first)
+    wait_for(bucket, "lab/run/generator/checkpoints/3/commit_success.txt", first)
   finally:
     first.send_signal(signal.SIGKILL)
   first.communicate()

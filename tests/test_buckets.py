@@ -203,12 +203,19 @@ def test_one_holds_a_folder_and_the_next_has_it_when_it_is_given_back(address, q
 
 
 @KNOW_CONDITIONS
-def test_a_holder_that_is_gone_is_taken_over_from_by_one(address, quick):
+def test_a_holder_that_is_gone_is_taken_over_from_by_one(address, quick, monkeypatch):
   folder = f"{address}/run2"
   gone = b'{"holder": "process 7 on elsewhere", "count": 3, "given_back": false}'
   storage.write(f"{folder}/.lease/00000004", gone)
   lines: list[str] = []
   done: list[str] = []
+  create, at_once = storage.create, threading.Barrier(3, timeout=5)
+
+  def all_create(*what):
+    at_once.wait()
+    return create(*what)
+
+  monkeypatch.setattr(storage, "create", all_create)
 
   def take():
     try:
