@@ -110,9 +110,9 @@ def prompts_seen(monkeypatch):
   seen = []
   refine_volume = segmenter.refine_volume
 
-  def record(model, params, config, slices, prompts, progress):
+  def record(model, params, config, slices, prompts, *rest):
     seen.append(prompts)
-    return refine_volume(model, params, config, slices, prompts, progress)
+    return refine_volume(model, params, config, slices, prompts, *rest)
 
   monkeypatch.setattr(segmenter, "refine_volume", record)
   return seen

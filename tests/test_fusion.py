@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rfmedsam2_jax.data.cuts import whole
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.refinement import RefinementConfig, StageConfig, StageResult, blended, fuse
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
@@ -89,12 +90,12 @@ def test_cells_that_were_not_run_keep_the_vote_of_the_generator():
 
   def mine(weight):
     config = RefinementConfig(generator_weight=weight)
-    return blended(odds, odds, result, 0, config, lambda x, _: x)[:, 0, 0]
+    return blended(odds, odds, result, 0, config, lambda x, _: x, whole((2, 2)))[:, 0, 0]
 
   np.testing.assert_allclose(mine(0.0), [0, vote, 1 / (1 + np.exp(-1))], atol=1e-4)
   both = [0.25 * vote, vote, 0.25 * vote + 0.75 / (1 + np.exp(-1))]
   np.testing.assert_allclose(mine(0.25), both, atol=1e-4)
-  alone = blended(odds, odds, None, 0, RefinementConfig(), None)
+  alone = blended(odds, odds, None, 0, RefinementConfig(), None, whole((2, 2)))
   np.testing.assert_allclose(alone, vote, atol=1e-4)
 
 
@@ -112,10 +113,11 @@ def test_changes_of_the_stages_are_added_to_the_detail_of_the_generator(limit):
   resize = lambda x, shape: resize_linear(x, shape[0])  # noqa: E731
   stage = StageConfig(residual=True, residual_limit=limit)
   config = RefinementConfig((stage, stage), fusion="changes")
-  labels = blended(odds, seen, result, 0, config, resize) > 0.5
+  labels = blended(odds, seen, result, 0, config, resize, whole((12, 12))) > 0.5
   np.testing.assert_array_equal(labels[[0, 3]], odds[[0, 3]] > 0)
   assert not labels[1].any() and labels[2, 4:8, 4:8].all()
-  replaced = blended(odds, seen, result, 0, RefinementConfig(), resize) > 0.5
+  masks = RefinementConfig()
+  replaced = blended(odds, seen, result, 0, masks, resize, whole((12, 12))) > 0.5
   assert (replaced[0] != (odds[0] > 0)).any(), "the mask grid alone is too coarse for this"
 
 
@@ -130,7 +132,8 @@ def test_stages_of_unlike_limits_that_change_nothing_leave_the_generator(limits)
   second = first.clip(-limits[1], limits[1])
   cells, stage = np.array([[0, 0], [0, 1], [0, 2]]), np.array([2, 1, 2])
   result = StageResult(cells, np.stack([second[0], first[1], second[2]]), *OTHERS[:-1], stage)
-  found = blended(odds, seen, result, 0, config, lambda x, shape: resize_linear(x, shape[0]))
+  resize = lambda x, shape: resize_linear(x, shape[0])  # noqa: E731
+  found = blended(odds, seen, result, 0, config, resize, whole((12, 12)))
   limit = np.minimum.accumulate(limits)[stage - 1][:, None, None]
   expected = 1 / (1 + np.exp(-odds.astype(np.float64).clip(-limit, limit)))
   np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -168,12 +171,12 @@ def test_given_prompts_correct_the_generator_and_become_anchors():
   mask = np.zeros((32, 32), bool)
   mask[10:20, 6:12] = True
   given = [
-    GivenPrompt(0, 1, box=(16, 16, 30, 30)),
-    GivenPrompt(0, 2, points=((10, 12, True), (50, 51, False))),
-    GivenPrompt(0, 2, points=((11, 13, True),)),
+    GivenPrompt(0, 1, box=(8, 8, 14.5, 14.5)),
+    GivenPrompt(0, 2, points=((5, 6, True), (25, 25.5, False))),
+    GivenPrompt(0, 2, points=((5.5, 6.5, True),)),
     GivenPrompt(1, 0, mask=mask),
   ]
-  found = with_given(prompts, given, 64, 16, resize_linear)
+  found = with_given(prompts, given, [whole((32, 32))] * 2, 64, 16, resize_linear)
   expected = np.zeros((2, 3), bool)
   expected[[0, 0, 1], [1, 2, 0]] = True
   np.testing.assert_array_equal(found.given, expected)

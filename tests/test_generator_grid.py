@@ -14,6 +14,7 @@ from small_sam2 import MASK_SIDE, MODEL
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.cli import main
+from rfmedsam2_jax.data.cuts import Cut
 from rfmedsam2_jax.data.files import load_json
 from rfmedsam2_jax.data.fingerprint import Fingerprint
 from rfmedsam2_jax.data.plan import PlanConfig, load_plan, make_plan, save_plan
@@ -75,7 +76,8 @@ def test_first_prompts_are_the_coarse_masks_between_slices_and_pixels(monkeypatc
     plan, UNet(UNetConfig(), 3), {}, MODEL, None, RefinementConfig())
   seen, prepared = (types.SimpleNamespace(image=np.zeros((1, *shape), np.float32))
                     for shape in (coarse_shape, (depth, 44, 30)))
-  made = segmenter_lib.run_generator(owner, prepared, seen=seen)
+  made = segmenter_lib.first_prompts(
+    owner, prepared, segmenter_lib.run_generator(owner, prepared, seen=seen))
   odds = np.moveaxis(np.asarray(stage0_logits(jnp.asarray(slab), False)), -1, 0)
   for organ, mine in enumerate(odds):
     inside, outside = (zoomed(expit(sign * np.float64(mine)), (depth, 44, 30)) for sign in (1, -1))
@@ -122,9 +124,11 @@ def test_the_faster_way_leaves_a_generator_of_distant_slices_as_it_is(tiny_run):
 
 
 def test_a_run_trains_its_generator_on_its_own_grid(tiny_config, tiny_run, tmp_path, phantoms):
+  """And shows its stages cuts."""
   run = tmp_path / "run"
   # The generator has the steps of the tiny run, whose program will do; a refiner is not trained.
   assert main(["train", str(tiny_config), "--out", str(run), "refiner.loop.steps=0",
+               "refiner.structures=1", "refinement.zoom=1.5",
                "plan.generator_spacing=[14,9,13]"]) == 0
   case = sorted((run / "prompts").glob("*.npy"))[0].stem
   fine, small = load_case(run / "preprocessed", case), load_case(
@@ -134,4 +138,8 @@ def test_a_run_trains_its_generator_on_its_own_grid(tiny_config, tiny_run, tmp_p
   assert small.image.shape[1:] == tuple(np.rint(expected))
   # What the refiner learns from lies on its own slices.
   assert np.load(run / "prompts" / f"{case}.npy").shape[1] == fine.image.shape[1]
+  cuts = np.load(run / "prompts" / "cuts" / f"{case}.npy")
+  for cut, members in zip(cuts, load(run).plan.labels.membership.T, strict=True):
+    rows, columns = np.nonzero(np.isin(fine.atoms, np.flatnonzero(members)).any(axis=0))
+    assert Cut(*cut).holds(*np.array([[rows.min(), columns.min()], [rows.max(), columns.max()]]))
   assert main(["predict", str(run), str(phantoms / "imagesTs"), "--out", str(tmp_path / "p")]) == 0

@@ -8,12 +8,15 @@ import pytest
 from tests_data import reoriented
 
 from rfmedsam2_jax.cli.prompt_options import parse_box
+from rfmedsam2_jax.data.cuts import Cut, whole
 from rfmedsam2_jax.data.datasets import Labels, Structure
 from rfmedsam2_jax.data.preprocessing import Restore
 from rfmedsam2_jax.data.prompt_entries import PromptEntry
+from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.prompted.slice_frame import SliceFrame, read_prompts
 from rfmedsam2_jax.refinement import Fused, StageResult
+from rfmedsam2_jax.refinement.first_prompts import generated, with_given
 from rfmedsam2_jax.segmentation.given_prompts import prompts_by_hand
 from rfmedsam2_jax.segmentation.structures import structure_details
 
@@ -71,8 +74,11 @@ def test_tracking_sees_all_voxels_of_a_box_however_it_is_said(
 @pytest.mark.parametrize("orientation", ORDERS)
 @pytest.mark.parametrize("prepared_shape, side", [((5, 20, 35), 192), ((3, 31, 18), 192),
                                                   ((7, 11, 52), 64)])
-def test_a_given_box_is_the_same_box_in_the_details(volume_of, orientation, prepared_shape, side):
-  """From voxels of the file to the plan's grid, to SAM's square, and back."""
+@pytest.mark.parametrize("cut", [None, Cut(-3, 1, 40, 60)])
+def test_a_given_box_is_the_same_box_in_the_details(
+  volume_of, orientation, prepared_shape, side, cut
+):
+  """From voxels of the file to the plan's grid, to SAM's square or that of a cut, and back."""
   volume = volume_of(orientation)
   geometry, native = volume.geometry, volume.array.shape[1:]
   restore = Restore(native, volume.spacing, (0, 0, 0), native, (0, 1, 2), prepared_shape)
@@ -81,6 +87,8 @@ def test_a_given_box_is_the_same_box_in_the_details(volume_of, orientation, prep
     plan=SimpleNamespace(labels=labels, slice_axis=0),
     sam2=SimpleNamespace(config=SimpleNamespace(image_size=side)))
   prepared = SimpleNamespace(restore=restore)
+  cuts = [cut or whole(prepared_shape[1:])]
+  nothing = generated(np.full((1, prepared_shape[0], 4, 4), -8, np.float16), side, 0.0)
   for x0, y0, x1, y1 in BOXES:
     corners = np.array([in_the_file(geometry, x, y, 2) for x, y in ((x0, y0), (x1, y1))], float)
     entry = PromptEntry("liver", corners, np.zeros((0, 3)), (), 0, "given.json")
@@ -89,12 +97,16 @@ def test_a_given_box_is_the_same_box_in_the_details(volume_of, orientation, prep
     width, height, _ = SHAPE
     scale = side / np.array([width, height])
     low, high = np.array([width - 1 - x1, height - 1 - y1]), np.array([width - x0, height - y0])
-    np.testing.assert_allclose(given.box, [*low * scale, *high * scale - 1], rtol=1e-6)
+    prompts = with_given(nothing, [given], cuts, side, 4, resize_linear)
+    if cut is None:
+      placed = prompts.boxes[0, given.slice]
+      np.testing.assert_allclose(placed, [*low * scale, *high * scale - 1], rtol=1e-6)
     ones = np.ones(1, np.float32)
     result = StageResult(
       np.array([[0, given.slice]]), np.ones((1, 4, 4), np.float16), ones, ones,
-      np.array([given.box], np.float32), np.ones(1, bool), np.ones(1, np.int32))
-    found = SimpleNamespace(segmenter=segmenter, prepared=prepared, results=[result])
+      prompts.boxes[:, given.slice], np.ones(1, bool), np.ones(1, np.int32))
+    found = SimpleNamespace(segmenter=segmenter, prepared=prepared, results=[result],
+                            generated=SimpleNamespace(cuts=cuts))
     empty = np.zeros(native, np.uint8)
     details = structure_details([found], [empty, empty], Fused(empty, empty), geometry)
     along = geometry.axes[0]

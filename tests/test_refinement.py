@@ -23,7 +23,7 @@ from small_refinement import (
 )
 from small_sam2 import MASK_SIDE, MODEL, SIDE, SMALL, images, relative, volume_prompts
 
-from rfmedsam2_jax.refinement import RefinementConfig, refine, refine_volume
+from rfmedsam2_jax.refinement import RefinementConfig, refine_volume, stage_run
 from rfmedsam2_jax.refinement import stages as stages_lib
 from rfmedsam2_jax.refinement.prompts import CellPrompts
 from rfmedsam2_jax.tracking import Cells
@@ -206,7 +206,7 @@ def test_what_stages_hand_on_of_cells_that_they_did_not_run(monkeypatch):
     pointer = np.full((len(cells), SMALL.d_model), 7.0, np.float32)
     return Cells(logits, score, score, pointer)
 
-  monkeypatch.setattr(refine, "_run_cells", only_slice_1_of_organ_0)
+  monkeypatch.setattr(stage_run, "_run_cells", only_slice_1_of_organ_0)
   config = dataclasses.replace(CONFIG, stages=(NEAR, POINTERS, POINTERS))
   params = params_of()
   results = run_volume(params, config)
@@ -233,9 +233,9 @@ def test_a_volume_without_organs_runs_nothing():
 
 def test_each_live_cell_is_remembered_once_per_stage(monkeypatch):
   rows = []
-  remember = refine._remember
+  remember = stage_run._remember
   monkeypatch.setattr(
-    refine, "_remember",
+    stage_run, "_remember",
     lambda model, params, embedding, at, cells: rows.append(at)
     or remember(model, params, embedding, at, cells),
   )

@@ -65,9 +65,10 @@ def test_generator_prompts_are_antialiased_log_odds_of_all_channels(monkeypatch)
   unet = UNet(UNetConfig(), 3)
   owner = segmenter_lib.Segmenter(plan, unet, {}, MODEL, None, RefinementConfig())
   image = np.zeros((2, 3, height, width), np.float32)
-  made = segmenter_lib.run_generator(owner, types.SimpleNamespace(image=image))
+  prepared = types.SimpleNamespace(image=image)
+  log_odds = segmenter_lib.run_generator(owner, prepared)
   assert seen[0] is image
-  prompts = made.prompts
+  prompts = segmenter_lib.first_prompts(owner, prepared, log_odds).prompts
   odds = np.moveaxis(np.asarray(stage0_logits(jnp.asarray(slab), False)), -1, 0)
   expected = jax.image.resize(odds, (2, 3, MASK_SIDE, MASK_SIDE), "linear", antialias=True)
   np.testing.assert_allclose(prompts.logits, expected, rtol=2e-3, atol=2e-2)

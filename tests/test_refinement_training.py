@@ -103,11 +103,17 @@ def first_cells(monkeypatch):
   return cells_of
 
 
-def test_training_and_prediction_begin_with_the_same_prompts(monkeypatch, tmp_path, first_cells):
-  """One volume through both: what is stored for training, drawn as a batch, and what is refined."""
+@pytest.mark.parametrize("zoom", [0.0, 1.25])
+def test_training_and_prediction_begin_with_the_same_prompts(
+  monkeypatch, tmp_path, first_cells, zoom
+):
+  """One volume through both: what is stored for training, drawn as a batch, and what is refined;
+  on whole slices and in the cut of a structure."""
   rng = np.random.default_rng(0)
   depth, height, width, structures = 4, 40, 52, 3
   slab = ndimage.gaussian_filter(rng.standard_normal((depth, height, width, 4)), (0, 4, 4, 0)) * 60
+  slab[:, 26:, :, 0] = slab[..., 28:, 0] = 99  # nothing there
+  slab[:, 16:, :, 1] = slab[:, :8, :, 3] = -99
   slab[1, ..., 2] = -9
   slab[1, 5, 7, 2] = 90  # a voxel between the pixels of the mask grid
   monkeypatch.setattr(segmenter, "predict_slabs", lambda *_: [(slice(0, depth), slab.copy())])
@@ -115,26 +121,35 @@ def test_training_and_prediction_begin_with_the_same_prompts(monkeypatch, tmp_pa
   plan = SimpleNamespace(labels=labels, patch_size=(depth, height, width),
                          generator_spacing=None)
   unet = UNet(UNetConfig(), 4)
-  owner = segmenter.Segmenter(plan, unet, {}, MODEL, None, CONFIG)
+  owner = segmenter.Segmenter(
+    plan, unet, {}, MODEL, None, dataclasses.replace(CONFIG, zoom=zoom))
   shape = depth, height, width
   restore = Restore(shape, (1.0, 1.0, 1.0), (0, 0, 0), shape, (0, 1, 2), shape)
   image = rng.standard_normal((1, *shape)).astype(np.float32)
   prepared = Prepared(image, np.array([[0, 1]], np.float32), restore)
-  predicted = segmenter.run_generator(owner, prepared).prompts
+  made = segmenter.first_prompts(owner, prepared, segmenter.run_generator(owner, prepared))
+  predicted = made.prompts
 
   run = RunFolder(tmp_path)
-  save_case(run / "preprocessed", "case", prepared, np.ones(shape, np.uint8), labels)
+  save_case(run / "preprocessed", "case", prepared, np.zeros(shape, np.uint8), labels)
   train_networks.write_prompts(run, owner, ["case"], lambda line: None)
   nothing = {field.name: 0 for field in dataclasses.fields(PromptCorruptionConfig)
              if field.name.endswith("_probability")}
   cases = pipeline.Cases(run / "preprocessed", ["case"], 0, run / "prompts")
   batches = pipeline.refiner_batches(
-    cases, pipeline.RunConfig(SIDE, depth, structures), labels.membership,
+    cases, pipeline.RunConfig(SIDE, depth, 1 if zoom else structures, cuts=bool(zoom)),
+    labels.membership,
     Still(flips=()), PromptCorruptionConfig(**nothing), pipeline.BatchConfig(1))
   batch = next(batches)
   monkeypatch.setattr(RefinerConfig, "box_jitter", 0.0)
   trained = first_cells(batch, jax.random.key(0))
   order = batch["structures"][0]
+  if zoom:
+    views = list(dict.fromkeys(made.cuts))
+    view = views.index(made.cuts[order[0]])
+    assert len(views) > 1 and views[view].height < height
+    seen = segmenter.sam_slices(owner, prepared, views, view * depth + np.arange(depth))
+    np.testing.assert_allclose(batch["images"][0], seen, atol=1e-6)
   assert 0 < predicted.has_box.sum() < predicted.has_box.size
   for name in ("logits", "presence", "boxes", "has_box", "has_mask"):
     expected = getattr(predicted, name)[order]

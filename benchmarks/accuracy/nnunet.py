@@ -4,11 +4,12 @@ make .venv-nnunet/.installed
 .venv-nnunet/bin/python benchmarks/accuracy/nnunet.py DATASET --splits splits.json --minutes 30
     --work runs/nnunet-30
 
-Fingerprint, plan, preprocessing and training of `3d_fullres` by nnU-Net's own classes, on the
-training cases alone; then the validation cases are predicted with its test-time mirroring. Score
-them with `results.py`. What differs from `nnUNetv2_train`:
+Fingerprint, plan, preprocessing and training of `3d_fullres` (or `--configuration 2d`) by nnU-Net's
+own classes, on the training cases alone; then the validation cases are predicted with its test-time
+mirroring. Score them with `results.py`. What differs from `nnUNetv2_train`:
 
-- The batch is 2 instead of 9, which gives more steps on a CPU.
+- The batch is 2 patches instead of nnU-Net's 9 or so, or 12 slices instead of 58 or so, which gives
+  more steps on a CPU.
 - The time limits the steps: after preprocessing, 50 steps are made, timed and thrown away, and as
   many are made as fit into what is left of the budget, with the learning rate's decay over these.
 - An "epoch" has 50 steps and one of nnU-Net's online validation steps, and no curves are drawn.
@@ -29,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 DATASET = "Dataset004_Benchmark"
-BATCH, STEPS_PER_EPOCH = 2, 50
+BATCH, STEPS_PER_EPOCH = {"3d_fullres": 2, "2d": 12}, 50
 WARM_UP, TIMED = 20, 30  # steps; during the first ones the loader still fills its queue
 
 
@@ -75,7 +76,7 @@ def link_dataset(source: Path, train: list[str], folder: Path) -> None:
   (folder / "dataset.json").write_text(json.dumps(description))
 
 
-def make_trainer(folder: Path, epochs: int):
+def make_trainer(folder: Path, configuration: str, epochs: int):
   import torch
   from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -94,7 +95,7 @@ def make_trainer(folder: Path, epochs: int):
 
   plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
   description = json.loads((folder / "dataset.json").read_text("utf-8"))
-  trainer = Trainer(plans, "3d_fullres", "all", description, torch.device("cpu"))
+  trainer = Trainer(plans, configuration, "all", description, torch.device("cpu"))
   # Here and not in a constructor, whose arguments nnU-Net wants to have its own names.
   trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = STEPS_PER_EPOCH, 1
   trainer.num_epochs, trainer.save_every = epochs, 1
@@ -102,8 +103,8 @@ def make_trainer(folder: Path, epochs: int):
   return trainer
 
 
-def seconds_per_step(folder: Path) -> float:
-  trainer = make_trainer(folder, 1)
+def seconds_per_step(folder: Path, configuration: str) -> float:
+  trainer = make_trainer(folder, configuration, 1)
   trainer.disable_checkpointing = True
   trainer.on_train_start()
   trainer.on_train_epoch_start()
@@ -123,6 +124,7 @@ def main() -> None:
   parser.add_argument("--minutes", type=float, required=True)
   parser.add_argument("--work", type=Path, required=True, help="where everything is written")
   parser.add_argument("--epochs", type=int, help="instead of as many as fit")
+  parser.add_argument("--configuration", choices=sorted(BATCH), default="3d_fullres")
   parser.add_argument("--planner", default="ExperimentPlanner",
                       help="of nnU-Net; nnUNetPlannerResEncM and so on have residual encoders")
   options = parser.parse_args()
@@ -145,20 +147,20 @@ def main() -> None:
       api.extract_fingerprints([4], num_processes=2, verbose=False)
       # Under the one name, whichever planner it was: a folder has one plan.
       api.plan_experiments([4], options.planner, overwrite_plans_name="nnUNetPlans")
-      api.preprocess([4], configurations=["3d_fullres"], num_processes=[2])
+      api.preprocess([4], configurations=[options.configuration], num_processes=[2])
     plans = json.loads((folder / "nnUNetPlans.json").read_text("utf-8"))
-    plans["configurations"]["3d_fullres"]["batch_size"] = BATCH
+    plans["configurations"][options.configuration]["batch_size"] = BATCH[options.configuration]
     (folder / "nnUNetPlans.json").write_text(json.dumps(plans, indent=1))
   if options.epochs:
     clock.seconds["epochs"] = options.epochs
   if "epochs" not in clock.seconds:
-    step = seconds_per_step(folder)
+    step = seconds_per_step(folder, options.configuration)
     left = 60 * options.minutes - clock.seconds["preprocessing"]
     clock.seconds["epochs"] = max(int(left / (step * (STEPS_PER_EPOCH + 0.5))), 1)
     print(f"{step:.2f} s per step: {clock.seconds['epochs']} epochs of {STEPS_PER_EPOCH} steps")
     clock.save()
   epochs = int(clock.seconds["epochs"])
-  trainer = make_trainer(folder, epochs)
+  trainer = make_trainer(folder, options.configuration, epochs)
   trainer.clock = clock
   trainer.initialize()
   results = Path(trainer.output_folder)
@@ -172,7 +174,8 @@ def main() -> None:
   predict(trainer, source, split["validation"], work / "predictions", clock)
   about = {
     "what": "nnU-Net", "minutes": options.minutes, "steps": epochs * STEPS_PER_EPOCH,
-    "batch_size": BATCH, "planner": options.planner, "seconds": clock.seconds,
+    "configuration": options.configuration, "batch_size": BATCH[options.configuration],
+    "planner": options.planner, "seconds": clock.seconds,
     "machine": platform.machine(), "cores": os.cpu_count(),
     "versions": {name: version(name) for name in ("nnunetv2", "torch")},
   }

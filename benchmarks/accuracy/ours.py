@@ -45,7 +45,8 @@ def take_generator(source: Path, run: Path, config: Path, overrides: list[str]) 
   for name in SHARED:
     path = source / name
     (shutil.copytree if path.is_dir() else shutil.copy)(path, run / name)
-  same_grid = wanted.sam2.image_size == before.sam2.image_size
+  same_grid = (wanted.sam2.image_size, wanted.refinement.zoom) == (
+    before.sam2.image_size, before.refinement.zoom)
   if same_grid and wanted.inference == before.inference:
     shutil.copytree(source / "prompts", run / "prompts")
   (run / "config.yaml").write_text(config_yaml(wanted))

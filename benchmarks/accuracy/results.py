@@ -1,13 +1,14 @@
-"""Results of accuracy runs as small JSON files, and tables that compare them case by case.
+r"""Results of accuracy runs as small JSON files, and tables that compare them case by case.
 
 python benchmarks/accuracy/results.py score WORK DATASET --out FILE.json    a run of nnunet.py
-python benchmarks/accuracy/results.py table FILE.json ... [--against NAME]
-python benchmarks/accuracy/results.py stages FILE.json ...
+python benchmarks/accuracy/results.py table FILE.json ... [--against NAME] [--group PATTERN]
+python benchmarks/accuracy/results.py stages FILE.json ... [--group PATTERN]
 
 A file holds what was run, seconds by part, and the scores of every stage (rfmedsam2_jax's
 `evaluate`, the same for all). `table` prints means over the cases and, against one of them, the
 mean paired differences of Dice and HD95 with their 95 % intervals: 10,000 resamplings of the cases,
-seed 0. `stages` prints one line per file: what its last stage has more than its own stage 0.
+seed 0. With a group (as `data.split.group`) whole groups are drawn. `stages` prints one line per
+file: what its last stage has more than its own stage 0.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from rfmedsam2_jax.data.datasets import read_dataset
+from rfmedsam2_jax.data.splits import grouped
 from rfmedsam2_jax.evaluation.scores import as_dict, evaluate_folders
 
 RESAMPLINGS = 10_000
@@ -70,9 +72,9 @@ def mean_of(stage: dict[str, Any], metric: str) -> float:
 
 
 def difference(
-  a: dict[str, Any], b: dict[str, Any], metric: str = "dice"
+  a: dict[str, Any], b: dict[str, Any], metric: str = "dice", group: str | None = None
 ) -> tuple[float, float, float]:
-  """Mean of a - b over the cases, and its 95 % interval."""
+  """Mean of a - b over the cases, and its 95 % interval; groups of cases are drawn whole."""
   if a.keys() != b.keys():
     raise SystemExit("the files have scores of different cases")
   # Structure by structure: the distance of one that a method lost is None, and would make the mean
@@ -81,16 +83,20 @@ def difference(
     pairs = [(a[case][name][metric], b[case][name][metric]) for name in a[case]]
     return float(np.mean([x - y for x, y in pairs if None not in (x, y)] or [np.nan]))
 
-  paired = np.array([change(case) for case in sorted(a)])
-  paired = paired[np.isfinite(paired)]
-  rng = np.random.default_rng(0)
-  means = paired[rng.integers(len(paired), size=(RESAMPLINGS, len(paired)))].mean(1)
+  changes = [[x for x in map(change, cases) if np.isfinite(x)]
+             for cases in grouped(sorted(a), group).values()]
+  sums, counts = (np.array([f(found) for found in changes]) for f in (sum, len))
+  drawn = np.random.default_rng(0).integers(len(changes), size=(RESAMPLINGS, len(changes)))
+  # A draw of groups without any statement has none either.
+  means = sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1)
   low, high = np.quantile(means, [0.025, 0.975])
-  return float(paired.mean()), float(low), float(high)
+  return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
-def shown_difference(a: dict[str, Any], b: dict[str, Any], metric: str, digits: int) -> str:
-  mean, low, high = difference(a, b, metric)
+def shown_difference(
+  a: dict[str, Any], b: dict[str, Any], metric: str, digits: int, group: str | None
+) -> str:
+  mean, low, high = difference(a, b, metric, group)
   return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
@@ -100,7 +106,7 @@ def shown_cost(content: dict[str, Any]) -> list[str]:
   return ["" if value is None else f"{value:.1f}" for value in (per_volume, peak)]
 
 
-def stages_table(paths: list[Path]) -> str:
+def stages_table(paths: list[Path], group: str | None) -> str:
   lines = [
     "| | Dice of stages 0, 1, 2 | last less first | surface Dice 1 mm | HD95 mm | last less first "
     "| s per volume | GiB |",
@@ -112,15 +118,15 @@ def stages_table(paths: list[Path]) -> str:
     first, last = stages[0], stages[-1]
     cells = [
       path.stem, ", ".join(f"{mean_of(stage, 'dice'):.4f}" for stage in stages),
-      shown_difference(last, first, "dice", 4), f"{mean_of(last, 'surface_dice'):.3f}",
-      f"{mean_of(last, 'hd95'):.2f}", shown_difference(last, first, "hd95", 2),
+      shown_difference(last, first, "dice", 4, group), f"{mean_of(last, 'surface_dice'):.3f}",
+      f"{mean_of(last, 'hd95'):.2f}", shown_difference(last, first, "hd95", 2, group),
       *shown_cost(content),
     ]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
-def table(paths: list[Path], against: str | None) -> str:
+def table(paths: list[Path], against: str | None, group: str | None) -> str:
   rows = {}
   for path in paths:
     content = json.loads(path.read_text("utf-8"))
@@ -142,7 +148,7 @@ def table(paths: list[Path], against: str | None) -> str:
     ]
     for metric, digits in (("dice", 4), ("hd95", 2)):
       compared = reference is not None and name != against
-      cells.append(shown_difference(stage, reference, metric, digits) if compared else "")
+      cells.append(shown_difference(stage, reference, metric, digits, group) if compared else "")
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
@@ -158,14 +164,15 @@ def main() -> None:
   each = commands.add_parser("stages")
   for command in (all_of, each):
     command.add_argument("files", type=Path, nargs="+")
+    command.add_argument("--group", help="of cases that are drawn together: a pattern")
   all_of.add_argument("--against", help="a row, as it is printed")
   options = parser.parse_args()
   if options.command == "score":
     score_nnunet(options.work, options.dataset, options.out)
   elif options.command == "stages":
-    print(stages_table(options.files))
+    print(stages_table(options.files, options.group))
   else:
-    print(table(options.files, options.against))
+    print(table(options.files, options.against, options.group))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ what RUN.json beside the run, if ours.py wrote it there, says of its training.
 
 import argparse
 import dataclasses
-import functools
 import json
 import resource
 import time
@@ -25,21 +24,17 @@ from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import IGNORED, read_case, read_dataset
 from rfmedsam2_jax.data.preprocessing import prepare_atoms
-from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.splits import load_split
 from rfmedsam2_jax.evaluation.scores import Scores, as_dict, evaluate_arrays
 from rfmedsam2_jax.model import load
-from rfmedsam2_jax.refinement import refine_volume
-from rfmedsam2_jax.refinement.first_prompts import generated, with_oracle
+from rfmedsam2_jax.refinement.first_prompts import shadows, truth_boxes, with_oracle
 from rfmedsam2_jax.segmentation.segmenter import (
-  Generated,
   Segmentation,
-  Segmenter,
+  first_prompts,
   label_maps,
   prepare,
+  refine,
   run_generator,
-  sam_slices,
-  truth_boxes,
 )
 
 CORRUPTIONS = ("erosion", "dilation", "gaps", "islands")
@@ -68,19 +63,6 @@ def corrupted(log_odds: np.ndarray, kind: str, rng: np.random.Generator) -> np.n
   return odds
 
 
-def corrupted_generator(
-  made: Generated, kind: str, seed: int, segmenter: Segmenter
-) -> Generated:
-  """The generator's result with mistakes, as `run_generator` would have given it."""
-  rng = np.random.default_rng(seed)
-  odds = np.stack([corrupted(organ, kind, rng) for organ in made.log_odds])
-  if odds.shape[1] != made.prompts.logits.shape[1]:
-    raise SystemExit("--corrupt: is for a generator whose slices are those of the stages")
-  side, margin = segmenter.sam2.config.image_size, segmenter.refinement.box_margin
-  logits = np.clip(resize_linear(odds, side // 4), -LOGIT_LIMIT, LOGIT_LIMIT)
-  return Generated(odds.astype(np.float16), generated(logits.astype(np.float16), side, margin))
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("run", type=Path)
@@ -104,17 +86,20 @@ def main() -> None:
     volume, atoms = read_case(case, len(dataset.channels), labels)
     began = time.monotonic()
     prepared, seen = prepare(volume, segmenter.plan)
-    made = run_generator(segmenter, prepared, seen=seen)
+    log_odds = run_generator(segmenter, prepared, seen=seen)
     if options.corrupt:
-      made = corrupted_generator(made, options.corrupt, number, segmenter)
-    prompts = made.prompts
-    if options.prompts == "oracle":
-      truth = truth_boxes(prepare_atoms(atoms, segmenter.plan, prepared.restore), segmenter)
-      prompts = with_oracle(prompts, *truth, sam2.config.image_size)
-    results = refine_volume(
-      sam2, segmenter.refiner, segmenter.refinement,
-      functools.partial(sam_slices, segmenter, prepared), prompts,
-    )
+      if log_odds.shape[1:] != prepared.image.shape[1:]:
+        raise SystemExit("--corrupt: is for a generator whose grid is that of the slices")
+      rng = np.random.default_rng(number)
+      log_odds = np.stack([corrupted(odds, options.corrupt, rng) for odds in log_odds])
+    found_atoms = prepare_atoms(atoms, segmenter.plan, prepared.restore)
+    oracle = options.prompts == "oracle"
+    shown = shadows(found_atoms, labels) if oracle else None
+    made = first_prompts(segmenter, prepared, log_odds.astype(np.float16), shown)
+    prompts, side = made.prompts, sam2.config.image_size
+    if oracle:
+      prompts = with_oracle(prompts, *truth_boxes(found_atoms, labels, made.cuts, side), side)
+    results = refine(segmenter, prepared, made.cuts, prompts)
     maps = label_maps([Segmentation(segmenter, prepared, made, results)])
     seconds.append(time.monotonic() - began)
     reference = np.array(labels.atom_values)[np.where(atoms == IGNORED, 0, atoms)]

@@ -137,7 +137,7 @@ def _check(options: argparse.Namespace) -> None:
       raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give 1 or more")
   if (size := options.image_size) is not None and (size < 64 or size % 32):
     raise UserError(f"--image-size {size}: give a multiple of 32 from 64 on")
-  from rfmedsam2_jax.prompted.zoom import check_zoom
+  from rfmedsam2_jax.data.cuts import check_zoom
   check_zoom(options.zoom)
 
 

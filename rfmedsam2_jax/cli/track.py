@@ -60,11 +60,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.warning(f"{options.image}: {said}")
 
   from rfmedsam2_jax.cli.prompt_options import prompts_of
+  from rfmedsam2_jax.data.cuts import check_zoom
   from rfmedsam2_jax.data.files import sha256_of
   from rfmedsam2_jax.prompted.files import check_prompts, open_volume, result_paths, write_tracked
   from rfmedsam2_jax.prompted.slice_frame import names_of
   from rfmedsam2_jax.prompted.tracked import parse_window
-  from rfmedsam2_jax.prompted.zoom import check_zoom
   from rfmedsam2_jax.tracking import TrackingConfig
   from rfmedsam2_jax.weights import single_file
   window = parse_window(options.window)

@@ -63,6 +63,9 @@ class Config:
       raise ValueError(f"data.sam_channels is {self.data.sam_channels}; name one channel or three")
     if self.data.sam_context and len(self.data.sam_channels) == 3:
       raise ValueError("data.sam_context is true, but data.sam_channels names three; name one")
+    if self.refinement.zoom and self.refiner.structures != 1:
+      raise ValueError(f"refiner.structures is {self.refiner.structures}, but refinement.zoom is "
+                       f"{self.refinement.zoom:g}, and a cut shows one structure; set it to 1")
     generator = self.generator
     if generator.members > 1 and generator.loop.steps:
       raise ValueError(f"generator.members is {generator.members}, but generator.loop.steps is "

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from rfmedsam2_jax.base.ranges import STRICT, Axis
+from rfmedsam2_jax.data.cuts import Cut, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,24 +105,27 @@ def sample_patch(array: np.ndarray, centre: np.ndarray, size: tuple[int, int, in
     block, matrix, offset, output_shape=size, order=order, mode="grid-constant", cval=fill)
 
 
-def transform_slices(slices: np.ndarray, matrix: np.ndarray | None, order: int, fill: float
-                     ) -> np.ndarray:
+def transform_slices(slices: np.ndarray, matrix: np.ndarray | None, order: int, fill: float,
+                     cut: Cut | None = None) -> np.ndarray:
   """Applies the in-plane part of a transform to every slice of [..., H, W] about its centre.
 
   `matrix` is in pixels of these slices: see `on_grid` for slices of another resolution.
+  cut: the part of the slices that is transformed, about its own centre; None: all of it. What is
+  turned into it from around is not `fill`.
   """
-  if matrix is None:
-    return slices
-  plane = matrix[1:, 1:]
+  plane = np.eye(2) if matrix is None else matrix[1:, 1:]
   if np.array_equal(np.abs(plane), np.eye(2)):
-    return slices[..., :: int(plane[0, 0]), :: int(plane[1, 1])]
-  half = (np.array(slices.shape[-2:]) - 1) / 2
+    seen = slices if cut is None else cut.of(slices, fill)
+    return seen[..., :: int(plane[0, 0]), :: int(plane[1, 1])]
+  cut = whole(slices.shape[-2:]) if cut is None else cut
+  half = (np.array(cut.shape) - 1) / 2
+  offset = half + (cut.top, cut.left) - plane @ half
   flat = slices.reshape(-1, *slices.shape[-2:])
-  out = np.empty_like(flat)
+  out = np.empty((len(flat), *cut.shape), slices.dtype)
   for source, target in zip(flat, out, strict=True):
-    ndimage.affine_transform(source, plane, half - plane @ half, output=target, order=order,
+    ndimage.affine_transform(source, plane, offset, output=target, order=order,
                              mode="grid-constant", cval=fill)
-  return out.reshape(slices.shape)
+  return out.reshape(*slices.shape[:-2], *cut.shape)
 
 
 def on_grid(matrix: np.ndarray | None, source: tuple[int, int], target: tuple[int, int]

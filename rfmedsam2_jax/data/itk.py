@@ -69,6 +69,8 @@ def is_dicomdir(name: str) -> bool:
 
 def is_dicom(path: str | Path) -> bool:
   """Whether a file begins as DICOM's file format does, or is read by GDCM without that."""
+  if not os.path.isfile(path):  # a pipe has no beginning to look at
+    return False
   try:
     with open(path, "rb") as file:
       if file.read(132)[128:] == b"DICM":

@@ -160,7 +160,8 @@ class CaseRuns:
     cut = self._cut(rng, truth, None if found is None else found[0])
     beside = int(self.run.context)
     seen = np.clip(np.arange(first - beside, first + length + beside), 0, depth - 1)
-    image = seen_image(rng, self.run, self.augmentation, case, seen, matrix, cut)
+    image = seen_image(rng, self.run, self.augmentation, case, seen,
+                       lambda x: cut(transform_slices(x, matrix, order=1, fill=0)))
     objects = np.zeros((self.run.structures, length, *2 * [self.run.image_size]), bool)
     if known:
       for slot, mask in enumerate(self._objects(rng, cut(truth), found)):

@@ -17,6 +17,7 @@ from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import augmentation as augment
 from rfmedsam2_jax.data.augmentation import AugmentationConfig, is_anisotropic, transform_slices
+from rfmedsam2_jax.data.cuts import Cut
 from rfmedsam2_jax.data.datasets import IGNORED
 from rfmedsam2_jax.data.loader import LoaderConfig
 from rfmedsam2_jax.data.plan import Triple
@@ -38,6 +39,7 @@ class RunConfig:
   channels: tuple[int, ...] = (0,)  # the image channel that SAM sees, or three of them
   context: bool = False  # of one channel: the slices before, at and behind are its three colours
   oversample_foreground: float = 0.8  # share of runs that are sure to hold a structure
+  cuts: bool = False  # a run shows the cut of its one structure, in which its prompts lie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Cases:
   """Cases of `preprocessing.save_case`, each once per epoch, in an order drawn for every epoch.
 
   `seed` is of the order and of all that is drawn for a sample; `prompts` a folder of CASE.npy,
-  float16 [K, D, 4G, 4G], the generator's mask logits, or None.
+  float16 [K, D, 4G, 4G], the generator's mask logits, or None. Where these lie in cuts, the folder
+  has cuts/CASE.npy, int [K, 4] (data.cuts.Cut).
   """
 
   def __init__(self, folder: str | Path, identifiers: Sequence[str], seed: int,
@@ -76,6 +79,12 @@ class Cases:
     if self.prompts is None:
       return case, None
     return case, open_array(self.prompts / f"{identifier}.npy", "r", "predict the prompts again")
+
+  def cut(self, number: int, structure: int) -> Cut:
+    """In which the prompts of a structure of case `number` lie."""
+    assert self.prompts is not None
+    path = self.prompts / "cuts" / f"{self.identifiers[number]}.npy"
+    return Cut(*open_array(path, "r", "predict the prompts again")[structure].tolist())
 
   def draw(self, index: int, stream: int
            ) -> tuple[int, PreparedCase, np.ndarray | None, np.random.Generator]:
@@ -168,18 +177,17 @@ def generator_batches(cases: Cases, patch_size: Triple, augmentation: Augmentati
 
 def seen_image(
   rng: np.random.Generator, run: RunConfig, augmentation: AugmentationConfig, case: PreparedCase,
-  rows: np.ndarray, matrix: np.ndarray | None,
-  cut: Callable[[np.ndarray], np.ndarray] = lambda slices: slices,
+  rows: np.ndarray, view: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
   """What SAM sees of slices, float32 [1 or 3, L, S, S].
 
-  rows: with `context` the slices before and behind the run, too. matrix: of the augmentation.
-  cut: takes a part of slices [..., H, W].
+  rows: with `context` the slices before and behind the run, too.
+  view: turns windowed slices [..., H, W] and takes a part of them.
   """
   flat = is_anisotropic(case.spacing)
   image = augment.augment_intensity(rng, case.image[:, rows], augmentation, flat)
   image = window_slices(image, case.window, run.channels)
-  image = resize_linear(cut(transform_slices(image, matrix, order=1, fill=0)), run.image_size)
+  image = resize_linear(view(image), run.image_size)
   if run.context:
     image = np.concatenate([image[:, :-2], image[:, 1:-1], image[:, 2:]])
   return image
@@ -201,29 +209,34 @@ class _RunSample:
     matrix = augment.draw_affine(rng, self.augmentation, case.spacing, in_plane=True)
     if matrix is not None and matrix[0, 0] < 0:
       seen = seen[::-1]
-    image = seen_image(
-      rng, self.run, self.augmentation, case, np.clip(seen, 0, depth - 1), matrix)
     rows = seen[1:-1] if self.run.context else seen
     inside = rows < depth
     rows = np.clip(rows, 0, depth - 1)
-
+    first = None if found is None else found[0]
     assert case.atoms is not None
-    atoms = transform_slices(case.atoms[rows], matrix, order=0, fill=0)
-    annotated: np.ndarray = ~np.isin(atoms, IGNORED)
-    truth = self.membership[np.where(annotated, atoms, 0)] & annotated[..., None]
-    structures = self._structures(rng, truth, None if found is None else found[0])
+    atoms, shape, structures, view = case.atoms[rows], (height, width), None, None
+    if self.run.cuts:
+      structures = self._structures(rng, self._truth(atoms)[0], first)[:1]
+      cut = self.cases.cut(number, int(structures[0]))
+      view, shape = functools.partial(transform_slices, cut=cut), cut.shape
+    turned = functools.partial(view or transform_slices, matrix=matrix)
+    image = seen_image(rng, self.run, self.augmentation, case, np.clip(seen, 0, depth - 1),
+                       functools.partial(turned, order=1, fill=0))
+    truth, annotated = self._truth(turned(atoms, order=0, fill=0))
+    if structures is None:
+      structures = self._structures(rng, truth, first)
     side = self.run.image_size // 4
     masks = resize_area(np.moveaxis(truth[..., structures], -1, 0), side)
     known = np.broadcast_to(resize_area(annotated, side), masks.shape)
     # Of the truth as it is: on the grid of masks thin structures fill no pixel by half.
-    present = truth.any(axis=(1, 2)).T[structures] & inside
+    present = np.asarray(truth.any(axis=(1, 2))).T[structures] & inside
     absent = ~present & annotated.all(axis=(1, 2)) & inside
     expected = (truth.shape[-1], depth, side, side)
     if prompts is not None and prompts.shape != expected:
       raise UserError(
         f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
         f"expected {expected}; they belong to another plan or image size, predict them again")
-    matrix = augment.on_grid(matrix, (height, width), (side, side))
+    matrix = augment.on_grid(matrix, shape, (side, side))
     logits = np.stack([
       self._logits(rng, mask, None if prompts is None else prompts[structure], rows, matrix)
       for structure, mask in zip(structures, masks, strict=True)])
@@ -236,6 +249,11 @@ class _RunSample:
       "present": present, "absent": absent,
       "inside": np.ascontiguousarray(inside), "depth": np.int32(depth),
       "structures": structures.astype(np.int32), "case": np.array(number, np.int32)}
+
+  def _truth(self, atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where structures are, bool [..., K], and where that is known, bool [...]."""
+    annotated: np.ndarray = ~np.isin(atoms, IGNORED)
+    return self.membership[np.where(annotated, atoms, 0)] & annotated[..., None], annotated
 
   def _seen(self, rng: np.random.Generator, depth: int, found: tuple[int, np.ndarray] | None
             ) -> np.ndarray:

@@ -38,7 +38,8 @@ class SplitConfig:
   file: str | None = None  # nnU-Net's splits_final.json, which has the split
   seed: Annotated[int, Field(ge=0, lt=2**32)] = 12345
   # Another seed is another split; nnU-Net's is the default.
-  train_cases: Count | None = None  # train on so many of the others only; what does less data cost?
+  train_cases: Count | None = None
+  # Train on so many of the others only, of groups where cases have them; what does less data cost?
   folds: ClassVar[int] = 5
   _read = fixed("folds")
 
@@ -75,11 +76,12 @@ def make_split(identifiers: Sequence[str], config: SplitConfig) -> Split:
     raise UserError(f"split: no training case is left of {len(ordered)}; add cases or lower the "
                     "fraction (0 trains on all and validates on none)")
   if config.train_cases is not None:
-    if not 1 <= config.train_cases <= len(train):
-      raise UserError(f"split.train_cases: is {config.train_cases}; give 1 to {len(train)}")
+    of_train = list(grouped(train, config.group).values())
+    if not 1 <= config.train_cases <= len(of_train):
+      raise UserError(f"split.train_cases: is {config.train_cases}; give 1 to {len(of_train)}")
     # A smaller number takes a part of what a larger one takes.
-    drawn = np.random.default_rng(config.seed).permutation(len(train))[: config.train_cases]
-    train = tuple(train[i] for i in sorted(drawn))
+    drawn = np.random.default_rng(config.seed).permutation(len(of_train))[: config.train_cases]
+    train = tuple(sorted(name for i in drawn for name in of_train[i]))
   return Split(train, validation, config)
 
 

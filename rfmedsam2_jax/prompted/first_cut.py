@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rfmedsam2_jax.data.cuts import Cut, around, around_points, bounds, whole
 from rfmedsam2_jax.prompted.slice_frame import SliceFrame, VoxelPrompt
-from rfmedsam2_jax.prompted.zoom import Cut, around, around_points, bounds, whole
 
 # Points say nothing of a structure's size: they are looked at in squares of these sides, in shorter
 # sides of the slice. What is found in one alone is most likely the structure around or within.

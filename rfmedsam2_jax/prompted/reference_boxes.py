@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from rfmedsam2_jax.data.cuts import bounds
 from rfmedsam2_jax.prompted.slice_frame import VoxelPrompt
-from rfmedsam2_jax.prompted.zoom import bounds
 
 
 def box_of(mask: np.ndarray, value: int, z: int) -> VoxelPrompt:

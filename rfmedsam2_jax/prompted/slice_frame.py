@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data.cuts import Cut, bounds, whole
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.prompt_entries import read_entries
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.segments import load_masks
 from rfmedsam2_jax.data.volumes import Geometry, Volume
 from rfmedsam2_jax.nn.boxes import boxes_to_square
-from rfmedsam2_jax.prompted.zoom import Cut, bounds, whole
 from rfmedsam2_jax.tracking import SlicePrompt
 
 Plane = Literal["axial", "coronal", "sagittal"]

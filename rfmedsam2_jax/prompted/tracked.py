@@ -16,6 +16,7 @@ from scipy.special import expit
 
 from rfmedsam2_jax.base.constants import IMAGE_MEAN, IMAGE_STD
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data.cuts import Cut, around, check_zoom, whole
 from rfmedsam2_jax.data.plan import PLANES
 from rfmedsam2_jax.data.resampling import apply_separable, linear_matrix
 from rfmedsam2_jax.data.sam_slices import as_rgb, resize_linear
@@ -23,7 +24,6 @@ from rfmedsam2_jax.data.volumes import LARGEST, Volume
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.prompted.first_cut import first_cut
 from rfmedsam2_jax.prompted.slice_frame import Plane, SliceFrame, VoxelPrompt
-from rfmedsam2_jax.prompted.zoom import Cut, around, check_zoom, whole
 from rfmedsam2_jax.tracking import TrackingConfig, Tracks, VolumeTracker
 from rfmedsam2_jax.tracking.recurrence import gated_logits
 from rfmedsam2_jax.tracking.tracks import HostCells, cells_at
@@ -109,7 +109,7 @@ class PromptedVolume:
     window: centre and width of the intensities that SAM sees; None takes `PERCENTILES`.
     progress: called with (slices done, slices in all).
     zoom: side of the cut around each structure's prompts, in sides of what they enclose
-      (prompted.zoom); 0 shows whole slices; None does as the network was trained.
+      (data.cuts); 0 shows whole slices; None does as the network was trained.
   """
 
   def __init__(

@@ -57,7 +57,7 @@ class SliceTable:
     encode = functools.partial(_encode, model, params)
     self._store = FeatureStore(encode, slices, batch, model.config.compute_dtype)
     self._program, self._batch = (model, batch), batch
-    self.row_of: dict[int, int] = {}  # by slice number
+    self.row_of: dict[int, int] = {}  # by slice number, see refine_volume
     self.features: ImageFeatures
 
   def need(self, wanted: np.ndarray, report: Report) -> None:

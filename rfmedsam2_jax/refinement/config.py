@@ -42,6 +42,11 @@ class RefinementConfig:
   __pydantic_config__ = STRICT
 
   stages: tuple[StageConfig, ...] = (StageConfig(), StageConfig(pointers=True))
+  zoom: Annotated[float, Field(ge=0, le=100)] = 0.0
+  # Side of the square that stages see of the slices, one around each structure, in sides of what
+  # the generator found of it (data.cuts); 0 shows whole slices. Small structures are seen at a
+  # resolution of their own; a slice is encoded once for each of them, and a run of training shows
+  # one. The built-in weights know cuts of 1.4 to 4 sides.
   live_margin: Whole = 3  # slices beyond a structure that are still run; more is slower
   cells_per_batch: Count = 32  # (organ, slice) cells per call and device; memory grows with it
   fusion: Literal["masks", "changes"] = "masks"
@@ -59,6 +64,9 @@ class RefinementConfig:
   slices_per_batch: ClassVar[int] = 8  # of the image encoder's calls, per device
 
   def __post_init__(self):
+    if 0 < self.zoom < 1:
+      raise ValueError(f"zoom is {self.zoom:g}, less than the structure; give 1 or more, or 0 for "
+                       "whole slices")
     if self.stages and self.stages[0].pointers:
       raise ValueError("stages[0].pointers is true, but no stage before it makes object pointers")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit
 
+from rfmedsam2_jax.data.cuts import Cut
 from rfmedsam2_jax.refinement.config import RefinementConfig
 from rfmedsam2_jax.refinement.refine import StageResult
 
@@ -24,16 +25,18 @@ class Fused(NamedTuple):
 
 def blended(
   generator: np.ndarray, seen: np.ndarray, result: StageResult | None, organ: int,
-  config: RefinementConfig, resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray],
+  config: RefinementConfig, resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray], cut: Cut,
 ) -> np.ndarray:
   """Probability of one organ on the prepared grid, float32 [D, H, W].
 
   Args:
-    generator: [D, H, W], the generator's log-odds of this organ. They stand where no cell was run.
+    generator: [D, H, W], the generator's log-odds of this organ. They stand where no cell was run,
+      and outside of the cut.
     seen: [D, 4G, 4G], the same as the first stage saw them.
     result: of a stage, or None for the generator alone.
     config: says how the generator counts where a cell was run.
     resize: linear resize of [n, h, w] to [n, H, W], half-pixel centres.
+    cut: what the stages saw of the slices.
   """
   probability = expit(generator.astype(np.float32))
   if result is None or organ not in result.cells[:, 0]:
@@ -41,17 +44,19 @@ def blended(
   mine = result.cells[:, 0] == organ
   slices, logits = result.cells[mine, 1], result.logits[mine].astype(np.float32)
   if config.fusion == "masks":
-    refined = resize(expit(logits), generator.shape[1:])
+    refined = resize(expit(logits), cut.shape)
   else:
     # What reaches a cell's last stage if none changes it has passed the limits of all up to there.
     limits = np.minimum.accumulate([stage.residual_limit for stage in config.stages])
     limit = limits.astype(np.float32)[result.stage[mine] - 1][:, None, None]
-    own, before = (np.clip(x[slices].astype(np.float32), -limit, limit) for x in (generator, seen))
+    own, before = (np.clip(x.astype(np.float32), -limit, limit)
+                   for x in (cut.of(generator[slices]), seen[slices]))
     # Absence (-1024) still outweighs any vote for presence after this.
     change = np.maximum(logits, -2.5 * limit) - before
-    refined = expit(own + resize(change, generator.shape[1:]))
-  weight = config.generator_weight
-  probability[slices] = weight * probability[slices] + (1 - weight) * refined
+    refined = expit(own + resize(change, cut.shape))
+  weight, mixed = config.generator_weight, probability[slices]
+  cut.put(mixed, weight * cut.of(mixed) + (1 - weight) * refined)
+  probability[slices] = mixed
   return probability
 
 

@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.nn.adapters import MASK_LIMIT
@@ -34,6 +35,26 @@ class CellPrompts(NamedTuple, Generic[A]):
   points: A
   point_labels: A
   nearby: A | None = None
+
+
+class VolumePrompts(NamedTuple):
+  """Stage-0 prompts of all cells of a volume, as numpy arrays on the host; see CellPrompts.
+
+  logits: float16 [K, D, 4G, 4G]. presence: float32 [K, D]. boxes: float32 [K, D, 4].
+  has_box, has_mask: bool [K, D]. points: float32 [K, D, Q, 2]; point_labels: int32 [K, D, Q].
+  given: bool [K, D], cells with a prompt that a person gave; further anchors.
+  fixed_boxes: bool [K, D], cells whose box and presence hold through all stages (oracle, given).
+  """
+
+  logits: np.ndarray
+  presence: np.ndarray
+  boxes: np.ndarray
+  has_box: np.ndarray
+  has_mask: np.ndarray
+  points: np.ndarray
+  point_labels: np.ndarray
+  given: np.ndarray
+  fixed_boxes: np.ndarray
 
 
 def stage0_logits(logits: Array, regions: bool) -> Array:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from rfmedsam2_jax.base.errors import UserError
+from rfmedsam2_jax.data.cuts import bounds
 from rfmedsam2_jax.data.datasets import Labels, load_labels
 from rfmedsam2_jax.data.preprocessing import Prepared, Restore
 from rfmedsam2_jax.data.prompt_entries import PromptEntry
+from rfmedsam2_jax.data.resampling import antialiased_matrix, apply_separable
 from rfmedsam2_jax.data.volumes import Geometry
-from rfmedsam2_jax.nn.boxes import boxes_to_square
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
 from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
@@ -28,18 +29,18 @@ def prompts_by_hand(
     labels.to_atoms(sparse, label_map)  # says so if a value is unknown
 
   def by_hand(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
-    side, restore = model.sam2.config.image_size, prepared.restore
-    found = [_of_entry(entry, labels, geometry, restore, side) for entry in entries]
+    restore = prepared.restore
+    found = [_of_entry(entry, labels, geometry, restore) for entry in entries]
     return found if sparse is None else [*found, *_of_labels(labels, restore, sparse)]
 
   return by_hand
 
 
 def _of_entry(
-  entry: PromptEntry, labels: Labels, geometry: Geometry, restore: Restore, side: int
+  entry: PromptEntry, labels: Labels, geometry: Geometry, restore: Restore
 ) -> GivenPrompt:
-  """Boxes and points of a file's voxels, on the prepared grid and in pixels of SAM's square."""
-  depth, height, width = restore.prepared_shape
+  """Boxes and points of a file's voxels, on the prepared grid."""
+  depth = restore.prepared_shape[0]
   voxels = np.concatenate([entry.box, entry.points])
   where = f"{geometry.path}: a prompt for {entry.structure}"
   if (voxels < 0).any() or (voxels > np.array(geometry.shape) - 1).any():
@@ -56,9 +57,8 @@ def _of_entry(
     # Outer edges of the voxels, which mean the same on every grid.
     edges = np.array([corners.min(axis=0) - 0.5, corners.max(axis=0) + 0.5])
     (_, y0, x0), (_, y1, x1) = restore.native_to_prepared(edges)
-    inclusive = np.array([x0 + 0.5, y0 + 0.5, x1 - 0.5, y1 - 0.5])
-    box = boxes_to_square(inclusive, height, width, side)
-  xy = places[len(corners) :, 2:0:-1] * np.array([side / width, side / height])
+    box = np.array([x0 + 0.5, y0 + 0.5, x1 - 0.5, y1 - 0.5])
+  xy = places[len(corners) :, 2:0:-1]
   points = tuple((x, y, inside) for (x, y), inside in zip(xy, entry.inside, strict=True))
   by_name = isinstance(entry.structure, str)
   known: Sequence[str | int] = labels.names if by_name else labels.output_values
@@ -69,10 +69,16 @@ def _of_labels(labels: Labels, restore: Restore, sparse: np.ndarray) -> Iterator
   """Masks of the slices that a sparse label map int [z, y, x] has labels on."""
   # Sparse slices would be lost in resampling, so each is brought over by itself.
   moved = sparse[tuple(map(slice, restore.lower, restore.upper))].transpose(restore.order)
+  matrices = [None if a == b else antialiased_matrix(a, b) for a, b in zip(
+    moved.shape[1:], restore.prepared_shape[1:], strict=True)]
+  scale = np.divide(restore.prepared_shape[1:], moved.shape[1:])
   for native in np.flatnonzero(moved.any(axis=(1, 2))):
     place = (native + 0.5) * restore.prepared_shape[0] / moved.shape[0] - 0.5
     at = int(np.clip(np.rint(place), 0, restore.prepared_shape[0] - 1))
     for organ, structure in enumerate(labels.structures):
       mask = np.isin(moved[native], structure.values)
-      if mask.any():
-        yield GivenPrompt(organ, at, mask=mask)
+      if (found := bounds([mask])) is not None:
+        # Outer edges of the voxels, which mean the same on every grid.
+        (y0, x0), (y1, x1) = found[0] * scale, (found[1] + 1) * scale - 1
+        yield GivenPrompt(organ, at, np.array([x0, y0, x1, y1]),
+                          mask=apply_separable(mask.astype(np.float32), matrices))

@@ -17,6 +17,7 @@ from scipy.special import expit
 
 from rfmedsam2_jax.base.constants import LOGIT_LIMIT
 from rfmedsam2_jax.base.progress import Progress, Report, compiling, silent
+from rfmedsam2_jax.data.cuts import Cut, around, bounds, whole
 from rfmedsam2_jax.data.fingerprint import Fingerprint
 from rfmedsam2_jax.data.plan import Plan
 from rfmedsam2_jax.data.preprocessing import Prepared, prepare_atoms, preprocess
@@ -28,9 +29,17 @@ from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.nn.unet import UNet
 from rfmedsam2_jax.parallel.spread import device_count, everywhere, spread
 from rfmedsam2_jax.refinement import Fused, RefinementConfig, StageResult, blended, fuse
-from rfmedsam2_jax.refinement.first_prompts import GivenPrompt, generated, with_given, with_oracle
-from rfmedsam2_jax.refinement.prompts import scaled_boxes, stage0_logits
-from rfmedsam2_jax.refinement.refine import VolumePrompts, refine_volume
+from rfmedsam2_jax.refinement.first_prompts import (
+  GivenPrompt,
+  generated,
+  shadows,
+  shown_by,
+  truth_boxes,
+  with_given,
+  with_oracle,
+)
+from rfmedsam2_jax.refinement.prompts import VolumePrompts, stage0_logits
+from rfmedsam2_jax.refinement.refine import refine_volume
 from rfmedsam2_jax.segmentation.config import InferenceConfig
 from rfmedsam2_jax.segmentation.sliding_window import predict_slabs
 
@@ -86,7 +95,8 @@ class Generated:
   """What the generator says of a prepared volume."""
 
   log_odds: np.ndarray  # float16 [K, d, h, w], on the generator's grid
-  prompts: VolumePrompts  # for the first stage, on the slices
+  cuts: tuple[Cut, ...]  # what the stages see of the slices, for each structure
+  prompts: VolumePrompts  # for the first stage, in these
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +113,7 @@ class Segmentation:
     made, result = self.generated, self.results[stage - 1] if stage else None
     log_odds = _on_slices(made.log_odds[organ], self.prepared.image.shape[1:])
     probability = blended(log_odds, made.prompts.logits[organ], result, organ,
-                          self.segmenter.refinement, _resize_plane)
+                          self.segmenter.refinement, _resize_plane, made.cuts[organ])
     return self.prepared.restore.to_native(probability, fill=0.0)
 
 
@@ -119,19 +129,37 @@ def segment_volume(
     by_hand: gives a person's prompts on the grid that this segmenter has prepared.
   """
   prepared, seen = prepare(volume, segmenter.plan)
-  made = run_generator(segmenter, prepared, progress, seen)
+  log_odds = run_generator(segmenter, prepared, progress, seen)
   if segmenter.refiner is None:
-    return Segmentation(segmenter, prepared, made, [])
-  side, prompts = segmenter.sam2.config.image_size, made.prompts
+    return Segmentation(segmenter, prepared, first_prompts(segmenter, prepared, log_odds), [])
+  labels = segmenter.plan.labels
+  given = by_hand(segmenter, prepared) if by_hand is not None else []
+  shown = shown_by(given, len(labels.structures), prepared.image.shape[2:])
+  atoms = None
   if truth_atoms is not None:
     atoms = prepare_atoms(truth_atoms, segmenter.plan, prepared.restore)
-    prompts = with_oracle(prompts, *truth_boxes(atoms, segmenter), side)
-  if by_hand is not None:
-    prompts = with_given(prompts, by_hand(segmenter, prepared), side, side // 4, resize_linear)
-  results = refine_volume(
-    segmenter.sam2, segmenter.refiner, segmenter.refinement,
-    functools.partial(sam_slices, segmenter, prepared), prompts, progress)
+    shown |= shadows(atoms, labels)
+  made = first_prompts(segmenter, prepared, log_odds, shown)
+  side, prompts = segmenter.sam2.config.image_size, made.prompts
+  if atoms is not None:
+    prompts = with_oracle(prompts, *truth_boxes(atoms, labels, made.cuts, side), side)
+  if given:
+    prompts = with_given(prompts, given, made.cuts, side, side // 4, resize_linear)
+  results = refine(segmenter, prepared, made.cuts, prompts, progress)
   return Segmentation(segmenter, prepared, made, results)
+
+
+def refine(
+  segmenter: Segmenter, prepared: Prepared, cuts: Sequence[Cut], prompts: VolumePrompts,
+  progress: Report = silent,
+) -> list[StageResult]:
+  """The stages over a prepared volume, from prompts in the cut of each structure."""
+  assert segmenter.refiner is not None
+  views = list(dict.fromkeys(cuts))
+  return refine_volume(
+    segmenter.sam2, segmenter.refiner, segmenter.refinement,
+    functools.partial(sam_slices, segmenter, prepared, views), prompts, progress,
+    [views.index(cut) for cut in cuts])
 
 
 def prepare(volume: Volume, plan: Plan) -> tuple[Prepared, Prepared]:
@@ -143,18 +171,14 @@ def prepare(volume: Volume, plan: Plan) -> tuple[Prepared, Prepared]:
 
 def run_generator(
   segmenter: Segmenter, prepared: Prepared, report: Report = silent, seen: Prepared | None = None
-) -> Generated:
-  """The generator over a prepared volume, and the first stage's prompts from it.
+) -> np.ndarray:
+  """The generator's log-odds of every structure, float16 [K, d, h, w] on its own grid.
 
-  seen: the same volume as the generator sees it; None where that is `prepared`, too.
+  seen: the prepared volume as the generator sees it; None where that is `prepared`, too.
   """
   plan, config = segmenter.plan, segmenter.inference
-  organs, regions = len(plan.labels.structures), plan.labels.regions
   image = (seen or prepared).image
-  side, mask_side = segmenter.sam2.config.image_size, 4 * segmenter.sam2.config.grid
-  shape = prepared.image.shape[1:]
-  log_odds = np.empty((organs, *image.shape[1:]), np.float16)
-  logits = np.empty((organs, shape[0], mask_side, mask_side), np.float16)
+  log_odds = np.empty((len(plan.labels.structures), *image.shape[1:]), np.float16)
   batch = config.batch_size * device_count()
   program = segmenter.unet, plan.patch_size, batch
   new = compiling("the generator", _unet_forward, program, report)
@@ -164,30 +188,57 @@ def run_generator(
     segmenter.unet.config.mirrored, Progress("generator, windows", report, new),
   )
   for where, slab in slabs:
-    for organ, mine in enumerate(_log_odds(slab, regions)):
-      log_odds[organ, where] = mine
-      if image.shape[1:] == shape:
-        logits[organ, where] = np.clip(resize_linear(mine, mask_side), -LOGIT_LIMIT, LOGIT_LIMIT)
-  if image.shape[1:] != shape:  # slices between those of the generator need both of their sides
-    for organ, mine in enumerate(log_odds):
-      fine = resize_linear(_on_slices(mine, shape), mask_side)
-      logits[organ] = np.clip(fine, -LOGIT_LIMIT, LOGIT_LIMIT)
-  return Generated(log_odds, generated(logits, side, segmenter.refinement.box_margin))
+    log_odds[:, where] = _log_odds(slab, plan.labels.regions)
+  return log_odds
 
 
-def truth_boxes(atoms: np.ndarray, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
-  """Boxes float32 [K, D, 4] in pixels of the S x S image and presence bool [K, D] of the truth."""
-  side, organs = segmenter.sam2.config.image_size, segmenter.plan.labels.membership.T
-  masks = (np.isin(atoms, np.flatnonzero(members)) for members in organs)
-  boxes, present = zip(*(scaled_boxes(mask, side, 0.0) for mask in masks), strict=True)
-  return np.stack(boxes), np.stack(present)
+def first_prompts(
+  segmenter: Segmenter, prepared: Prepared, log_odds: np.ndarray, shown: np.ndarray | None = None
+) -> Generated:
+  """The first stage's prompts from what the generator says, in the cut of each structure.
+
+  shown: bool [K, H, W], what cuts have to hold beside what the generator found.
+  """
+  config, sam2 = segmenter.refinement, segmenter.sam2.config
+  shape, side = prepared.image.shape[1:], 4 * sam2.grid
+  logits = np.empty((len(log_odds), shape[0], side, side), np.float16)
+  cuts = []
+  for organ, mine in enumerate(log_odds):
+    fine = _on_slices(mine, shape)
+    cut = whole(shape[1:])
+    if config.zoom:
+      found = [np.asarray((fine > 0).any(axis=0))]
+      place = bounds(found if shown is None else [*found, shown[organ]])
+      if place is not None:
+        cut = around(*place, config.zoom, np.array(prepared.spacing[1:]), shape[1:])
+    seen = resize_linear(cut.of(fine, -LOGIT_LIMIT), side)
+    logits[organ] = np.clip(seen, -LOGIT_LIMIT, LOGIT_LIMIT)
+    cuts.append(cut)
+  return Generated(log_odds, tuple(cuts), generated(logits, sam2.image_size, config.box_margin))
 
 
-def sam_slices(segmenter: Segmenter, prepared: Prepared, slices: np.ndarray) -> np.ndarray:
-  """Slices [n] of a prepared volume as SAM 2 sees them, float32 [n, S, S, 3] in [0, 1]."""
+def sam_slices(
+  segmenter: Segmenter, prepared: Prepared, views: Sequence[Cut], numbers: np.ndarray
+) -> np.ndarray:
+  """Slices [n] of a prepared volume as SAM 2 sees them, float32 [n, S, S, 3] in [0, 1].
+
+  numbers: slice z in the cut v has v D + z.
+  """
+  view, slices = np.divmod(numbers, prepared.image.shape[1])
+  seen = np.empty((len(numbers), *2 * [segmenter.sam2.config.image_size], 3), np.float32)
+  for v in np.unique(view).tolist():
+    seen[view == v] = _slices_of_cut(segmenter, prepared, views[v], slices[view == v])
+  return seen
+
+
+def _slices_of_cut(
+  segmenter: Segmenter, prepared: Prepared, cut: Cut, slices: np.ndarray
+) -> np.ndarray:
   if segmenter.sam_context:
     slices = with_neighbours(slices, prepared.image.shape[1])
-  windowed = window_slices(prepared.image[:, slices], prepared.window, segmenter.sam_channels)
+  # What lies beyond the slices is as dark as the window's lower end.
+  image = cut.of(prepared.image[:, slices], -np.inf)
+  windowed = window_slices(image, prepared.window, segmenter.sam_channels)
   resized = resize_linear(windowed, segmenter.sam2.config.image_size)
   return as_rgb(resized[0] if segmenter.sam_context else resized)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from rfmedsam2_jax.data.cuts import Cut
 from rfmedsam2_jax.data.measures import joint_counts
 from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.nn.boxes import boxes_from_square
@@ -149,19 +150,19 @@ def _boxes(found: Segmentation, organ: int, geometry: Geometry) -> tuple[BoxDeta
   points[:, axis] = natives
   nearest = np.rint(restore.native_to_prepared(points)[:, 0]).astype(int)
   nearest = np.clip(nearest, 0, restore.prepared_shape[0] - 1)
-  boxes = (BoxDetails(*_on_the_file(found, native, prompted[z][0], geometry), *prompted[z][1:])
+  cut = found.generated.cuts[organ]
+  boxes = (BoxDetails(*_on_the_file(found, native, prompted[z][0], cut, geometry), *prompted[z][1:])
            for native, z in zip(natives.tolist(), nearest.tolist(), strict=True) if z in prompted)
   return tuple(sorted(boxes, key=lambda box: box.slice))
 
 
 def _on_the_file(
-  found: Segmentation, native: int, box: np.ndarray, geometry: Geometry
+  found: Segmentation, native: int, box: np.ndarray, cut: Cut, geometry: Geometry
 ) -> tuple[int, tuple[int, int, int, int]]:
-  """A canonical native slice and a box on it as voxels of the file."""
+  """A canonical native slice and a box on it, in pixels of its cut, as voxels of the file."""
   axis, restore = found.segmenter.plan.slice_axis, found.prepared.restore
   side = found.segmenter.sam2.config.image_size
-  height, width = restore.prepared_shape[1:]
-  x0, y0, x1, y1 = boxes_from_square(box, height, width, side)
+  x0, y0, x1, y1 = boxes_from_square(box, *cut.shape, side) + np.tile([cut.left, cut.top], 2)
   # Outer edges of the voxels, which mean the same on every grid.
   edges = np.array([[0, y0 - 0.5, x0 - 0.5], [0, y1 + 0.5, x1 + 0.5]])
   low, high = restore.prepared_to_native(edges) + 0.5

@@ -170,7 +170,7 @@ def refiner_phase(config: Config, plan: Plan, masks_alone: bool = False) -> Phas
   facts = jax.ShapeDtypeStruct(cells, jnp.bool_)
   sample = pipeline.RunConfig(
     side, length, structures, config.data.sam_channels, config.data.sam_context,
-    settings.oversample_foreground)
+    settings.oversample_foreground, cuts=bool(config.refinement.zoom))
 
   def loss(platform: Platform) -> steps.Loss:
     model = SAM2(sam2, platform)

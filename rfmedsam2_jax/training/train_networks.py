@@ -23,7 +23,8 @@ from rfmedsam2_jax.nn import SAM2Config, init_params
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.parallel import hosts
 from rfmedsam2_jax.parallel.rules import place
-from rfmedsam2_jax.segmentation.segmenter import Segmenter, run_generator
+from rfmedsam2_jax.refinement.first_prompts import shadows
+from rfmedsam2_jax.segmentation.segmenter import Segmenter, first_prompts, run_generator
 from rfmedsam2_jax.training.checkpoints import latest_checkpoint
 from rfmedsam2_jax.training.loop import Training, train_phase
 from rfmedsam2_jax.training.phases import Phase
@@ -159,7 +160,10 @@ def _save(training: Training, phase: Phase, params: Params) -> None:
 def write_prompts(
   run: RunFolder, segmenter: Segmenter, identifiers: Sequence[str], report: Report
 ) -> None:
-  """The generator's mask logits of the refiner's cases, float16 [K, D, 4G, 4G] each."""
+  """The generator's mask logits of the refiner's cases, float16 [K, D, 4G, 4G] each.
+
+  Where they lie in cuts these hold the truth, too: of what the generator missed, there is one.
+  """
 
   def write(identifier: str) -> None:
     path = run / "prompts" / f"{identifier}.npy"
@@ -168,10 +172,19 @@ def write_prompts(
     # Most generators see what the stages see: then there is one place, and it is read once.
     places = dict.fromkeys(run.prepared(segmenter.plan, for_generator)
                            for for_generator in (False, True))
-    stored = (load_case(place, identifier) for place in places)
+    stored = [load_case(place, identifier) for place in places]
     prepared, *seen = (
       Prepared(np.asarray(case.image), case.window, case.restore) for case in stored)
-    made = run_generator(segmenter, prepared, report, *seen)
+    log_odds = run_generator(segmenter, prepared, report, *seen)
+    shown = None
+    if segmenter.refinement.zoom:
+      assert stored[0].atoms is not None
+      shown = shadows(stored[0].atoms, segmenter.plan.labels)
+    made = first_prompts(segmenter, prepared, log_odds, shown)
+    if shown is not None:
+      cuts = run / "prompts" / "cuts" / path.name
+      with replacing(cuts) as temporary:
+        np.save(temporary, np.array(made.cuts, np.int32))
     with replacing(path) as temporary:
       np.save(temporary, made.prompts.logits)
 

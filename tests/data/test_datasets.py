@@ -187,6 +187,10 @@ def test_fewer_training_cases_are_nested_and_leave_the_validation_alone():
   assert len(some.train) == 20 and few.validation == some.validation == whole.validation
   with pytest.raises(UserError, match="train_cases"):
     make_split(names, SplitConfig(train_cases=33))
+  # Of patients with several scans, so many patients.
+  names = [f"patient{i:02d}_scan{j}" for i in range(10) for j in range(3)]
+  found = make_split(names, SplitConfig(group=r"patient\d+", train_cases=2)).train
+  assert len(found) == 6 and len({name[:9] for name in found}) == 2
 
 
 def test_cases_held_back_from_the_generator_are_the_refiners_alone():

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -47,6 +48,16 @@ def test_folders_without_usable_inputs_are_refused(tmp_path, names, channels, sa
     find_inputs([tmp_path / "elsewhere"])
   with pytest.raises(UserError, match="is not a volume"):
     find_inputs([touch(tmp_path, "image.png") / "image.png"])
+
+
+def test_a_pipe_is_no_volume_and_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "scan.nii.gz")
+  signal.alarm(60)  # ends the process, which would wait for ever
+  try:
+    with pytest.raises(UserError, match="scan.nii.gz: is not a volume"):
+      load_image(tmp_path / "scan.nii.gz")
+  finally:
+    signal.alarm(0)
 
 
 def test_two_cases_of_one_name_are_refused(tmp_path):

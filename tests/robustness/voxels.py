@@ -33,7 +33,7 @@ def shapes():
           image = sitk.GetImageFromArray(array.T)
           image.SetSpacing([6.0, 6.0, 9.5, 1.0][:len(shape)])
           sitk.WriteImage(image, str(path))
-        read = len(shape) == 3 or (shape[3:] == (1,) and ending == ".nii.gz")
+        read = len(shape) == 3 or (set(shape[3:]) == {1} and ending == ".nii.gz")
         return predict(stage, path, folder, judge=read, must_read=read and ending == ".nii.gz")
       yield f"{name}{ending}", make
 

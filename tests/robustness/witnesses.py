@@ -8,6 +8,7 @@ and zlib.
 
 import contextlib
 import gzip
+import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -44,15 +45,18 @@ def _nifti(path: Path) -> Witnessed:
   kind = nib.Nifti2Image if content[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
   image = kind.from_bytes(content)
   array = np.asarray(image.dataobj)
-  shape = array.shape
-  if array.ndim == 4 and shape[3] == 1:
+  while array.ndim > 3 and array.shape[-1] == 1:
     array = array[..., 0]
   if array.ndim != 3:
     raise ValueError(f"{array.ndim} axes")
   scale = {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)
   affine = image.affine
   with contextlib.suppress(RuntimeError):  # of types of voxels, and axes, that ITK does not have
-    affine = np.diag([1 / scale, 1 / scale, 1 / scale, 1]) @ _affine(sitk.ReadImage(str(path)))
+    with tempfile.TemporaryDirectory() as folder:  # ITK does not read every name
+      ending = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+      (link := Path(folder) / f"scan{ending}").symlink_to(path.absolute())
+      seen = _affine(sitk.ReadImage(str(link)))
+    affine = np.diag([1 / scale, 1 / scale, 1 / scale, 1]) @ seen
   return _turned(array, affine, scale)
 
 

@@ -9,13 +9,13 @@ import pytest
 from small_sam2 import SMALL, drawn
 
 from rfmedsam2_jax import VoxelPrompt
+from rfmedsam2_jax.data.cuts import Cut, around, around_points, whole
 from rfmedsam2_jax.data.sam_slices import resize_linear
 from rfmedsam2_jax.data.volumes import Volume
 from rfmedsam2_jax.nn import SAM2
 from rfmedsam2_jax.prompted.first_cut import first_cut
 from rfmedsam2_jax.prompted.slice_frame import SliceFrame
 from rfmedsam2_jax.prompted.tracked import PromptedVolume
-from rfmedsam2_jax.prompted.zoom import Cut, around, around_points, whole
 
 SHAPE = (6, 40, 30)
 

@@ -1,8 +1,9 @@
-"""Cuts around prompts: what is small in a slice is shown large to a network with a small image.
+"""Cuts of slices: what is small in a slice is shown large to a network with a small image.
 
 nnInteractive's AutoZoom (Isensee et al., 2025) in SAM 2's terms: a square in millimetres per
-structure, found from its prompts and taken larger where the mask touches its border. Features,
-memories and pointers of a structure stay within its cut.
+structure. By hand it is found from prompts and taken larger where the mask touches its border; the
+stages have it from what the generator found. Features, memories and pointers of a structure stay
+within its cut.
 """
 
 from collections.abc import Sequence
