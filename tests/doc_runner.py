@@ -33,6 +33,7 @@ NOT_RUN = {
   "mpirun": "needs a cluster; the command behind it is parsed, its config read",
   "gcloud": "needs a cloud; commands within are parsed, their configs read",
   "--distributed": "needs several processes; the command is parsed, its config read",
+  "gs://BUCKET": "needs a bucket; the command is parsed; tests/test_buckets.py does the like",
   "rfmedsam2_jax.report.niivue": "downloads; that the module exists is checked",
   "rfmedsam2 fetch": "downloads; its arguments are parsed",
   "--programs": "traces networks for three platforms; tests/test_programs.py does it",
@@ -139,6 +140,7 @@ class Runner:
     named = len(words) == 1
     # No network, no cluster, no minute.
     parsed = words[0] == "fetch" or "--distributed" in words or "--programs" in words
+    parsed = parsed or any("gs://BUCKET" in word or "s3://BUCKET" in word for word in words)
     if "--topology" in words:  # its compiler is in an extra of its own
       parsed = parsed or importlib.util.find_spec("libtpu") is None
     if self._places is None or named or _is_pattern(words) or parsed:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from rfmedsam2_jax.base.buckets import staged
 from rfmedsam2_jax.base.errors import UserError
 
 Shelf = Literal["models", "weights"]
@@ -55,9 +56,10 @@ def check_name(text: str, said: str = "") -> None:
 def kept(source: str | Path, kind: Shelf) -> Path:
   """Where lies what a person names: at the path if anything is there, else by its name.
 
+  Of an address in a bucket that is the copy, brought up to date.
   What is neither comes back as a path.
   """
-  path = Path(source)
+  path = staged(source)
   if isinstance(source, str) and is_name(source) and not path.exists():
     found = shelf(kind) / source
     return found if found.is_dir() else path

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AfterValidator, Field
 
+from rfmedsam2_jax.base.addresses import check_place
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import check_place
 
 # `__pydantic_config__` of dataclasses that take no other keys, and neither infinity nor NaN.
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -34,7 +34,7 @@ def _place(text: str) -> str:
   return text
 
 
-Place = Annotated[str, AfterValidator(_place)]  # a file or folder
+Place = Annotated[str, AfterValidator(_place)]  # a file or folder, here or in a bucket
 Count = Annotated[int, Field(ge=1, le=2**20)]
 Whole = Annotated[int, Field(ge=0, le=2**40)]
 Share = Annotated[float, Field(ge=0, le=1)]

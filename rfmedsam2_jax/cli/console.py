@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rfmedsam2_jax.base import interruption
+from rfmedsam2_jax.base.addresses import shown
 from rfmedsam2_jax.base.errors import UserError, printable
 from rfmedsam2_jax.base.progress import Lines, Passing
 
@@ -39,7 +40,7 @@ class Console:
       return
     if self._terminal and isinstance(text, Passing):
       width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-      print(f"{CLEAR}{printable(text)[: width - 1]}", end="", file=sys.stderr, flush=True)
+      print(f"{CLEAR}{printable(shown(text))[: width - 1]}", end="", file=sys.stderr, flush=True)
       self._passing = True
     else:
       self._lines(text)
@@ -80,8 +81,8 @@ class Console:
     if self._json:
       text, stream = json.dumps(values, default=str), None
     # Names of files may hold bytes that are no text.
-    shown = text.encode(errors="backslashreplace").decode()
-    print(shown, file=stream or sys.stdout, flush=True)
+    said = shown(text).encode(errors="backslashreplace").decode()
+    print(said, file=stream or sys.stdout, flush=True)
 
 
 def place_line(error: OSError, unnamed: str) -> str:

@@ -16,9 +16,10 @@ from rfmedsam2_jax.base import command as process
 from rfmedsam2_jax.base import interruption
 from rfmedsam2_jax.base.accelerators import hide_libtpu
 from rfmedsam2_jax.base.errors import RESUME, Stopped, UserError
-from rfmedsam2_jax.base.places import check_place, word_or_path
+from rfmedsam2_jax.base.places import word_or_path
 from rfmedsam2_jax.base.progress import Passing
 from rfmedsam2_jax.cli.console import Console, place_line
+from rfmedsam2_jax.cli.copies import bring_copies
 
 COMMANDS = ("train", "shard", "predict", "evaluate", "report", "track", "serve", "convert",
             "export", "install", "models", "fetch", "quickstart")
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
   hide_libtpu()
   _keep_programs()
   try:
-    _check_places(options)
+    bring_copies(options, console.line)
     options.run(options, console)
     return 0
   except (UserError, Stopped) as error:
@@ -70,14 +71,6 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     message, status = place_line(error, "a result could not be written"), 2
   console.error(message, status)
   return status
-
-
-def _check_places(options: argparse.Namespace) -> None:
-  """UserError if a path that was given is an address."""
-  for value in vars(options).values():
-    for path in value if isinstance(value, list) else [value]:
-      if isinstance(path, Path):
-        check_place(path)
 
 
 def _with_huge_pages() -> None:
@@ -125,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
       name, prog=f"rfmedsam2 {name.replace('-', ' ')}", parents=[of_all], description=about,
       **listed)
     module.arguments(command)
-    command.set_defaults(run=module.run)
+    command.set_defaults(run=module.run, command=name)
     for action in command._actions:
       if action.type in (Path, word_or_path):
         action.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from rfmedsam2_jax.base.addresses import shown
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.places import BUILTIN, word_or_path
 from rfmedsam2_jax.base.progress import Passing, Progress
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
   console.line("compiling the network")
   found = prompted.track(prompts)
   console.line(Passing("writing"))
-  about = {"checkpoint": str(options.checkpoint), "plane": options.plane}
+  about = {"checkpoint": shown(str(options.checkpoint)), "plane": options.plane}
   if single_file.is_single(place := single_file.located(options.checkpoint)):
     about["sha256"] = sha256_of(place)[:12]
   written = write_tracked(options.out, volume, found, about, options.overwrite, options.format,

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from rfmedsam2_jax.base.buckets import fetched
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import BUILTIN, check_place
+from rfmedsam2_jax.base.places import BUILTIN
 from rfmedsam2_jax.config.experiment import Config
 from rfmedsam2_jax.config.retired import without_retired
 from rfmedsam2_jax.nn.presets import PRESETS
@@ -37,9 +38,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), trained: bool =
   Raises:
     UserError: no such file, not YAML, an unknown key, a value of the wrong kind or out of range.
   """
-  check_place(path)
   try:
-    text = Path(path).read_text(encoding="utf-8")
+    text = fetched(path).read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, "strerror", None) or "is not text"
     raise UserError(

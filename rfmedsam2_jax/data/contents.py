@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import itk
-from rfmedsam2_jax.data.datasets import Dataset, Labels
+from rfmedsam2_jax.data.datasets import Dataset, Labels, fetch_case
 from rfmedsam2_jax.data.files import Stored
 from rfmedsam2_jax.data.layouts import Case
 from rfmedsam2_jax.data.names import ending_of
@@ -50,6 +50,7 @@ class Contents(Stored):
 
 def case_content(case: Case, before: CaseContent | None = None) -> CaseContent:
   """What a case holds; its files are read unless they are still as they were `before`."""
+  fetch_case(case)
   given = [file for file in (*case.images, case.label) if file is not None]
   # Of a DICOM series every file counts.
   files = [file for one in given for file in (files_of(one, False) if one.is_dir() else [one])]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from rfmedsam2_jax.base.buckets import fetched, outlined
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.data.files import Stored, read_json, whole
 from rfmedsam2_jax.data.layouts import (
   Case,
@@ -21,7 +21,7 @@ from rfmedsam2_jax.data.layouts import (
   decathlon_cases,
   nnunet_cases,
 )
-from rfmedsam2_jax.data.names import LeftOut, some
+from rfmedsam2_jax.data.names import ENDINGS, LeftOut, ending_of, some
 from rfmedsam2_jax.data.segments import load_by_name
 from rfmedsam2_jax.data.volumes import Geometry, Volume, load_image
 
@@ -124,9 +124,9 @@ def read_dataset(folder: str | Path, structures: Sequence[str] | None = None) ->
   """Reads the description of a data set; UserError for missing or contradictory files and entries.
 
   `structures` are the names to segment, in this order; all others become background. None: all.
+  Of a bucket the names of volumes come now, what is in them with `fetch_case`.
   """
-  check_place(folder)
-  folder = Path(folder)
+  folder = outlined(folder, "read", later=lambda name, _: ending_of(name).lower() in ENDINGS)
   if not folder.is_dir():
     raise UserError(f"{folder}: is not a folder; give a data set folder with dataset.json")
   path = folder / "dataset.json"
@@ -185,10 +185,18 @@ def read_case(
 
   `series` and `modality` choose among several of a study, see `load_image`.
   """
+  fetch_case(case)
   volume = load_image(case.images, channels, series, modality)
   if case.label is None:
     return volume, None
   return volume, labels.to_atoms(load_labels(case.label, volume.geometry, labels), case.label)
+
+
+def fetch_case(case: Case) -> None:
+  """Brings the files of a case to this machine, if they lie in a bucket."""
+  for file in (*case.images, case.label):
+    if file is not None:
+      fetched(file)
 
 
 def load_labels(path: str | Path, like: Geometry, labels: Labels) -> np.ndarray:

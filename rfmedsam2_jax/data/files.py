@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from rfmedsam2_jax.base import interruption
+from rfmedsam2_jax.base import buckets, interruption
+from rfmedsam2_jax.base.addresses import copy_of, is_copy
 from rfmedsam2_jax.base.errors import UserError, first_line
-from rfmedsam2_jax.base.places import check_place
 
 # Of archives that are damaged, locked, or packed in a way that zipfile does not know.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
@@ -35,15 +35,16 @@ class Stored:
 def replacing(path: str | Path) -> Iterator[Path]:
   """Gives a temporary name beside `path` that becomes `path` if the block ends without an error.
 
-  The name is hidden and keeps the ending, by which writers choose the format.
+  The name is hidden and keeps the ending, by which writers choose the format. What will be the copy
+  of a bucket's file is uploaded first.
   """
-  check_place(path)
-  path = Path(path)
+  path = copy_of(path, "written")
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{os.getpid()}.{path.name}")
   with interruption.unfinished(temporary):
     try:
       yield temporary
+      buckets.upload(temporary, path)
       os.replace(temporary, path)
     finally:
       temporary.unlink(missing_ok=True)
@@ -55,8 +56,8 @@ def replacing_whole(path: str | Path) -> Iterator[Path]:
 
   The name lies in a hidden folder of its own, which goes with what a writer left when it failed.
   """
-  check_place(path)
-  path = Path(os.path.abspath(path))  # also of "." there is a name and a folder beside
+  # Absolute, as also of "." there is a name and a folder beside.
+  path = Path(os.path.abspath(copy_of(path, "written")))
   workshop = path.with_name(f".{os.getpid()}.{path.name}")
   with interruption.unfinished(workshop):
     shutil.rmtree(workshop, ignore_errors=True)  # of a process that was killed
@@ -65,6 +66,7 @@ def replacing_whole(path: str | Path) -> Iterator[Path]:
     try:
       yield made
       interruption.finish()
+      buckets.upload(made, path)
       if path.is_dir():
         # A folder cannot be renamed over another; the old one goes once the new one is there.
         os.replace(path, old)
@@ -85,12 +87,13 @@ class ResultExists(UserError):
 
 def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
   """Makes a folder of results, or UserError; ResultExists if one of `targets` must not go."""
-  check_place(folder)
-  there = [target for target in targets if target.exists()]
+  if not is_copy(folder, "written"):
+    buckets.outlined(folder, "written")  # if it is an address
+  there = [target for target in targets if copy_of(target, "written").exists()]
   if there and not overwrite:
     raise ResultExists(there[0])
   try:
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    copy_of(folder, "written").mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
 
@@ -98,7 +101,7 @@ def claim(folder: str | Path, targets: Sequence[Path], overwrite: bool) -> None:
 def read_json(path: str | Path) -> Any:
   """The content of a JSON file; UserError if it is missing or not JSON."""
   try:
-    return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
+    return json.loads(buckets.fetched(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
   except FileNotFoundError:
     raise UserError(f"{path}: does not exist; check the path") from None
   except OSError as error:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rfmedsam2_jax.base.buckets import staged
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.data.layouts import Case, check_unique
 from rfmedsam2_jax.data.names import (
   ENDINGS,
@@ -41,7 +41,7 @@ def find_inputs(
   """
   beside = functools.cache(_beside)
   cases: dict[tuple[str, str], Case] = {}  # a channel, or a case, may be met several times
-  for file in (file for path in paths for file in _files(Path(path), leave_out, studies)):
+  for file in (file for path in paths for file in _files(staged(path), leave_out, studies)):
     case = _input_case(file, channels, beside)
     for image in case.images:
       if not image.exists():
@@ -66,7 +66,6 @@ def with_labels(cases: Sequence[Case], folder: str | Path) -> list[Case]:
 
 def _files(path: Path, leave_out: Callable[[LeftOut], None], studies: bool) -> Iterator[Path]:
   """The volumes and series that a path stands for, by name."""
-  check_place(path)
   if not path.exists():
     raise UserError(f"{path}: no such file or folder; check the path")
   if not path.is_dir() and ending_of(path).lower() not in IMAGE_ENDINGS:

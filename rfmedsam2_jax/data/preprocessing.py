@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import scipy.ndimage
 
+from rfmedsam2_jax.base import buckets
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import resampling
 from rfmedsam2_jax.data.datasets import Labels
@@ -238,7 +239,8 @@ def load_case(folder: str | Path, identifier: str) -> PreparedCase:
 
 def stored_cases(folder: str | Path) -> list[str]:
   """Identifiers of the complete cases of a folder, in alphabetical order."""
-  return sorted(file.stem for file in Path(folder).glob("*.json") if not file.name.startswith("."))
+  return sorted(name.removesuffix(".json") for name in buckets.names(Path(folder))
+                if name.endswith(".json") and not name.startswith("."))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +301,6 @@ def _draw_locations(atoms: np.ndarray, members: np.ndarray, rng: np.random.Gener
 def open_array(path: Path, mode: Literal["r"] | None, advice: str) -> np.ndarray:
   """A stored array, memory-mapped with mode "r"; UserError, which ends with `advice`."""
   try:
-    return np.load(path, mmap_mode=mode)
+    return np.load(buckets.fetched(path, once=True), mmap_mode=mode)
   except (OSError, ValueError, EOFError) as error:
     raise UserError(f"{path}: cannot be read ({error}); {advice}") from None

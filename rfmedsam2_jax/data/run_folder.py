@@ -1,5 +1,7 @@
 """The folder of a run: who may write to it, and what lies where.
 
+Of a run in a bucket it is the copy that this machine works in (base.buckets).
+
 config.yaml, splits.json, cases.json, fingerprint.json, plan.json, versions.json, log.jsonl,
 preprocessed/ (and in it generator/ where that sees another grid), prompts/, checkpoints and final
 params in generator/, refiner/ and, where it is trained apart, mask_adapter/, validation.json.
@@ -13,15 +15,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rfmedsam2_jax.base.addresses import copy_of
+from rfmedsam2_jax.base.buckets import fetched, push
+from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data.files import replacing
 from rfmedsam2_jax.data.plan import Plan
 
 
 class RunFolder:
-  """Paths of a run, and its log; of several processes, one `writes`."""
+  """Paths of a run, and its log; of several processes, one `writes`.
+
+  lost: why it must not be written any more, if another one may hold it.
+  """
+
+  lost = ""
 
   def __init__(self, path: str | Path, writes: bool = True):
-    self.path, self.writes = Path(path), writes
+    self.path, self.writes = copy_of(path, "written"), writes
 
   def __truediv__(self, name: str) -> Path:
     return self.path / name
@@ -57,7 +67,7 @@ class RunFolder:
 
   def logged(self) -> list[dict[str, Any]]:
     """The lines of log.jsonl, but for one that a kill has cut off."""
-    path, found = self.path / "log.jsonl", []
+    path, found = fetched(self.path / "log.jsonl"), []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
       with contextlib.suppress(ValueError):
         found.append(json.loads(line))
@@ -68,6 +78,18 @@ class RunFolder:
     if self.writes and (self.path / "log.jsonl").exists():
       kept = [x for x in self.logged() if x["phase"] != phase or x["step"] <= step]
       self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+  def sync(self) -> None:
+    """Sends to its bucket, if the run lies in one, what is not written whole there and then.
+
+    UserError if the run is lost.
+    """
+    if self.lost:
+      raise UserError(self.lost)
+    if self.writes:
+      push(self.path / "log.jsonl")
+      push(self.path / "tensorboard")
+    push(self.path / "profile")  # in which every process has files of its own
 
 
 def versions() -> dict[str, str]:

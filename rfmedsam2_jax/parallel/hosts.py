@@ -1,6 +1,7 @@
 """Several processes of one run, of the same program: how they find each other and share work.
 
-Process 0 writes what is written once; all see run folder and data set under the same paths.
+Process 0 writes what is written once; all see run folder and data set under the same paths, or
+addresses.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from rfmedsam2_jax.base.addresses import shown
 from rfmedsam2_jax.base.errors import RESUME, UserError, first_line
 from rfmedsam2_jax.base.progress import Progress, Report, silent
 from rfmedsam2_jax.parallel import joining
@@ -171,7 +173,7 @@ def _watch(ended: threading.Event) -> None:
 
 def _leave(why: str, status: int = RESUME) -> NoReturn:
   """The main thread may be inside a collective that never ends, so nothing is waited for."""
-  print(f"rfmedsam2: {why}", file=sys.stderr, flush=True)
+  print(f"rfmedsam2: {shown(why)}", file=sys.stderr, flush=True)
   os._exit(status)
 
 

@@ -11,9 +11,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from rfmedsam2_jax.base.buckets import names
 from rfmedsam2_jax.base.errors import UserError, first_line
 from rfmedsam2_jax.training.state import TrainState
-from rfmedsam2_jax.weights.orbax import file_errors, read_whole
+from rfmedsam2_jax.weights.orbax import file_errors, is_saved, read_whole, written_at
 
 
 class _Best(NamedTuple):
@@ -36,10 +37,10 @@ class Checkpoints:
   """
 
   def __init__(self, folder: Path, keep: int, keep_best: int = 0):
-    self._folder = folder
+    self._folder = written_at(folder)
     self.scores: dict[int, float] = {}
     best: list[Any] = [_Best(keep_best, self.scores)] if keep_best else []
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
+    self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(
         [checkpoint_managers.LatestN(keep), *best]),
       cleanup_tmp_directories=True,  # that a killed process left unfinished
@@ -71,7 +72,7 @@ class Checkpoints:
         # By these kinds what was asked of it may be wrong instead, if its files can be read.
         if type(error) not in (ValueError, TypeError, AttributeError):
           raise
-        read_whole(path.absolute() / "state")
+        read_whole(path / "state")
       if type(error) is not ValueError:
         raise
       raise UserError(
@@ -90,8 +91,8 @@ class Checkpoints:
 
 def latest_checkpoint(folder: Path) -> Path | None:
   """The newest checkpoint of a phase, if it has come so far; a folder alone does not say so."""
-  steps = [int(x.name) for x in folder.iterdir() if x.name.isdigit()] if folder.is_dir() else []
-  return folder / str(max(steps)) if steps else None
+  steps = sorted((int(name) for name in names(folder) if name.isdigit()), reverse=True)
+  return next((folder / str(step) for step in steps if is_saved(folder / str(step))), None)
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def train_phase(
         if asked or last or validates or step % loop.checkpoint_every == 0:
           log.check(step)
           with spent.on("saving"):
+            run.sync()  # first: a resumed phase drops what is behind its checkpoint
             checkpoints.save(step, state, score)
         if asked and not last:
           checkpoints.wait()

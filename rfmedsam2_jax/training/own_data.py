@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rfmedsam2_jax.base.buckets import fetched
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import Progress, Report, duration
 from rfmedsam2_jax.config import Config
@@ -64,7 +65,7 @@ def say_unused(
 def _split(out: Path, dataset: Dataset, config: SplitConfig, resume: bool) -> Split:
   """The split that a run to be resumed has, or a new one."""
   identifiers = [case.identifier for case in dataset.cases]
-  path = out / "splits.json"
+  path = fetched(out / "splits.json")
   if not (resume and path.exists()):
     return make_split(identifiers, config)
   split = load_split(path)
@@ -147,7 +148,7 @@ def store_cases(
   places: Mapping[Path, Plan], cases: Sequence[Case], dataset: Dataset, seed: int, report: Report
 ) -> None:
   """Preprocesses cases into folders, by a plan each; those that one does not have yet."""
-  stored = {folder: set(stored_cases(folder)) if folder.is_dir() else set() for folder in places}
+  stored = {folder: set(stored_cases(folder)) for folder in places}
 
   def store(case: Case) -> None:
     missing = {folder: plan for folder, plan in places.items()

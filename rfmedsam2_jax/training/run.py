@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from rfmedsam2_jax.base.addresses import copy_of, unique
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.base.progress import PRINTED, Report, duration, silent
 from rfmedsam2_jax.config import Config, config_tree, config_yaml, load_config
@@ -31,7 +32,7 @@ from rfmedsam2_jax.parallel.mesh import make_mesh
 from rfmedsam2_jax.report.curves import save_curves
 from rfmedsam2_jax.training import own_data, tracker_data
 from rfmedsam2_jax.training import train_networks as networks
-from rfmedsam2_jax.training.lock import open_run
+from rfmedsam2_jax.training.lock import bring_run, open_run
 from rfmedsam2_jax.training.loop import Training
 from rfmedsam2_jax.training.own_data import OwnData
 from rfmedsam2_jax.training.phases import (
@@ -65,7 +66,8 @@ def train(
     UserError: a folder in use or not to be overwritten, unreadable data, a loss that is not finite.
   """
   # What can be known to fail does so now, not after the generator.
-  own = own_data.read_own(config, Path(out), resume)
+  out = copy_of(out, "written")
+  own = own_data.read_own(config, out, resume)
   of_tracker = tracker_data.read_sources(config) if config.tracker.parts else []
   if own is not None:
     _divided(config, own)
@@ -77,7 +79,7 @@ def train(
   check_batches(config, phase_names(config), mesh)
   if not resume:
     _check_starting_points(config, out)
-  with _open_run(out, resume, overwrite) as run:
+  with _open_run(out, resume, overwrite, report) as run:
     if not run.writes:
       report = silent
     if own is not None and run.writes:
@@ -113,11 +115,11 @@ def _divided(config: Config, own: OwnData) -> tuple[list[str], list[str]]:
     own.split.train, config.refiner.held_back, config.seed, config.data.split.group)
 
 
-def _check_starting_points(config: Config, out: str | Path) -> None:
+def _check_starting_points(config: Config, out: Path) -> None:
   for source in filter(None, (config.tracker.init_from, config.refiner.init_from)):
     check_starting_point(source, config.sam2)
     load_checkpoint(source)  # whole and finite
-    if located(source).absolute().is_relative_to(Path(out).absolute()):
+    if unique(located(source)).is_relative_to(unique(out)):
       raise UserError(f"{source}: lies in the run that is to be written; train into another folder")
 
 
@@ -159,14 +161,22 @@ def _save_curves(run: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def _open_run(out: str | Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+def _open_run(
+  out: Path, resume: bool, overwrite: bool, report: Report
+) -> Iterator[RunFolder]:
   """The run's folder, in every process; the first one holds the lock and writes."""
   with contextlib.ExitStack() as stack:
     run = RunFolder(out, writes=False)
     with hosts.together():
       if hosts.is_main():
-        run = stack.enter_context(open_run(out, resume, overwrite))
-    yield run
+        run = stack.enter_context(open_run(out, resume, overwrite, report))
+    with hosts.together():
+      if not run.writes:
+        bring_run(out)
+    try:
+      yield run
+    finally:
+      run.sync()
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:

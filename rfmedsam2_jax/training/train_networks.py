@@ -31,7 +31,7 @@ from rfmedsam2_jax.training.phases import Phase
 from rfmedsam2_jax.training.state import silenced_decoder, with_frozen_as
 from rfmedsam2_jax.weights.checkpoint import read_config, starting_params
 from rfmedsam2_jax.weights.generator import check_generator_start
-from rfmedsam2_jax.weights.orbax import load_params, read_about, save_params
+from rfmedsam2_jax.weights.orbax import is_saved, load_params, read_about, save_params
 
 
 def _count(params: Any) -> str:
@@ -40,7 +40,7 @@ def _count(params: Any) -> str:
 
 def _begun(run: RunFolder, *phases: str) -> bool:
   """Whether one of these phases has parameters of its own, which replace all that it is given."""
-  return any(run.params(x).is_dir() or latest_checkpoint(run.checkpoints(x)) for x in phases)
+  return any(is_saved(run.params(x)) or latest_checkpoint(run.checkpoints(x)) for x in phases)
 
 
 def check_generator(run: RunFolder, phase: Phase) -> None:
@@ -64,7 +64,7 @@ def train_generator(
   run, settings = training.run, phase.settings
   params: Params = {}
   init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), 0))
-  if not run.params(phase.name).is_dir():
+  if not is_saved(run.params(phase.name)):
     if not settings.init_from or _begun(run, phase.name):
       params = jax.jit(phase.init)(init_key)
     else:  # compiling what draws all members of an ensemble would take minutes
@@ -87,7 +87,7 @@ def train_tracker(
   assert isinstance(first, TrackerConfig)
   params: Params = {}
   init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(training.seed), 3))
-  if not run.params(legs[0].name).is_dir():
+  if not is_saved(run.params(legs[0].name)):
     if first.init_from and not _begun(run, legs[0].name):
       params = starting_params(first.init_from, config, init_key)
       about = json.dumps(read_config(first.init_from)[1], indent=1)
@@ -114,7 +114,7 @@ def train_refiner(
   params: Params = {}
   key = jax.random.key(training.seed)
   init_key, train_key = jax.random.split(jax.random.fold_in(key, 1))
-  if not run.params(refiner.name).is_dir():
+  if not is_saved(run.params(refiner.name)):
     if settings.init_from and not _begun(run, "mask_adapter", "refiner"):
       params = starting_params(settings.init_from, sam2, init_key)
       about = read_config(settings.init_from)[1]
@@ -140,7 +140,7 @@ def _trained(
 ) -> Params:
   """The parameters at the end of a phase, which starts from `params` if it has not ended yet."""
   folder = training.run.params(phase.name)
-  if not folder.is_dir():
+  if not is_saved(folder):
     state = place(phase.start(params, key), training.mesh)
     training.report(f"{phase.name}: {_count(params)} parameters, {_count(state.trained)} of them "
                     "trained")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rfmedsam2_jax.base.buckets import staged
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.nn.unet import UNet, UNetConfig
 from rfmedsam2_jax.weights.checkpoint import short
@@ -42,7 +43,7 @@ def generator_of(about: Mapping[str, Any], source: str | Path) -> tuple[UNet, in
 
 def check_generator_start(folder: str | Path, expected: dict[str, Any]) -> None:
   """UserError unless a checkpoint is of the generator that `expected` (generator_json) tells of."""
-  if not (Path(folder) / "about").is_dir():
+  if not (staged(folder) / "about").is_dir():
     raise UserError(f"{folder}: is no checkpoint of a generator; make one with rfmedsam2 convert "
                     "nnunet, or give generator/params of a run")
   found = read_about(folder).get("generator")

@@ -13,15 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict
 
+from rfmedsam2_jax.base import buckets
+from rfmedsam2_jax.base.addresses import address_of, check_for_orbax
 from rfmedsam2_jax.base.errors import UserError, first_line
-from rfmedsam2_jax.base.places import check_place
 from rfmedsam2_jax.nn.layers import Params
 
 # What Orbax and TensorStore raise of files that are cut off, changed or gone.
 _DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, RuntimeError,
            FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_COMPLETE = "commit_success.txt"  # beside a checkpoint in a bucket that is whole
 # Beginnings of errors that are of these kinds too, but of disks, networks and memory.
 _ELSEWHERE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED",
               "CANCELLED", "ABORTED")
@@ -58,13 +61,31 @@ def read_whole(folder: Path) -> None:
 
 def save_params(folder: str | Path, params: Params, about: dict[str, Any]) -> None:
   """Writes params, bfloat16 as float32, and a JSON-serialisable description over what was there."""
-  check_place(folder)
   # Weights that training held in bfloat16, so that every checkpoint is read alike.
   params = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, params)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    checkpointer.save(Path(folder).absolute(), force=True, args=ocp.args.Composite(
+    checkpointer.save(written_at(folder), force=True, args=ocp.args.Composite(
       params=ocp.args.StandardSave(params),
       about=ocp.args.JsonSave(about | {"checksum": checksum(params)})))
+
+
+def written_at(folder: str | Path) -> Any:
+  """Where Orbax writes a checkpoint: an absolute path, or the address that a copy stands for.
+
+  UserError for an address to which Orbax cannot write.
+  """
+  check_for_orbax(folder)
+  address = address_of(folder)
+  return Path(folder).absolute() if address is None else epath.Path(address)
+
+
+def is_saved(folder: Path) -> bool:
+  """Whether a checkpoint is there, whole.
+
+  On a disk it is there or not. In a bucket Orbax writes it where it stays, and a last file when it
+  is complete.
+  """
+  return folder.is_dir() if address_of(folder) is None else buckets.exists(folder / _COMPLETE)
 
 
 def checksum(params: Params) -> str:
@@ -81,7 +102,7 @@ def load_params(folder: str | Path, like: Params) -> Params:
   UserError for no checkpoint, a damaged one, one of another network, or one with NaN.
   """
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-  folder = Path(folder).absolute()
+  folder = buckets.staged(folder).absolute()
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint; train the run to its end or check the path")
   damaged = ("cannot be read as a checkpoint of this network ({}); check that the run is complete "
@@ -123,7 +144,7 @@ def not_finite(x: Any) -> int:
 def read_about(folder: str | Path) -> dict[str, Any]:
   """What a checkpoint says of itself; UserError if it is damaged."""
   with file_errors(Path(folder), "is damaged ({}); copy or make it anew"):
-    return _restore(Path(folder).absolute(), about=ocp.args.JsonRestore())["about"]
+    return _restore(buckets.staged(folder).absolute(), about=ocp.args.JsonRestore())["about"]
 
 
 def _restore(folder: Path, **wanted: Any) -> Any:

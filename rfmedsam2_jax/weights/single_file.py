@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from rfmedsam2_jax.base.errors import UserError
-from rfmedsam2_jax.base.places import BUILTIN, check_place
-from rfmedsam2_jax.data.files import sha256_of
+from rfmedsam2_jax.base.places import BUILTIN
+from rfmedsam2_jax.data.files import replacing, sha256_of
 from rfmedsam2_jax.nn.layers import Params
 from rfmedsam2_jax.weights.named import checkpoint_at
 from rfmedsam2_jax.weights.orbax import check_finite, checksum, file_errors, not_finite
@@ -46,8 +46,8 @@ def save_single(path: str | Path, params: Params, about: dict[str, Any]) -> None
   Raises:
     UserError: a value that float16 does not hold.
   """
-  check_place(path)
-  Path(path).write_bytes(single_bytes(params, about, np.float16, path))
+  with replacing(path) as temporary:
+    temporary.write_bytes(single_bytes(params, about, np.float16, path))
 
 
 def single_bytes(params: Params, about: dict[str, Any], dtype: Any, path: str | Path) -> bytes:

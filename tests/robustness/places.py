@@ -69,7 +69,7 @@ def places():
       def unwritable(folder, rng, stage, name=name, what=what):
         out = {"a file": folder / "out", "below a file": folder / "out" / "more",
                "below /proc": Path("/proc/out"), "too long": folder / ("out" * 100),
-               "an address": Path("gs://bucket/out")}[what]
+               "an address": Path("az://bucket/out")}[what]
         (folder / "out").write_text("mine")
         call = writers(stage, out)[name]
 

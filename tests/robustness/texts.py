@@ -197,7 +197,7 @@ def configs():
     "mesh.data=0", "mesh.data=99", "inference.overlap=1",
     "inference.overlap=.nan", "inference.batch_size=0", "unknown=1", "data.dataset=/nowhere",
     "=1", "seed", "a..b=1", "generator.features.x=1", "refinement.stages.9.residual=true",
-    "refinement.stages.x=1", "data.dataset=gs://bucket/data", "generator.init_from=s3://b/c",
+    "refinement.stages.x=1", "data.dataset=az://bucket/data", "generator.init_from=s3a://b/c",
     "refiner.init_from=https://example.org/sam2.pt", "data.dataset=file:///data",
   )
   for override in values:
