@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from rfmedsam2_jax.base.ranges import STRICT, Count, Share, Whole
-from rfmedsam2_jax.nn.layers import A
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +48,6 @@ class RefinementConfig:
   # resolution of their own; a slice is encoded once for each of them, and a run of training shows
   # one. The built-in weights know cuts of 1.4 to 4 sides.
   live_margin: Whole = 3  # slices beyond a structure that are still run; more is slower
-  least_iou: Share = 0.0
-  # A stage whose mask has a lower predicted IoU finds nothing there, as SAM's pred_iou_thresh drops
-  # such masks: beyond a structure's ends a network is surer that a mask is bad than that none is
-  # right. Not where a person gave a prompt, or the truth is known.
   cells_per_batch: Count = 32  # (organ, slice) cells per call and device; memory grows with it
   fusion: Literal["masks", "changes"] = "masks"
   # masks: the last stage's masks, resized to the volume's grid. changes: the generator's own logits
@@ -67,10 +62,6 @@ class RefinementConfig:
   threshold: ClassVar[float] = 0.5  # foreground probability above which a voxel is an organ's
   box_margin: ClassVar[float] = 2.0  # added to boxes on every side, in pixels of the SAM image
   slices_per_batch: ClassVar[int] = 8  # of the image encoder's calls, per device
-
-  def believed(self, iou: A) -> A:
-    """Whether masks [...] of this predicted IoU count; all do without `least_iou`."""
-    return iou >= (self.least_iou or -float("inf"))
 
   def __post_init__(self):
     if 0 < self.zoom < 1:

@@ -116,10 +116,6 @@ def _refined(
     run = StageRun(model, params, config, stage, encoded, views, prompts, pointers, live, report)
     progress(Passing(f"stage {number}: {len(run.cells)} cells on {len(encoded.row_of)} slices"))
     outputs = run_stage(run)
-    sure = prompts.fixed_boxes[live] | prompts.given[live]
-    believed = config.believed(outputs.iou) | sure
-    outputs = outputs._replace(presence=np.where(believed, outputs.presence, ABSENT_LOGIT),
-                               pointer=np.where(believed[:, None], outputs.pointer, absent))
     shown = np.where((outputs.presence > 0)[:, None, None], outputs.logits, ABSENT_LOGIT)
     new = StageResult(
       run.cells.astype(np.int32), shown.astype(np.float16), outputs.iou, expit(outputs.presence),

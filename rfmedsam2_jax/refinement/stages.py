@@ -195,11 +195,10 @@ def all_stages_on_grid(
       memories = Memories(maps, pointers)
     outputs = refine_cells(model, params, stage, here, cells, memories, slots)
     absent = params["no_obj_ptr"].reshape(-1).astype(outputs.pointer.dtype)
-    kept = live.reshape(-1, 1) & config.believed(outputs.iou)[:, None]
-    pointers = jnp.where(kept, outputs.pointer, absent)
+    pointers = jnp.where(live.reshape(-1, 1), outputs.pointer, absent)
     return outputs
 
-  return _one_after_the_other(model, config, cells, inside, depth, run, config.believed)
+  return _one_after_the_other(model, config, cells, inside, depth, run)
 
 
 def masks_on_grid(
@@ -218,14 +217,12 @@ def masks_on_grid(
     bias = bias_of(model, params, stage, runs.of_cells(pixels), cells)
     return Cells(bias.mask, nothing, bias.presence, nothing[:, None])
 
-  return _one_after_the_other(model, config, cells, inside, depth, run,
-    lambda iou: jnp.ones(iou.shape, bool))
+  return _one_after_the_other(model, config, cells, inside, depth, run)
 
 
 def _one_after_the_other(
   model: SAM2, config: RefinementConfig, cells: CellPrompts[Array], inside: Array, depth: Array,
   run: Callable[[StageConfig, CellPrompts[Array], Runs, Array], Cells[Array]],
-  believed: Callable[[Array], Array],
 ) -> list[tuple[Cells[Array], Array]]:
   """Runs the stages by `run`, each on the prompts that the one before makes, as at prediction."""
   tracks = len(cells.presence) // inside.size
@@ -240,8 +237,8 @@ def _one_after_the_other(
     outputs = run(stage, cells, runs, live)
     ran = live.reshape(-1)
     results.append((outputs, ran))
-    # A cell that is not live is not run, and one that is not believed has no mask: no organ.
-    presence = jnp.where(ran & believed(outputs.iou), outputs.presence, ABSENT_LOGIT)
+    # A cell that is not live is not run: no organ.
+    presence = jnp.where(ran, outputs.presence, ABSENT_LOGIT)
     size = model.config.image_size
     cells = prompts_lib.next_prompts(outputs.logits, presence, size, config.box_margin)
   return results
