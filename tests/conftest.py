@@ -7,28 +7,19 @@ import fcntl
 import os
 import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
 from compilation import emitters_with_optimizations, without_emitters
+from order import long_files_first
 from tiny_config import PHANTOMS, write_tiny_config
 
 from rfmedsam2_jax.data.phantom import write_phantom
 
 without_emitters()  # here, since some tests make arrays when they are imported
 MOST_MEMORY = 3 << 30  # bytes of one process, beyond which it forgets its compiled programs
-
-
-def long_files_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-  """Files with a test that is marked `slow`, then all others; else the order stays as it is.
-
-  So no process ends with minutes to go while the others have nothing left. Marks and the order of
-  collection decide and nothing else, since all processes must come to the same order.
-  """
-  long = {item.path for item in items if item.get_closest_marker("slow")}
-  return sorted(items, key=lambda item: item.path not in long)
 
 
 @pytest.hookimpl(trylast=True)  # after -m has left out tests

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-from conftest import long_files_first
+from order import long_files_first
 
 ROOT = Path(__file__).parents[1]
 

@@ -193,7 +193,8 @@ def test_slices_count_by_the_area_of_their_masks_and_regions_by_their_values():
   prepared = SimpleNamespace(restore=Restore((1, 2, 2), (1.0, 1.0, 1.0), (0, 0, 0), (1, 2, 2),
                                              (0, 1, 2), (1, 2, 2)))
   plan = SimpleNamespace(labels=labels, slice_axis=0)
-  found = SimpleNamespace(segmenter=SimpleNamespace(plan=plan), prepared=prepared, results=[result])
+  found = SimpleNamespace(segmenter=SimpleNamespace(plan=plan), prepared=prepared, results=[result],
+                          generated=SimpleNamespace(cuts=[None, None]))
   before, after = (np.array(x, np.uint8).reshape(1, 2, 2) for x in ([1, 1, 1, 0], [1, 2, 0, 0]))
   geometry = SimpleNamespace(spacing=(2.0, 10.0, 100.0), voxel_ml=2.0, axes=(0, 1, 2))
   winning = np.array([0.5, 0.9, 0.0, 0.0], np.float32).reshape(1, 2, 2)

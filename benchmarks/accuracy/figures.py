@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from results import by_case, difference, mean_of
 from score_run import CORRUPTIONS
-from study import CORRUPTED, ROWS, SCORED
 
 from rfmedsam2_jax.config import load_config
 from rfmedsam2_jax.data.datasets import read_dataset
@@ -26,6 +26,10 @@ from rfmedsam2_jax.report.contact_sheet import SheetCase, save_contact_sheet
 from rfmedsam2_jax.training.validation import stage_maps
 
 BUDGETS = (30, 90)  # minutes
+STUDY = yaml.safe_load((Path(__file__).parent / "rows" / "hippocampus.yaml").read_text("utf-8"))
+ROWS = tuple(STUDY["refiners"])
+CORRUPTED = tuple(name for name, how in STUDY["scored"].items() if "--corrupt" in how)
+SCORED = tuple(name for name in STUDY["scored"] if name not in CORRUPTED)
 
 
 def stages_of(path: Path) -> dict[str, Any]:

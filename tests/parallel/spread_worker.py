@@ -10,7 +10,7 @@ import numpy as np
 
 from rfmedsam2_jax.data.volumes import load_image
 from rfmedsam2_jax.model import load
-from rfmedsam2_jax.refinement import cell_batches, refine
+from rfmedsam2_jax.refinement import cell_batches, stage_run
 from rfmedsam2_jax.segmentation import segmenter
 
 run, volume, out = sys.argv[1:]
@@ -27,7 +27,7 @@ def counted(function, name, used):
 
 used: dict[str, int] = {}
 for module, name in (
-  (cell_batches, "_encode"), (refine, "_remember"), (refine, "_run"),
+  (cell_batches, "_encode"), (stage_run, "_remember"), (stage_run, "_run"),
   (segmenter, "_unet_forward"),
 ):
   setattr(module, name, counted(getattr(module, name), name, used))
