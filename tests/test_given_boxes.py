@@ -92,7 +92,7 @@ def test_a_given_box_is_the_same_box_in_the_details(
   for x0, y0, x1, y1 in BOXES:
     corners = np.array([in_the_file(geometry, x, y, 2) for x, y in ((x0, y0), (x1, y1))], float)
     entry = PromptEntry("liver", corners, np.zeros((0, 3)), (), 0, "given.json")
-    (given,) = prompts_by_hand(labels, geometry, [entry], None)(segmenter, prepared)
+    (given,) = prompts_by_hand(labels, geometry, [entry], None)(prepared)
     # The same edges as shares of the image, whatever grid lies between.
     width, height, _ = SHAPE
     scale = side / np.array([width, height])

@@ -83,12 +83,12 @@ def difference(
     pairs = [(a[case][name][metric], b[case][name][metric]) for name in a[case]]
     return float(np.mean([x - y for x, y in pairs if None not in (x, y)] or [np.nan]))
 
-  changes = [[x for x in map(change, cases) if np.isfinite(x)]
-             for cases in grouped(sorted(a), group).values()]
+  changes = ([x for x in map(change, cases) if np.isfinite(x)]
+             for cases in grouped(sorted(a), group).values())
+  changes = [found for found in changes if found]  # groups that make a statement
   sums, counts = (np.array([f(found) for found in changes]) for f in (sum, len))
   drawn = np.random.default_rng(0).integers(len(changes), size=(RESAMPLINGS, len(changes)))
-  # A draw of groups without any statement has none either.
-  means = sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1)
+  means = sums[drawn].sum(1) / counts[drawn].sum(1)
   low, high = np.quantile(means, [0.025, 0.975])
   return float(sums.sum() / counts.sum()), float(low), float(high)
 

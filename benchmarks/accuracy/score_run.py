@@ -76,7 +76,7 @@ def main() -> None:
   segmenter = dataclasses.replace(
     load(options.run), refinement=config.refinement, inference=config.inference
   )
-  labels, sam2 = segmenter.plan.labels, segmenter.sam2
+  labels = segmenter.plan.labels
   dataset = read_dataset(config.data.dataset, config.data.structures)
   held_out = load_split(options.run / "splits.json").validation[: options.cases]
   cases = [case for case in dataset.cases if case.identifier in held_out]
@@ -92,13 +92,14 @@ def main() -> None:
         raise SystemExit("--corrupt: is for a generator whose grid is that of the slices")
       rng = np.random.default_rng(number)
       log_odds = np.stack([corrupted(odds, options.corrupt, rng) for odds in log_odds])
-    found_atoms = prepare_atoms(atoms, segmenter.plan, prepared.restore)
-    oracle = options.prompts == "oracle"
-    shown = shadows(found_atoms, labels) if oracle else None
+    truth = shown = None
+    if options.prompts == "oracle":
+      truth = prepare_atoms(atoms, segmenter.plan, prepared.restore)
+      shown = shadows(truth, labels)
     made = first_prompts(segmenter, prepared, log_odds.astype(np.float16), shown)
-    prompts, side = made.prompts, sam2.config.image_size
-    if oracle:
-      prompts = with_oracle(prompts, *truth_boxes(found_atoms, labels, made.cuts, side), side)
+    prompts, side = made.prompts, segmenter.sam2.config.image_size
+    if truth is not None:
+      prompts = with_oracle(prompts, *truth_boxes(truth, labels, made.cuts, side), side)
     results = refine(segmenter, prepared, made.cuts, prompts)
     maps = label_maps([Segmentation(segmenter, prepared, made, results)])
     seconds.append(time.monotonic() - began)

@@ -37,7 +37,12 @@ class Cut(NamedTuple):
     return self.height, self.width
 
   def of(self, slices: np.ndarray, fill: float = 0) -> np.ndarray:
-    """What it shows of slices [..., H, W]: [..., height, width], `fill` beyond them."""
+    """What it shows of slices [..., H, W]: [..., height, width], `fill` beyond them.
+
+    The slices themselves, and no copy, where it is all of them.
+    """
+    if self == whole(slices.shape[-2:]):
+      return slices
     inside, outside = self._overlap(slices.shape[-2:])
     seen = np.full((*slices.shape[:-2], *self.shape), fill, slices.dtype)
     seen[(..., *inside)] = slices[(..., *outside)]

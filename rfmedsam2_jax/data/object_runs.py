@@ -8,7 +8,7 @@ seed and i, whatever the source.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -16,6 +16,7 @@ from scipy import ndimage
 from rfmedsam2_jax.base.errors import UserError
 from rfmedsam2_jax.data import augmentation as augment
 from rfmedsam2_jax.data.augmentation import AugmentationConfig, transform_slices
+from rfmedsam2_jax.data.cuts import Cut
 from rfmedsam2_jax.data.datasets import IGNORED
 from rfmedsam2_jax.data.pipeline import (
   BatchConfig,
@@ -46,22 +47,7 @@ def _sample(image: np.ndarray, objects: np.ndarray, case: int) -> dict[str, np.n
   return {"images": as_rgb(image), "objects": objects, "has": has, "case": np.array(case, np.int32)}
 
 
-class _Cut(NamedTuple):
-  """A square of slices [..., H, W]: its first row and column, which may be negative, and side."""
-
-  row: int
-  column: int
-  side: int
-
-  def of(self, slices: np.ndarray) -> np.ndarray:
-    """[..., side, side]; what lies outside of the slices is 0."""
-    corner, size = np.array(self[:2]), np.array(slices.shape[-2:])
-    (y0, x0), (y1, x1) = np.clip([corner, corner + self.side], 0, size)
-    around = [(max(-c, 0), max(c + self.side - n, 0)) for c, n in zip(corner, size, strict=True)]
-    return np.pad(slices[..., y0:y1, x0:x1], [(0, 0)] * (slices.ndim - 2) + around)
-
-
-def _draw_cut(rng: np.random.Generator, mask: np.ndarray) -> _Cut:
+def _draw_cut(rng: np.random.Generator, mask: np.ndarray) -> Cut:
   """A square around an object, bool [L, H, W] with some voxel: one and a half to four times its
   box, off the box's centre by a quarter of what it has beside the object at most."""
   factor, shift = np.exp(rng.uniform(*np.log(_CUT_SIZES))), rng.uniform(-0.25, 0.25, 2)
@@ -70,7 +56,7 @@ def _draw_cut(rng: np.random.Generator, mask: np.ndarray) -> _Cut:
   box = (high - low).max()
   side = int(np.ceil(factor * box / _CUT_STEP)) * _CUT_STEP
   row, column = np.round((low + high - side) / 2 + shift * (side - box)).astype(int)
-  return _Cut(int(row), int(column), side)
+  return Cut(int(row), int(column), side, side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +93,7 @@ class SyntheticRuns:
             ) -> tuple[np.ndarray, np.ndarray]:
     """Images [L, S, S] and the first of objects [T, L, S, S] large, with some of the others."""
     side = self.run.image_size
-    if rng.random() < _CUTS and (cut := _draw_cut(rng, objects[0])).side < side:
+    if rng.random() < _CUTS and (cut := _draw_cut(rng, objects[0])).height < side:
       images = resize_linear(cut.of(images), side)
       objects = resize_linear(cut.of(objects), side) > 0.5
     sizes = objects.sum(axis=(2, 3)).max(axis=1)

@@ -67,6 +67,7 @@ class Cases:
     self.folder, self.identifiers, self.seed = Path(folder), tuple(identifiers), seed
     self.prompts = None if prompts is None else Path(prompts)
     self._open = functools.lru_cache(_OPEN_CASES)(self._load)
+    self._cuts = functools.lru_cache(_OPEN_CASES)(self._load_cuts)
 
   def __reduce__(self):
     # Worker processes open the files for themselves.
@@ -80,11 +81,14 @@ class Cases:
       return case, None
     return case, open_array(self.prompts / f"{identifier}.npy", "r", "predict the prompts again")
 
+  def _load_cuts(self, identifier: str) -> list[Cut]:
+    assert self.prompts is not None
+    path = self.prompts / "cuts" / f"{identifier}.npy"
+    return [Cut(*cut) for cut in open_array(path, None, "predict the prompts again").tolist()]
+
   def cut(self, number: int, structure: int) -> Cut:
     """In which the prompts of a structure of case `number` lie."""
-    assert self.prompts is not None
-    path = self.prompts / "cuts" / f"{self.identifiers[number]}.npy"
-    return Cut(*open_array(path, "r", "predict the prompts again")[structure].tolist())
+    return self._cuts(self.identifiers[number])[structure]
 
   def draw(self, index: int, stream: int
            ) -> tuple[int, PreparedCase, np.ndarray | None, np.random.Generator]:
@@ -214,12 +218,11 @@ class _RunSample:
     rows = np.clip(rows, 0, depth - 1)
     first = None if found is None else found[0]
     assert case.atoms is not None
-    atoms, shape, structures, view = case.atoms[rows], (height, width), None, None
-    if self.run.cuts:
-      structures = self._structures(rng, self._truth(atoms)[0], first)[:1]
+    atoms, structures, cut = case.atoms[rows], None, None
+    if self.run.cuts:  # the structure decides what is seen
+      structures = self._structures(rng, self._truth(atoms)[0], first)
       cut = self.cases.cut(number, int(structures[0]))
-      view, shape = functools.partial(transform_slices, cut=cut), cut.shape
-    turned = functools.partial(view or transform_slices, matrix=matrix)
+    turned = functools.partial(transform_slices, matrix=matrix, cut=cut)
     image = seen_image(rng, self.run, self.augmentation, case, np.clip(seen, 0, depth - 1),
                        functools.partial(turned, order=1, fill=0))
     truth, annotated = self._truth(turned(atoms, order=0, fill=0))
@@ -236,7 +239,7 @@ class _RunSample:
       raise UserError(
         f"{self.cases.prompts}: logits of case {case.identifier} have shape {prompts.shape}, "
         f"expected {expected}; they belong to another plan or image size, predict them again")
-    matrix = augment.on_grid(matrix, shape, (side, side))
+    matrix = augment.on_grid(matrix, cut.shape if cut else (height, width), (side, side))
     logits = np.stack([
       self._logits(rng, mask, None if prompts is None else prompts[structure], rows, matrix)
       for structure, mask in zip(structures, masks, strict=True)])

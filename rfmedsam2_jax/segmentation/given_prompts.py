@@ -1,6 +1,6 @@
 """A person's prompts on top of the generator's: boxes and points of a file, masks of sparse slices.
 
-In: entries (data.prompt_entries), label maps. Out: `GivenPrompt`s on a segmenter's prepared grid.
+In: entries (data.prompt_entries), label maps. Out: `GivenPrompt`s on the prepared grid.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,19 +16,18 @@ from rfmedsam2_jax.data.prompt_entries import PromptEntry
 from rfmedsam2_jax.data.resampling import antialiased_matrix, apply_separable
 from rfmedsam2_jax.data.volumes import Geometry
 from rfmedsam2_jax.refinement.first_prompts import GivenPrompt
-from rfmedsam2_jax.segmentation.segmenter import Segmenter
 
 
 def prompts_by_hand(
   labels: Labels, geometry: Geometry, entries: Sequence[PromptEntry], label_map: Path | None
-) -> Callable[[Segmenter, Prepared], list[GivenPrompt]]:
+) -> Callable[[Prepared], list[GivenPrompt]]:
   """What `segment_volume` asks for a person's prompts: of entries and a sparse label map's file."""
   sparse = None
   if label_map is not None:
     sparse = load_labels(label_map, geometry, labels)
     labels.to_atoms(sparse, label_map)  # says so if a value is unknown
 
-  def by_hand(model: Segmenter, prepared: Prepared) -> list[GivenPrompt]:
+  def by_hand(prepared: Prepared) -> list[GivenPrompt]:
     restore = prepared.restore
     found = [_of_entry(entry, labels, geometry, restore) for entry in entries]
     return found if sparse is None else [*found, *_of_labels(labels, restore, sparse)]

@@ -119,21 +119,21 @@ class Segmentation:
 
 def segment_volume(
   segmenter: Segmenter, volume: Volume, truth_atoms: np.ndarray | None = None,
-  by_hand: Callable[[Segmenter, Prepared], list[GivenPrompt]] | None = None,
+  by_hand: Callable[[Prepared], list[GivenPrompt]] | None = None,
   progress: Report = silent,
 ) -> Segmentation:
   """Segments one volume.
 
   Args:
     truth_atoms: uint8 [z, y, x] on the native canonical grid: prompts come from it (oracle).
-    by_hand: gives a person's prompts on the grid that this segmenter has prepared.
+    by_hand: gives a person's prompts on the prepared grid.
   """
   prepared, seen = prepare(volume, segmenter.plan)
   log_odds = run_generator(segmenter, prepared, progress, seen)
   if segmenter.refiner is None:
     return Segmentation(segmenter, prepared, first_prompts(segmenter, prepared, log_odds), [])
   labels = segmenter.plan.labels
-  given = by_hand(segmenter, prepared) if by_hand is not None else []
+  given = by_hand(prepared) if by_hand is not None else []
   shown = shown_by(given, len(labels.structures), prepared.image.shape[2:])
   atoms = None
   if truth_atoms is not None:
